@@ -1,0 +1,192 @@
+"""Which arrays a factorization needs over a selection of sites: one rule for counting, storing and saving them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from tnpeft.networks import Factorization, Line, Network, NetworkError, Site
+from tnpeft.networks.factor import Group, Kind
+from tnpeft.networks.sizes import bind, integers
+
+# The order of projections when the user gives none; names outside it follow in alphabetical order.
+_ORDER = (
+    ("q_proj", "query", "q", "c_attn/out:0", "qkv"),
+    ("k_proj", "key", "k", "c_attn/out:1"),
+    ("v_proj", "value", "v", "c_attn/out:2"),
+    ("o_proj", "out_proj", "o", "attn_output"),
+    ("fc1", "gate_proj", "c_fc", "intermediate"),
+    ("up_proj",),
+    ("fc2", "down_proj", "c_proj", "output"),
+)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One stored array of a factor: what a model holds as one Parameter, without its layer and proj axes.
+
+    ``layer`` and ``proj`` say which value of these indices the piece belongs to, None where the factor is shared
+    over them. ``home`` is the module that owns it, ``""`` for one shared by several sites; ``key`` is unique there.
+    """
+
+    label: str
+    kind: Kind
+    indices: Group
+    shape: tuple[int, ...]
+    layer: int | None
+    proj: str | None
+    home: str
+    key: str
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A site with its line, the network of this one site, its sizes, and its pieces by factor label."""
+
+    site: Site
+    line: Line
+    network: Network
+    sizes: Mapping[str, int]
+    pieces: Mapping[str, Piece]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A factorization over a selection of sites.
+
+    ``layers`` and ``projs`` give the order of the layer and proj axes when factors are stacked.
+    """
+
+    factorization: Factorization
+    placements: tuple[Placement, ...]
+    layers: tuple[int, ...]
+    projs: tuple[str, ...]
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """Every stored array once, in order of first use."""
+        return tuple(dict.fromkeys(piece for p in self.placements for piece in p.pieces.values()))
+
+    def count(self, *, frozen: bool = False) -> int:
+        """Elements of all trainable pieces; with ``frozen`` those of the frozen ones as well."""
+        kinds = ("trainable", "frozen") if frozen else ("trainable",)
+        return sum(piece.size for piece in self.pieces if piece.kind in kinds)
+
+    def by_factor(self) -> dict[str, int]:
+        """Elements of each trainable factor over the whole selection."""
+        counts: dict[str, int] = {}
+        for piece in self.pieces:
+            if piece.kind == "trainable":
+                counts[piece.label] = counts.get(piece.label, 0) + piece.size
+        return counts
+
+
+def layout(f: Factorization, sites: Iterable[Site], projs: Sequence[str] = ()) -> Layout:
+    """Place a factorization on sites.
+
+    A factor is stored once for every value of ``layer`` and ``proj`` that it carries and for every distinct
+    shape; every other sharing is by not carrying the index. ``projs`` fixes the order of the projections.
+
+    Raises:
+        NetworkError: a line does not fit a site (the message names it), or a stack index has no meaning in a model.
+
+    >>> f = Factorization.of("B[layer proj out r] A[r inp] -> layer proj out inp", ranks={"r": 2})
+    >>> two = layout(f, [Site(0, "q_proj", 8, 8), Site(1, "q_proj", 8, 8)])
+    >>> two.by_factor()
+    {'B': 32, 'A': 16}
+    """
+    chosen = tuple(piece for site in sites for piece in (site.squares() if f.square else (site,)))
+    if not chosen:
+        raise NetworkError("no site is selected", remedy="check the targets against the model's projections")
+    lines = [f.line_for(site) for site in chosen]
+    layers = tuple(sorted({site.layer for site in chosen}))
+    order = sorted_projs({site.proj for site in chosen}, projs)
+    raw = []
+    for site, line in zip(chosen, lines, strict=True):
+        served = [other for other, its in zip(chosen, lines, strict=True) if its is line]
+        stack = {"layer": len({s.layer for s in served}), "proj": len({s.proj for s in served})}
+        raw.append((site, line, _site_sizes(f, line, site, stack)))
+    shared = _several_shapes(raw)
+    placements = tuple(
+        Placement(site, line, _site_network(line.network), sizes, _pieces(site, line, sizes, shared))
+        for site, line, sizes in raw
+    )
+    return Layout(f, placements, layers, order)
+
+
+def sorted_projs(names: Iterable[str], wanted: Sequence[str] = ()) -> tuple[str, ...]:
+    """Projection names in the user's order, else q, k, v, o, fc1 (gate, up), fc2 (down), else by name.
+
+    >>> sorted_projs({"v_proj", "fc2", "q_proj"})
+    ('q_proj', 'v_proj', 'fc2')
+    """
+
+    def place(name: str) -> tuple[int, int, int, str]:
+        base, _, piece = name.partition("/")
+        user = next((k for k, w in enumerate(wanted) if w in (name, base)), len(wanted))
+        known = next((k for k, names in enumerate(_ORDER) if name in names or base in names), len(_ORDER))
+        number = piece.rpartition(":")[2]
+        return user, known, int(number) if number.isdigit() else 0, name
+
+    return tuple(sorted(names, key=place))
+
+
+def _site_sizes(f: Factorization, line: Line, site: Site, stack: dict[str, int]) -> dict[str, int]:
+    given = {"out": site.out, "inp": site.inp, "heads": site.heads}
+    unknown = [i for i in line.network.stack if i not in ("layer", "proj", "task", "replica")]
+    if unknown:
+        raise NetworkError(
+            f"the stack index {unknown[0]!r} has no meaning in a model",
+            line=str(line.network),
+            remedy="name stack indices from layer, proj, task, replica",
+        )
+    try:
+        sizes = f.sizes({**stack, **{k: v for k, v in given.items() if v}}, line=line)
+        return integers(line.network, bind(line.network, sizes, {}))
+    except NetworkError as error:
+        where = f"layer {site.layer}, {site.proj} ({site.out} x {site.inp})"
+        raise NetworkError(f"{where}: {error.problem}", line=error.line, remedy=error.remedy) from None
+
+
+def _site_network(net: Network) -> Network:
+    return net.select(*(index for index in net.stack if index in ("layer", "proj")))
+
+
+def _identity(factor_indices: Group, sizes: Mapping[str, int]) -> tuple[Group, tuple[int, ...]]:
+    kept = tuple(index for index in factor_indices if index not in ("layer", "proj"))
+    return kept, tuple(sizes[index] for index in kept)
+
+
+def _several_shapes(raw: list[tuple[Site, Line, dict[str, int]]]) -> frozenset[str]:
+    """Labels of factors that need more than one shape, so that a shared piece's key has to tell which."""
+    shapes: dict[str, set[tuple[int, ...]]] = {}
+    for _, line, sizes in raw:
+        for factor in line.network.factors:
+            shapes.setdefault(line.network.label(factor), set()).add(_identity(factor.indices, sizes)[1])
+    return frozenset(label for label, found in shapes.items() if len(found) > 1)
+
+
+def _pieces(site: Site, line: Line, sizes: Mapping[str, int], several: frozenset[str]) -> dict[str, Piece]:
+    found = {}
+    for factor in line.network.factors:
+        label = line.network.label(factor)
+        indices, shape = _identity(factor.indices, sizes)
+        layer = site.layer if "layer" in factor.indices else None
+        proj = site.proj if "proj" in factor.indices else None
+        if layer is not None and proj is not None:
+            home, key = site.module or f"{site.layer}/{site.proj}", label
+            if "/" in site.proj:
+                key += "@" + site.proj.partition("/")[2]
+        else:
+            home, key = "", label
+            key += "" if layer is None else f"@{layer}"
+            key += "" if proj is None else f"@{proj}"
+            key += "#" + "x".join(map(str, shape)) if label in several else ""
+        found[label] = Piece(label, factor.kind, indices, shape, layer, proj, home, key)
+    return found

@@ -1,0 +1,9 @@
+"""WHAT a factorization is: factors, networks, factorizations, sites, their notation and their errors."""
+
+from tnpeft.networks.errors import NetworkError
+from tnpeft.networks.factor import Factor, Term
+from tnpeft.networks.factorization import STACK, Factorization, Line, Site
+from tnpeft.networks.network import Network
+from tnpeft.networks.notation import network
+
+__all__ = ["STACK", "Factor", "Factorization", "Line", "Network", "NetworkError", "Site", "Term", "network"]

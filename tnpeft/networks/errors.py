@@ -1,0 +1,48 @@
+"""One error type: what is wrong, where in the line, and what to change."""
+
+from __future__ import annotations
+
+_WINDOW = 88  # characters of the line that an error quotes
+
+
+class NetworkError(ValueError):
+    """A bad network, size or factorization.
+
+    The message names the problem, quotes the line with a caret under ``position`` (when both are known) and
+    ends with the remedy. The three parts stay readable as attributes.
+
+    >>> print(NetworkError("index 'q' has no size", line="A[q] -> q", position=2, remedy="pass q=..."))
+    index 'q' has no size
+      A[q] -> q
+        ^
+    pass q=...
+    """
+
+    def __init__(self, problem: str, *, line: str = "", position: int | None = None, remedy: str = "") -> None:
+        self.problem, self.line, self.position, self.remedy = problem, line, position, remedy
+        parts = [problem]
+        if line:
+            parts += _quote(line, position)
+        if remedy:
+            parts.append(remedy)
+        super().__init__("\n".join(parts))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (self.problem, self.line, self.position, self.remedy)
+
+
+def _rebuild(problem: str, line: str, position: int | None, remedy: str) -> NetworkError:
+    return NetworkError(problem, line=line, position=position, remedy=remedy)
+
+
+def _quote(line: str, position: int | None) -> list[str]:
+    """The line (or a window of a long one) on one row, and a caret below it."""
+    at = 0 if position is None else position
+    start = 0 if len(line) <= _WINDOW else max(0, min(at - _WINDOW // 2, len(line) - _WINDOW))
+    window = "".join(c if c.isprintable() else " " for c in line[start : start + _WINDOW])
+    head = "..." if start else ""
+    tail = "..." if start + _WINDOW < len(line) else ""
+    rows = [f"  {head}{window}{tail}"]
+    if position is not None:
+        rows.append(" " * (2 + len(head) + at - start) + "^")
+    return rows

@@ -1,0 +1,239 @@
+"""A factorization: lines of einsum with ranks, splits, start values and scale. All of it is plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from tnpeft.networks.errors import NetworkError
+from tnpeft.networks.network import Network
+from tnpeft.networks.notation import network
+from tnpeft.networks.sizes import Size, Sizes, bind, check_size, evaluate, split
+
+STACK = ("layer", "proj", "task", "replica")  # the stack indices that have a meaning in a model
+
+
+@dataclass(frozen=True)
+class Site:
+    """One matrix that is updated: a linear of a model, or a named slice of one.
+
+    ``layer`` counts the targeted layers from 0; ``proj`` is the projection's name (``q_proj``; a slice adds
+    its place, ``fc1/out:0``); ``out`` and ``inp`` are its numbers of features; ``heads`` its number of attention
+    heads (of k and v: the grouped ones), 0 if unknown; ``module`` the linear's dotted path.
+
+    >>> Site(0, "fc1", 3072, 768).squares()[1]
+    Site(layer=0, proj='fc1/out:1', out=768, inp=768, heads=0, module='', start=768)
+    """
+
+    layer: int
+    proj: str
+    out: int
+    inp: int
+    heads: int = 0
+    module: str = ""
+    start: int = 0
+
+    def squares(self) -> tuple[Site, ...]:
+        """This site cut along its longer side into square slices, in order; itself if it is square.
+
+        Raises:
+            NetworkError: the longer side is no multiple of the shorter one.
+        """
+        side, long, short = ("out", self.out, self.inp) if self.out > self.inp else ("inp", self.inp, self.out)
+        if long == short:
+            return (self,)
+        if long % short:
+            raise NetworkError(
+                f"{self.proj} ({self.out} x {self.inp}) cannot be cut into squares",
+                remedy="leave this projection out, or choose a factorization without square slices",
+            )
+        return tuple(
+            replace(self, proj=f"{self.proj}/{side}:{k}", out=short, inp=short, start=k * short)
+            for k in range(long // short)
+        )
+
+
+@dataclass(frozen=True)
+class Line:
+    """A network and the sites it serves.
+
+    ``sites`` is ``"*"``, a list of globs on the projection's name (``"fc2|down_proj"``), or a comparison of its
+    shape (``"out<inp"``, ``"out>=inp"``).
+    """
+
+    network: Network
+    sites: str = "*"
+
+    def serves(self, site: Site) -> bool:
+        """Whether this line is meant for the site.
+
+        >>> Line(network("A[out inp] -> out inp"), "fc2|down_*").serves(Site(0, "down_proj", 8, 4))
+        True
+        """
+        if "<" in self.sites or ">" in self.sites:
+            pattern = self.sites.replace(" ", "")
+            shape = {"out<inp": site.out < site.inp, "out>=inp": site.out >= site.inp}
+            shape |= {"out>inp": site.out > site.inp, "out<=inp": site.out <= site.inp}
+            if pattern not in shape:
+                raise NetworkError(f"{self.sites!r} is no pattern of sites", remedy=f"use one of {', '.join(shape)}")
+            return shape[pattern]
+        return any(fnmatchcase(site.proj, pattern.strip()) for pattern in self.sites.split("|"))
+
+
+@dataclass(frozen=True)
+class Factorization:
+    """A named way to write updates: what :class:`Network` leaves open, filled in.
+
+    Attributes:
+        name: how it is called.
+        lines: networks with the sites they serve; the first that serves a site is used. One is the usual case.
+        ranks: the size of every bond: a whole number, or a rule over sizes as text (``"ceildiv(min(out, inp), r)"``).
+        splits: sizes of the indices in the row group (``"out"``) and the column group (``"inp"``), in order; a whole
+            number, a rule, or None to deduce it.
+        init: how each factor starts, by label: zeros, ones, constant(c), normal(std), uniform(bound), kaiming,
+            xavier, orthogonal, eye, svd, tt_svd, dct, circulant, base (the frozen weight). See ``tnpeft.nn.init``.
+        scale: the effective number that multiplies the update.
+        unit_norm: factors whose columns are normalised in the forward pass (over their row and column indices).
+        lr_multiplier: learning rate of a factor relative to the others.
+        square: cut every site into square slices along its longer side.
+        source: where the factorization comes from and how sure that is.
+
+    Raises:
+        NetworkError: a bond has no rank, a name is unknown, or two factors of one term both start at zero.
+
+    >>> f = Factorization.of("B[out r] A[r inp] -> out inp", ranks={"r": 8})
+    >>> f.sizes(out=64, inp=32)
+    {'out': 64, 'r': 8, 'inp': 32}
+    """
+
+    name: str
+    lines: tuple[Line, ...]
+    ranks: Mapping[str, int | str] = field(default_factory=dict)
+    splits: Mapping[str, tuple[int | str | None, ...]] = field(default_factory=dict)
+    init: Mapping[str, Any] = field(default_factory=dict)
+    scale: float = 1.0
+    unit_norm: tuple[str, ...] = ()
+    lr_multiplier: Mapping[str, float] = field(default_factory=dict)
+    square: bool = False
+    source: str = ""
+
+    @staticmethod
+    def of(line: str | Network, **fields: Any) -> Factorization:
+        """A factorization of one line; the keywords are the attributes of the class."""
+        net = network(line) if isinstance(line, str) else line
+        return Factorization(**{"name": "custom", "lines": (Line(net),), **fields})
+
+    def __post_init__(self) -> None:
+        bonds = {bond for line in self.lines for bond in line.network.bonds}
+        labels = {line.network.label(f) for line in self.lines for f in line.network.factors}
+        self._known("ranks", self.ranks, bonds, "bonds")
+        self._known("splits", self.splits, {"out", "inp"}, "groups")
+        for what in ("init", "unit_norm", "lr_multiplier"):
+            self._known(what, getattr(self, what), labels, "factors")
+        for bond, rank in self.ranks.items():
+            if not isinstance(rank, str):
+                check_size(bond, rank, str(self.network))
+        missing = sorted(bonds - set(self.ranks))
+        if missing:
+            raise NetworkError(
+                f"no rank for the bond {', '.join(map(repr, missing))}",
+                line=str(self.network),
+                remedy=f"pass ranks={{{missing[0]!r}: 8}}",
+            )
+        for line in self.lines:
+            _refuse_dead_start(line.network, self.init)
+
+    def _known(self, what: str, given: Any, known: set[str], kind: str) -> None:
+        for name in given:
+            if name not in known:
+                raise NetworkError(
+                    f"{what} names {name!r}, which is none of the {kind}",
+                    line=str(self.network),
+                    remedy=f"the {kind} are {', '.join(sorted(known)) or 'none'}",
+                )
+
+    @property
+    def network(self) -> Network:
+        """The network of the first line."""
+        return self.lines[0].network
+
+    def line_for(self, site: Site) -> Line:
+        """The first line that serves the site.
+
+        Raises:
+            NetworkError: none does.
+        """
+        for line in self.lines:
+            if line.serves(site):
+                return line
+        patterns = ", ".join(repr(line.sites) for line in self.lines)
+        raise NetworkError(
+            f"no line of {self.name!r} serves {site.proj} ({site.out} x {site.inp})",
+            remedy=f"its lines serve {patterns}; leave this projection out of the targets",
+        )
+
+    def with_ranks(self, **ranks: int | str) -> Factorization:
+        """The same factorization with some ranks changed."""
+        return replace(self, ranks={**self.ranks, **ranks})
+
+    def sizes(self, given: Sizes | None = None, /, *, line: Line | None = None, **more: Size) -> dict[str, Size]:
+        """Sizes of the line's indices: ``given``, with ranks, splits and heads filled in.
+
+        ``out`` and ``inp`` are the matrix's features whatever the groups' indices are called, ``heads`` the
+        number of attention heads for an index called ``head``. What cannot be worked out yet is left open.
+
+        Raises:
+            NetworkError: a split does not fit, or a rule names an unknown size.
+        """
+        net = (line or self.lines[0]).network
+        given = {**(given or {}), **more}
+        ints: dict[str, Any] = {name: size for name, size in given.items() if isinstance(size, int)}
+        ints |= {r: rank for r, rank in self.ranks.items() if isinstance(rank, int) and r not in given}
+        found: dict[str, Size] = {r: ints[r] for r in net.bonds if r in ints}
+        for side, group in (("out", net.rows), ("inp", net.cols)):
+            if isinstance(given.get(side), int) and not all(index in given for index in group):
+                found |= self._split(net, side, group, ints)
+        ints |= found
+        for bond, rule in self.ranks.items():
+            if isinstance(rule, str) and bond in net.bonds and bond not in given and _ready(rule, ints):
+                found[bond] = ints[bond] = check_size(bond, evaluate(rule, ints), str(net))
+        known = {**found, **{name: size for name, size in given.items() if name in net.indices}}
+        return {index: known[index] for index in net.indices if index in known}
+
+    def _split(self, net: Network, side: str, group: tuple[str, ...], ints: dict[str, int]) -> dict[str, int]:
+        wanted: list[int | None] = [
+            evaluate(part, ints) if isinstance(part, str) else part for part in self.splits.get(side, ())
+        ] or [None] * len(group)
+        for k, index in enumerate(group):
+            if k < len(wanted) and wanted[k] is None:
+                heads = ints.get("heads", 0) if index == "head" and len(group) > 1 else 0
+                wanted[k] = ints.get(index) if len(group) > 1 and index in ints else (heads or None)
+        return split(ints[side], group, wanted, str(net))
+
+    def bind(self, sizes: Sizes | None, keywords: Sizes) -> dict[str, Size]:
+        """:func:`bind` with this factorization's ranks and splits filling what is not given."""
+        net = self.network
+        bind(net, sizes, keywords, extra=("out", "inp", "heads"))
+        return bind(net, self.sizes({**(sizes or {}), **keywords}), {})
+
+
+def _ready(rule: str, sizes: Mapping[str, int]) -> bool:
+    try:
+        evaluate(rule, sizes)
+    except NetworkError:
+        return False
+    return True
+
+
+def _refuse_dead_start(net: Network, init: Mapping[str, Any]) -> None:
+    for term in net.terms:
+        zero = [f.name for f in term.factors if isinstance(s := init.get(net.label(f)), str) and s == "zeros"]
+        if len(zero) > 1:
+            names = " and ".join(zero) if len(set(zero)) > 1 else f"{zero[0]} (used twice)"
+            raise NetworkError(
+                f"{names} both start at zero: no gradient would ever reach them",
+                line=str(net),
+                remedy="let exactly one factor of a term start at zero",
+            )

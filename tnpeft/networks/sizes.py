@@ -1,0 +1,198 @@
+"""Sizes of indices: checked whole numbers (or symbols), even splits of a dimension, and rules for ranks."""
+
+from __future__ import annotations
+
+import ast
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from tnpeft.networks.errors import NetworkError
+from tnpeft.networks.network import Network
+
+Size = Any  # a positive int, or anything with + and *, such as a sympy symbol
+Sizes = Mapping[str, Size]
+
+
+def check_size(name: str, value: object, line: str = "") -> Size:
+    """``value`` as a positive int, or unchanged if it is a symbolic expression.
+
+    Raises:
+        NetworkError: it is neither.
+    """
+    if hasattr(value, "free_symbols") and value.free_symbols:
+        return value
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = int(value) if hasattr(value, "free_symbols") and value.is_integer else 0  # type: ignore[call-overload,attr-defined]
+    if isinstance(value, bool) or number < 1:
+        raise NetworkError(
+            f"the size of {name!r} is {value!r}",
+            line=line,
+            remedy=f"pass {name}= a positive whole number or a symbol",
+        )
+    return number
+
+
+def bind(net: Network, sizes: Sizes | None, keywords: Sizes, extra: Iterable[str] = ()) -> dict[str, Size]:
+    """Checked sizes of the line's indices from one mapping (which may hold more) and keywords (which may not).
+
+    Raises:
+        NetworkError: a keyword is no index of the line, a size is no positive whole number or symbol, or the
+            two uses of one factor get different sizes.
+    """
+    known = net.indices
+    for name in keywords:
+        if name not in known and name not in extra:
+            raise NetworkError(
+                f"{name!r} is no index of the line",
+                line=str(net),
+                remedy=f"the indices are {', '.join(known)}",
+            )
+    given = {**(sizes or {}), **keywords}
+    bound = {name: check_size(name, given[name], str(net)) for name in known if name in given}
+    shapes: dict[str, tuple[Size, ...]] = {}
+    for factor in net.uses():
+        if all(index in bound for index in factor.indices):
+            shape = tuple(bound[index] for index in factor.indices)
+            if shapes.setdefault(factor.name, shape) != shape:
+                raise NetworkError(
+                    f"factor {factor.name!r} is used with shapes {shapes[factor.name]} and {shape}",
+                    line=str(net),
+                    remedy="a factor that stands twice has one shape: give its indices equal sizes",
+                )
+    return bound
+
+
+def complete(net: Network, bound: Mapping[str, Size], needed: Iterable[str] | None = None) -> None:
+    """Raise unless every index of the line (or of ``needed``) has a size."""
+    missing = [index for index in (net.indices if needed is None else needed) if index not in bound]
+    if missing:
+        raise NetworkError(
+            f"no size for {', '.join(map(repr, missing))}",
+            line=str(net),
+            remedy=f"pass {', '.join(f'{index}=...' for index in missing)}",
+        )
+
+
+def integers(net: Network, bound: Mapping[str, Size]) -> dict[str, int]:
+    """All sizes as ints, for questions that have no symbolic answer."""
+    complete(net, bound)
+    for index, size in bound.items():
+        if not isinstance(size, int):
+            raise NetworkError(
+                f"the size of {index!r} is the symbol {size}",
+                line=str(net),
+                remedy=f"pass {index}= a whole number",
+            )
+    return dict(bound)
+
+
+def product(values: Iterable[Size]) -> Size:
+    """The product, 1 if there is nothing; only ``*`` is used."""
+    total: Size = 1
+    for value in values:
+        total = total * value
+    return total
+
+
+# ---- splitting a dimension
+
+
+@lru_cache(maxsize=4096)
+def even_split(size: int, parts: int) -> tuple[int, ...]:
+    """``size`` as a product of ``parts`` ascending divisors with the smallest sum, the most even split.
+
+    >>> even_split(2048, 2), even_split(768, 3), even_split(7, 2)
+    ((32, 64), (8, 8, 12), (1, 7))
+    """
+    if parts == 0:
+        return ()
+    if parts == 1:
+        return (size,)
+    splits = (
+        tuple(sorted((divisor, *even_split(size // divisor, parts - 1))))
+        for divisor in range(1, size + 1)
+        if size % divisor == 0
+    )
+    return min(splits, key=lambda split: (sum(split), split))
+
+
+def split(size: int, group: Sequence[str], given: Sequence[int | None], line: str = "") -> dict[str, int]:
+    """Sizes of the indices of one group whose product is ``size``; ``None`` in ``given`` is deduced.
+
+    Raises:
+        NetworkError: the given sizes do not divide ``size``, or their number is not the group's.
+
+    >>> split(2048, ("o1", "o2"), (None, 32)), split(12, ("a", "b"), ())
+    ({'o1': 64, 'o2': 32}, {'a': 3, 'b': 4})
+    """
+    wanted = [*given] if given else [None] * len(group)
+    label = f"({' '.join(group)})"
+    if len(wanted) != len(group):
+        raise NetworkError(
+            f"{len(wanted)} sizes are given for the {len(group)} indices of {label}",
+            line=line,
+            remedy="give one size per index, None where it is to be deduced",
+        )
+    fixed = math.prod(part for part in wanted if part is not None)
+    open_parts = wanted.count(None)
+    if fixed == 0 or size % fixed or (not open_parts and fixed != size):
+        raise NetworkError(
+            f"{label} cannot have the sizes {tuple(wanted)}: their product does not make {size}",
+            line=line,
+            remedy=f"choose divisors of {size}, or None for a size to be deduced",
+        )
+    rest = iter(even_split(size // fixed, open_parts))
+    return {index: part if part is not None else next(rest) for index, part in zip(group, wanted, strict=True)}
+
+
+# ---- a rank as a function of sizes, written as text so that it stays plain data
+
+_OPERATIONS: dict[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+}
+_CALLS: dict[str, Callable[..., int]] = {
+    "min": min,
+    "max": max,
+    "ceildiv": lambda a, b: -(-a // b),
+    "isqrt": math.isqrt,
+}
+
+
+def evaluate(rule: str, sizes: Mapping[str, int]) -> int:
+    """The value of a rule over sizes: whole numbers, index names, ``+ - * //``, min, max, ceildiv, isqrt.
+
+    Raises:
+        NetworkError: the rule holds anything else or names an unknown size.
+
+    >>> evaluate("ceildiv(min(out, inp), r)", {"out": 512, "inp": 2048, "r": 100})
+    6
+    """
+
+    def value(node: ast.AST) -> int:
+        if isinstance(node, ast.Constant) and type(node.value) is int:
+            return node.value
+        if isinstance(node, ast.Name) and node.id in sizes:
+            return sizes[node.id]
+        if isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:
+            return _OPERATIONS[type(node.op)](value(node.left), value(node.right))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _CALLS:
+            return _CALLS[node.func.id](*map(value, node.args))
+        raise NetworkError(
+            f"{ast.unparse(node)!r} cannot be worked out in the rule {rule!r}",
+            remedy=f"use whole numbers, + - * //, {', '.join(_CALLS)} and the sizes {', '.join(sizes)}",
+        )
+
+    if len(rule) > 200:
+        raise NetworkError(f"the rule {rule[:40]!r}... is too long", remedy="use at most 200 characters")
+    try:
+        return value(ast.parse(rule, mode="eval").body)
+    except (SyntaxError, ZeroDivisionError, TypeError, RecursionError) as error:
+        raise NetworkError(f"the rule {rule!r} is no formula: {error}", remedy="such as min(out, inp) // r") from None

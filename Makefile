@@ -1,0 +1,33 @@
+# make test: the checks and the tests.  make demo: a real (small) study, a table and a figure in demo/.
+# Both build their own .venv; nothing else has to be installed. PYTHON chooses the interpreter (3.11 or newer).
+
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: test demo check unit paper clean
+
+test: check unit
+
+demo: .venv/ready
+	$(BIN)/python scripts/demo.py --out demo
+
+check: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict tnpeft/networks tnpeft/counting tnpeft/planning
+
+unit: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests tnpeft --doctest-modules
+
+paper: .venv/ready
+	$(BIN)/python scripts/reproduce_counts.py
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test,studies]"
+	touch $@
+
+clean:
+	rm -rf .venv demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -132,7 +132,7 @@ def sizes_for(draw: st.DrawFn, net: Network, *, max_size: int = 4, max_work: int
     """
     found: dict[str, int] = {}
     work = max_work
-    for members in _equal_indices(net):
+    for members in equal_indices(net):
         limit = max(size for size in range(1, max_size + 1) if size ** len(members) <= work)
         size = draw(st.integers(1, limit))
         work //= size ** len(members)
@@ -140,8 +140,13 @@ def sizes_for(draw: st.DrawFn, net: Network, *, max_size: int = 4, max_work: int
     return {index: found[index] for index in net.indices}
 
 
-def _equal_indices(net: Network) -> list[list[str]]:
-    """The indices in classes that must have one size, because a factor stands twice with different indices."""
+def equal_indices(net: Network) -> list[list[str]]:
+    """The indices in classes that must have one size, because a factor stands twice with different indices.
+
+    >>> from tnpeft.networks import network
+    >>> equal_indices(network("U[out a] U[inp a] -> out inp"))
+    [['out', 'inp'], ['a']]
+    """
     leader = {index: index for index in net.indices}
     first: dict[str, tuple[str, ...]] = {}
     for factor in net.uses():

@@ -1,0 +1,197 @@
+"""Which two operands to contract next. The only module that talks to a path optimiser.
+
+Up to :data:`EXACT` operands the search is a dynamic program over all subsets of the operands, outer products and
+hyper-indices included: exact for any cost that adds up over steps, so also for costs no path optimiser knows (the
+backward pass given what is trainable, what autograd keeps). Beyond that cotengra's greedy search proposes paths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+
+Path = tuple[tuple[int, int], ...]  # pairs of operands; the result of pair k is operand n + k
+
+EXACT = 12  # most operands of an exact search: 3**12 / 2 splits take a fraction of a second
+_REPEATS = 32  # random greedy paths that are compared beyond EXACT
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a step is charged for: the price of one unit of each cost."""
+
+    macs: int = 0
+    backward: int = 0
+    written: int = 0
+    saved: int = 0
+
+
+@dataclass(frozen=True)
+class Operand:
+    """What the search sees of an operand: its indices, whether it needs a gradient, whether keeping it costs."""
+
+    indices: frozenset[str]
+    live: bool = False
+    charged: bool = False
+
+
+def search(
+    operands: Sequence[Operand], output: frozenset[str], sizes: Mapping[str, int], weights: Weights
+) -> tuple[Path, bool]:
+    """The cheapest path to one operand with the ``output`` indices, and whether it is proved the cheapest.
+
+    >>> chain = [Operand(frozenset("ab")), Operand(frozenset("bc")), Operand(frozenset("cd"))]
+    >>> search(chain, frozenset("ad"), {"a": 2, "b": 9, "c": 9, "d": 9}, Weights(macs=1))
+    (((0, 1), (2, 3)), True)
+    """
+    used = sorted(frozenset(output).union(*(operand.indices for operand in operands)))
+    key = tuple((index, sizes[index]) for index in used)
+    return _search(tuple(operands), frozenset(output), key, weights)
+
+
+@lru_cache(maxsize=4096)
+def _search(
+    operands: tuple[Operand, ...], output: frozenset[str], sizes: tuple[tuple[str, int], ...], weights: Weights
+) -> tuple[Path, bool]:
+    table = _Table(operands, output, dict(sizes), weights)
+    if len(operands) <= EXACT:
+        return table.best(), True
+    return min(_proposals(operands, output, dict(sizes)), key=table.cost), False
+
+
+class _Table:
+    """Subsets of the operands as bit masks, the indices that each leaves open, and the cost of joining two."""
+
+    def __init__(
+        self, operands: tuple[Operand, ...], output: frozenset[str], sizes: Mapping[str, int], weights: Weights
+    ) -> None:
+        self.operands, self.weights = operands, weights
+        self.bit = {index: 1 << k for k, index in enumerate(sizes)}
+        self.sizes = list(sizes.values())
+        self.volumes: dict[int, int] = {}
+        self.output = self._bits(output)
+
+    def _bits(self, indices: frozenset[str]) -> int:
+        return sum(self.bit[index] for index in indices)
+
+    def volume(self, bits: int) -> int:
+        """The product of the sizes of a set of indices."""
+        found = self.volumes.get(bits)
+        if found is None:
+            found = self.volumes[bits] = prod(size for k, size in enumerate(self.sizes) if bits >> k & 1)
+        return found
+
+    def best(self) -> Path:
+        """The cheapest path, by dynamic programming over subsets: every split of every subset is priced once."""
+        count = len(self.operands)
+        full = (1 << count) - 1
+        union = [0] * (full + 1)
+        live = [False] * (full + 1)
+        for mask in range(1, full + 1):
+            operand = self.operands[mask.bit_length() - 1]
+            rest = mask ^ (1 << mask.bit_length() - 1)
+            union[mask] = union[rest] | self._bits(operand.indices)
+            live[mask] = live[rest] or operand.live
+        open_ = [union[mask] & (self.output | union[full ^ mask]) for mask in range(full + 1)]
+        for k in range(count):
+            open_[1 << k] = union[1 << k]
+        keep = [self.weights.saved * self.volume(bits) for bits in open_]
+        for k, operand in enumerate(self.operands):
+            keep[1 << k] *= operand.charged
+        cost, choice = [0] * (full + 1), [0] * (full + 1)
+        for mask in range(3, full + 1):
+            if mask & (mask - 1):
+                cost[mask], choice[mask] = self._cheapest(mask, cost, open_, live, keep)
+                cost[mask] += self.weights.written * self.volume(open_[mask])
+        return _path(choice, count)
+
+    def _cheapest(
+        self, mask: int, cost: list[int], open_: list[int], live: list[bool], keep: list[int]
+    ) -> tuple[int, int]:
+        """The cheapest way to split a subset in two, and its cost without what the result costs to write."""
+        macs, backward, volumes = self.weights.macs, self.weights.backward, self.volumes
+        low = mask & -mask
+        rest = mask ^ low
+        best, choice, part = -1, 0, rest
+        while part:  # every non-empty part of the rest goes right, what remains goes left with the lowest operand
+            left = mask ^ part
+            total = cost[left] + cost[part]
+            if best < 0 or total < best:
+                bits = open_[left] | open_[part]
+                volume = volumes.get(bits)
+                if volume is None:
+                    volume = self.volume(bits)
+                total += volume * (macs + backward * (live[left] + live[part]))
+                total += keep[left] * live[part] + keep[part] * live[left]
+                if best < 0 or total < best:
+                    best, choice = total, left
+            part = (part - 1) & rest
+        return best, choice
+
+    def cost(self, path: Path) -> int:
+        """What a given path costs."""
+        needed = [self._bits(operand.indices) for operand in self.operands]
+        left = {index: self.output >> k & 1 for k, index in enumerate(self.bit)}
+        for operand in self.operands:
+            for index in operand.indices:
+                left[index] += 1
+        names = list(self.bit)
+        live = [operand.live for operand in self.operands]
+        keep = [operand.charged for operand in self.operands]
+        total = 0
+        for a, b in path:
+            union = needed[a] | needed[b]
+            for k, index in enumerate(names):
+                left[index] -= (needed[a] >> k & 1) + (needed[b] >> k & 1)
+            result = sum(1 << k for k, index in enumerate(names) if union >> k & 1 and left[index])
+            for k, index in enumerate(names):
+                left[index] += result >> k & 1
+            total += self.volume(union) * (self.weights.macs + self.weights.backward * (live[a] + live[b]))
+            total += self.weights.written * self.volume(result)
+            total += self.weights.saved * self.volume(needed[a]) * (keep[a] and live[b])
+            total += self.weights.saved * self.volume(needed[b]) * (keep[b] and live[a])
+            needed.append(result)
+            live.append(live[a] or live[b])
+            keep.append(True)
+        return total
+
+
+def _path(choice: list[int], count: int) -> Path:
+    pairs: list[tuple[int, int]] = []
+
+    def build(mask: int) -> int:
+        if not mask & (mask - 1):
+            return mask.bit_length() - 1
+        left, right = build(choice[mask]), build(mask ^ choice[mask])
+        pairs.append((min(left, right), max(left, right)))
+        return count + len(pairs) - 1
+
+    build((1 << count) - 1)
+    return tuple(pairs)
+
+
+def _proposals(operands: tuple[Operand, ...], output: frozenset[str], sizes: dict[str, int]) -> Iterator[Path]:
+    """Paths of cotengra's greedy searches, which take networks of any size."""
+    from cotengra import GreedyOptimizer, RandomGreedyOptimizer
+
+    inputs = [tuple(sorted(operand.indices)) for operand in operands]
+    yield _pairs(GreedyOptimizer().ssa_path(inputs, tuple(output), sizes), len(inputs))
+    if len(inputs) <= 64:
+        random = RandomGreedyOptimizer(max_repeats=_REPEATS, seed=0, parallel=False)
+        yield _pairs(random.ssa_path(inputs, tuple(output), sizes), len(inputs))
+
+
+def _pairs(path: Sequence[Sequence[int]], count: int) -> Path:
+    """A single-assignment path with its one-operand steps (sums within one operand) left out."""
+    name = list(range(count))
+    pairs: list[tuple[int, int]] = []
+    for step in path:
+        if len(step) == 1:
+            name.append(name[step[0]])
+            continue
+        a, b = (name[k] for k in step)
+        pairs.append((min(a, b), max(a, b)))
+        name.append(count + len(pairs) - 1)
+    return tuple(pairs)

@@ -1,0 +1,121 @@
+"""The best plan for every number of tokens: costs are affine in them, so it is a short table of intervals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tnpeft.networks import Factorization, Network, NetworkError
+from tnpeft.networks.sizes import Size, Sizes, check_size
+from tnpeft.planning.planner import plan, score, weights
+from tnpeft.planning.steps import Plan, table
+
+_FAR = 1 << 40  # stands for any larger number of tokens
+
+
+@dataclass(frozen=True)
+class PlanTable:
+    """Plans with the number of tokens from which each is the best, ascending; the first starts at 1."""
+
+    plans: tuple[Plan, ...]
+    starts: tuple[int, ...]
+
+    def at(self, tokens: int) -> Plan:
+        """The best plan for this number of tokens, priced for it.
+
+        Raises:
+            NetworkError: it is no positive whole number.
+
+        >>> from tnpeft import network
+        >>> plans = plan_table(network("B[out r] A[r inp] -> out inp"), out=64, inp=32, r=2, minimize="macs")
+        >>> plans.starts, plans.at(21).form, plans.at(22).form
+        ((1, 22), 'factored', 'merged')
+        """
+        wanted = check_size("tokens", tokens)
+        if not isinstance(wanted, int):
+            raise NetworkError("a table needs a number of tokens", remedy="use Plan.resized for symbols")
+        best = max(k for k, start in enumerate(self.starts) if start <= wanted)
+        return self.plans[best].resized(tokens=wanted)
+
+    def __str__(self) -> str:
+        rows: list[tuple[object, ...]] = [("tokens", "form", "macs = fixed", "+ per token", "written", "+ per token")]
+        ends = [*(f"{start - 1:,}" for start in self.starts[1:]), "..."]
+        for start, end, best in zip(self.starts, ends, self.plans, strict=True):
+            macs, written = _line([p.macs for p in _probe(best)]), _line([p.written for p in _probe(best)])
+            rows.append((f"{start:,} to {end}", best.form, *macs, *written))
+        programs = [f"from {start:,} tokens\n{best}" for start, best in zip(self.starts, self.plans, strict=True)]
+        return "\n".join([*table(rows), *(f"\n{program}" for program in programs)])
+
+
+def plan_table(
+    net: Network | Factorization,
+    sizes: Sizes | None = None,
+    *,
+    minimize: str = "time",
+    training: bool = True,
+    base: str | None = "fp32",
+    **more: Size,
+) -> PlanTable:
+    """The best plans for every number of tokens from 1 on; the arguments are those of :func:`plan`.
+
+    The best cost is a concave, piecewise linear function of the tokens: where two plans' lines meet, the search is
+    asked again, so the intervals are exact wherever the plans are.
+    """
+
+    def best(tokens: int) -> Plan:
+        return plan(net, sizes, tokens=tokens, minimize=minimize, training=training, base=base, **more)
+
+    price = weights(minimize, training)
+
+    def line(p: Plan) -> tuple[int, int]:
+        fixed, slope = _line([score(at, price) for at in _probe(p)])
+        return fixed, slope
+
+    envelope: dict[tuple[int, int], Plan] = {}
+    pending = [(1, best(1), _FAR, best(_FAR))]
+    while pending:
+        low, left, high, right = pending.pop()
+        (fixed, slope), (other, flatter) = line(left), line(right)
+        envelope.setdefault((fixed, slope), left)
+        envelope.setdefault((other, flatter), right)
+        if slope <= flatter or fixed >= other:
+            continue
+        middle = (other - fixed) // (slope - flatter)  # the last number of tokens at which the left one is no worse
+        for tokens in {middle, middle + 1} - {low, high}:
+            if low < tokens < high:
+                found = best(tokens)
+                if line(found) not in envelope:
+                    pending += [(low, left, tokens, found), (tokens, found, high, right)]
+                    break
+    return _intervals(envelope)
+
+
+def _intervals(envelope: dict[tuple[int, int], Plan]) -> PlanTable:
+    """The lower envelope of the lines over whole numbers of tokens."""
+    starts: list[int] = []
+    lines: list[tuple[int, int]] = []
+    for fixed, slope in sorted(envelope, key=lambda line: (-line[1], line[0])):
+        while lines:
+            before, steeper = lines[-1]
+            start = (fixed - before) // (steeper - slope) + 1 if steeper > slope else _FAR
+            if max(start, 1) > starts[-1]:
+                break
+            starts.pop()
+            lines.pop()
+        else:
+            start = 1
+        if start < _FAR:
+            starts.append(max(start, 1))
+            lines.append((fixed, slope))
+    return PlanTable(
+        tuple(envelope[line].resized(tokens=start) for line, start in zip(lines, starts, strict=True)), tuple(starts)
+    )
+
+
+def _probe(p: Plan) -> tuple[Plan, Plan]:
+    return p.resized(tokens=1), p.resized(tokens=2)
+
+
+def _line(values: list[int]) -> tuple[int, int]:
+    """Intercept and slope of an affine cost known at 1 and 2."""
+    slope = values[1] - values[0]
+    return values[0] - slope, slope

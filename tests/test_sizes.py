@@ -1,0 +1,175 @@
+"""Sizes: what may be one, what is asked for, how a dimension is split, and rules for ranks."""
+
+from __future__ import annotations
+
+import itertools
+from math import prod
+from typing import Any
+
+import numpy as np
+import pytest
+import sympy
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tnpeft import NetworkError, network
+from tnpeft.networks import Network
+from tnpeft.networks.sizes import bind, check_size, complete, evaluate, even_split, integers, product, split
+from tnpeft.testing import networks, sizes_for
+
+LORA = network("B[layer out r] A[layer r inp] -> layer out inp")
+TIED = network("U[out a] U[inp a] -> out inp")
+
+
+@pytest.mark.parametrize("size", [1, np.int64(3), sympy.Integer(4), sympy.Symbol("d"), 2 * sympy.Symbol("d") + 1])
+def test_what_is_a_size(size: Any) -> None:
+    bound = bind(LORA, {"out": size}, {})
+    assert bound == {"out": size}
+    assert isinstance(bound["out"], int) or bound["out"].free_symbols
+
+
+@pytest.mark.parametrize(
+    "size", [0, -1, 2.0, 2.5, "3", None, True, False, float("nan"), [2], sympy.Integer(0), sympy.Rational(1, 2)]
+)
+def test_what_is_no_size(size: Any) -> None:
+    with pytest.raises(NetworkError) as caught:
+        bind(LORA, {}, {"out": size})
+    assert caught.value.problem == f"the size of 'out' is {size!r}"
+    assert caught.value.line == str(LORA)
+    assert "positive whole number or a symbol" in caught.value.remedy
+
+
+def test_a_keyword_must_be_an_index_a_mapping_may_hold_more() -> None:
+    assert bind(LORA, {"out": 3, "heads": 2}, {"r": 1}) == {"out": 3, "r": 1}
+    assert bind(LORA, {"out": 3}, {"out": 5}) == {"out": 5}
+    with pytest.raises(NetworkError) as caught:
+        bind(LORA, {}, {"heads": 2})
+    assert caught.value.problem == "'heads' is no index of the line"
+    assert caught.value.remedy == "the indices are layer, out, r, inp"
+
+
+def test_two_uses_of_a_factor_have_one_shape() -> None:
+    assert bind(TIED, {}, {"out": 4, "a": 2, "inp": 4})["inp"] == 4
+    with pytest.raises(NetworkError) as caught:
+        bind(TIED, {}, {"out": 4, "a": 2, "inp": 5})
+    assert caught.value.problem == "factor 'U' is used with shapes (4, 2) and (5, 2)"
+    with pytest.raises(NetworkError, match="factor 'G' is used with shapes"):
+        bind(network("G[out a] H[a inp] - ~G[out b] ~H[b inp] -> out inp"), {}, {"out": 2, "inp": 2, "a": 1, "b": 2})
+
+
+def test_missing_sizes_are_named() -> None:
+    with pytest.raises(NetworkError) as caught:
+        complete(LORA, {"out": 3, "r": 1})
+    assert caught.value.problem == "no size for 'layer', 'inp'"
+    assert caught.value.remedy == "pass layer=..., inp=..."
+    complete(LORA, {"out": 3, "r": 1}, needed=("r",))
+
+
+def test_integers_refuses_symbols() -> None:
+    d = sympy.Symbol("d")
+    assert integers(TIED, {"out": 4, "a": 2, "inp": 4}) == {"out": 4, "a": 2, "inp": 4}
+    with pytest.raises(NetworkError, match="the size of 'a' is the symbol d"):
+        integers(TIED, {"out": 4, "a": d, "inp": 4})
+
+
+@given(networks(tied=True, twins=True), st.data())
+def test_drawn_sizes_fit(net: Network, data: st.DataObject) -> None:
+    sizes = data.draw(sizes_for(net))
+    assert integers(net, bind(net, sizes, {})) == sizes
+
+
+def test_product_takes_symbols() -> None:
+    d = sympy.Symbol("d")
+    assert product([]) == 1
+    assert product([2, d, 3]) == 6 * d
+
+
+# ---- splits
+
+
+@given(st.integers(1, 400), st.integers(1, 4))
+def test_an_even_split_is_the_best_of_all(size: int, parts: int) -> None:
+    found = even_split(size, parts)
+    assert prod(found) == size
+    assert list(found) == sorted(found)
+    divisors = [d for d in range(1, size + 1) if size % d == 0]
+    best = min(
+        sum((*rest, size // prod(rest)))
+        for rest in itertools.combinations_with_replacement(divisors, parts - 1)
+        if size % prod(rest) == 0
+    )
+    assert sum(found) == best
+
+
+def test_a_split_of_nothing() -> None:
+    assert even_split(1, 0) == ()
+    assert split(12, ("a",), (12,)) == {"a": 12}
+    assert split(2048, ("a", "b", "c"), (None, 32, None)) == {"a": 8, "b": 32, "c": 8}
+
+
+@pytest.mark.parametrize(
+    ("size", "group", "given_sizes", "problem"),
+    [
+        (12, "ab", (5, None), "(a b) cannot have the sizes (5, None): their product does not make 12"),
+        (12, "ab", (3, 3), "their product does not make 12"),
+        (12, "ab", (0, None), "their product does not make 12"),
+        (12, "ab", (12,), "1 sizes are given for the 2 indices of (a b)"),
+        (12, "a", (3, 4), "2 sizes are given for the 1 indices of (a)"),
+        (3, "", (), "() cannot have the sizes (): their product does not make 3"),
+    ],
+)
+def test_what_cannot_be_split(size: int, group: str, given_sizes: tuple[int | None, ...], problem: str) -> None:
+    with pytest.raises(NetworkError) as caught:
+        split(size, tuple(group), given_sizes)
+    assert problem in caught.value.problem
+
+
+# ---- rules
+
+
+@given(st.integers(1, 99), st.integers(1, 99), st.integers(1, 99))
+def test_rules_are_arithmetic(a: int, b: int, c: int) -> None:
+    sizes = {"a": a, "b": b, "c": c}
+    assert evaluate("ceildiv(min(a, b), c) + max(a, b, c) * 2 - a // b", sizes) == (
+        -(-min(a, b) // c) + max(a, b, c) * 2 - a // b
+    )
+    assert evaluate("isqrt(a)", sizes) == int(a**0.5)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "",
+        "a +",
+        "q",
+        "a.b",
+        "a ** 9 ** 9",
+        "__import__('os').getcwd()",
+        "min(a",
+        "min()",
+        "min(a, key=a)",
+        "[a][0]",
+        "(lambda: a)()",
+        "a if a else b",
+        "a / b",
+        "1.5",
+        "'a'",
+        "True",
+        "a // 0",
+        "isqrt(0 - a)",
+        "a; b",
+        "-a",
+        "min(*a)",
+        "min(a, b, key=a)",
+        "a" * 201,
+        "\x00",
+    ],
+)
+def test_a_rule_that_is_no_rule_is_refused(rule: str) -> None:
+    with pytest.raises(NetworkError):
+        evaluate(rule, {"a": 6, "b": 3})
+
+
+def test_check_size_quotes_the_line() -> None:
+    with pytest.raises(NetworkError, match=r"B\[layer out r\]"):
+        check_size("r", 0, str(LORA))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tnpeft.families.catalogue import family
-from tnpeft.families.parts import PAIR, STACK, Rank, Split, choose, digits, factor, line, scale, separate, splits
+from tnpeft.families.parts import PAIR, STACK, Rank, Split, choose, digits, effective, factor, line, separate, splits
 from tnpeft.networks import Factorization, Line, network
 
 _QKV = "q_proj|k_proj|v_proj|query|key|value|q|k|v|qkv/*|c_attn/*"
@@ -26,11 +26,12 @@ def cp(
     A stack index in ``modes`` is a mode of the tensor; each value of the others has a tensor of its own.
 
     Parameters: ``layer*proj*r*(1 + o1 + o2 + i1 + i2)``.
-    Start: the amplitudes w zero (with unit factors the only choice). Columns have unit norm, taken in the forward pass.
+    Start: the amplitudes w zero (the only choice with unit factors). Columns have unit norm, taken in the forward.
     Source: arXiv 2606.00428 (193 per component at 32 x 64 x 32 x 64 printed, line secondary, start unknown).
 
-    >>> print(cp(rank=21, out=(32, 64), inp=(32, 64)).network)
-    w[layer proj r] A[layer proj o1 r] B[layer proj o2 r] C[layer proj i1 r] D[layer proj i2 r] -> layer proj (o1 o2) (i1 i2)
+    >>> print(cp(rank=21, out=(32, 64), inp=(32, 64)).network)  # doctest: +NORMALIZE_WHITESPACE
+    w[layer proj r] A[layer proj o1 r] B[layer proj o2 r] C[layer proj i1 r] D[layer proj i2 r]
+        -> layer proj (o1 o2) (i1 i2)
     """
     per, rows, cols = separate(stack, modes), digits("out", out), digits("inp", inp)
     sides = (*rows, *cols, *modes)
@@ -52,8 +53,8 @@ def cp(
 def lorta(rank: int = 8, heads: str = "inp", per: Sequence[str] = (), alpha: float | None = None) -> Factorization:
     """LoRTA: one CP tensor for the whole model, with modes for heads, projections and layers.
 
-    ``heads="inp"`` splits the input side (the released PEFT fork), ``heads="out"`` the output side (the released Lit-GPT
-    fork). ``per=("proj",)`` or ``("layer",)`` is the ablation with one tensor for each projection or layer.
+    ``heads="inp"`` splits the input side (the released PEFT fork), ``heads="out"`` the output side (the released
+    Lit-GPT fork). ``per=("proj",)`` or ``("layer",)``: the ablation with one tensor for each projection or layer.
 
     Parameters: ``r*(out + dim + head + proj + layer)``.
     Start: B zero, A uniform on 1/sqrt(r), the gates uniform on sqrt(6/r). Scale: alpha/r.
@@ -80,7 +81,7 @@ def lorta(rank: int = 8, heads: str = "inp", per: Sequence[str] = (), alpha: flo
         name="lorta",
         ranks={"r": rank},
         init={"A": f"uniform({rank**-0.5})", "B": "zeros", **{name: gate for name in "HPL" if name in kept}},
-        scale=scale(alpha, rank),
+        scale=effective(alpha, rank),
         source="arXiv 2410.04060 (lines, start and formula as released; the paper's own orientation unknown)",
     )
 

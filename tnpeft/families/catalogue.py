@@ -1,4 +1,4 @@
-"""The catalogue: every declaration of the package by its name. A new family enters it by standing under ``@family``."""
+"""The catalogue: every declaration by its name. A new family enters it by standing under ``@family``."""
 
 from __future__ import annotations
 

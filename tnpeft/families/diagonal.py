@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tnpeft.families.catalogue import family
-from tnpeft.families.parts import Rank, scale
+from tnpeft.families.parts import Rank, effective
 from tnpeft.networks import Factorization, Line, network
 
 
@@ -35,7 +35,8 @@ def randlora(rank: int = 32, alpha: float | None = None) -> Factorization:
 
     Parameters: ``layer*proj*n*(a + inp)``.
     Parameters: ``layer*proj*n*(a + out)``.
-    Start: lam zero; gam ones (PEFT: 1/min(out, inp) on bases of spread 1, the same update up to scale). Scale: alpha/r.
+    Start: lam zero; gam ones (PEFT has 1/min(out, inp) on bases of spread 1: the same updates up to scale). Scale:
+    alpha/r.
     Source: arXiv 2502.00987 (lines as released in PEFT, count derived).
 
     >>> for line in randlora().lines:
@@ -50,7 +51,7 @@ def randlora(rank: int = 32, alpha: float | None = None) -> Factorization:
         lines=(Line(network(tall), "out>=inp"), Line(network(wide), "out<inp")),
         ranks={"a": rank, "n": "ceildiv(min(out, inp), a)"},
         init={"lam": "zeros", "lamT": "zeros", "gam": "ones", "gamT": "ones"},
-        scale=scale(alpha, rank),
+        scale=effective(alpha, rank),
         source="arXiv 2502.00987 (lines as released in PEFT, count derived)",
     )
 
@@ -86,8 +87,8 @@ def refta(rank: Rank = 15) -> Factorization:
     """ReFTA: two trained sides that all layers share, weighted by a fixed transform over depth; VeRA mirrored.
 
     Parameters: ``proj*a*(out + inp)``.
-    Start: A zero and a discrete cosine transform over depth (our choice; the release starts from the leading components
-    of the transformed weights and subtracts them, and adds one column for the bias to B).
+    Start: A zero, u a discrete cosine transform over depth (our choice; the release starts from the leading
+    components of the transformed weights and subtracts them; its B has one column more, for the bias).
     Source: ReFTA, CVPR 2026, code jzheng20/ReFTA (line derived from the code, counts derived).
 
     >>> print(refta().network)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tnpeft.families.catalogue import family
-from tnpeft.families.parts import PAIR, Split, choose, scale, splits
+from tnpeft.families.parts import PAIR, Split, choose, effective, splits
 from tnpeft.networks import Factorization
 
 
@@ -14,8 +14,8 @@ def lokr(
     """LoKr: a small matrix, Kronecker a large one of low rank.
 
     Parameters: ``layer*proj*(o1*i1 + r*(o2 + i2))``.
-    Start: ``zero="C"`` as in PEFT, ``zero="Q"`` as in LyCORIS; the others Kaiming. Scale: alpha/r. Where PEFT keeps the
-    large matrix whole (r at least half its longer side) the line is krona's.
+    Start: ``zero="C"`` as in PEFT, ``zero="Q"`` as in LyCORIS; the others Kaiming. Scale: alpha/r. Where PEFT keeps
+    the large matrix whole (r at least half its longer side) the line is krona's.
     Source: arXiv 2309.14859 (line as released, count derived).
 
     >>> print(lokr().network)
@@ -28,7 +28,7 @@ def lokr(
         ranks={"r": rank},
         splits=splits(out, inp),
         init={"C": "kaiming", "P": "kaiming", "Q": "kaiming", zero: "zeros"},
-        scale=scale(alpha, rank),
+        scale=effective(alpha, rank),
         source="arXiv 2309.14859 (line as released, count derived)",
     )
 
@@ -70,7 +70,7 @@ def loha(rank: int = 8, alpha: float | None = None) -> Factorization:
         name="loha",
         ranks={"r": rank, "s": rank},
         init={"B1": "kaiming", "A1": "kaiming", "B2": "kaiming", "A2": "zeros"},
-        scale=scale(alpha, rank),
+        scale=effective(alpha, rank),
         source="arXiv 2108.06098 (line as released, count printed)",
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tnpeft.families.catalogue import family
-from tnpeft.families.parts import Rank, scale
+from tnpeft.families.parts import Rank, effective
 from tnpeft.networks import Factorization
 
 
@@ -23,7 +23,7 @@ def lora(rank: int = 8, alpha: float | None = None, rslora: bool = False) -> Fac
         name="lora",
         ranks={"r": rank},
         init={"B": "zeros", "A": "kaiming"},
-        scale=scale(alpha, rank, rslora),
+        scale=effective(alpha, rank, rslora),
         source="arXiv 2106.09685 (line and start printed)",
     )
 
@@ -44,7 +44,7 @@ def lora_fa(rank: int = 8, alpha: float | None = None) -> Factorization:
         name="lora_fa",
         ranks={"r": rank},
         init={"B": "zeros", "A": "kaiming"},
-        scale=scale(alpha, rank),
+        scale=effective(alpha, rank),
         source="arXiv 2308.03303 (line derived, count printed)",
     )
 
@@ -65,7 +65,7 @@ def lora_xs(rank: int = 16, alpha: float | None = None) -> Factorization:
         name="lora_xs",
         ranks={"a": rank, "b": rank},
         init={"U": "svd", "V": "svd", "R": "normal(1e-5)"},
-        scale=scale(alpha, rank),
+        scale=effective(alpha, rank),
         source="arXiv 2405.17604 (line and start as released, count derived)",
     )
 
@@ -86,7 +86,7 @@ def moslora(rank: int = 8, alpha: float | None = None) -> Factorization:
         name="moslora",
         ranks={"a": rank, "b": rank},
         init={"B": "zeros", "M": "kaiming", "A": "kaiming"},
-        scale=scale(alpha, rank),
+        scale=effective(alpha, rank),
         source="arXiv 2406.11909 (line derived)",
     )
 
@@ -107,6 +107,6 @@ def nola(rank: int = 8, basis: Rank = 64, alpha: float | None = None) -> Factori
         name="nola",
         ranks={"m": basis, "n": basis, "a": rank},
         init={"x": "zeros"},
-        scale=scale(alpha, rank),
+        scale=effective(alpha, rank),
         source="arXiv 2310.02556 (line derived)",
     )

@@ -114,10 +114,10 @@ def choose(what: str, value: str, options: Iterable[str]) -> str:
     return value
 
 
-def scale(alpha: float | None, rank: int, rslora: bool = False) -> float:
+def effective(alpha: float | None, rank: int, rslora: bool = False) -> float:
     """The effective scale of the alpha rules: alpha/r, or alpha/sqrt(r) (arXiv 2312.03732); no alpha means alpha = r.
 
-    >>> scale(16, 8), scale(None, 8), scale(16, 4, rslora=True)
+    >>> effective(16, 8), effective(None, 8), effective(16, 4, rslora=True)
     (2.0, 1.0, 8.0)
     """
     return (rank if alpha is None else alpha) / (sqrt(rank) if rslora else rank)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from tnpeft.families.catalogue import family
 from tnpeft.families.parts import STACK, Rank, bonds, choose, factor, line, separate, spread
 from tnpeft.networks import Factorization
+from tnpeft.networks.factor import Group
 
 MODES = {
     "att": ("head",),
@@ -27,16 +28,15 @@ def tenslora(
     heads: str = "true",
     scale: float = 1.0,
 ) -> Factorization:
-    """TensLoRA: one tensor over the sides of the matrix and the modes of a construction; separate tensors for the rest.
+    """TensLoRA: one tensor over the sides of the matrix and the modes of a construction, separate ones over the rest.
 
     Constructions: att, qkv, depth, att_qkv, att_depth, qkv_depth, att_qkv_depth. Ranks are given in the order input,
-    output (inside a head if heads are a mode), head, projection, layer. ``core`` is ``"tucker"``, ``"cp"`` (one rank) or
-    ``"tt"`` (a chain in that order, one rank fewer; our addition). ``heads="interleaved"`` is the released layout, in
-    which a head is every H-th output feature; ``"true"`` keeps heads contiguous, as models have them.
+    output (inside a head if heads are a mode), head, projection, layer. ``core`` is ``"tucker"``, ``"cp"`` (one rank)
+    or ``"tt"`` (a chain in that order, one rank fewer; our addition). ``heads="interleaved"`` is the released layout,
+    in which a head is every H-th output feature; ``"true"`` keeps heads contiguous, as models have them.
 
     Parameters: ``a*b*c*d + a*inp + b*out + c*proj + d*layer``.
-    Start: the Tucker core, the input matrix of CP or the first matrix of the chain zero, the others orthogonal. Scale: a
-    plain number, not divided by the rank.
+    Start: the Tucker core, or else U1, zero; the others orthogonal. Scale: a plain number, not divided by the rank.
     Source: arXiv 2509.19391 (lines, start and formula as released; "tt" our reading).
 
     >>> print(tenslora("qkv_depth", ranks=(8, 8, 3, 8)).network)
@@ -51,9 +51,11 @@ def tenslora(
     by_head = "head" in modes
     sides = ("inp", "dim" if by_head else "out", *modes)
     labels = [f"U{k}" for k in range(1, len(sides) + 1)]
+    names: Group
+    joints: list[Group]
     if core == "cp":
-        names: Sequence[str] = ("r",)
-        joints = [("r",)] * len(sides)
+        names = ("r",)
+        joints = [names] * len(sides)
         factors, zero = ["^w[r]"], "U1"
     elif core == "tt":
         names = bonds(len(sides) - 1)

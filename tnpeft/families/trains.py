@@ -89,8 +89,9 @@ def tensor_ring(
     Start: the first factor zero.
     Source: textbook form (derived).
 
-    >>> print(tensor_ring().network)
-    G1[layer proj d o1 a] G2[layer proj a o2 b] G3[layer proj b i1 c] G4[layer proj c i2 d] -> layer proj (o1 o2) (i1 i2)
+    >>> print(tensor_ring().network)  # doctest: +NORMALIZE_WHITESPACE
+    G1[layer proj d o1 a] G2[layer proj a o2 b] G3[layer proj b i1 c] G4[layer proj c i2 d]
+        -> layer proj (o1 o2) (i1 i2)
     """
     per, rows, cols = separate(stack, modes), digits("out", out), digits("inp", inp)
     sides = [(side,) for side in (*rows, *modes, *cols)]
@@ -151,8 +152,9 @@ def dota(
     Start: the TT-SVD of the base weight; the difference from the frozen twin is zero.
     Source: arXiv 2412.20891 (line derived, no code known).
 
-    >>> print(dota(out=(None, None), inp=(None, None)).network)
-    G1[layer proj o1 i1 a] G2[layer proj a o2 i2] - ~G1[layer proj o1 i1 a] ~G2[layer proj a o2 i2] -> layer proj (o1 o2) (i1 i2)
+    >>> print(dota(out=(None, None), inp=(None, None)).network)  # doctest: +NORMALIZE_WHITESPACE
+    G1[layer proj o1 i1 a] G2[layer proj a o2 i2] - ~G1[layer proj o1 i1 a] ~G2[layer proj a o2 i2]
+        -> layer proj (o1 o2) (i1 i2)
     """
     rows, cols = digits("out", out), digits("inp", inp)
     if len(rows) != len(cols):

@@ -14,9 +14,9 @@ from tnpeft.families.parts import (
     bonds,
     choose,
     digits,
+    effective,
     factor,
     line,
-    scale,
     separate,
     splits,
     spread,
@@ -35,8 +35,8 @@ def tucker(
 ) -> Factorization:
     """Tucker over any digits of the sides and any stack indices: a core and a matrix for each mode.
 
-    A stack index in ``modes`` is a mode of the tensor; each value of the others has a tensor of its own. Ranks are given
-    in the order rows, columns, modes.
+    A stack index in ``modes`` is a mode of the tensor; each value of the others has a tensor of its own. Ranks are
+    given in the order rows, columns, modes.
 
     Parameters: ``layer*proj*(a*b + a*out + b*inp)``.
     Start: the core G zero.
@@ -127,7 +127,7 @@ def lotr(rank: int = 8, per: Sequence[str] = (), alpha: float | None = None) -> 
         name="lotr",
         ranks={"a": rank, "b": rank},
         init={"U": "normal(1)", "G": "zeros", "V": "normal(1)"},
-        scale=scale(alpha, rank),
+        scale=effective(alpha, rank),
         source="arXiv 2402.01376 (line and start as released)",
     )
 
@@ -214,8 +214,8 @@ def tera(
 ) -> Factorization:
     """TeRA-like: a frozen random Tucker network that all sites share, with trained diagonals at every site.
 
-    Where the diagonals sit is not known. ``reading="H1"`` puts them on the bonds, ``"H2"`` on the modes; by default every
-    bond is as wide as its mode, where both readings count the same.
+    Where the diagonals sit is not known. ``reading="H1"`` puts them on the bonds, ``"H2"`` on the modes; by default
+    every bond is as wide as its mode, where both readings count the same.
 
     Parameters: ``layer*proj*(a + b + c + d)``.
     Start: the first diagonal zero, the others one (our choice). Scale: a plain number.

@@ -15,10 +15,10 @@ _ORDER = (
     ("q_proj", "query", "q", "c_attn/out:0", "qkv"),
     ("k_proj", "key", "k", "c_attn/out:1"),
     ("v_proj", "value", "v", "c_attn/out:2"),
-    ("o_proj", "out_proj", "o", "attn_output"),
+    ("o_proj", "out_proj", "o", "attn_output", "attn_c_proj"),
     ("fc1", "gate_proj", "c_fc", "intermediate"),
     ("up_proj",),
-    ("fc2", "down_proj", "c_proj", "output"),
+    ("fc2", "down_proj", "c_proj", "output", "mlp_c_proj"),
 )
 
 
@@ -75,23 +75,26 @@ class Layout:
 
     def count(self, *, frozen: bool = False) -> int:
         """Elements of all trainable pieces; with ``frozen`` those of the frozen ones as well."""
-        kinds = ("trainable", "frozen") if frozen else ("trainable",)
-        return sum(piece.size for piece in self.pieces if piece.kind in kinds)
+        return sum(self.by_factor(frozen=frozen).values())
 
-    def by_factor(self) -> dict[str, int]:
-        """Elements of each trainable factor over the whole selection."""
+    def by_factor(self, *, frozen: bool = False) -> dict[str, int]:
+        """Elements of each trainable factor over the whole selection; with ``frozen`` of the frozen ones as well."""
+        kinds = ("trainable", "frozen") if frozen else ("trainable",)
         counts: dict[str, int] = {}
         for piece in self.pieces:
-            if piece.kind == "trainable":
+            if piece.kind in kinds:
                 counts[piece.label] = counts.get(piece.label, 0) + piece.size
         return counts
 
 
-def layout(f: Factorization, sites: Iterable[Site], projs: Sequence[str] = ()) -> Layout:
+def layout(
+    f: Factorization, sites: Iterable[Site], projs: Sequence[str] = (), *, stack: Mapping[str, int] | None = None
+) -> Layout:
     """Place a factorization on sites.
 
     A factor is stored once for every value of ``layer`` and ``proj`` that it carries and for every distinct
-    shape; every other sharing is by not carrying the index. ``projs`` fixes the order of the projections.
+    shape; every other sharing is by not carrying the index. ``projs`` fixes the order of the projections, ``stack``
+    gives the sizes of ``task`` and ``replica``.
 
     Raises:
         NetworkError: a line does not fit a site (the message names it), or a stack index has no meaning in a model.
@@ -110,8 +113,8 @@ def layout(f: Factorization, sites: Iterable[Site], projs: Sequence[str] = ()) -
     raw = []
     for site, line in zip(chosen, lines, strict=True):
         served = [other for other, its in zip(chosen, lines, strict=True) if its is line]
-        stack = {"layer": len({s.layer for s in served}), "proj": len({s.proj for s in served})}
-        raw.append((site, line, _site_sizes(f, line, site, stack)))
+        axes = {**(stack or {}), "layer": len({s.layer for s in served}), "proj": len({s.proj for s in served})}
+        raw.append((site, line, _site_sizes(f, line, site, axes)))
     shared = _several_shapes(raw)
     placements = tuple(
         Placement(site, line, _site_network(line.network), sizes, _pieces(site, line, sizes, shared))

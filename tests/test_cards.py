@@ -1,0 +1,165 @@
+"""Model cards against transformers' own module trees, and the selection of sites."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tnpeft.counting import biases, card, groups, names, sites
+from tnpeft.networks import NetworkError
+
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "vocab_size": 40,
+}
+GROUPED = {**SIZES, "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+TINY = {
+    "opt": {
+        **{key: size for key, size in SIZES.items() if key != "intermediate_size"},
+        **{"ffn_dim": 48, "word_embed_proj_dim": 16},
+    },
+    "bert": SIZES,
+    "roberta": SIZES,
+    "vit": {key: size for key, size in SIZES.items() if key != "vocab_size"},
+    "gpt2": {
+        **{"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 40, "n_inner": None},
+        **{"bos_token_id": 0, "eos_token_id": 1},
+    },
+    "llama": {**GROUPED, "attention_bias": True},
+    "mistral": {**GROUPED, "head_dim": 16},
+    "qwen2": GROUPED,
+    "qwen3": {**GROUPED, "head_dim": 16},
+}
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_card_agrees_with_the_modules_of_transformers(kind: str) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModel
+    from transformers.pytorch_utils import Conv1D
+
+    config = AutoConfig.for_model(kind, **TINY[kind])
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    linears = {
+        name: (module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape, module.bias)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and any(part.isdigit() for part in name.split("."))
+    }
+    covered = dict.fromkeys(linears, 0)
+    for site in sites(config, "all-linear"):
+        (out, inp), _ = linears[site.module]
+        assert inp == site.inp
+        assert site.start == covered[site.module]
+        covered[site.module] += site.out
+        assert covered[site.module] <= out
+    assert covered == {name: shape[0] for name, (shape, _) in linears.items()}
+    assert biases(config, "all-linear") == sum(bias.numel() for _, bias in linears.values() if bias is not None)
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_head_agrees_with_transformers(kind: str) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification
+
+    config = AutoConfig.for_model(kind, **TINY[kind], num_labels=3)
+    auto = AutoModelForImageClassification if kind == "vit" else AutoModelForSequenceClassification
+    with torch.device("meta"):
+        model = auto.from_config(config)
+    base = {id(parameter) for parameter in model.base_model.parameters()}
+    pooler = sum(p.numel() for name, p in model.named_parameters() if ".pooler." in name)
+    head = sum(p.numel() for p in model.parameters() if id(p) not in base)
+    assert head == card(config).head(labels=3), f"pooler has {pooler}"
+
+
+@pytest.mark.parametrize(
+    ("model", "linears"),
+    [  # elements of the layers' linears: published totals less embeddings, norms and biases, worked out by hand
+        ("facebook/opt-1.3b", 24 * 12 * 2048**2),
+        ("facebook/opt-350m", 24 * 12 * 1024**2),
+        ("roberta-base", 84_934_656),
+        ("gpt2", 84_934_656),
+        ("meta-llama/Llama-2-7b-hf", 6_738_415_616 - 2 * 32000 * 4096 - 65 * 4096),
+        ("meta-llama/Llama-3.1-8B", 8_030_261_248 - 2 * 128256 * 4096 - 65 * 4096),
+        ("meta-llama/Llama-3.2-1B", 1_235_814_400 - 128256 * 2048 - 33 * 2048),
+        ("mistralai/Mistral-7B-v0.1", 7_241_732_096 - 2 * 32000 * 4096 - 65 * 4096),
+        ("Qwen/Qwen2.5-0.5B", 494_032_768 - 151936 * 896 - 49 * 896 - 24 * (896 + 2 * 128)),
+        ("Qwen/Qwen3-0.6B", 596_049_920 - 151936 * 1024 - 57 * 1024 - 28 * 2 * 128),
+        ("HuggingFaceTB/SmolLM2-135M", 134_515_008 - 49152 * 576 - 61 * 576),
+    ],
+)
+def test_linears_add_up_to_the_published_size(model: str, linears: int) -> None:
+    assert sum(site.out * site.inp for site in sites(model, "all-linear")) == linears
+
+
+def test_every_named_card_is_consistent() -> None:
+    for name in names():
+        its = card(name)
+        assert its.name == name
+        assert its.sizes["heads"] % its.sizes["kv_heads"] == 0
+        assert {p.name for p in its.select()} == set(its.default)
+        assert {p.role for p in its.select()} == {"q", "v"}
+        assert len(sites(name, "all-linear")) == its.layers * len(its.projections)
+        assert its.projections[0].out == its.sizes["heads"] * its.sizes["head_dim"]
+
+
+def test_names_are_found_in_any_case_and_without_the_owner() -> None:
+    assert card("FACEBOOK/OPT-350M") == card("opt-350m")
+    assert card("opt-350m").sizes["embed"] == 512
+    assert card("opt-350m").head(2) == 1024
+    assert card("bert-base-cased") == card("google-bert/bert-base-uncased")
+
+
+def test_a_config_file_and_its_folder_give_the_same_card(tmp_path) -> None:
+    config = {"model_type": "llama", **GROUPED}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert card(tmp_path).projections == card(tmp_path / "config.json").projections == card(config).projections
+    assert [(g.out, g.inp, g.count) for g in groups(sites(tmp_path, "q,k,v,up"))] == [
+        (32, 32, 2),
+        (16, 32, 4),
+        (48, 32, 2),
+    ]
+
+
+def test_targets_are_names_path_ends_roles_or_all() -> None:
+    def chosen(model: str, targets: object) -> list[str]:
+        return [p.name for p in card(model).select(targets)]
+
+    assert chosen("roberta-base", None) == ["query", "value"]
+    assert chosen("roberta-base", "dense") == ["attn_output", "intermediate", "output"]
+    assert chosen("roberta-base", "attention.output.dense") == ["attn_output"]
+    assert chosen("gpt2", "c_attn") == ["c_attn/out:0", "c_attn/out:1", "c_attn/out:2"]
+    assert chosen("gpt2", "attn.c_proj, mlp.c_proj") == ["attn_c_proj", "mlp_c_proj"]
+    assert chosen("opt-125m", ["v_proj", "q_proj", "v_proj"]) == ["v_proj", "q_proj"]
+    assert chosen("opt-125m", "q,v") == ["q_proj", "v_proj"]
+    assert len(chosen("opt-125m", "all-linear")) == 6
+
+
+def test_layers_are_counted_from_zero_but_modules_keep_their_place() -> None:
+    found = sites("opt-125m", "q_proj", layers=[10, 11])
+    assert [(s.layer, s.module) for s in found] == [
+        (0, "decoder.layers.10.self_attn.q_proj"),
+        (1, "decoder.layers.11.self_attn.q_proj"),
+    ]
+    with pytest.raises(NetworkError, match="no layers"):
+        sites("opt-125m", layers=[12])
+
+
+def test_errors_name_the_input_and_the_remedy(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(NetworkError, match=r"facebook/opt-1\.3b"):
+        card("facebook/opt-1.3")
+    with pytest.raises(NetworkError, match="q_proj, k_proj, v_proj"):
+        sites("opt-125m", "query")
+    with pytest.raises(NetworkError, match="mamba"):
+        card({"model_type": "mamba"})
+    with pytest.raises(NetworkError, match="num_hidden_layers"):
+        card({"model_type": "opt", "hidden_size": 8, "num_attention_heads": 2})
+    with pytest.raises(NetworkError, match="cannot be read"):
+        card(tmp_path)
+    with pytest.raises(NetworkError, match="no target"):
+        sites("opt-125m", [])

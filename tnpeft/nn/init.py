@@ -1,0 +1,201 @@
+"""Start values: what a factor holds before training, by its name, the seed and its sites alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import lru_cache
+from math import prod
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tnpeft.counting.layout import Layout, Piece, Placement
+from tnpeft.networks import NetworkError, Site
+from tnpeft.nn import patterns, specs
+from tnpeft.nn.philox import Array, normal, orthonormal, uniform
+from tnpeft.nn.specs import Spec
+
+
+def factor_hash(tensor: Tensor) -> str:
+    """A short hash of a factor's shape and its fp32 values, the same on every machine.
+
+    >>> factor_hash(torch.zeros(2, 3))
+    '910238ea1f5f785d'
+    """
+    array = tensor.detach().to("cpu", torch.float32).contiguous().numpy().astype("<f4")
+    return hashlib.sha256(repr(array.shape).encode() + array.tobytes()).hexdigest()[:16]
+
+
+class Starter:
+    """Start values of every piece of a layout: ``starter(piece)`` is an fp32 tensor of ``piece.shape`` on the CPU.
+
+    Named starts are those of ``Factorization.init``; a list or an array is a start too, of a piece's shape or with
+    the factor's layer and proj axes as declared. What is not named follows two rules:
+
+    - *One zero factor.* In every term in which no factor is named zero, the first trainable factor that is not
+      named starts at zero, so that the update is zero and a gradient reaches that factor. A network with frozen
+      twins (``~G`` beside ``G``) starts at zero by the difference and gets none. A term whose trainable factors are
+      all named starts as declared.
+    - *Variance.* The others are normal with one standard deviation per term, such that every entry of what
+      multiplies the zero factor (of the term itself, where none is zero) has standard deviation
+      ``1 / sqrt(columns)``: a unit-variance input stays one. Independent zero-mean factors give entries of
+      ``prod(std) * sqrt(prod(summed sizes))``; named factors count with their own root mean square, data as 1. A
+      factor in several sites or terms takes the smallest standard deviation that they ask for.
+
+    Fan-in is the number of entries that one output of the factor sums: all but its row indices if it has any, else
+    its column indices, else its last axis; fan-out is the mirror image. ``kaiming`` is uniform within
+    ``1 / sqrt(fan-in)`` (LoRA's A), ``xavier`` within ``sqrt(6 / (fan-in + fan-out))``. ``orthogonal`` and ``eye``
+    see a matrix: the axes split in the middle; a vector that is stored per layer or projection is a row of the
+    matrix that these make.
+
+    Random numbers are raw Philox words keyed by (seed, label, layer, proj): they depend on nothing else, and the
+    seed, not the process, decides them. A frozen twin repeats its factor's start.
+
+    Args:
+        layout: the factorization on its sites.
+        seed: of all random factors.
+        weight: the base weight of a site, fp32 ``[out, inp]``; called by svd, tt_svd and base only.
+
+    Raises:
+        NetworkError: a start does not fit its factor, or two factors of a term would start at zero.
+
+    >>> from tnpeft.networks import Factorization
+    >>> from tnpeft.counting.layout import layout
+    >>> f = Factorization.of("B[out r] A[r inp] -> out inp", ranks={"r": 2}, init={"A": "kaiming"})
+    >>> starter = Starter(layout(f, [Site(0, "q_proj", 4, 8)]), seed=0)
+    >>> {piece.label: tuple(starter(piece).shape) for piece in starter.layout.pieces}
+    {'B': (4, 2), 'A': (2, 8)}
+    """
+
+    def __init__(self, layout: Layout, seed: int = 0, weight: Callable[[Site], Tensor] | None = None) -> None:
+        self.layout, self.seed, self._weight = layout, seed, weight
+        self._places: dict[Piece, list[Placement]] = {}
+        for placement in layout.placements:
+            for piece in placement.pieces.values():
+                self._places.setdefault(piece, []).append(placement)
+        self._named = {label: specs.start(value, label) for label, value in layout.factorization.init.items()}
+        self.zeros = specs.zero_labels(layout.factorization, self._named)
+        self._parts = lru_cache(maxsize=1)(self._svd_of)
+        self._cores = lru_cache(maxsize=1)(self._tt_svd_of)
+
+    def __call__(self, piece: Piece) -> Tensor:
+        """The start value of one piece."""
+        placement = self._places[piece][0]
+        if piece.label.startswith("~"):
+            twin = placement.pieces[piece.label[1:]]
+            if (twin.shape, twin.layer, twin.proj) != (piece.shape, piece.layer, piece.proj):
+                raise NetworkError(
+                    f"~{twin.label} cannot repeat the start of {twin.label}",
+                    line=str(placement.line.network),
+                    remedy="let the two carry the same stack indices",
+                )
+            return self(twin)
+        start = self._start_of(piece)
+        if isinstance(start, Tensor):
+            return self._from_array(start, piece)
+        value = self._value(start, piece, placement)
+        tensor = value if isinstance(value, Tensor) else torch.from_numpy(np.asarray(value, dtype=np.float32))
+        return tensor.to("cpu", torch.float32, copy=True).reshape(piece.shape).contiguous()
+
+    def _start_of(self, piece: Piece) -> Spec | Tensor:
+        if (named := self._named.get(piece.label)) is not None:
+            return named
+        return Spec("zeros") if piece.label in self.zeros else Spec("normal", (self._balanced(piece),))
+
+    def _value(self, spec: Spec, piece: Piece, placement: Placement) -> Array | Tensor:
+        if spec.name in ("zeros", "ones", "constant"):
+            fill = {"zeros": 0.0, "ones": 1.0}.get(spec.name)
+            return np.full(piece.shape, spec.numbers[0] if fill is None else fill)
+        if spec.name in ("normal", "uniform", "kaiming", "xavier"):
+            draw = normal if spec.name == "normal" else uniform
+            return draw(piece.size, *self._key(piece)) * specs.spread(spec, piece, placement)
+        if spec.name in ("orthogonal", "eye"):
+            return self._matrix(spec, piece)
+        if spec.name in ("dct", "circulant"):
+            return (patterns.dct if spec.name == "dct" else patterns.circulant)(piece, placement)
+        return self._from_weight(spec, piece)
+
+    def _key(self, piece: Piece) -> tuple[str | int | None, ...]:
+        return self.seed, piece.label, piece.layer, piece.proj
+
+    def _matrix(self, spec: Spec, piece: Piece) -> Array:
+        shape, row, key = piece.shape, -1, self._key(piece)
+        axes = [axis for index in ("layer", "proj") if (axis := self._position(index, piece))]
+        if len(shape) == 1 and axes:
+            row = 0
+            for position, length in axes:
+                row = row * length + position
+            shape, key = (prod(length for _, length in axes), *shape), (self.seed, piece.label, None, None)
+        rows = prod(shape[: len(shape) // 2])
+        columns = prod(shape) // rows
+        if spec.name == "eye":
+            matrix = np.eye(rows, columns)
+        else:
+            matrix = orthonormal(normal(rows * columns, *key).reshape(rows, columns))
+        return matrix if row < 0 else matrix[row]
+
+    # ---- arrays and the base weight
+
+    def _from_array(self, array: Tensor, piece: Piece) -> Tensor:
+        net = self._places[piece][0].line.network
+        inner = iter(piece.shape)
+        axes = [self._position(index, piece) for index in net.factor(piece.label).indices]
+        stacked = tuple(next(inner) if axis is None else axis[1] for axis in axes)
+        if tuple(array.shape) == stacked:
+            array = array[tuple(slice(None) if axis is None else axis[0] for axis in axes)]
+        if tuple(array.shape) != piece.shape:
+            shapes = " or ".join(map(str, dict.fromkeys((piece.shape, stacked))))
+            raise NetworkError(
+                f"the start of factor {piece.label!r} has the shape {tuple(array.shape)}",
+                line=str(net),
+                remedy=f"pass an array of shape {shapes}",
+            )
+        return array.clone(memory_format=torch.contiguous_format)
+
+    def _position(self, index: str, piece: Piece) -> tuple[int, int] | None:
+        """Where the piece stands on a layer or proj axis, and the axis's length; None for any other index."""
+        if index == "layer" and piece.layer is not None:
+            return self.layout.layers.index(piece.layer), len(self.layout.layers)
+        if index == "proj" and piece.proj is not None:
+            return self.layout.projs.index(piece.proj), len(self.layout.projs)
+        return None
+
+    def _from_weight(self, spec: Spec, piece: Piece) -> Tensor:
+        if len(self._places[piece]) > 1:
+            raise NetworkError(
+                f"factor {piece.label!r} serves {len(self._places[piece])} sites and cannot start as {spec.name!r}",
+                remedy="the base weight differs from site to site: let the factor carry layer and proj",
+            )
+        placement = self._places[piece][0]
+        if spec.name == "base":
+            return patterns.base(piece, placement, self._base(placement.site))
+        if spec.name == "svd":
+            power = spec.numbers[0] if spec.numbers else None
+            return patterns.svd(piece, placement, self._parts(placement.site), power)
+        return self._cores(placement.site)[piece.label]
+
+    def _base(self, site: Site) -> Tensor:
+        if self._weight is None:
+            raise NetworkError(
+                "this start needs the base weight", remedy="pass weight=, a function from a site to its [out, inp]"
+            )
+        return self._weight(site).detach().to("cpu", torch.float32)
+
+    def _svd_of(self, site: Site) -> tuple[Tensor, Tensor, Tensor]:
+        return patterns.signed_svd(self._base(site))
+
+    def _tt_svd_of(self, site: Site) -> dict[str, Tensor]:
+        placement = next(p for p in self.layout.placements if p.site == site)
+        labels = [label for label in placement.pieces if self._named.get(label) == Spec("tt_svd")]
+        return patterns.tt_svd(labels, placement, self._base(site))
+
+    def _balanced(self, piece: Piece) -> float:
+        """The standard deviation of a factor that is not named, by the variance rule."""
+        return min(
+            specs.balanced(placement, term, self._named, self.zeros)
+            for placement in self._places[piece]
+            for term in placement.network.terms
+            if any(factor.name == piece.label for factor in term.factors)
+        )

@@ -127,10 +127,10 @@ def tensor_guide(rank: int = 8, bond: int = 8, noise: int = 8, alpha: float | No
     """TensorGuide-like: one tensor train, fed with frozen noise at every site, emits both factors of a LoRA.
 
     The source says that two correlated low-rank matrices come from one tensor train driven by Gaussian noise; its
-    split and its cores are not known. **Our reading**: the cores G1 and G2 serve both factors (each stands twice), and
-    U and V are the two ends that turn their signal into rows and columns.
+    split and its cores are not known. **Our reading**: the cores G1 and G2 serve both factors (each stands twice);
+    U and V are the ends that turn their signal into rows and columns.
 
-    Parameters: ``n*a + a*m*b + b*out + b*inp``.
+    Parameters: ``n*a + a*m*b + b*out + d*inp``.
     Start: U zero (a zero in a core that stands twice would be a dead start). Scale: alpha/r.
     Source: arXiv 2506.16456 (abstract printed, line our reading).
 

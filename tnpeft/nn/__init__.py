@@ -1,1 +1,24 @@
+"""WITH torch: contract a network, execute a plan, initialise factors, fit them to a dense target."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "dense": "contract",
+    "Program": "execute",
+    "program": "execute",
+    "Starter": "init",
+    "fit": "fit",
+}
+
+__all__ = [*_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'tnpeft.nn' has no attribute {name!r}")
+    value = getattr(import_module(f"tnpeft.nn.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

@@ -13,6 +13,8 @@ from tnpeft.planning.build import Builder
 from tnpeft.planning.search import Operand, Path, Weights, search
 from tnpeft.planning.steps import Plan, fresh
 
+OBJECTIVES = ("time", "macs", "written", "saved")
+
 _TIE = 1 << 128  # what is minimised comes first, "time" breaks ties
 _TRAFFIC = 64  # multiply-adds that moving one element is worth (cotengra's default ratio)
 _FEW = 4  # terms up to which every choice of terms to rebuild is tried
@@ -23,10 +25,8 @@ def weights(minimize: str, training: bool) -> Weights:
     time = {"macs": 1, "backward": int(training), "written": _TRAFFIC, "saved": _TRAFFIC}
     if minimize == "time":
         return Weights(**time)
-    if minimize not in ("macs", "written", "saved"):
-        raise NetworkError(
-            f"minimize={minimize!r} is no objective", remedy="choose from 'time', 'macs', 'written', 'saved'"
-        )
+    if minimize not in OBJECTIVES:
+        raise NetworkError(f"minimize={minimize!r} is no objective", remedy=f"choose from {', '.join(OBJECTIVES)}")
     return Weights(**{**time, minimize: time[minimize] + _TIE})
 
 

@@ -1,0 +1,94 @@
+"""A plan as a program: a flat list of operations on two tensors, with nothing left to decide when it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from math import prod
+
+from torch import Tensor
+
+from tnpeft.networks import Network, NetworkError
+from tnpeft.networks.sizes import Size, bind, integers
+from tnpeft.nn.contract import run
+from tnpeft.nn.lower import lower
+from tnpeft.planning.planner import planned
+from tnpeft.planning.steps import Plan
+
+
+def program(
+    net: Network,
+    sizes: Mapping[str, Size],
+    *,
+    tokens: int = 2048,
+    minimize: str = "time",
+    training: bool = True,
+) -> Program:
+    """The program of one site's network, best at about ``tokens`` rows of activations; kept by value.
+
+    It runs on any number of rows. ``minimize`` and ``training`` are those of :func:`tnpeft.plan`.
+
+    Raises:
+        NetworkError: a stack index is still open, or a size is missing or no whole number.
+
+    >>> from tnpeft.networks import network
+    >>> run = program(network("B[out r] A[r inp] -> out inp"), {"out": 4, "r": 2, "inp": 3})
+    >>> run.labels, len(run.plan.steps)
+    (('B', 'A'), 2)
+    """
+    dims = integers(net, bind(net, sizes, {}))
+    return _program(net, tuple(dims.items()), tokens, minimize, training)
+
+
+@lru_cache(maxsize=1024)
+def _program(net: Network, dims: tuple[tuple[str, int], ...], tokens: int, minimize: str, training: bool) -> Program:
+    net.require_matrix()
+    if net.stack:
+        raise NetworkError(
+            f"the stack index {net.stack[0]!r} is still open",
+            line=str(net),
+            remedy=f"select one site first: net.select({net.stack[0]!r})",
+        )
+    return Program(planned(net, dims, tokens, minimize, training), planned(net, dims, None, minimize, training))
+
+
+class Program:
+    """One site's update of its output, compiled from a plan.
+
+    ``labels`` is the order in which the factors' tensors are passed. A call is a pure function of them, of the
+    activations and of the base output: no state, so checkpointing, compiling and double differentiation work.
+
+    >>> import torch
+    >>> from tnpeft.networks import network
+    >>> run = program(network("B[out r] A[r inp] -> out inp"), {"out": 4, "r": 2, "inp": 3})
+    >>> run(torch.ones(5, 3), [torch.ones(4, 2), torch.ones(2, 3)], base=torch.ones(5, 4), scale=0.5).unique()
+    tensor([4.])
+    """
+
+    def __init__(self, plan: Plan, dense: Plan) -> None:
+        net, sizes = plan.network, plan.sizes
+        self.plan = plan
+        self.labels = tuple(net.label(factor) for factor in net.factors)
+        self.rows = prod(sizes[index] for index in net.rows)
+        self.cols = prod(sizes[index] for index in net.cols)
+        self._dense = dense
+        self._body, self._tail = lower(plan, self.labels)
+
+    def __call__(
+        self, x: Tensor, operands: Sequence[Tensor], base: Tensor | None = None, scale: float = 1.0
+    ) -> Tensor:
+        """``base + scale * x @ dW.T``, out of place; ``x [..., inp]``, ``base [..., out]`` or None for zero."""
+        values = [*operands, x.reshape(-1, self.cols)]
+        for function, a, b in self._body:
+            values.append(function(values[a], values[b]))
+        total = None if base is None else base.reshape(-1, self.rows)
+        for accumulate, a, b, sign in self._tail:
+            total = accumulate(total, values[a], values[b], sign * scale)
+        assert total is not None  # a network has at least one term
+        return total.reshape(*x.shape[:-1], self.rows)
+
+    def delta(self, operands: Sequence[Tensor], scale: float = 1.0) -> Tensor:
+        """``scale * dW``, ``[rows, cols]``."""
+        matrix: Tensor = run(self._dense, dict(zip(self.labels, operands, strict=True)))
+        matrix = matrix.reshape(self.rows, self.cols)
+        return matrix if scale == 1.0 else matrix * scale

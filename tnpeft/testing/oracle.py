@@ -26,7 +26,7 @@ def brute(net: Network, factors: Arrays, *, absolute: bool = False) -> NDArray[A
     array([[3.],
            [3.]])
     """
-    size = {i: n for f in net.factors for i, n in zip(f.indices, factors[net.label(f)].shape, strict=True)}
+    size = {i: n for f in net.uses() for i, n in zip(f.indices, factors[net.label(f)].shape, strict=True)}
     total: NDArray[Any] = np.zeros([size[i] for i in net.outer])
     for term in net.terms:
         arrays = [factors[net.label(factor)] for factor in term.factors]

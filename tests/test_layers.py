@@ -1,0 +1,152 @@
+"""An import only ever points left, and what must start fast never loads torch. Each test has a twin that fails."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import tnpeft
+
+ROOT = Path(tnpeft.__file__).parent
+ORDER = (
+    {"networks"},
+    {"families"},
+    {"counting"},
+    {"planning"},
+    {"nn"},
+    {"drawing", "testing"},
+    {"adapters"},
+    {"studies"},
+    {"cli"},
+)
+RANK = {name: place for place, layer in enumerate(ORDER) for name in layer}
+WITHOUT_TORCH = ("networks", "families", "counting", "planning", "drawing", "testing", "cli")
+
+
+def imports(source: str, package: tuple[str, ...]) -> Iterator[str]:
+    """Dotted names that a module imports, names of the top package resolved to the layer they come from."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name != "tnpeft")
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            name = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (resolved(alias.name) for alias in node.names) if name == "tnpeft" else [name]
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "tnpeft":
+            yield resolved(node.attr)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            yield from (
+                arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)
+            )
+
+
+def resolved(name: str) -> str:
+    """Where a name of the top package lives."""
+    layer = tnpeft._HOME.get(name, name)
+    return f"tnpeft.{layer}" if layer in RANK else "tnpeft"
+
+
+def pointing_right(source: str, path: Path) -> list[str]:
+    """The layers to the right of, or beside, its own that a module imports."""
+    package = ("tnpeft", *path.parent.parts)
+    own = path.parts[0].removesuffix(".py")
+    layers = [name.split(".")[1] for name in imports(source, package) if name.startswith("tnpeft.")]
+    return [layer for layer in layers if layer != own and RANK.get(layer, 0) >= RANK[own]]
+
+
+def modules() -> list[Path]:
+    return [path for path in sorted(ROOT.rglob("*.py")) if path.parent != ROOT or path.stem in RANK]
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_imports_point_left(path: Path) -> None:
+    assert pointing_right(path.read_text(), path.relative_to(ROOT)) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "module", "found"),
+    [
+        ("import tnpeft.nn.execute", "planning/search.py", ["nn"]),
+        ("from tnpeft.adapters import config", "nn/init.py", ["adapters"]),
+        ("from tnpeft import dense", "counting/rank.py", ["nn"]),
+        ("from tnpeft import nn", "families/lora.py", ["nn"]),
+        ("from ..planning import plan", "counting/rank.py", ["planning"]),
+        ("from . import notation", "networks/network.py", []),
+        ("import tnpeft\ntnpeft.plan(1)", "networks/network.py", ["planning"]),
+        ("def f():\n    from tnpeft.studies import sweep", "adapters/model.py", ["studies"]),
+        ("import importlib\nimportlib.import_module('tnpeft.cli')", "studies/sweep.py", ["cli"]),
+        ("from tnpeft.drawing import draw", "testing/check.py", ["drawing"]),
+        ("from tnpeft import __version__\nfrom tnpeft.networks import Network", "counting/rank.py", []),
+    ],
+)
+def test_an_import_that_points_right_is_found(source: str, module: str, found: list[str]) -> None:
+    assert pointing_right(source, Path(module)) == found
+
+
+def foreign(source: str) -> set[str]:
+    """Top-level packages outside the standard library and this package that a module imports."""
+    tops = {name.split(".")[0] for name in imports(source, ("tnpeft", "networks"))}
+    return tops - sys.stdlib_module_names - {"tnpeft", ""}
+
+
+def test_networks_import_the_standard_library_only() -> None:
+    assert {
+        path.name: found for path in (ROOT / "networks").glob("*.py") if (found := foreign(path.read_text()))
+    } == {}
+    assert foreign("import os, numpy.linalg\nfrom sympy import Symbol") == {"numpy", "sympy"}
+
+
+def test_one_module_talks_to_the_path_optimisers() -> None:
+    optimisers = {"cotengra", "opt_einsum"}
+    users = {p.relative_to(ROOT).as_posix() for p in modules() if foreign(p.read_text()) & optimisers}
+    assert users <= {"planning/search.py"}
+
+
+def test_no_module_is_long() -> None:
+    long = {path.relative_to(ROOT).as_posix(): len(path.read_text().splitlines()) for path in ROOT.rglob("*.py")}
+    assert {name: lines for name, lines in long.items() if lines > 300} == {}
+
+
+# ---- what loads torch, seen from fresh processes
+
+
+def loaded(code: str, *heavy: str) -> set[str]:
+    """Which of the heavy modules a fresh process has loaded after running the code."""
+    script = f"{code}\nimport sys; print(*sorted({set(heavy)!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+COUNT = """
+import tnpeft
+net = tnpeft.network("B[layer proj out r] A[layer proj r inp] -> layer proj out inp")
+assert tnpeft.parameters(net, layer=24, proj=2, out=2048, inp=2048, r=1) == 196608
+assert tnpeft.rank_bound(net, layer=24, proj=2, out=2048, inp=2048, r=3) == 3
+for name in tnpeft.families.names():
+    tnpeft.families.get(name)
+f = tnpeft.families.cp(rank=21, out=(32, 64), inp=(32, 64))
+assert tnpeft.parameters(f, model="facebook/opt-1.3b", targets=["q_proj", "v_proj"]) == 194544
+"""
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    assert loaded("import tnpeft", "torch", "sympy", "networkx", "numpy", "matplotlib", "peft", "typer") == set()
+
+
+def test_counting_loads_no_torch() -> None:
+    assert loaded(COUNT, "torch", "transformers", "matplotlib") == set()
+
+
+@pytest.mark.parametrize("layer", WITHOUT_TORCH)
+def test_layers_that_need_no_torch_load_none(layer: str) -> None:
+    assert loaded(f"import tnpeft.{layer}", "torch", "transformers", "peft") == set()
+
+
+def test_loading_torch_would_be_found() -> None:
+    assert loaded("import tnpeft\ntnpeft.networks\nimport torch", "torch", "sympy") >= {"torch"}

@@ -47,8 +47,8 @@ class Starter:
     Fan-in is the number of entries that one output of the factor sums: all but its row indices if it has any, else
     its column indices, else its last axis; fan-out is the mirror image. ``kaiming`` is uniform within
     ``1 / sqrt(fan-in)`` (LoRA's A), ``xavier`` within ``sqrt(6 / (fan-in + fan-out))``. ``orthogonal`` and ``eye``
-    see a matrix: the axes split in the middle; a vector that is stored per layer or projection is a row of the
-    matrix that these make.
+    see a matrix: the axes split in the middle; for them and ``dct`` a vector that is stored per layer or projection
+    is a row of the matrix that these make.
 
     Random numbers are raw Philox words keyed by (seed, label, layer, proj): they depend on nothing else, and the
     seed, not the process, decides them. A frozen twin repeats its factor's start.
@@ -111,7 +111,7 @@ class Starter:
         if spec.name in ("normal", "uniform", "kaiming", "xavier"):
             draw = normal if spec.name == "normal" else uniform
             return draw(piece.size, *self._key(piece)) * specs.spread(spec, piece, placement)
-        if spec.name in ("orthogonal", "eye"):
+        if spec.name in ("orthogonal", "eye") or (spec.name == "dct" and len(piece.shape) == 1):
             return self._matrix(spec, piece)
         if spec.name in ("dct", "circulant"):
             return (patterns.dct if spec.name == "dct" else patterns.circulant)(piece, placement)
@@ -130,10 +130,10 @@ class Starter:
             shape, key = (prod(length for _, length in axes), *shape), (self.seed, piece.label, None, None)
         rows = prod(shape[: len(shape) // 2])
         columns = prod(shape) // rows
-        if spec.name == "eye":
-            matrix = np.eye(rows, columns)
-        else:
+        if spec.name == "orthogonal":
             matrix = orthonormal(normal(rows * columns, *key).reshape(rows, columns))
+        else:
+            matrix = np.eye(rows, columns) if spec.name == "eye" else patterns.cosines(rows, columns)
         return matrix if row < 0 else matrix[row]
 
     # ---- arrays and the base weight

@@ -15,32 +15,35 @@ from tnpeft.networks import NetworkError
 from tnpeft.nn.philox import Array
 
 
-def dct(piece: Piece, placement: Placement) -> Array:
-    """The orthonormal cosine basis (DCT-II): one axis counts positions, the other frequencies.
+def cosines(positions: int, frequencies: int) -> Array:
+    """The orthonormal cosine basis (DCT-II), ``[positions, frequencies]``; above ``positions`` frequencies repeat.
 
-    The position axis is the one that is a row or column index (the first, if that does not tell).
+    >>> cosines(4, 2).T.round(2).tolist()
+    [[0.5, 0.5, 0.5, 0.5], [0.65, 0.27, -0.27, -0.65]]
+    """
+    frequency = np.arange(frequencies) % positions
+    angles = (2 * np.arange(positions)[:, None] + 1) * frequency * (np.pi / (2 * positions))
+    return np.asarray(np.cos(angles) * np.sqrt(np.where(frequency == 0, 1.0, 2.0) / positions))
+
+
+def dct(piece: Piece, placement: Placement) -> Array:
+    """A cosine basis: the axis that is a row or column index counts positions (the first, if that does not tell).
 
     Raises:
-        NetworkError: the factor is no matrix, or has more frequencies than positions.
+        NetworkError: the factor is no matrix.
 
     >>> from tnpeft.networks import Factorization, Site
     >>> from tnpeft.counting.layout import layout
     >>> f = Factorization.of("B[out r] ^A[r inp] -> out inp", ranks={"r": 2}, init={"A": "dct"})
     >>> place = layout(f, [Site(0, "q_proj", 4, 4)]).placements[0]
-    >>> dct(place.pieces["A"], place).round(2).tolist()
-    [[0.5, 0.5, 0.5, 0.5], [0.65, 0.27, -0.27, -0.65]]
+    >>> bool((dct(place.pieces["A"], place) == cosines(4, 2).T).all())
+    True
     """
     if len(piece.shape) != 2:
         raise _unfit(piece, "dct", "give it two axes, a position and a frequency")
     features = {*placement.network.rows, *placement.network.cols}
     turned = piece.indices[0] not in features and piece.indices[1] in features
-    positions, frequencies = piece.shape[::-1] if turned else piece.shape
-    if frequencies > positions:
-        raise _unfit(piece, "dct", f"at most {positions} frequencies fit on {positions} positions")
-    grid = (2 * np.arange(positions)[:, None] + 1) * np.arange(frequencies)[None, :]
-    basis: Array = np.cos(grid * (np.pi / (2 * positions))) * np.sqrt(2 / positions)
-    basis[:, 0] = np.sqrt(1 / positions)
-    return basis.T if turned else basis
+    return cosines(*piece.shape[::-1]).T if turned else cosines(*piece.shape)
 
 
 def circulant(piece: Piece, placement: Placement) -> Array:

@@ -1,0 +1,232 @@
+"""Derive every published parameter count from its line of einsum, and through its family where there is one.
+
+Reads ``paper/published/counts.toml``, writes ``paper/tables/counts.md`` and ``counts.csv``, and exits with 1 if a
+derived count differs from the published one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import os
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from tnpeft import families
+from tnpeft.counting.layout import layout
+from tnpeft.networks import Network, NetworkError, Site, network
+from tnpeft.networks.sizes import bind, complete
+
+PAPER = Path(__file__).resolve().parent.parent / "paper"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sites of equal sizes: their line, all sizes of its indices, the options of their family, their projections."""
+
+    name: str
+    network: Network
+    sizes: Mapping[str, int]
+    options: Mapping[str, Any]
+    projections: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One published count and what it was derived to be: by its line, and by its family (None without one)."""
+
+    entry: Mapping[str, Any]
+    by_line: int
+    by_family: int | None
+
+    @property
+    def match(self) -> bool:
+        """Whether every derivation gives the published value."""
+        return all(count == self.entry["value"] for count in (self.by_line, self.by_family) if count is not None)
+
+    def cells(self) -> dict[str, str]:
+        """The row as text, by column."""
+        entry = self.entry
+        options = ", ".join(f"{name}={value!r}" for name, value in entry.get("options", {}).items())
+        return {
+            "id": entry["id"],
+            "method": entry["method"],
+            "model": entry["model"],
+            "published": f"{entry['value']:,}",
+            "printed as": entry.get("printed_as", ""),
+            "evidence": entry["evidence"],
+            "from the line": f"{self.by_line:,}",
+            "from the family": "" if self.by_family is None else f"{self.by_family:,}",
+            "match": "yes" if self.match else "NO",
+            "convention": entry["convention"],
+            "extra": f"{entry['extra']:,} ({entry['extra_what']})" if "extra" in entry else "",
+            "source": entry["source"],
+            "line": entry["line"],
+            "family": f"{entry['family']}({options})" if "family" in entry else "",
+        }
+
+
+def groups_of(entry: Mapping[str, Any]) -> tuple[Group, ...]:
+    """The groups of an entry, each with its sizes filled in; an entry without groups is one group.
+
+    Raises:
+        NetworkError: a line is not a network, or a size is no positive whole number.
+    """
+    found, taken = [], 0
+    for group in entry.get("groups", ({"name": "all", "sizes": {}},)):
+        net = network(group.get("line", entry["line"]))
+        sizes = bind(net, {**entry["sizes"], **entry["ranks"], **group["sizes"]}, {})
+        count = sizes.get("proj", 1)
+        projections = tuple(group.get("projections", (f"p{taken + k}" for k in range(count))))
+        taken += count
+        options = {**entry.get("options", {}), **group.get("options", {})}
+        found.append(Group(group["name"], net, sizes, options, projections))
+    return tuple(found)
+
+
+def count_by_line(groups: Iterable[Group]) -> int:
+    """Elements of all trainable factors, by the structure of the lines alone.
+
+    A factor that carries ``proj`` belongs to its group; any other is shared by all groups that have its shape.
+
+    Raises:
+        NetworkError: a trainable factor has an index without a size.
+    """
+    stored: dict[tuple[str, tuple[int, ...], str], int] = {}
+    for group in groups:
+        for factor in group.network.factors:
+            if factor.kind == "trainable":
+                complete(group.network, group.sizes, factor.indices)
+                shape = tuple(group.sizes[index] for index in factor.indices)
+                stored[factor.name, shape, group.name if "proj" in factor.indices else ""] = prod(shape)
+    return sum(stored.values())
+
+
+def count_by_family(name: str, groups: Sequence[Group]) -> int:
+    """Trainable elements of a family over the sites of the groups; groups of equal options share a layout."""
+    total, left = 0, list(groups)
+    while left:
+        options = left[0].options
+        same = [group for group in left if group.options == options]
+        left = [group for group in left if group.options != options]
+        total += layout(families.get(name)(**options), [site for group in same for site in _sites(group)]).count()
+    return total
+
+
+def _sites(group: Group) -> Iterable[Site]:
+    """The sites of a group; a size that the entry leaves open enters frozen factors only, so any number serves."""
+    net, sizes = group.network, group.sizes
+    out, inp = (prod(sizes.get(index, 1) for index in side) for side in (net.rows, net.cols))
+    for layer in range(sizes["layer"]):
+        for projection in group.projections:
+            yield Site(layer, projection, out, inp, heads=sizes.get("head", 0))
+
+
+def derive(entry: Mapping[str, Any]) -> Row:
+    """The published count beside its derivations.
+
+    Raises:
+        NetworkError: the entry cannot be derived; the message names it.
+    """
+    try:
+        groups = groups_of(entry)
+        extra = entry.get("extra", 0)
+        by_family = count_by_family(entry["family"], groups) + extra if "family" in entry else None
+        return Row(entry, count_by_line(groups) + extra, by_family)
+    except NetworkError as error:
+        raise NetworkError(
+            f"{entry['id']}: {error.problem}", line=error.line, position=error.position, remedy=error.remedy
+        ) from None
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The published counts of a file."""
+    entries: list[dict[str, Any]] = tomllib.loads(path.read_text(encoding="utf-8"))["count"]
+    return entries
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table, under a line that says how many match."""
+    columns = (
+        "id",
+        "method",
+        "model",
+        "published",
+        "evidence",
+        "from the line",
+        "from the family",
+        "match",
+        "convention",
+    )
+    right = {"published", "from the line", "from the family"}
+    with_family = sum(row.by_family is not None for row in rows)
+    lines = [
+        "# Published parameter counts, derived",
+        "",
+        f"{sum(row.match for row in rows)} of {len(rows)} counts are derived exactly from their lines of einsum, "
+        f"{with_family} of them through a family as well. Lines, sizes, extras and sources: `counts.csv` and "
+        "`paper/published/counts.toml`.",
+        "",
+        f"| {' | '.join(columns)} |",
+        f"| {' | '.join('---:' if column in right else '---' for column in columns)} |",
+    ]
+    for row in rows:
+        cells = row.cells()
+        lines.append(f"| {' | '.join(cells[column].replace('|', chr(92) + '|') for column in columns)} |")
+    return "\n".join(lines) + "\n"
+
+
+def comma_separated(rows: Sequence[Row]) -> str:
+    """The rows with all their columns as CSV."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0].cells()), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(row.cells() for row in rows)
+    return text.getvalue()
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 if every count matches, else 1."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--published", type=Path, default=PAPER / "published" / "counts.toml", help="counts to derive"
+    )
+    parser.add_argument("--tables", type=Path, default=PAPER / "tables", help="folder for counts.md and counts.csv")
+    options = parser.parse_args(arguments)
+    rows = [derive(entry) for entry in read(options.published)]
+    write(options.tables / "counts.md", markdown(rows))
+    write(options.tables / "counts.csv", comma_separated(rows))
+    wrong = [row for row in rows if not row.match]
+    for row in wrong:
+        print(
+            f"{row.entry['id']}: published {row.entry['value']:,}, from the line {row.by_line:,}, "
+            f"from the family {row.by_family if row.by_family is None else format(row.by_family, ',')}",
+            file=sys.stderr,
+        )
+    print(f"{len(rows) - len(wrong)} of {len(rows)} published counts derived exactly")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -186,7 +186,7 @@ def layout_on(
     24576
     """
     given = {**(sizes or {}), **more}
-    stack = {name: check_size(name, given[name]) for name in ("task", "replica") if name in given}
+    stack: dict[str, int] = {name: check_size(name, given[name]) for name in ("task", "replica") if name in given}
     return layout(with_sizes(net, given, more), sites(model, targets), stack=stack)
 
 

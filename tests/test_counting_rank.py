@@ -1,0 +1,296 @@
+"""Rank bounds and degrees of freedom against numeric ranks at random points."""
+
+from __future__ import annotations
+
+import warnings
+from itertools import product as choices
+from math import prod
+
+import numpy as np
+import pytest
+import sympy
+
+import tnpeft
+from tnpeft.counting import RankWarning, clipped_ranks, cuts, dof, rank_bound, unfolding_bounds
+from tnpeft.counting.cuts import min_cut, term_legs
+from tnpeft.networks import Network, NetworkError, Term
+
+# name: line, sizes, rank of one site's matrix
+CASES = {
+    "lora": ("B[o r] A[r i] -> o i", "o=7 i=6 r=2", 2),
+    "lora per layer": ("B[layer o r] A[layer r i] -> layer o i", "layer=3 o=5 i=6 r=2", 2),
+    "svd": ("B[o r] d[r] A[r i] -> o i", "o=5 i=6 r=3", 3),
+    "cp": ("A[o1 r] B[o2 r] C[i1 r] D[i2 r] -> (o1 o2) (i1 i2)", "o1=3 o2=4 i1=2 i2=5 r=2", 2),
+    "cp with weights": (
+        "w[r] A[o1 r] B[o2 r] C[i1 r] D[i2 r] -> (o1 o2) (i1 i2)",
+        "o1=3 o2=4 i1=2 i2=5 r=3",
+        3,
+    ),
+    "cp of sites": (
+        "w[layer r] A[layer o1 r] B[layer o2 r] C[layer i r] -> layer (o1 o2) i",
+        "layer=2 o1=3 o2=3 i=4 r=2",
+        2,
+    ),
+    "cp over layers": ("A[o r] B[i r] L[layer r] -> layer o i", "o=5 i=4 layer=3 r=3", 3),
+    "lorta": ("A[o r] B[d r] H[h r] L[layer r] -> layer o (h d)", "o=6 d=3 h=2 layer=3 r=2", 2),
+    "tucker": (
+        "G[a b c] U[o a] V[i b] W[layer c] -> layer o i",
+        "o=5 i=4 layer=4 a=2 b=3 c=3",
+        2,
+    ),
+    "lotr": ("U[o a] G[layer a b] V[i b] -> layer o i", "o=6 i=5 layer=3 a=3 b=2", 2),
+    "train": (
+        "G1[o1 a] G2[a o2 b] G3[b i1 c] G4[c i2] -> (o1 o2) (i1 i2)",
+        "o1=3 o2=4 i1=4 i2=3 a=2 b=3 c=2",
+        3,
+    ),
+    "train, interleaved": (
+        "G1[o1 a] G2[a i1 b] G3[b o2 c] G4[c i2] -> (o1 o2) (i1 i2)",
+        "o1=3 o2=4 i1=4 i2=3 a=2 b=3 c=2",
+        8,
+    ),
+    "train per layer": (
+        "G1[layer o1 a] G2[layer a o2 b] G3[layer b i] -> layer (o1 o2) i",
+        "layer=2 o1=3 o2=3 i=4 a=2 b=3",
+        3,
+    ),
+    "ring": ("X[o1 a b] Y[o2 b c] Z[i c a] -> (o1 o2) i", "o1=5 o2=5 i=5 a=2 b=2 c=2", 4),
+    "tree": (
+        "R[a b] U[a o1 c] X[c o2] V[b i1 d] Y[d i2] -> (o1 o2) (i1 i2)",
+        "a=3 b=3 c=2 d=2 o1=3 o2=4 i1=3 i2=4",
+        3,
+    ),
+    "loha": ("B1[o r] A1[r i] B2[o s] A2[s i] -> o i", "o=11 i=10 r=2 s=3", 6),
+    "kronecker": ("A[o1 i1] B[o2 i2] -> (o1 o2) (i1 i2)", "o1=2 i1=3 o2=3 i2=2", 4),
+    "kronecker sum": ("A[r o1 i1] B[r o2 i2] -> (o1 o2) (i1 i2)", "r=2 o1=3 i1=3 o2=3 i2=2", 6),
+    "lokr": ("C[o1 i1] B[o2 r] A[r i2] -> (o1 o2) (i1 i2)", "o1=2 i1=2 o2=4 i2=5 r=2", 4),
+    "monarch": ("L[k o1 a] R[a k i1] -> (k o1) (a i1)", "k=3 o1=4 a=2 i1=3", 6),
+    "vera": ("b[layer o] ~B[o r] d[layer r] ~A[r i] -> layer o i", "layer=3 o=6 i=5 r=4", 4),
+    "lora-fa": ("B[layer o r] ~A[r i] -> layer o i", "layer=2 o=4 i=5 r=2", 2),
+    "lora-xs": ("~U[o a] R[layer a b] ~V[b i] -> layer o i", "layer=2 o=5 i=6 a=2 b=3", 2),
+    "refta": (
+        "A[proj o a] ^u[layer a] B[proj a i] -> layer proj o i",
+        "layer=4 proj=2 o=4 i=5 a=2",
+        2,
+    ),
+    "diagonal of a constant": ("d[layer o] ^W[o i] -> layer o i", "layer=2 o=4 i=5", 4),
+}
+
+
+def sized(text: str) -> dict[str, int]:
+    return {index: int(size) for index, size in (word.split("=") for word in text.split())}
+
+
+def arrays(net: Network, sizes: dict[str, int], seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {net.label(f): rng.standard_normal([sizes[i] for i in f.indices]) for f in net.factors}
+
+
+def dense(net: Network, found: dict[str, np.ndarray], sizes: dict[str, int]) -> np.ndarray:
+    """The dense stack by einsum with one letter per index: [*stack, rows, cols] with every open index apart."""
+    return term_sum(net, net.terms, found, sizes)
+
+
+def term_sum(
+    net: Network, terms: tuple[Term, ...], found: dict[str, np.ndarray], sizes: dict[str, int]
+) -> np.ndarray:
+    letters = {index: chr(ord("a") + k) for k, index in enumerate(net.indices)}
+    total = 0.0
+    for term in terms:
+        carried = term.places()
+        ones = [i for i in net.outer if i not in carried]
+        inputs = ["".join(letters[i] for i in f.indices) for f in term.factors] + [letters[i] for i in ones]
+        operands = [found[net.label(f)] for f in term.factors] + [np.ones(sizes[i]) for i in ones]
+        out = "".join(letters[i] for i in net.outer)
+        total = total + term.sign * np.einsum(f"{','.join(inputs)}->{out}", *operands)
+    return np.asarray(total)
+
+
+def jacobian_rank(net: Network, sizes: dict[str, int]) -> int:
+    """Rank of the derivative of the dense stack in the trainable factors, at a random point, in float64.
+
+    Each untied factor enters linearly, so a column is the stack with that factor replaced by a unit array.
+    """
+    found = arrays(net, sizes)
+    columns = []
+    for factor in net.factors:
+        if factor.kind != "trainable":
+            continue
+        label = net.label(factor)
+        terms = tuple(t for t in net.terms if any(net.label(f) == label for f in t.factors))
+        for entry in np.ndindex(found[label].shape):
+            unit = np.zeros(found[label].shape)
+            unit[entry] = 1
+            columns.append(term_sum(net, terms, {**found, label: unit}, sizes).ravel())
+    return int(np.linalg.matrix_rank(np.array(columns)))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rank_bound_and_dof_are_met_by_random_factors(name: str) -> None:
+    line, text, rank = CASES[name]
+    sizes = sized(text)
+    net = tnpeft.network(line)
+    stack = dense(net, arrays(net, sizes), sizes)
+    matrix = stack.reshape(*[sizes[i] for i in net.stack], prod(sizes[i] for i in net.rows), -1)
+    one = matrix.reshape(-1, *matrix.shape[-2:])[0]
+    assert rank_bound(net, sizes) == rank == np.linalg.matrix_rank(one)
+    assert clipped_ranks(net, sizes) == {}
+    assert dof(net, sizes) == jacobian_rank(net, sizes)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_symbolic_dof_agrees_with_the_integer_one(name: str) -> None:
+    line, text, _ = CASES[name]
+    sizes = sized(text)
+    net = tnpeft.network(line)
+    formula = dof(net, {i: sympy.Symbol(i) for i in net.indices})
+    value = int(formula.subs(sizes))
+    assert min(value, prod(sizes[i] for i in net.outer)) == dof(net, sizes)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_unfoldings_stay_under_their_bounds(name: str) -> None:
+    line, text, _ = CASES[name]
+    sizes = sized(text)
+    net = tnpeft.network(line)
+    stack = dense(net, arrays(net, sizes), sizes)
+    for group, bound in unfolding_bounds(net, sizes).items():
+        axes = [net.outer.index(i) for i in group.split()]
+        matrix = np.moveaxis(stack, axes, range(len(axes))).reshape(prod(stack.shape[a] for a in axes), -1)
+        assert np.linalg.matrix_rank(matrix) == bound
+
+
+OVERSIZED = {
+    "lora": ("B[o r] A[r i] -> o i", "o=7 i=4 r=6", {"r": 4}),
+    "shared over layers": (
+        "U[o a] G[layer a b] V[i b] -> layer o i",
+        "o=9 i=3 layer=2 a=8 b=3",
+        {"a": 6},
+    ),
+    "train": (
+        "G1[o1 a] G2[a o2 b] G3[b i] -> (o1 o2) i",
+        "o1=2 o2=3 i=4 a=3 b=5",
+        {"a": 2, "b": 4},
+    ),
+    "parallel bonds": ("A[o a b] B[a b i] -> o i", "o=3 i=5 a=2 b=2", {"a b": 3}),
+    "per layer": ("B[layer o r] A[layer r i] -> layer o i", "layer=3 o=3 i=4 r=5", {"r": 3}),
+    "tucker": (
+        "G[a b c] U[o1 a] V[o2 b] W[i c] -> (o1 o2) i",
+        "o1=4 o2=4 i=5 a=2 b=2 c=5",
+        {"c": 4},
+    ),
+    "svd": ("B[o r] d[r] A[r i] -> o i", "o=3 i=4 r=6", {"r": 3}),
+    "absorbed": ("A[r s] B[r s o i] -> o i", "r=2 s=2 o=3 i=4", {"r s": 1}),
+}
+
+
+@pytest.mark.parametrize("name", OVERSIZED)
+def test_a_rank_above_its_cut_is_a_warning_and_dof_clips_it(name: str) -> None:
+    line, text, expected = OVERSIZED[name]
+    sizes = sized(text)
+    net = tnpeft.network(line)
+    assert clipped_ranks(net, sizes) == expected
+    with pytest.warns(RankWarning):
+        bound = rank_bound(net, sizes)
+    stack = dense(net, arrays(net, sizes), sizes).reshape(
+        *[sizes[i] for i in net.stack], prod(sizes[i] for i in net.rows), -1
+    )
+    assert bound >= np.linalg.matrix_rank(stack.reshape(-1, *stack.shape[-2:])[0])
+    with pytest.warns(RankWarning):
+        assert dof(net, sizes) == jacobian_rank(net, sizes)
+
+
+def test_a_wide_frozen_basis_is_no_warning() -> None:
+    net = tnpeft.network("b[o] ~B[o r] d[r] ~A[r i] -> o i")
+    sizes = {"o": 4, "i": 5, "r": 12}
+    assert clipped_ranks(net, sizes) == {}
+    assert rank_bound(net, sizes) == 4
+    assert cuts(net, sizes)["r"] == 20
+
+
+def test_a_sum_is_bounded_by_its_terms() -> None:
+    net = tnpeft.network("B[o r] A[r i] + D[o s] C[s i] - ~D[o s] ~C[s i] -> o i")
+    sizes = {"o": 9, "i": 8, "r": 2, "s": 3}
+    assert rank_bound(net, sizes) == 8
+    assert dof(net, sizes) == 2 * 17 - 4 + 3 * 17 - 9
+    assert dof(net, sizes) >= jacobian_rank(net, sizes)
+    small = {"o": 3, "i": 3, "r": 2, "s": 2}
+    assert rank_bound(net, small) == 3
+    assert dof(net, small) == 9
+
+
+def test_terms_without_a_stack_index_are_broadcast() -> None:
+    net = tnpeft.network("B[o r] A[r i] + D[layer o s] C[layer s i] -> layer o i")
+    sizes = {"layer": 4, "o": 6, "i": 5, "r": 1, "s": 2}
+    stack = dense(net, arrays(net, sizes), sizes)
+    assert rank_bound(net, sizes) == 3 == np.linalg.matrix_rank(stack[0])
+    assert unfolding_bounds(net, sizes) == {"layer": 4, "o": 6, "i": 5}
+    assert dof(net, sizes) == jacobian_rank(net, sizes) == 10 + 4 * (22 - 4)
+
+
+def test_dof_of_tied_factors_is_refused() -> None:
+    net = tnpeft.network("A[o r] A[i r] -> o i")
+    assert rank_bound(net, o=5, i=5, r=2) == 2
+    with pytest.raises(NetworkError, match="jacobian_rank"):
+        dof(net, o=5, i=5, r=2)
+
+
+def test_sizes_that_are_missing_or_symbols() -> None:
+    net = tnpeft.network("B[layer o r] A[layer r i] -> layer o i")
+    assert rank_bound(net, o=5, i=5, r=2) == 2
+    with pytest.raises(NetworkError, match="no size for 'i'"):
+        rank_bound(net, o=5, r=2)
+    with pytest.raises(NetworkError, match="is the symbol r"):
+        rank_bound(net, o=5, i=5, r=sympy.Symbol("r"))
+    with pytest.raises(NetworkError, match="no size for 'layer'"):
+        dof(net, o=5, i=5, r=2)
+    formula = dof(net, o=5, i=5, layer=2, r=sympy.Symbol("r"))
+    assert formula.subs("r", 2) == dof(net, o=5, i=5, layer=2, r=2)
+
+
+def brute_cut(net: Network, sizes: dict[str, int]) -> int:
+    """The smallest product over all ways to put each factor on the side of the rows or of the columns."""
+    best = None
+    for term in net.terms:
+        for sides in choices((0, 1), repeat=len(term.factors)):
+            cut = [
+                size
+                for index, size in sizes.items()
+                if len(
+                    {side for side, f in zip(sides, term.factors, strict=True) if index in f.indices}
+                    | ({0} if index in net.rows else set())
+                    | ({1} if index in net.cols else set())
+                )
+                > 1
+            ]
+            best = prod(cut) if best is None else min(best, prod(cut))
+    assert best is not None
+    return best
+
+
+def test_cuts_of_random_graphs_equal_an_exhaustive_search() -> None:
+    rng = np.random.default_rng(5)
+    for _ in range(150):
+        factors = int(rng.integers(2, 6))
+        indices = [f"x{k}" for k in range(int(rng.integers(3, 9)))]
+        holders = {i: rng.choice(factors, size=min(factors, int(rng.integers(2, 4))), replace=False) for i in indices}
+        rows, cols = ["y0", "y1"], ["z0", "z1"]
+        holders |= {i: rng.choice(factors, size=int(rng.integers(1, 3)), replace=False) for i in rows + cols}
+        names = [[i for i, held in holders.items() if f in held] for f in range(factors)]
+        line = " ".join(f"F{f}[{' '.join(its)}]" for f, its in enumerate(names) if its)
+        net = tnpeft.network(f"{line} -> ({' '.join(rows)}) ({' '.join(cols)})")
+        sizes = {i: int(rng.integers(1, 8)) for i in net.indices}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RankWarning)
+            assert rank_bound(net, sizes) == brute_cut(net, sizes)
+
+
+def test_cuts_are_exact_where_floats_cannot_tell() -> None:
+    close = (2**61 - 1, 2**61 + 1)  # their logarithms are equal as floats
+    for first, second in (close, close[::-1]):
+        net = tnpeft.network("A[o a] B[a b] C[b i] -> o i")
+        sizes = {"o": 2**70, "i": 2**70, "a": first, "b": second}
+        sides = {"o": "left", "i": "right"}
+        legs = term_legs(net.terms[0], sizes, sides)
+        ends = [next(k for k, leg in enumerate(legs) if leg.side == side) for side in ("left", "right")]
+        assert min_cut(legs, {("in", ends[0])}, {("out", ends[1])}) == 2**61 - 1

@@ -1,0 +1,116 @@
+"""Degrees of freedom: parameters less the changes of basis that leave the product as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+from tnpeft.counting.cuts import Leg, absorbing, bond_cut, term_legs, warn_ranks
+from tnpeft.counting.parameters import bound_sizes
+from tnpeft.networks import Factorization, Network, NetworkError, Term
+from tnpeft.networks.sizes import Size, Sizes, complete, product
+
+
+def dof(net: Network | Factorization, sizes: Sizes | None = None, /, **more: Size) -> Any:
+    """The parameters modulo gauge of the whole stack: an int, or an expression if a size is a symbol.
+
+    Every bond is clipped to its cut; a factor whose indices lie within a trainable factor's is absorbed by it; then
+
+        gauge = (F - 1) + sum over bonds (S**2 - 1) H + sum over hyper and batch legs (k - 1) (S - 1) H
+
+    with F trainable factors, S a leg's size, k its trainable factors, H the product of the hyper and batch legs
+    that contain it. A leg that a frozen or constant factor carries is hyper. The dense size is a cap. It counts
+    known symmetries, so it is an upper bound (defective formats exist); for a sum it is the terms' total. With
+    symbols nothing is clipped or capped: no rank is taken to exceed its cut.
+
+    Raises:
+        NetworkError: a size is missing, or a trainable factor is used twice.
+
+    Warns:
+        RankWarning: a bond is larger than its cut.
+
+    >>> import tnpeft
+    >>> dof(tnpeft.network("B[out r] A[r inp] -> out inp"), out=64, inp=32, r=4)
+    368
+    """
+    network, bound = bound_sizes(net, sizes, **more)
+    complete(network, bound)
+    _refuse_tied(network)
+    exact = all(isinstance(size, int) for size in bound.values())
+    if exact:
+        warn_ranks(network, bound)
+    total: Any = 0
+    for term in network.terms:
+        total = total + _term_dof(network, term, bound, exact)
+    return min(total, prod(bound[i] for i in network.outer)) if exact else total.expand()
+
+
+def _refuse_tied(net: Network) -> None:
+    labels = [net.label(factor) for factor in net.uses() if factor.kind == "trainable"]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise NetworkError(
+                f"the trainable factor {label!r} is used twice: no formula gives the degrees of freedom",
+                line=str(net),
+                remedy="use tnpeft.testing.jacobian_rank, which counts them at a random point",
+            )
+
+
+def _term_dof(net: Network, term: Term, sizes: Mapping[str, Size], exact: bool) -> Any:
+    term = _absorb(term)
+    trainable = frozenset(place for place, factor in enumerate(term.factors) if factor.kind == "trainable")
+    if not trainable:
+        return 0
+    legs = term_legs(term, sizes, dict.fromkeys(net.outer, "outer"))
+    if exact:
+        legs = _clip(legs, absorbing(net, term))
+    count: Any = 0
+    for place in trainable:
+        count = count + product(leg.size for leg in legs if place in leg.holders)
+    count = count - _gauge(legs, trainable)
+    return min(count, prod(leg.size for leg in legs if leg.side)) if exact else count
+
+
+def _absorb(term: Term) -> Term:
+    """The term without the factors whose indices lie within a trainable factor's: that one can hold the product."""
+    factors = [*term.factors]
+    for factor in sorted(term.factors, key=lambda its: len(its.indices)):
+        others = [its for its in factors if its is not factor and its.kind == "trainable"]
+        if any({*factor.indices} <= {*other.indices} for other in others):
+            factors = [its for its in factors if its is not factor]
+    return replace(term, factors=tuple(factors))
+
+
+def _clip(legs: tuple[Leg, ...], free: frozenset[int]) -> tuple[Leg, ...]:
+    """The legs with every bond between trainable factors no larger than its cut."""
+    while True:
+        for place, leg in enumerate(legs):
+            if not leg.side and leg.holders <= free and (cut := bond_cut(legs, leg, free)) < leg.size:
+                legs = (*legs[:place], replace(leg, size=cut), *legs[place + 1 :])
+                break
+        else:
+            return legs
+
+
+def _gauge(legs: Iterable[Leg], trainable: frozenset[int]) -> Any:
+    """The dimension of the changes of basis and scale between the trainable factors."""
+    bonds: dict[frozenset[int], Any] = {}
+    shared: dict[frozenset[int], Any] = {}
+    for leg in legs:
+        among = leg.holders & trainable
+        if len(among) > 1:
+            bond = not leg.side and leg.holders == among and len(among) == 2
+            into = bonds if bond else shared
+            into[among] = into.get(among, 1) * leg.size
+
+    def beside(holders: frozenset[int], *, strictly: bool) -> Any:
+        return product(size for its, size in shared.items() if (its > holders if strictly else its >= holders))
+
+    total: Any = len(trainable) - 1
+    for holders, size in bonds.items():
+        total = total + (size * size - 1) * beside(holders, strictly=False)
+    for holders, size in shared.items():
+        total = total + (len(holders) - 1) * (size - 1) * beside(holders, strictly=True)
+    return total

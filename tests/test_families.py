@@ -181,11 +181,15 @@ def test_alpha_rules_become_one_number() -> None:
     assert families.lora(4, alpha=16, rslora=True).scale == 8.0
     assert families.tt_lora(alpha=4).scale == 4.0
     assert families.loretta(alpha=16).scale == 2.0
+    assert families.lora("min(out, inp) // 16").scale == 1.0
+    with pytest.raises(NetworkError, match="alpha over it is no single number"):
+        families.lora("min(out, inp) // 16", alpha=16)
 
 
 def test_rules_of_sizes() -> None:
     for out, inp in pairs((64, 48), (64, 48, 100)):
         assert sizes_of(families.randlora(7), 0, out, inp)["n"] == ceil(min(out, inp) / 7)
+    assert sizes_of(families.lora("min(out, inp) // 16"), out=64, inp=128)["r"] == 4
     assert sizes_of(families.tera(), out=64, inp=128)["d"] == 16
     assert sizes_of(families.c3a(), out=96, inp=64)["c"] == 32
     assert sizes_of(families.lokr(out=(4, None)), out=64, inp=128) == {

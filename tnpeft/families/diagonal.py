@@ -28,7 +28,7 @@ def vera(rank: Rank = 256, d_initial: float = 0.1) -> Factorization:
 
 
 @family
-def randlora(rank: int = 32, alpha: float | None = None) -> Factorization:
+def randlora(rank: Rank = 32, alpha: float | None = None) -> Factorization:
     """RandLoRA: full rank from ceil(min(out, inp)/r) frozen random products, each scaled on two bonds.
 
     The trained vectors sit on the short side, so there is one line for ``out >= inp`` and its transpose for the rest.

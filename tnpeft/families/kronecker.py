@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from tnpeft.families.catalogue import family
-from tnpeft.families.parts import PAIR, Split, choose, effective, splits
+from tnpeft.families.parts import PAIR, Rank, Split, choose, effective, splits
 from tnpeft.networks import Factorization
 
 
 @family
 def lokr(
-    rank: int = 8, out: Split = PAIR, inp: Split = PAIR, alpha: float | None = None, zero: str = "C"
+    rank: Rank = 8, out: Split = PAIR, inp: Split = PAIR, alpha: float | None = None, zero: str = "C"
 ) -> Factorization:
     """LoKr: a small matrix, Kronecker a large one of low rank.
 
@@ -55,7 +55,7 @@ def krona(out: Split = PAIR, inp: Split = PAIR, scale: float = 1.0) -> Factoriza
 
 
 @family
-def loha(rank: int = 8, alpha: float | None = None) -> Factorization:
+def loha(rank: Rank = 8, alpha: float | None = None) -> Factorization:
     """LoHa: the Hadamard product of two low-rank matrices, of rank up to r squared.
 
     Parameters: ``layer*proj*(r + s)*(out + inp)``.
@@ -76,7 +76,7 @@ def loha(rank: int = 8, alpha: float | None = None) -> Factorization:
 
 
 @family
-def hira(rank: int = 8, scale: float = 1.0) -> Factorization:
+def hira(rank: Rank = 8, scale: float = 1.0) -> Factorization:
     """HiRA: the Hadamard product of the base weight and a low-rank matrix.
 
     Parameters: ``layer*proj*r*(out + inp)``.

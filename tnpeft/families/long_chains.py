@@ -19,7 +19,7 @@ def loretta(
     out: Split = _FOUR,
     inp: Split = _FOUR,
     alpha: float | None = None,
-    std: float = 0.2,
+    std: float = 0.15,
 ) -> Factorization:
     """LoRETTA_rep: both sides of LoRA as tensor trains; the bottleneck is cut into three digits a, b, c.
 

@@ -8,7 +8,7 @@ from tnpeft.networks import Factorization
 
 
 @family
-def lora(rank: int = 8, alpha: float | None = None, rslora: bool = False) -> Factorization:
+def lora(rank: Rank = 8, alpha: float | None = None, rslora: bool = False) -> Factorization:
     """LoRA: two thin matrices at every site.
 
     Parameters: ``layer*proj*r*(out + inp)``.
@@ -29,7 +29,7 @@ def lora(rank: int = 8, alpha: float | None = None, rslora: bool = False) -> Fac
 
 
 @family
-def lora_fa(rank: int = 8, alpha: float | None = None) -> Factorization:
+def lora_fa(rank: Rank = 8, alpha: float | None = None) -> Factorization:
     """LoRA-FA: LoRA with the input side frozen at its random start.
 
     Parameters: ``layer*proj*r*out``.
@@ -50,7 +50,7 @@ def lora_fa(rank: int = 8, alpha: float | None = None) -> Factorization:
 
 
 @family
-def lora_xs(rank: int = 16, alpha: float | None = None) -> Factorization:
+def lora_xs(rank: Rank = 16, alpha: float | None = None) -> Factorization:
     """LoRA-XS: a small square matrix between the leading singular vectors of the base weight.
 
     Parameters: ``layer*proj*a*b``.
@@ -71,7 +71,7 @@ def lora_xs(rank: int = 16, alpha: float | None = None) -> Factorization:
 
 
 @family
-def moslora(rank: int = 8, alpha: float | None = None) -> Factorization:
+def moslora(rank: Rank = 8, alpha: float | None = None) -> Factorization:
     """MoSLoRA: LoRA with a trained mixer between its two sides; the same updates as LoRA.
 
     Parameters: ``layer*proj*(a*out + a*b + b*inp)``.
@@ -92,7 +92,7 @@ def moslora(rank: int = 8, alpha: float | None = None) -> Factorization:
 
 
 @family
-def nola(rank: int = 8, basis: Rank = 64, alpha: float | None = None) -> Factorization:
+def nola(rank: Rank = 8, basis: Rank = 64, alpha: float | None = None) -> Factorization:
     """NOLA: each side of LoRA a trained combination of frozen random matrices that all sites share.
 
     Parameters: ``layer*proj*(m + n)``.

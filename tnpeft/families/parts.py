@@ -114,10 +114,20 @@ def choose(what: str, value: str, options: Iterable[str]) -> str:
     return value
 
 
-def effective(alpha: float | None, rank: int, rslora: bool = False) -> float:
+def effective(alpha: float | None, rank: Rank, rslora: bool = False) -> float:
     """The effective scale of the alpha rules: alpha/r, or alpha/sqrt(r) (arXiv 2312.03732); no alpha means alpha = r.
+
+    Raises:
+        NetworkError: the scale is to depend on a rank that depends on sizes.
 
     >>> effective(16, 8), effective(None, 8), effective(16, 4, rslora=True)
     (2.0, 1.0, 8.0)
     """
-    return (rank if alpha is None else alpha) / (sqrt(rank) if rslora else rank)
+    if isinstance(rank, int):
+        return (rank if alpha is None else alpha) / (sqrt(rank) if rslora else rank)
+    if alpha is not None or rslora:
+        raise NetworkError(
+            f"the rank {rank!r} is a rule over sizes, so that alpha over it is no single number",
+            remedy="pass a whole number as the rank, or leave alpha and rslora out",
+        )
+    return 1.0

@@ -104,7 +104,7 @@ def block_term(
 
 
 @family
-def lotr(rank: int = 8, per: Sequence[str] = (), alpha: float | None = None) -> Factorization:
+def lotr(rank: Rank = 8, per: Sequence[str] = (), alpha: float | None = None) -> Factorization:
     """LoTR: two sides that all sites share, a small core at every site.
 
     ``per=("proj",)`` gives every projection a pair of sides of its own, as the paper is said to have it.

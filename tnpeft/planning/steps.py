@@ -203,7 +203,7 @@ def _contract_costs(step: Step, sizes: Sizes, needs: list[bool], leaves: set[str
             kept.add(name)
             saved = saved + _volume(step.uses[k], sizes)
     if step.frozen:  # the frozen model pays for the product and for the gradient of its input
-        return replace(step, backward_macs=macs * needs[1], saved=saved)
+        return replace(step, backward_macs=macs * int(needs[1]), saved=saved)
     return replace(
         step, macs=macs, backward_macs=macs * sum(needs), written=_volume(step.indices, sizes), saved=saved
     )

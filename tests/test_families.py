@@ -6,6 +6,7 @@ import inspect
 import re
 from itertools import product as pairs
 from math import ceil, prod
+from typing import Any
 
 import numpy as np
 import pytest
@@ -346,3 +347,81 @@ def test_tera_reaches_the_rank_of_its_bonds(bonds: tuple[int, ...], rank: int) -
         w, _ = dense_of(f, out=16, inp=16)
         assert np.linalg.matrix_rank(w) == rank
         assert layout(f, [Site(0, "q_proj", 16, 16)]).count() == trained
+
+
+# ---- the lines as released, against PEFT's own layers
+
+
+def circulant(block: int) -> np.ndarray:
+    return np.stack([np.roll(np.eye(block), row, axis=0) for row in range(block)])
+
+
+def released(method: str, layer: Any, out: int, inp: int) -> tuple[Factorization, dict[str, Any]]:
+    """A family, and by its labels the factors of a PEFT layer with their axes in the order of the family's."""
+    if method == "LoKr":
+        named = {"C": layer.lokr_w1, "P": layer.lokr_w2_a, "Q": layer.lokr_w2_b}
+        return families.lokr(2, alpha=4), named
+    if method == "LoHa":
+        named = {"B1": layer.hada_w1_a, "A1": layer.hada_w1_b, "B2": layer.hada_w2_a, "A2": layer.hada_w2_b}
+        return families.loha(2, alpha=4), named
+    if method == "Hira":
+        return families.hira(2), {"B": layer.hira_B, "A": layer.hira_A, "W0": {"default": layer.base_layer.weight}}
+    if method == "Vera":
+        named = {"b": layer.vera_lambda_b, "B": layer.vera_B, "d": layer.vera_lambda_d, "A": layer.vera_A}
+        return families.vera(8), named
+    if method == "Miss":
+        return families.miss(8), {
+            "D": {"default": layer.miss_block["default"].T},
+            "J": {"default": np.ones(inp // 8)},
+        }
+    if method == "C3A":
+        return families.c3a(16, scale=1 / inp), {"K": layer.c3a_kernel, "Circ": {"default": circulant(16)}}
+    if method == "Gralora":
+        a, b = layer.gralora_A["default"], layer.gralora_B["default"]
+        inputs = a.reshape(2, inp // 2, 2, 4).permute(2, 0, 3, 1)
+        return families.gralora(8, k=2, alpha=16), {"A": {"default": inputs}, "B": {"default": b}}
+    short, long = sorted((out, inp))
+    lam, gam = layer.randlora_lambda["default"], layer.randlora_gamma["default"]
+    a, b = layer.randlora_A["default"][:, 0, :short], layer.randlora_B["default"][:long, : lam.shape[1]]
+    relabelled = b.flatten(1).reshape(long, *lam.shape).transpose(1, 2)
+    suffix = "" if out >= inp else "T"
+    factors = {"B": relabelled, "lam": lam, "A": a, "gam": gam}
+    return families.randlora(8, alpha=16), {name + suffix: {"default": array} for name, array in factors.items()}
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "LoKr": {"r": 2, "alpha": 4},
+    "LoHa": {"r": 2, "alpha": 4},
+    "Hira": {"r": 2},
+    "Vera": {"r": 8, "projection_prng_key": 1},
+    "Miss": {"r": 8},
+    "C3A": {"block_size": 16},
+    "Gralora": {"r": 8, "gralora_k": 2, "alpha": 16},
+    "RandLora": {"r": 8, "randlora_alpha": 16, "projection_prng_key": 1},
+}
+
+
+@pytest.mark.parametrize(("out", "inp"), [(32, 48), (48, 32), (32, 32)])
+@pytest.mark.parametrize("method", SETTINGS)
+def test_lines_are_what_peft_computes(method: str, out: int, inp: int) -> None:
+    import peft
+    import torch
+
+    torch.manual_seed(0)
+    config = getattr(peft, f"{method}Config")(target_modules=["0"], **SETTINGS[method])
+    model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(inp, out, bias=False)), config)
+    layer = model.base_model.model[0]
+    for name, parameter in layer.named_parameters():
+        if "base_layer" not in name:
+            parameter.data = torch.randn_like(parameter) / 3
+    f, factors = released(method, layer, out, inp)
+    placed = layout(f, [Site(0, "q_proj", out, inp)]).placements[0]
+    values: dict[str, np.ndarray] = {}
+    for factor in placed.network.factors:
+        array = factors[factor.name]["default"]
+        array = array.detach().numpy() if isinstance(array, torch.Tensor) else array
+        values[factor.name] = np.reshape(array.astype(np.float64), [placed.sizes[i] for i in factor.indices])
+    x = torch.randn(5, inp)
+    theirs = (model(x) - layer.base_layer(x)).detach().numpy()
+    ours = x.numpy() @ (f.scale * dense(placed.network, values, dict(placed.sizes))).T
+    np.testing.assert_allclose(theirs, ours, rtol=0, atol=inp * np.finfo(np.float32).eps * np.abs(ours).max())

@@ -32,6 +32,7 @@ def randlora(rank: Rank = 32, alpha: float | None = None) -> Factorization:
     """RandLoRA: full rank from ceil(min(out, inp)/r) frozen random products, each scaled on two bonds.
 
     The trained vectors sit on the short side, so there is one line for ``out >= inp`` and its transpose for the rest.
+    PEFT pairs n and a of its frozen bases in another order: the same updates after relabelling B's entries.
 
     Parameters: ``layer*proj*n*(a + inp)``.
     Parameters: ``layer*proj*n*(a + out)``.

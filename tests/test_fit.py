@@ -1,0 +1,186 @@
+"""Fitting a network to a dense tensor: planted solutions, known optima, sums, and what cannot be fitted."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import tnpeft
+from tnpeft.nn import least_squares
+from tnpeft.nn.fit import fit
+from tnpeft.nn.philox import normal
+
+TT = "g1[x a] g2[a y b] g3[b z c] g4[c u] -> (x y) (z u)"
+RING = "g1[z o1 a] g2[a o2 b] g3[b i1 c] g4[c i2 z] -> (o1 o2) (i1 i2)"
+CP5 = "w[l r] A[o1 r] B[o2 r] C[i1 r] D[i2 r] -> l (o1 o2) (i1 i2)"
+PLANTED = {
+    "tucker": ("G[a b c] U[x a] V[y b] W[z c] -> x y z", {"a": 3, "b": 4, "c": 2, "x": 8, "y": 9, "z": 7}),
+    "tensor train": (TT, {"a": 3, "b": 4, "c": 3, "x": 5, "y": 6, "z": 5, "u": 4}),
+    "cp": ("A[x r] B[y r] C[z r] -> x y z", {"r": 4, "x": 8, "y": 9, "z": 7}),
+    "lora per layer": ("B[l o r] A[l r i] -> l o i", {"l": 4, "o": 12, "i": 10, "r": 3}),
+    "cp over five modes": (CP5, {"l": 4, "r": 3, "o1": 4, "o2": 5, "i1": 4, "i2": 5}),
+    "ring": (RING, {"z": 2, "a": 3, "b": 2, "c": 3, "o1": 5, "o2": 6, "i1": 5, "i2": 4}),
+    "kronecker": ("C[o1 i1] K[o2 i2] -> (o1 o2) (i1 i2)", {"o1": 4, "o2": 5, "i1": 3, "i2": 6}),
+    "loha": ("B1[o r] A1[r i] B2[o s] A2[s i] -> o i", {"o": 24, "i": 20, "r": 2, "s": 2}),
+    "sum": ("B[o r] A[r i] - w[o] V[o s] U[s i] d[i] -> o i", {"o": 12, "i": 10, "r": 2, "s": 2}),
+    "broadcast sum": ("B[l o r] A[l r i] + S[o s] T[s i] -> l o i", {"l": 4, "o": 12, "i": 10, "r": 2, "s": 3}),
+    "one factor": ("D[o i] -> o i", {"o": 4, "i": 3}),
+}
+
+
+def planted(line: str, sizes: dict[str, int], seed: int = 5) -> tuple[tnpeft.Network, dict, np.ndarray]:
+    """A network, random factors and their dense tensor by unoptimised einsum."""
+    net = tnpeft.network(line)
+    factors = {}
+    for factor in net.factors:
+        shape = [sizes[index] for index in factor.indices]
+        factors[net.label(factor)] = normal(int(np.prod(shape)), seed, net.label(factor)).reshape(shape)
+    return net, factors, oracle(net, factors, sizes)
+
+
+def oracle(net: tnpeft.Network, factors: dict, sizes: dict[str, int]) -> np.ndarray:
+    letters = {index: chr(ord("a") + k) for k, index in enumerate(net.indices)}
+    total = np.zeros([sizes[index] for index in net.outer])
+    for term in net.terms:
+        own = [index for index in net.outer if index in term.places()]
+        spec = ",".join("".join(letters[i] for i in f.indices) for f in term.factors)
+        value = np.einsum(
+            spec + "->" + "".join(letters[i] for i in own), *(factors[net.label(f)] for f in term.factors)
+        )
+        total = total + term.sign * value.reshape([sizes[i] if i in own else 1 for i in net.outer])
+    return total.reshape([int(np.prod([sizes[i] for i in group])) for group in net.output])
+
+
+def distance(found: np.ndarray, target: np.ndarray) -> float:
+    return float(np.linalg.norm(found - target) / np.linalg.norm(target))
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_solutions_are_found(name):
+    line, sizes = PLANTED[name]
+    net, _, target = planted(line, sizes)
+    result = fit(net, target, sizes, restarts=40)
+    assert result.error <= 1e-12
+    assert distance(oracle(net, result.factors, sizes), target) <= 2e-12
+    assert all(value.dtype == np.float64 for value in result.factors.values())
+
+
+def test_lora_of_a_full_matrix_is_the_truncated_svd():
+    target = normal(20 * 15, 0, "T").reshape(20, 15)
+    result = fit(tnpeft.network("B[o r] A[r i] -> o i"), target, r=4)
+    tail = np.linalg.svd(target, compute_uv=False)
+    assert abs(result.error - np.sqrt((tail[4:] ** 2).sum() / (tail**2).sum())) < 1e-7
+
+
+def test_indices_shared_with_the_rest_and_kept_are_separate_problems():
+    """Each layer's LoRA of its own full matrix is that matrix's truncated SVD."""
+    target = normal(3 * 12 * 9, 1, "T").reshape(3, 12, 9)
+    result = fit(tnpeft.network("B[l o r] A[l r i] -> l o i"), target, r=2)
+    tail = np.linalg.svd(target, compute_uv=False)[:, 2:]
+    assert abs(result.error * np.linalg.norm(target) - np.linalg.norm(tail)) < 1e-5
+
+
+def test_a_term_without_the_stack_index_fits_the_mean():
+    target = normal(3 * 4 * 5, 2, "T").reshape(3, 4, 5)
+    result = fit(
+        tnpeft.network("w[l] D[o i] + M[o i] -> l o i"), target, fixed={"w": np.zeros(3), "D": np.zeros((4, 5))}
+    )
+    assert np.allclose(result.factors["M"], target.mean(0))
+
+
+def test_kind_and_dtype_are_the_targets():
+    target = torch.from_numpy(normal(6 * 5, 3, "T").reshape(6, 5)).float()
+    result = fit(tnpeft.network("B[o r] A[r i] -> o i"), target, r=5)
+    assert {type(v) for v in result.factors.values()} == {torch.Tensor}
+    assert {v.dtype for v in result.factors.values()} == {torch.float32}
+    assert torch.allclose(result.factors["B"] @ result.factors["A"], target, atol=1e-5)
+    assert "relative error" in str(result)
+
+
+def test_a_factorization_fills_the_sizes():
+    f = tnpeft.Factorization.of(
+        "C[layer o1 i1] P[layer o2 a] Q[layer a i2] -> layer (o1 o2) (i1 i2)", ranks={"a": 2}, splits={"out": (2, 6)}
+    )
+    sizes = {"layer": 2, "o1": 2, "o2": 6, "i1": 3, "i2": 5, "a": 2}
+    net, _, target = planted(str(f.network), sizes)
+    result = fit(f, target, i1=3, i2=5)
+    assert result.error <= 1e-12
+    assert result.factors["C"].shape == (2, 2, 3)
+    assert distance(oracle(net, result.factors, sizes), target) <= 2e-12
+
+
+def test_frozen_factors_stay_and_are_asked_for():
+    line = "b[o] ~B[o r] d[r] ~A[r i] -> o i"
+    sizes = {"o": 9, "i": 8, "r": 3}
+    net, factors, target = planted(line, sizes)
+    held = {name: factors[name] for name in "AB"}
+    result = fit(net, target, sizes, fixed=held)
+    assert result.error <= 1e-12
+    assert (result.factors["A"] == factors["A"]).all()
+    with pytest.raises(tnpeft.NetworkError, match=r"the frozen factor 'B' has no value"):
+        fit(net, target, sizes)
+    with pytest.raises(tnpeft.NetworkError, match=r"shape \(3, 9\)"):
+        fit(net, target, sizes, fixed={**held, "B": factors["B"].T})
+
+
+def test_a_twin_is_fixed_and_its_factor_found():
+    net, factors, target = planted("G[o a] H[a i] - ~G[o a] ~H[a i] -> o i", {"o": 7, "i": 6, "a": 2})
+    held = {label: value for label, value in factors.items() if label.startswith("~")}
+    result = fit(net, target, a=2, fixed=held)
+    assert result.error <= 1e-12
+    assert (result.factors["~G"] == factors["~G"]).all()
+
+
+def test_without_the_matrix_the_same_solution(monkeypatch):
+    line, sizes = PLANTED["lora per layer"]
+    net, _, target = planted(line, sizes)
+    monkeypatch.setattr(least_squares, "DENSE_LIMIT", 0)
+    assert fit(net, target, sizes).error <= 1e-12
+    one = fit(tnpeft.network("D[o] ^J[i] -> o i"), np.outer(np.arange(1.0, 4), np.ones(5)), fixed={"J": np.ones(5)})
+    assert np.allclose(one.factors["D"], [1, 2, 3])
+
+
+def test_a_large_core_does_not_need_its_matrix():
+    """A 20 x 20 x 20 core against 30 x 30 x 30: its least-squares matrix would take 1.7 GB."""
+    sizes = dict.fromkeys("abc", 20) | dict.fromkeys("xyz", 30)
+    net, factors, _ = planted("G[a b c] U[x a] V[y b] W[z c] -> x y z", sizes)
+    held = {name: np.linalg.qr(factors[name])[0] for name in "UVW"}
+    started = time.perf_counter()
+    result = fit(net, oracle(net, {**held, "G": factors["G"]}, sizes), sizes, fixed=held)
+    assert result.error <= 1e-12
+    assert time.perf_counter() - started < 20
+    assert distance(result.factors["G"], factors["G"]) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("line", "shape", "options", "text"),
+    [
+        ("A[o r] A[i r] -> o i", (3, 3), {"r": 2}, "'A' stands 2 times"),
+        ("A[o r] B[r i] + A[o s] C[s i] -> o i", (3, 3), {"r": 2, "s": 2}, "'A' stands 2 times"),
+        ("B[o r] A[r i] -> o i", (3, 3), {}, "no size for 'r'"),
+        ("B[o r] A[r i] -> o i", (3, 3), {"r": 2, "q": 1}, "'q' is no index"),
+        ("B[o r] A[r i] -> o i", (3, 3, 3), {"r": 2}, "3 axes, the output 2 groups"),
+        ("B[o r] A[r i] -> o i", (3, 3), {"r": 2, "o": 4}, "the target 3"),
+        ("B[o1 o2 r] A[r i] -> (o1 o2) i", (6, 3), {"r": 2}, "no size for 'o1', 'o2'"),
+        ("B[o1 o2 r] A[r i] -> (o1 o2) i", (6, 3), {"r": 2, "o1": 4}, "the target 6"),
+    ],
+)
+def test_what_cannot_be_fitted_is_refused(line, shape, options, text):
+    with pytest.raises(tnpeft.NetworkError, match=text):
+        fit(tnpeft.network(line), np.ones(shape), **options)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_a_target_without_direction_is_refused(value):
+    with pytest.raises(tnpeft.NetworkError, match="zero or not finite"):
+        fit(tnpeft.network("B[o r] A[r i] -> o i"), np.full((3, 3), value), r=1)
+
+
+def test_the_same_call_gives_the_same_factors():
+    line, sizes = PLANTED["cp"]
+    net, _, target = planted(line, sizes)
+    first, second = (fit(net, target, sizes, seed=3) for _ in range(2))
+    assert all((first.factors[name] == second.factors[name]).all() for name in first.factors)

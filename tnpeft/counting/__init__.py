@@ -1,5 +1,6 @@
 """HOW MUCH: parameters, parameter steps, rank bounds, degrees of freedom, budgets, and the cards of known models."""
 
+from tnpeft.counting.budgets import Budget, BudgetRow, Rung, budget
 from tnpeft.counting.cards import Card, SiteGroup, biases, card, groups, names, sites
 from tnpeft.counting.cuts import RankWarning, clipped_ranks, cuts, rank_bound, unfolding_bounds, warn_ranks
 from tnpeft.counting.freedom import dof
@@ -13,13 +14,17 @@ from tnpeft.counting.parameters import (
 )
 
 __all__ = [
+    "Budget",
+    "BudgetRow",
     "Card",
     "Layout",
     "Piece",
     "Placement",
     "RankWarning",
+    "Rung",
     "SiteGroup",
     "biases",
+    "budget",
     "card",
     "clipped_ranks",
     "cuts",

@@ -108,19 +108,21 @@ def layout(
     if not chosen:
         raise NetworkError("no site is selected", remedy="check the targets against the model's projections")
     lines = [f.line_for(site) for site in chosen]
-    layers = tuple(sorted({site.layer for site in chosen}))
-    order = sorted_projs({site.proj for site in chosen}, projs)
-    raw = []
+    axes = _axes(chosen, lines, stack or {})
+    networks = {line: _site_network(line.network) for line in axes}
+    molds: dict[tuple[Line, int, int, int], _Mold] = {}
     for site, line in zip(chosen, lines, strict=True):
-        served = [other for other, its in zip(chosen, lines, strict=True) if its is line]
-        axes = {**(stack or {}), "layer": len({s.layer for s in served}), "proj": len({s.proj for s in served})}
-        raw.append((site, line, _site_sizes(f, line, site, axes)))
-    shared = _several_shapes(raw)
-    placements = tuple(
-        Placement(site, line, _site_network(line.network), sizes, _pieces(site, line, sizes, shared))
-        for site, line, sizes in raw
-    )
-    return Layout(f, placements, layers, order)
+        key = line, site.out, site.inp, site.heads
+        if key not in molds:
+            molds[key] = _mold(line, networks[line], _site_sizes(f, line, site, axes[line]))
+    several = _several_shapes(molds.values())
+    placements = []
+    for site, line in zip(chosen, lines, strict=True):
+        mold = molds[line, site.out, site.inp, site.heads]
+        pieces = {cast.label: _piece(site, cast, cast.label in several) for cast in mold.casts}
+        placements.append(Placement(site, line, mold.network, mold.sizes, pieces))
+    layers = tuple(sorted({site.layer for site in chosen}))
+    return Layout(f, tuple(placements), layers, sorted_projs({site.proj for site in chosen}, projs))
 
 
 def sorted_projs(names: Iterable[str], wanted: Sequence[str] = ()) -> tuple[str, ...]:
@@ -161,35 +163,67 @@ def _site_network(net: Network) -> Network:
     return net.select(*(index for index in net.stack if index in ("layer", "proj")))
 
 
-def _identity(factor_indices: Group, sizes: Mapping[str, int]) -> tuple[Group, tuple[int, ...]]:
-    kept = tuple(index for index in factor_indices if index not in ("layer", "proj"))
-    return kept, tuple(sizes[index] for index in kept)
+@dataclass(frozen=True)
+class _Cast:
+    """A factor at sites of one shape: its axes without layer and proj, and which of these two it carries."""
+
+    label: str
+    kind: Kind
+    indices: Group
+    shape: tuple[int, ...]
+    layer: bool
+    proj: bool
 
 
-def _several_shapes(raw: list[tuple[Site, Line, dict[str, int]]]) -> frozenset[str]:
+@dataclass(frozen=True)
+class _Mold:
+    """What all sites of one line and one shape have in common."""
+
+    network: Network
+    sizes: Mapping[str, int]
+    casts: tuple[_Cast, ...]
+
+
+def _axes(sites: Sequence[Site], lines: Sequence[Line], stack: Mapping[str, int]) -> dict[Line, dict[str, int]]:
+    """The sizes of the stack indices of each line, over the sites that it serves."""
+    served: dict[Line, list[Site]] = {}
+    for site, line in zip(sites, lines, strict=True):
+        served.setdefault(line, []).append(site)
+    return {
+        line: {**stack, "layer": len({s.layer for s in its}), "proj": len({s.proj for s in its})}
+        for line, its in served.items()
+    }
+
+
+def _mold(line: Line, site_network: Network, sizes: Mapping[str, int]) -> _Mold:
+    casts = []
+    for factor in line.network.factors:
+        indices = tuple(index for index in factor.indices if index not in ("layer", "proj"))
+        shape = tuple(sizes[index] for index in indices)
+        carried = ("layer" in factor.indices, "proj" in factor.indices)
+        casts.append(_Cast(line.network.label(factor), factor.kind, indices, shape, *carried))
+    return _Mold(site_network, sizes, tuple(casts))
+
+
+def _several_shapes(molds: Iterable[_Mold]) -> frozenset[str]:
     """Labels of factors that need more than one shape, so that a shared piece's key has to tell which."""
     shapes: dict[str, set[tuple[int, ...]]] = {}
-    for _, line, sizes in raw:
-        for factor in line.network.factors:
-            shapes.setdefault(line.network.label(factor), set()).add(_identity(factor.indices, sizes)[1])
+    for mold in molds:
+        for cast in mold.casts:
+            shapes.setdefault(cast.label, set()).add(cast.shape)
     return frozenset(label for label, found in shapes.items() if len(found) > 1)
 
 
-def _pieces(site: Site, line: Line, sizes: Mapping[str, int], several: frozenset[str]) -> dict[str, Piece]:
-    found = {}
-    for factor in line.network.factors:
-        label = line.network.label(factor)
-        indices, shape = _identity(factor.indices, sizes)
-        layer = site.layer if "layer" in factor.indices else None
-        proj = site.proj if "proj" in factor.indices else None
-        if layer is not None and proj is not None:
-            home, key = site.module or f"{site.layer}/{site.proj}", label
-            if "/" in site.proj:
-                key += "@" + site.proj.partition("/")[2]
-        else:
-            home, key = "", label
-            key += "" if layer is None else f"@{layer}"
-            key += "" if proj is None else f"@{proj}"
-            key += "#" + "x".join(map(str, shape)) if label in several else ""
-        found[label] = Piece(label, factor.kind, indices, shape, layer, proj, home, key)
-    return found
+def _piece(site: Site, cast: _Cast, several: bool) -> Piece:
+    layer = site.layer if cast.layer else None
+    proj = site.proj if cast.proj else None
+    if layer is not None and proj is not None:
+        home, key = site.module or f"{site.layer}/{site.proj}", cast.label
+        if "/" in site.proj:
+            key += "@" + site.proj.partition("/")[2]
+    else:
+        home, key = "", cast.label
+        key += "" if layer is None else f"@{layer}"
+        key += "" if proj is None else f"@{proj}"
+        key += "#" + "x".join(map(str, cast.shape)) if several else ""
+    return Piece(cast.label, cast.kind, cast.indices, cast.shape, layer, proj, home, key)

@@ -1,0 +1,234 @@
+"""Which sizes a family offers: its ranks nearest to a parameter budget, and the budgets it can meet at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from tnpeft.counting.cards import Model, Targets, sites
+from tnpeft.counting.cuts import cuts
+from tnpeft.counting.layout import layout
+from tnpeft.counting.parameters import parameters as count_parameters
+from tnpeft.networks import Factorization, Network, NetworkError, Site
+from tnpeft.networks.sizes import Size, Sizes, integers
+
+LONGEST = 64  # rungs of a ladder that are listed
+_UNLIMITED = 1 << 40  # a rank beyond every cut, to find the cut
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One size of a family: its free ranks and its parameter count."""
+
+    ranks: Mapping[str, int]
+    count: int
+
+    def __str__(self) -> str:
+        ranks = ", ".join(f"{rank}={size}" for rank, size in self.ranks.items())
+        return f"{self.count:,} ({ranks or 'no free rank'})"
+
+
+@dataclass(frozen=True)
+class BudgetRow:
+    """What a family offers for a budget.
+
+    ``nearest`` is the size closest to it (the smaller one of two), ``below`` the largest that stays within it, None
+    if there is none; ``ladder`` all sizes from rank 1 on to the first above the budget, at most 64.
+    """
+
+    family: str
+    nearest: Rung
+    below: Rung | None
+    ladder: tuple[Rung, ...]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Rows by family for a budget of so many parameters; prints as a table.
+
+    >>> print(budget(["lora", "cp"], parameters=200_000, model="facebook/opt-1.3b"))
+    budget 200,000
+    family  nearest          below            ladder
+    lora    196,608 (r=1)    196,608 (r=1)    196,608  393,216
+    cp      203,808 (r=22)   194,544 (r=21)   9,264  18,528  27,792  ...  203,808
+    """
+
+    parameters: int
+    rows: tuple[BudgetRow, ...]
+
+    def __iter__(self) -> Iterator[BudgetRow]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: int) -> BudgetRow:
+        return self.rows[place]
+
+    def __str__(self) -> str:
+        cells = [("family", "nearest", "below", "ladder")]
+        cells += [(row.family, str(row.nearest), str(row.below or "none"), _steps(row.ladder)) for row in self.rows]
+        widths = [max(len(cell[k]) for cell in cells) + 2 + (k > 0) for k in range(3)]
+        lines = ["".join(c.ljust(w) for c, w in zip(cell, widths, strict=False)) + cell[3] for cell in cells]
+        return "\n".join([f"budget {self.parameters:,}", *lines])
+
+
+def budget(
+    families: str | Factorization | Sequence[str | Factorization],
+    sizes: Sizes | None = None,
+    /,
+    *,
+    parameters: int | Factorization,
+    model: Model = None,
+    targets: Targets = None,
+    ratios: Mapping[str, float] | None = None,
+    **more: Size,
+) -> Budget:
+    """For each family the ranks nearest to, and the largest within, a number of trainable parameters.
+
+    The whole numbers among a family's ranks are free, unless nothing trainable carries them; rules are not. All
+    free ranks share one number, times their ratio, and each is capped at what its cut allows: small modes come to
+    their full size and the large ones go on. The search halves intervals, so it is exact where the count grows with
+    the rank; a rule may break that, and the best size seen is given then.
+
+    Args:
+        families: names, factorizations, or a mix; one alone will do.
+        sizes: without a model: ``out``, ``inp``, ``layer``, ``proj``, ``heads``, or the line's own indices.
+        parameters: the budget, or another adapter whose count is the budget.
+        model: count over the sites of a model, as :func:`tnpeft.parameters` does.
+        targets: the model's projections.
+        ratios: a rank's size relative to the others, 1 if not named.
+        more: sizes by name.
+
+    Raises:
+        NetworkError: a family or a ratio's rank is unknown, a size is missing, or a family does not fit the sites.
+
+    >>> row = budget("lora", parameters=10_000, out=768, inp=768, layer=1, proj=1)[0]
+    >>> row.nearest.ranks, row.below.count, len(row.ladder)
+    ({'r': 7}, 9216, 7)
+    """
+    listed = [families] if isinstance(families, str | Factorization) else families
+    chosen = [_factorization(each) for each in listed]
+    known = {rank for f in chosen for rank in f.ranks}
+    for rank in ratios or {}:
+        if rank not in known:
+            raise NetworkError(f"no family has the rank {rank!r}", remedy=f"the ranks are {', '.join(sorted(known))}")
+    on = _Ground(None if model is None else sites(model, targets), {**(sizes or {}), **more})
+    goal = on.count(parameters) if isinstance(parameters, Factorization) else parameters
+    if goal < 1:
+        raise NetworkError(f"the budget is {goal}", remedy="pass parameters= a positive whole number")
+    return Budget(goal, tuple(_row(f, goal, on, ratios or {}) for f in chosen))
+
+
+@dataclass(frozen=True)
+class _Ground:
+    """Where adapters are counted: on sites of a model, or at given sizes."""
+
+    sites: tuple[Site, ...] | None
+    given: Mapping[str, Size]
+
+    def count(self, f: Factorization) -> int:
+        if self.sites is not None:
+            return layout(f, self.sites, stack=self._stack()).count()
+        [(net, sizes)] = self.placed(f)
+        return int(count_parameters(net, sizes))
+
+    def placed(self, f: Factorization) -> list[tuple[Network, dict[str, int]]]:
+        """The networks in use with their sizes, one for each shape of sites."""
+        if self.sites is None:
+            return [(f.network, integers(f.network, f.bind(self.given, {})))]
+        seen = {
+            (p.line.network, tuple(p.sizes.items())) for p in layout(f, self.sites, stack=self._stack()).placements
+        }
+        return [(net, dict(sizes)) for net, sizes in seen]
+
+    def _stack(self) -> dict[str, int]:
+        return {name: self.given[name] for name in ("task", "replica") if name in self.given}
+
+
+def _factorization(each: str | Factorization) -> Factorization:
+    if isinstance(each, Factorization):
+        return each
+    from tnpeft import families
+
+    return families.get(each)()
+
+
+def _row(f: Factorization, goal: int, on: _Ground, ratios: Mapping[str, float]) -> BudgetRow:
+    caps = _caps(f, on)
+    share = {rank: ratios.get(rank, 1) for rank in caps}
+    top = max((-int(-cap // share[rank]) for rank, cap in caps.items()), default=1)
+    seen: dict[int, Rung] = {}
+
+    def rung(step: int) -> Rung:
+        if step not in seen:
+            ranks = {rank: min(cap, max(1, int(step * share[rank]))) for rank, cap in caps.items()}
+            seen[step] = Rung(ranks, on.count(f.with_ranks(**ranks)))
+        return seen[step]
+
+    _search(lambda step: rung(step).count <= goal, top)
+    ladder = _ladder(rung, top, goal)
+    found = sorted(seen.values(), key=lambda its: its.count)
+    nearest = min(found, key=lambda its: (abs(its.count - goal), its.count))
+    below = [its for its in found if its.count <= goal]
+    return BudgetRow(f.name, nearest, below[-1] if below else None, ladder)
+
+
+def _search(within: Callable[[int], bool], top: int) -> None:
+    """Evaluate both sides of every place between powers of two where the count crosses the budget."""
+    grid = [1 << k for k in range(top.bit_length())]
+    for low, high in zip(grid, [*grid[1:], top], strict=True):
+        side = within(low)
+        if within(high) != side:
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (middle, high) if within(middle) == side else (low, middle)
+
+
+def _ladder(rung: Callable[[int], Rung], top: int, goal: int) -> tuple[Rung, ...]:
+    steps = [rung(1)]
+    for step in range(2, top + 1):
+        last, here = steps[-1].count, rung(step)
+        if len(steps) == LONGEST or goal < last < here.count:
+            break
+        if here.count != last:
+            steps.append(here)
+    return tuple(steps)
+
+
+def _caps(f: Factorization, on: _Ground) -> dict[str, int]:
+    """The largest useful size of every free rank at all sites, the other free ranks taken as unlimited."""
+    carried = {
+        index
+        for line in f.lines
+        for factor in line.network.factors
+        if factor.kind == "trainable"
+        for index in factor.indices
+    }
+    free = [rank for rank, size in f.ranks.items() if isinstance(size, int) and rank in carried]
+    caps: dict[str, int] = {}
+    for net, sizes in on.placed(f.with_ranks(**dict.fromkeys(free, _UNLIMITED))):
+        dense = prod(sizes[index] for index in net.outer)
+        for name, cut in cuts(net, sizes).items():
+            together = name.split()
+            wide = [bond for bond in together if bond in free]
+            narrow = prod(sizes[bond] for bond in together if bond not in free)
+            for bond in wide:
+                cap = _root(max(1, min(cut, dense) // narrow), len(wide))
+                caps[bond] = min(cap, caps.get(bond, cap))
+    return {rank: caps[rank] for rank in free if rank in caps}
+
+
+def _root(value: int, degree: int) -> int:
+    """The largest whole number whose power of ``degree`` is at most ``value``."""
+    low, high = 1, value + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if middle**degree <= value else (low, middle)
+    return low
+
+
+def _steps(ladder: tuple[Rung, ...]) -> str:
+    counts = [f"{its.count:,}" for its in ladder]
+    return "  ".join(counts if len(counts) < 6 else [*counts[:3], "...", counts[-1]])

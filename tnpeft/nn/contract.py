@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from math import prod
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from tnpeft.networks import Factorization, Network, NetworkError
 from tnpeft.networks.factor import Group
-from tnpeft.networks.sizes import Sizes, bind, integers
+from tnpeft.networks.sizes import Sizes, bind
 from tnpeft.planning.planner import planned
 from tnpeft.planning.steps import Plan
 
@@ -51,7 +52,8 @@ def run(plan: Plan, arrays: Mapping[str, Array]) -> Array:
     for step in plan.steps:
         found = [values[name] for name in step.operands]
         if step.kind == "contract":
-            values[step.result] = pairwise(*step.uses, step.indices)(*found)
+            left, right = step.uses
+            values[step.result] = pairwise(left, right, step.indices)(*found)
         elif step.kind == "add":
             parts = [aligned(use, step.indices)(value) for use, value in zip(step.uses, found, strict=True)]
             values[step.result] = _signed_sum(parts, step.signs)
@@ -144,33 +146,26 @@ def _checked(net: Network, factors: Mapping[str, Array]) -> dict[str, Array]:
     labels = [net.label(factor) for factor in net.factors]
     for name in factors:
         if name not in labels:
-            raise NetworkError(
-                f"the line has no factor {name!r}", line=str(net), remedy=f"the factors are {', '.join(labels)}"
-            )
+            known = ", ".join(labels)
+            raise NetworkError(f"the line has no factor {name!r}", line=str(net), remedy=f"the factors are {known}")
     for label in labels:
         if label not in factors:
             raise NetworkError(f"no array for the factor {label!r}", line=str(net), remedy=f"add {label!r}")
-    tensors = [
-        label
-        for label in labels
-        if type(factors[label]).__module__.partition(".")[0] == "torch" or hasattr(factors[label], "requires_grad")
-    ]
+    tensors = [label for label in labels if hasattr(factors[label], "requires_grad")]
     if not tensors:
         return {label: np.asarray(factors[label]) for label in labels}
-    other = [label for label in labels if label not in tensors]
-    if other:
-        raise NetworkError(
-            f"{tensors[0]!r} is a torch tensor and {other[0]!r} is not",
-            line=str(net),
-            remedy="pass torch tensors only, or numpy arrays only",
-        )
+    for label in labels:
+        if label not in tensors:
+            raise NetworkError(
+                f"{tensors[0]!r} is a torch tensor and {label!r} is not",
+                line=str(net),
+                remedy="pass torch tensors only, or numpy arrays only",
+            )
     return _one_dtype({label: factors[label] for label in labels})
 
 
 def _one_dtype(tensors: dict[str, Array]) -> dict[str, Array]:
     """Torch multiplies matrices of one dtype only, so all take the widest."""
-    from functools import reduce
-
     from torch import promote_types
 
     dtype = reduce(promote_types, (tensor.dtype for tensor in tensors.values()))
@@ -178,23 +173,18 @@ def _one_dtype(tensors: dict[str, Array]) -> dict[str, Array]:
 
 
 def _measured(net: Network, arrays: Mapping[str, Array], sizes: Sizes | None) -> dict[str, int]:
-    """The size of every index, read off the arrays and checked to agree."""
-    dims: dict[str, int] = (
-        integers(net, given)
-        if (given := bind(net, sizes, {})) and len(given) == len(net.indices)
-        else {k: v for k, v in given.items() if isinstance(v, int)}
-    )
+    """The size of every index, read off the arrays and checked to agree with each other and with ``sizes``."""
+    dims = dict(bind(net, sizes, {}))
     for factor in net.uses():
-        label = net.label(factor)
-        shape = tuple(arrays[label].shape)
-        expected = tuple(dims.get(index, "any") for index in factor.indices)
-        if len(shape) != len(expected) or any(e not in ("any", s) for e, s in zip(expected, shape, strict=True)):
+        label, shape = net.label(factor), tuple(arrays[net.label(factor)].shape)
+        needed = tuple(dims.get(index, "any") for index in factor.indices)
+        fits = len(shape) == len(needed) and all(n in ("any", s) for n, s in zip(needed, shape, strict=True))
+        if not fits or 0 in shape:
             raise NetworkError(
-                f"the array for {label!r} has shape {shape}, {factor} needs ({', '.join(map(str, expected))})",
+                f"the array for {label!r} {'has' if not fits else 'is empty: it has'} shape {shape}, "
+                f"{factor} needs ({', '.join(map(str, needed))})",
                 line=str(net),
-                remedy=f"give {label!r} one axis per index, in the order of the line, of the sizes of the others",
+                remedy=f"give {label!r} one axis per index, in their order, of the sizes that the other factors have",
             )
-        if 0 in shape:
-            raise NetworkError(f"the array for {label!r} is empty: {shape}", line=str(net), remedy="no size may be 0")
         dims |= zip(factor.indices, shape, strict=True)
     return {index: dims[index] for index in net.indices}

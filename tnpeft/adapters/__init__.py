@@ -1,1 +1,27 @@
+"""INTO a transformer: a PEFT tuner whose update is any factorization. Importing this package loads nothing heavy."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "TensorNetworkConfig": "config",
+    "TensorNetworkModel": "model",
+    "factors": "access",
+    "set_factors": "access",
+    "parameter_groups": "access",
+    "hotswap": "files",
+    "export_lora": "export",
+}
+
+__all__ = [*_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'tnpeft.adapters' has no attribute {name!r}")
+    import_module("peft")
+    value = getattr(import_module(f"tnpeft.adapters.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

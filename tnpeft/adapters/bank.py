@@ -1,0 +1,133 @@
+"""Where factors live: arrays of one adapter, the bank that owns the shared ones, and what bank and linears have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from tnpeft.counting.layout import Layout, Piece
+from tnpeft.networks import NetworkError
+
+BANK = "factor_bank"  # the bank's name in the model: without the prefix, or deleting an adapter would pass it over
+
+
+class Arrays(nn.Module):
+    """The arrays of one adapter that one module owns: Parameters if they are trained, else buffers.
+
+    It has no forward and no attribute ``weight``, so that no wrapping policy takes it for a layer.
+
+    >>> own = Arrays()
+    >>> own.add("B", torch.zeros(2), trained=True)
+    >>> own.get("B").requires_grad
+    True
+    """
+
+    def add(self, key: str, value: Tensor, *, trained: bool, kept: bool = True) -> None:
+        """Own an array; one that is not trained goes to files only if it is ``kept``.
+
+        Raises:
+            NetworkError: the key is a name that every module has, such as ``weight`` or ``half``.
+        """
+        if hasattr(self, key) or key == "weight":
+            raise NetworkError(f"a factor of a model cannot be called {key!r}", remedy="give it another name")
+        if trained:
+            self.register_parameter(key, nn.Parameter(value))
+        else:
+            self.register_buffer(key, value, persistent=kept)
+
+    def get(self, key: str) -> Tensor:
+        """The array: whatever stands there now, so that casts, sharding and loading may replace it."""
+        value: Tensor = getattr(self, key)
+        return value
+
+
+class TensorNetworkLayer(BaseTunerLayer):
+    """What the bank and the adapted linears share: the arrays of every adapter, and where they move."""
+
+    adapter_layer_names: tuple[str, ...] = ("tnpeft_factors",)
+    tnpeft_factors: nn.ModuleDict
+
+    def own(self, adapter: str, pieces: Mapping[Piece, Tensor], kept: bool) -> None:
+        """Own the arrays of an adapter; frozen ones go to files only if ``kept``."""
+        arrays = Arrays()
+        for piece, value in pieces.items():
+            trained = piece.kind == "trainable"
+            arrays.add(piece.key, value, trained=trained, kept=kept and piece.kind == "frozen")
+        self.tnpeft_factors[adapter] = arrays
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move the device only: PEFT would also round the factors to the base weight's dtype."""
+        target = device if device is not None else self.home_device()
+        for name in self.adapter_layer_names:
+            held = getattr(self, name)
+            if adapter_name not in held or target is None:
+                continue
+            item = held[adapter_name]
+            tensors = [item] if isinstance(item, Tensor) else [*item.parameters(), *item.buffers()]
+            if all(tensor.device.type != "meta" for tensor in tensors):
+                held[adapter_name] = item.to(target)
+
+    def home_device(self) -> torch.device | None:
+        """Where the arrays belong."""
+        raise NotImplementedError
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters on or off; switching them off unmerges first."""
+        if not enabled and self.merged:
+            self.unmerge()
+        super().enable_adapters(enabled)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Updates are additive, so they can be written as a LoRA."""
+        return True
+
+
+class FactorBank(nn.Module, TensorNetworkLayer):
+    """The owner of every factor that several sites share; one per model, a child of the model itself.
+
+    ``layouts`` holds the layout of each adapter's factors, ``watching`` whether a forward is on its way that must
+    not meet reentrant checkpointing (see :mod:`tnpeft.adapters.guard`).
+
+    >>> bank = FactorBank(None, torch.device("cpu"))
+    >>> bank.merged_adapters, [*bank.tnpeft_factors]
+    ([], [])
+    """
+
+    other_param_names: tuple[str, ...] = ("layouts",)
+    weight = None
+    bias = None
+
+    def __init__(self, quantization_backend: Any, device: torch.device) -> None:
+        super().__init__()
+        self.tnpeft_factors = nn.ModuleDict()
+        self.layouts: dict[str, Layout] = {}
+        self.quantization_backend = quantization_backend
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._device = device
+        self.watching = False
+
+    def home_device(self) -> torch.device:
+        """The device of the first adapted linear."""
+        return self._device
+
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        """Note which adapters the linears have merged."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        self.merged_adapters += [n for n in names if n in self.tnpeft_factors and n not in self.merged_adapters]
+
+    def unmerge(self) -> None:
+        """Note that the linears have restored their weights."""
+        self.merged_adapters.clear()
+
+    def forward(self, *args: Any, **kwargs: Any) -> None:
+        """Raise: the bank owns factors and computes nothing.
+
+        Raises:
+            NetworkError: always.
+        """
+        raise NetworkError("the factor bank computes nothing", remedy="call the model it belongs to")

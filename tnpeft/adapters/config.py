@@ -1,0 +1,170 @@
+"""The configuration: which network, on which modules. Plain data throughout, so that every file of it is readable."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import InitVar, dataclass, field
+from typing import Any
+
+from peft.config import PeftConfig
+
+from tnpeft.adapters import registration
+from tnpeft.adapters.files import describe, stored_shapes
+from tnpeft.adapters.plain import factorization, lower, with_rank_pattern
+from tnpeft.networks import Factorization, NetworkError
+
+_BIAS = ("none", "all", "tensor_network_only")
+
+
+@dataclass
+class TensorNetworkConfig(PeftConfig):
+    """Configuration of an adapter whose update is a tensor network.
+
+    Args:
+        network: a :class:`tnpeft.Factorization`, a family's name, or a line of named einsum; kept as plain data,
+            read back by :attr:`factorization`.
+        target_modules: names of modules (their order orders the projections), a regular expression,
+            ``"all-linear"``, names or roles of the model's card such as ``"c_attn/out:0"``, or None for its default.
+        exclude_modules: names or a regular expression of modules to leave out.
+        layers_to_transform: numbers of the layers to adapt; None for all.
+        layers_pattern: name of the list of layers, where it is not obvious.
+        modules_to_save: modules that are trained and saved in full, such as a classifier.
+        bias: which biases are trained: none, all, or tensor_network_only (those of adapted linears).
+        dropout: probability with which entries of an adapter's input are dropped in training.
+        seed: of the start values and of the frozen random factors.
+        save_frozen: write frozen factors to the file too, instead of regenerating them from the seed.
+        dora: learn a magnitude per output feature and normalise the updated weight's rows (arXiv 2402.09353).
+        tokens: rows of activations per step that the contraction is planned for.
+        layers: saved order of layers, path to position; filled in when the adapter is placed.
+        projections: saved order of projections, name to position; filled in likewise.
+        frozen: hash of every frozen factor; filled in likewise, and compared when the adapter is loaded.
+        ranks: size of every bond (not kept: part of ``network``, as are the following).
+        splits: sizes of the indices in the row and column groups.
+        init: start values by factor.
+        scale: effective number that multiplies the update.
+        unit_norm: factors whose columns are normalised in the forward pass.
+        lr_multiplier: learning rate of a factor relative to the others.
+        square: cut every site into square slices along its longer side.
+        rank_pattern: other ranks for some projections, ``{"v_proj": {"r": 4}}``.
+
+    Raises:
+        NetworkError: the network or one of its values does not fit, or the file's schema is unknown.
+
+    >>> config = TensorNetworkConfig(network="B[layer proj out r] A[r inp] -> layer proj out inp", ranks={"r": 8})
+    >>> print(config.factorization.network)
+    B[layer proj out r] A[r inp] -> layer proj out inp
+    """
+
+    network: Any = None
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    bias: str = "none"
+    dropout: float = 0.0
+    seed: int = 0
+    save_frozen: bool = False
+    dora: bool = False
+    tokens: int = 2048
+    layers: dict[str, int] | None = field(default=None, repr=False)
+    projections: dict[str, int] | None = None
+    frozen: dict[str, str] | None = field(default=None, repr=False)
+    ranks: InitVar[Mapping[str, int | str] | None] = None
+    splits: InitVar[Mapping[str, Any] | None] = None
+    init: InitVar[Mapping[str, Any] | None] = None
+    scale: InitVar[float | None] = None
+    unit_norm: InitVar[Any] = None
+    lr_multiplier: InitVar[Mapping[str, float] | None] = None
+    square: InitVar[bool | None] = None
+    rank_pattern: InitVar[Mapping[str, Mapping[str, int]] | None] = None
+
+    def __post_init__(
+        self,
+        ranks: Any = None,
+        splits: Any = None,
+        init: Any = None,
+        scale: Any = None,
+        unit_norm: Any = None,
+        lr_multiplier: Any = None,
+        square: Any = None,
+        rank_pattern: Any = None,
+    ) -> None:
+        super().__post_init__()
+        self.peft_type = registration.TENSOR_NETWORK
+        f = factorization(
+            "lora" if self.network is None else self.network,
+            ranks=ranks,
+            splits=None if splits is None else {side: tuple(parts) for side, parts in splits.items()},
+            init=init,
+            scale=scale,
+            unit_norm=None if unit_norm is None else tuple(unit_norm),
+            lr_multiplier=lr_multiplier,
+            square=square,
+        )
+        self._factorization = with_rank_pattern(f, rank_pattern) if rank_pattern else f
+        self.network = lower(self._factorization)
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(names := getattr(self, name), set | tuple | list):
+                setattr(self, name, [*dict.fromkeys(sorted(names) if isinstance(names, set) else names)])
+        self._check()
+        # What a file fixes, the model has to meet; what a model fixed, the next model may fix anew.
+        self.loaded = self.layers is not None
+        self.named: list[str] = []
+        self.stored: dict[str, tuple[int, ...]] | None = None
+
+    def _check(self) -> None:
+        number = isinstance(self.dropout, int | float) and not isinstance(self.dropout, bool)
+        if not number or not 0 <= self.dropout < 1:
+            raise NetworkError(f"dropout is {self.dropout!r}", remedy="pass a number from 0 to below 1")
+        if self.bias not in _BIAS:
+            raise NetworkError(f"bias is {self.bias!r}", remedy=f"use one of {', '.join(_BIAS)}")
+        for name, least in (("seed", 0), ("tokens", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise NetworkError(f"{name} is {value!r}", remedy=f"pass a whole number from {least} on")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise NetworkError("layers_pattern needs layers_to_transform", remedy="pass both, or neither")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise NetworkError(
+                "layers_to_transform does not go with a regular expression in target_modules",
+                remedy="write the layers into the expression, or pass a list of names",
+            )
+        for name in ("layers", "projections"):
+            places = getattr(self, name)
+            if places is not None and sorted(places.values()) != [*range(len(places))]:
+                raise NetworkError(
+                    f"the saved order of {name} is broken: {str(places)[:80]}", remedy="check the file"
+                )
+
+    @property
+    def factorization(self) -> Factorization:
+        """The factorization that ``network`` holds as plain data."""
+        return self._factorization
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain data, sets sorted, so that saving it twice gives the same bytes."""
+        data = super().to_dict()
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in data.items()}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write ``adapter_config.json``, and into the model card what this adapter is and how to load it."""
+        super().save_pretrained(save_directory, **kwargs)
+        describe(save_directory, self.factorization)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> TensorNetworkConfig:
+        """The configuration in a folder or hub repository; the factors beside it are checked before any is loaded.
+
+        Raises:
+            NetworkError: the file of factors is damaged, or the configuration is not one that this version reads.
+        """
+        config: TensorNetworkConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        config.stored = stored_shapes(os.path.join(pretrained_model_name_or_path, subfolder or ""))
+        return config
+
+
+registration.register()

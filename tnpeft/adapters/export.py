@@ -1,0 +1,193 @@
+"""Any adapter as a plain PEFT LoRA: exact where the update's cut is small, else the nearest of a given rank."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from tnpeft.adapters import registration
+from tnpeft.adapters.access import bank_of
+from tnpeft.adapters.layer import TensorNetworkLinear
+from tnpeft.networks import NetworkError
+from tnpeft.nn.lowrank import cut_rank, sides, truncated
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One linear's LoRA: its rank, that of the cut it was read from (0: from the dense update), its relative error."""
+
+    module: str
+    rank: int
+    cut: int
+    error: float
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing but rounding was lost."""
+        return 0 < self.cut <= self.rank
+
+
+@dataclass(frozen=True)
+class Export:
+    """What an export wrote, one row per linear; prints as a table, grouped by rank, cut and error."""
+
+    path: Path
+    rows: tuple[Exported, ...]
+    parameters: int
+
+    @property
+    def error(self) -> float:
+        """The largest relative error of a linear, in the Frobenius norm."""
+        return max(row.error for row in self.rows)
+
+    def __str__(self) -> str:
+        exact = sum(row.exact for row in self.rows)
+        head = f"LoRA in {self.path}: {len(self.rows)} linears, {exact} exact, {self.parameters:,} parameters"
+        kinds: dict[tuple[int, int, bool], list[Exported]] = {}
+        for row in self.rows:
+            kinds.setdefault((row.rank, row.cut, row.exact), []).append(row)
+        table = [f"{'linears':>8} {'rank':>6} {'cut':>6}  error"]
+        for (rank, cut, is_exact), rows in sorted(kinds.items()):
+            worst = "exact" if is_exact else f"at most {max(row.error for row in rows):.3g}"
+            table.append(f"{len(rows):>8} {rank:>6} {cut or '-':>6}  {worst}")
+        return "\n".join([head, *table])
+
+
+def export_lora(model: nn.Module, path: str | Path, adapter: str = "default", *, rank: int | None = None) -> Export:
+    """What was written: the adapter as a folder that ``peft.PeftModel.from_pretrained`` loads as a LoRA.
+
+    Where the smallest cut between rows and columns is at most ``rank``, the two sides are contracted into LoRA's two
+    factors, exactly (a LoRA gives its own factors back). Elsewhere, and for DoRA, the update is cut to ``rank`` by
+    a singular value decomposition, and the report states its error. Ranks may differ between linears.
+
+    Args:
+        model: a model with a tensor-network adapter.
+        path: the folder to write.
+        adapter: which adapter.
+        rank: the largest rank; None for the largest at which two factors are no larger than the update itself.
+
+    Raises:
+        NetworkError: there is no such adapter, it trains biases, or ``rank`` is no positive whole number.
+
+    >>> import peft, tempfile, tnpeft
+    >>> config = tnpeft.TensorNetworkConfig(network="vera", ranks={"r": 3}, target_modules=["0"])
+    >>> model = peft.get_peft_model(nn.Sequential(nn.Linear(16, 16)), config)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     report = export_lora(model, folder)
+    >>> report.rows
+    (Exported(module='0', rank=3, cut=3, error=0.0),)
+    """
+    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+        raise NetworkError(f"rank is {rank!r}", remedy="pass a positive whole number, or None")
+    bank_of(model, adapter)
+    own = model.peft_config[adapter]
+    if own.bias != "none":
+        raise NetworkError("an adapter with trained biases cannot be exported", remedy="train it with bias='none'")
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    linears = {
+        name: module
+        for name, module in base.named_modules()
+        if isinstance(module, TensorNetworkLinear) and adapter in module.updates
+    }
+    rows, tensors = [], _others(model, adapter)
+    for name, linear in linears.items():
+        row, left, right = _linear(name, linear, adapter, rank)
+        rows.append(row)
+        tensors[f"base_model.model.{name}.lora_A.weight"] = right
+        tensors[f"base_model.model.{name}.lora_B.weight"] = left
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    _config(own, base, linears, {row.module: row.rank for row in rows}).save_pretrained(str(folder))
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    return Export(folder, tuple(rows), sum(t.numel() for name, t in tensors.items() if ".lora_" in name))
+
+
+@torch.no_grad()
+def _linear(
+    name: str, linear: TensorNetworkLinear, adapter: str, limit: int | None
+) -> tuple[Exported, Tensor, Tensor]:
+    rows, cols = linear.out_features, linear.in_features
+    most = min(limit or max(1, rows * cols // (rows + cols)), rows, cols)
+    items = linear.updates[adapter]
+    found = sum(cut_rank(item.placement.network, item.placement.sizes) for item in items)
+    if adapter in linear.tnpeft_magnitude or found >= min(rows, cols):
+        delta = linear.get_delta_weight(adapter)
+        delta = delta.T if isinstance(linear.get_base_layer(), Conv1D) else delta
+        left, right, error = _dense(delta.float(), most)
+        return Exported(name, left.shape[1], 0, error), _stored(left), _stored(right)
+    left, right = _through_cuts(linear, adapter)
+    if found <= most:
+        return Exported(name, found, found, 0.0), _stored(left), _stored(right)
+    left, right, error = truncated(left, right, most)
+    return Exported(name, most, found, error), _stored(left), _stored(right)
+
+
+def _through_cuts(linear: TensorNetworkLinear, adapter: str) -> tuple[Tensor, Tensor]:
+    """Two factors of the linear's whole update; those of its slices stand side by side."""
+    lefts, rights = [], []
+    for item in linear.updates[adapter]:
+        operands = dict(zip(item.run.labels, linear.operands(adapter, item), strict=True))
+        left, right = sides(item.placement.network, item.placement.sizes, {k: v.float() for k, v in operands.items()})
+        if item.side == "out":
+            left, short = left.new_zeros(linear.out_features, left.shape[1]), left
+            left[item.start : item.start + item.length] = short
+        elif item.side == "inp":
+            right, short = right.new_zeros(right.shape[0], linear.in_features), right
+            right[:, item.start : item.start + item.length] = short
+        lefts.append(left * item.scale)
+        rights.append(right)
+    return torch.cat(lefts, 1), torch.cat(rights, 0)
+
+
+def _dense(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    eye = torch.eye(min(delta.shape), dtype=delta.dtype, device=delta.device)
+    return truncated(eye, delta, rank) if delta.shape[0] <= delta.shape[1] else truncated(delta, eye, rank)
+
+
+def _stored(matrix: Tensor) -> Tensor:
+    return matrix.float().cpu().contiguous()
+
+
+def _others(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """What the adapter saves besides factors: modules trained in full, such as a classifier."""
+    if not isinstance(model, PeftModel):
+        return {}
+    state: Mapping[str, Tensor] = get_peft_model_state_dict(model, adapter_name=adapter)
+    return {name: value.cpu().contiguous() for name, value in state.items() if registration.PREFIX not in name}
+
+
+def _config(
+    own: Any, base: nn.Module, linears: Mapping[str, TensorNetworkLinear], ranks: dict[str, int]
+) -> LoraConfig:
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    others = {re.escape(name): rank for name, rank in ranks.items() if rank != usual}
+    return LoraConfig(
+        task_type=own.task_type,
+        base_model_name_or_path=own.base_model_name_or_path,
+        revision=own.revision,
+        inference_mode=True,
+        r=usual,
+        lora_alpha=usual,
+        rank_pattern=others,
+        alpha_pattern=dict(others),
+        target_modules=_targets(base, linears),
+        modules_to_save=own.modules_to_save,
+        fan_in_fan_out=any(isinstance(linear.get_base_layer(), Conv1D) for linear in linears.values()),
+    )
+
+
+def _targets(base: nn.Module, linears: Mapping[str, TensorNetworkLinear]) -> list[str]:
+    """The last names of the linears' paths if these mean the same linears, else the whole paths."""
+    names = {path.rpartition(".")[2] for path in linears}
+    meant = {path for path, _ in base.named_modules() if path.rpartition(".")[2] in names}
+    return sorted(names if meant == set(linears) else linears)

@@ -1,0 +1,252 @@
+"""The linear that adds a tensor-network update to its output."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.utils.quantization_utils import resolve_quantization_backend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from tnpeft.adapters.bank import FactorBank, TensorNetworkLayer
+from tnpeft.adapters.guard import refuse_reentrant
+from tnpeft.adapters.sites import features
+from tnpeft.adapters.update import Update, base_factor, normalised
+from tnpeft.networks import NetworkError
+
+BASE = "__base__"  # PEFT's name for "no adapter" in mixed batches
+
+
+class TensorNetworkLinear(nn.Module, TensorNetworkLayer):
+    """A linear (``nn.Linear``, ``Conv1D`` or quantised) with the updates of its adapters.
+
+    The forward is a pure function of its input and of Parameters fetched at every call: the linear's own ones and,
+    through an unregistered reference, those of the bank.
+    """
+
+    adapter_layer_names = ("tnpeft_factors", "tnpeft_magnitude")
+    other_param_names = ("updates", "dropouts")
+
+    def __init__(self, base_layer: nn.Module, bank: FactorBank, **kwargs: Any) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
+        self.tnpeft_factors = nn.ModuleDict()
+        self.tnpeft_magnitude = nn.ParameterDict()
+        self.updates: dict[str, tuple[Update, ...]] = {}
+        self.dropouts: dict[str, float] = {}
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._bank = (bank,)
+        self._kept: Tensor | nn.Parameter | None = None
+        self.out_features, self.in_features = features(self.get_base_layer())
+
+    @property
+    def bank(self) -> FactorBank:
+        """The bank of the model."""
+        return self._bank[0]
+
+    def home_device(self) -> torch.device | None:
+        """The device of the base weight."""
+        return self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+
+    def base_matrix(self) -> Tensor:
+        """The base weight as it was before any merge, fp32, ``[out, inp]``."""
+        weight = self.get_base_weight() if self._kept is None or self.quantization_backend else self._kept.data
+        return self._stored(weight.float())
+
+    # ---- the update
+
+    def operands(self, adapter: str, item: Update, like: Tensor | None = None) -> list[Tensor]:
+        """The arrays of one site's update in the program's order, on the device and in the dtype of ``like``."""
+        own, shared = self.tnpeft_factors[adapter], self.bank.tnpeft_factors[adapter]
+        found = []
+        for operand in item.operands:
+            if operand.source == "base":
+                array = base_factor(self.base_matrix(), item, operand.key)
+            else:
+                array = (own if operand.source == "site" else shared).get(operand.key)
+            if operand.norm:
+                array = normalised(array, operand.norm)
+            found.append(array if like is None else array.to(like.device, like.dtype))
+        return found
+
+    def _update(self, adapter: str, x: Tensor, result: Tensor | None) -> Tensor:
+        """``result`` plus the adapter's update of ``x``, both in one dtype; the update alone for None."""
+        items = self.updates[adapter]
+        if not items[0].side:
+            return items[0].run(x, self.operands(adapter, items[0], x), result, items[0].scale)
+        parts: list[Tensor] = []
+        at = 0
+        for item in items:
+            if item.side == "inp":
+                narrow = x.narrow(-1, item.start, item.length)
+                result = item.run(narrow, self.operands(adapter, item, x), result, item.scale)
+                continue
+            parts.append(self._rows(x, result, at, item.start))
+            rows = None if result is None else result.narrow(-1, item.start, item.length)
+            parts.append(item.run(x, self.operands(adapter, item, x), rows, item.scale))
+            at = item.start + item.length
+        if not parts:
+            assert result is not None  # a slice of the input's side has made it
+            return result
+        parts.append(self._rows(x, result, at, self.out_features))
+        return torch.cat([rows for rows in parts if rows.shape[-1]], dim=-1)
+
+    @staticmethod
+    def _rows(x: Tensor, result: Tensor | None, start: int, stop: int) -> Tensor:
+        if result is None:
+            return x.new_zeros((*x.shape[:-1], stop - start))
+        return result.narrow(-1, start, stop - start)
+
+    def _adapted(self, adapter: str, x: Tensor, result: Tensor) -> Tensor:
+        """The output with the update of one adapter added."""
+        drop = self.dropouts[adapter]
+        if drop and self.training:
+            x = nn.functional.dropout(x, drop)
+        if adapter in self.tnpeft_magnitude:
+            return self._dora(adapter, x, result, dropped=bool(drop) and self.training)
+        dtype = self._compute_dtype(adapter, x)
+        if x.dtype == dtype == result.dtype:
+            return self._update(adapter, x, result)
+        return result + self._update(adapter, x.to(dtype), None).to(result.dtype)
+
+    def _compute_dtype(self, adapter: str, x: Tensor) -> torch.dtype:
+        """The dtype of the factors; under autocast, which casts by itself, that of the input."""
+        if torch.is_autocast_enabled(x.device.type):
+            return x.dtype
+        items = self.updates[adapter][0]
+        for operand in items.operands:
+            if operand.source != "base":
+                arrays = self.tnpeft_factors if operand.source == "site" else self.bank.tnpeft_factors
+                dtype: torch.dtype = arrays[adapter].get(operand.key).dtype
+                return dtype
+        return x.dtype
+
+    def _dora(self, adapter: str, x: Tensor, result: Tensor, dropped: bool) -> Tensor:
+        """The output of the weight whose rows are rescaled to the learned magnitudes (arXiv 2402.09353, 4.3)."""
+        dtype = self._compute_dtype(adapter, x)
+        magnitude = self.tnpeft_magnitude[adapter].to(dtype)
+        with torch.no_grad():
+            length = (self.base_matrix() + self._delta(adapter).float()).norm(dim=1).to(dtype)
+        ratio = magnitude / length
+        bias = self.get_base_layer().bias
+        if dropped:
+            plain = nn.functional.linear(x.to(dtype), self.base_matrix().to(dtype))
+        else:
+            plain = result.to(dtype) if bias is None else result.to(dtype) - bias.to(dtype)
+        change = (ratio - 1) * plain + ratio * self._update(adapter, x.to(dtype), None)
+        return result + change.to(result.dtype)
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
+        """The base linear's output plus the updates of the active adapters, or of each row's own adapter."""
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or (self.merged and adapter_names is None):
+            return result
+        if self.merged:
+            raise NetworkError("the adapters are merged into the weights", remedy="call unmerge_adapter() first")
+        refuse_reentrant(self.bank)
+        if adapter_names is not None:
+            return self._mixed(x, result, adapter_names)
+        for adapter in self.active_adapters:
+            if adapter in self.updates:
+                result = self._adapted(adapter, x, result)
+        return result
+
+    def _mixed(self, x: Tensor, result: Tensor, names: Sequence[str]) -> Tensor:
+        if len(names) != len(x):
+            raise NetworkError(
+                f"adapter_names has {len(names)} entries for {len(x)} rows", remedy="name one adapter per row"
+            )
+        result = result.clone()
+        for adapter in dict.fromkeys(names):
+            if adapter != BASE and adapter in self.updates:
+                rows = torch.tensor([k for k, name in enumerate(names) if name == adapter], device=x.device)
+                result[rows] = self._adapted(adapter, x[rows], result[rows])
+        return result
+
+    # ---- dense updates and merging
+
+    def _delta(self, adapter: str) -> Tensor:
+        """The adapter's scaled update of the whole linear, ``[out, inp]``."""
+        items = self.updates[adapter]
+        with torch.autocast(self.weight.device.type, enabled=False):
+            deltas = [item.delta(self.operands(adapter, item)) for item in items]
+        if not items[0].side:
+            return deltas[0]
+        whole = deltas[0].new_zeros((self.out_features, self.in_features))
+        for item, delta in zip(items, deltas, strict=True):
+            whole.narrow(0 if item.side == "out" else 1, item.start, item.length).add_(delta)
+        return whole
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What the adapter adds to the base weight, in the factors' dtype and the base weight's layout.
+
+        Raises:
+            NetworkError: there is no such adapter.
+        """
+        if adapter not in self.updates:
+            raise NetworkError(f"this linear has no adapter {adapter!r}", remedy=f"it has {', '.join(self.updates)}")
+        return self._stored(self._change(adapter))
+
+    def _change(self, adapter: str) -> Tensor:
+        """What the adapter adds to the base weight, ``[out, inp]``: its update, with the magnitude if it has one."""
+        delta = self._delta(adapter)
+        if adapter not in self.tnpeft_magnitude:
+            return delta
+        base = self.base_matrix()
+        updated = base + delta.float()
+        ratio = self.tnpeft_magnitude[adapter].float() / updated.norm(dim=1)
+        return updated * ratio[:, None] - base
+
+    def _stored(self, matrix: Tensor) -> Tensor:
+        """An ``[out, inp]`` matrix in the layout of the base weight."""
+        return matrix.T if isinstance(self.get_base_layer(), Conv1D) else matrix
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        """Add the updates to the base weight: summed in fp32, cast once. The weight is kept for :meth:`unmerge`.
+
+        Raises:
+            NetworkError: ``safe_merge`` found a number that is not finite; nothing is changed then.
+        """
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.updates]
+        if not names:
+            return
+        if self.merged and self.quantization_backend is not None:
+            names = [*self.merged_adapters, *names]
+            self.unmerge()
+        names = [*self.merged_adapters, *names]
+        merged = self.base_matrix() + sum(self._change(name) for name in names)
+        merged = self._stored(merged).to(self.get_base_weight().dtype).contiguous()
+        if safe_merge and not torch.isfinite(merged).all():
+            raise NetworkError(
+                f"merging {', '.join(names)} would make the weight infinite or not a number",
+                remedy="check the adapter's factors",
+            )
+        if self._kept is None:
+            base = self.get_base_layer()
+            self._kept = base.weight if self.quantization_backend else base.weight.data
+        self.set_base_weight(merged)
+        self.merged_adapters[:] = names
+
+    def unmerge(self) -> None:
+        """Restore the base weight as it was before the first merge, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        base = self.get_base_layer()
+        assert self._kept is not None  # merge keeps it
+        if self.quantization_backend is not None:
+            base.weight = self._kept.to(base.weight.device)
+            if hasattr(base, "state") and hasattr(base.state, "reset_grads"):
+                base.state.reset_grads()
+        else:
+            base.weight.data = self._kept.to(base.weight.device)
+        self._kept = None
+        self.merged_adapters.clear()

@@ -1,0 +1,251 @@
+"""The tuner: it places an adapter's network on a model's linears and keeps PEFT's conventions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from tnpeft.adapters import registration
+from tnpeft.adapters.bank import BANK, FactorBank, TensorNetworkLayer
+from tnpeft.adapters.combine import combine
+from tnpeft.adapters.config import TensorNetworkConfig
+from tnpeft.adapters.files import check_shapes
+from tnpeft.adapters.guard import watch
+from tnpeft.adapters.layer import BASE, TensorNetworkLinear
+from tnpeft.adapters.placement import base_constants, expected_shapes, place, start_values
+from tnpeft.adapters.sites import card_of, resolve
+from tnpeft.adapters.update import update
+from tnpeft.counting.layout import Layout, Piece
+from tnpeft.networks import NetworkError, Site
+
+
+class TensorNetworkModel(BaseTuner):
+    """A model with tensor-network adapters, as ``peft.get_peft_model`` makes it from a configuration.
+
+    All linears of an adapter, and the bank, are made when PEFT hands over the first one: earlier, PEFT would take
+    the call for a second adapter and leave the base model trainable.
+    """
+
+    prefix: str = registration.PREFIX
+    tuner_layer_cls = TensorNetworkLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    # ---- placing an adapter
+
+    def _prepare_adapter_config(
+        self, peft_config: TensorNetworkConfig, model_config: dict[str, Any]
+    ) -> TensorNetworkConfig:
+        if peft_config.target_modules is None and (card := card_of(self.model)) is not None:
+            peft_config.target_modules = list(card.default)
+        peft_config = super()._prepare_adapter_config(peft_config, model_config)
+        targets = peft_config.target_modules
+        if isinstance(targets, list | set) and not peft_config.loaded:
+            ordered = sorted(targets) if isinstance(targets, set) else targets
+            peft_config.target_modules, peft_config.named = resolve(self.model, ordered)
+        return peft_config
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Place an adapter. Its configuration names its modules, so a state dict is not asked for them."""
+        kwargs["state_dict"] = None
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _create_and_replace(
+        self,
+        peft_config: TensorNetworkConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional: Any,
+    ) -> None:
+        bank = getattr(self.model, BANK, None)
+        if bank is None or adapter_name not in bank.layouts:
+            self._place(peft_config, adapter_name)
+
+    def _place(self, config: TensorNetworkConfig, adapter: str) -> None:
+        """Lay the factors out over all targeted linears, check them, and give each array to its owner."""
+        modules = {
+            name: module
+            for name, module in self.model.named_modules()
+            if name and ".base_layer" not in name and check_target_module_exists(config, name)
+        }
+        bases = {name: _linear(name, module) for name, module in modules.items()}
+        layout = place(self.model, bases, config)
+        self._check_name(adapter, layout)
+        values = start_values(config, layout, partial(_weight, modules, bases))
+        bank = self._bank(next(iter(bases.values())))
+        bank.layouts[adapter] = layout
+        bank.own(adapter, {piece: value for piece, value in values.items() if not piece.home}, config.save_frozen)
+        bank._move_adapter_to_device_of_base_layer(adapter)
+        for name in dict.fromkeys(placement.site.module for placement in layout.placements):
+            self._dress(name, bank, adapter, config, values)
+
+    def _bank(self, first: nn.Module) -> FactorBank:
+        bank: FactorBank | None = getattr(self.model, BANK, None)
+        if bank is None:
+            bank = FactorBank(resolve_quantization_backend(first), next(first.parameters()).device)
+            setattr(self.model, BANK, bank)
+            self.model.register_forward_pre_hook(watch)
+        return bank
+
+    def _dress(
+        self, name: str, bank: FactorBank, adapter: str, config: TensorNetworkConfig, values: dict[Piece, Tensor]
+    ) -> None:
+        """Give one linear the adapter's updates and the arrays that only it uses."""
+        parent, target, child = _get_submodules(self.model, name)
+        if not isinstance(target, TensorNetworkLinear):
+            new = TensorNetworkLinear(target, bank, **get_quantization_kwargs(self.model))
+            self._replace_module(parent, child, new, target)
+            target = new
+        f = config.factorization
+        placements = [p for p in bank.layouts[adapter].placements if p.site.module == name]
+        constants = base_constants(f)
+        target.updates[adapter] = tuple(
+            update(placement, f.unit_norm, constants, float(f.scale), config.tokens) for placement in placements
+        )
+        target.dropouts[adapter] = config.dropout
+        own = {piece: values[piece] for p in placements for piece in p.pieces.values() if piece in values}
+        target.own(adapter, {piece: value for piece, value in own.items() if piece.home}, config.save_frozen)
+        if config.dora:
+            target.tnpeft_magnitude[adapter] = nn.Parameter(target.base_matrix().norm(dim=1))
+        target._move_adapter_to_device_of_base_layer(adapter)
+
+    def _check_name(self, adapter: str, layout: Layout) -> None:
+        bank = getattr(self.model, BANK, None)
+        others = {} if bank is None else bank.layouts
+        keys = {piece.key for its in (layout, *others.values()) for piece in its.pieces}
+        for name in (adapter, *others):
+            if name in keys:
+                raise NetworkError(
+                    f"the adapter {name!r} is called as one of the factors, and PEFT would mix the two up in files",
+                    remedy="choose another adapter name",
+                )
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Keep factors in fp32, or cast them to the base weight's dtype if autocasting is off."""
+        if autocast_adapter_dtype:
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+            return
+        layers = [m for m in self.model.modules() if isinstance(m, TensorNetworkLayer)]
+        linear = next(m for m in layers if isinstance(m, TensorNetworkLinear))
+        dtype = linear._get_base_layer_device_and_dtype(linear.get_base_layer())[1]
+        for layer in layers:
+            if dtype is not None and dtype.is_floating_point and adapter_name in layer.tnpeft_factors:
+                layer.tnpeft_factors[adapter_name].to(dtype)
+
+    # ---- merging and unloading
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters into the base weights; if one linear refuses, all are as before."""
+        bank: FactorBank = getattr(self.model, BANK)
+        before = [*bank.merged_adapters]
+        try:
+            super().merge_adapter(adapter_names, safe_merge)
+        except NetworkError:
+            for layer in self.model.modules():
+                if isinstance(layer, TensorNetworkLayer) and layer.merged:
+                    layer.unmerge()
+            if before:
+                super().merge_adapter(before)
+            raise
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        bank: FactorBank = getattr(self.model, BANK)
+        if not merge and bank.merged:
+            self.unmerge_adapter()
+        model: nn.Module = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        delattr(model, BANK)
+        for key in [key for key, hook in model._forward_pre_hooks.items() if hook is watch]:
+            del model._forward_pre_hooks[key]
+        return model
+
+    # ---- several adapters
+
+    def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+        """Add the weighted sum of adapters as one adapter, exactly: the direct sum of their networks.
+
+        Raises:
+            NetworkError: the sum is not one network (see :func:`tnpeft.adapters.combine.combine`).
+        """
+        combine(self, adapters, weights, adapter_name)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hand ``adapter_names`` (one per row of the batch) to every adapted linear for one call."""
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise NetworkError("adapter_names is for inference", remedy="call model.eval() first")
+        unknown = sorted(set(names) - {BASE, *self.peft_config})
+        if unknown:
+            raise NetworkError(
+                f"there is no adapter {unknown[0]!r}", remedy=f"there are {', '.join(self.peft_config)}"
+            )
+        beams = kwargs.get("num_beams") or 1
+        repeated = [name for name in names for _ in range(beams)]
+        handles = [
+            module.register_forward_pre_hook(partial(_pass_names, names=repeated), with_kwargs=True)
+            for module in self.modules()
+            if isinstance(module, TensorNetworkLinear | AuxiliaryTrainingWrapper)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    # ---- files
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: TensorNetworkConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        bank = next((module for module in model.modules() if isinstance(module, FactorBank)), None)
+        if bank is not None and adapter_name in bank.layouts:
+            expected = expected_shapes(config, bank.layouts[adapter_name])
+            check_shapes({name: tuple(value.shape) for name, value in state_dict.items()}, expected)
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        return remapped
+
+
+def _linear(name: str, module: nn.Module) -> nn.Module:
+    base = module.get_base_layer() if isinstance(module, TensorNetworkLinear) else module
+    backend = resolve_quantization_backend(base)
+    if not isinstance(base, nn.Linear | Conv1D) and getattr(backend, "layer_type", "") != "linear":
+        raise NetworkError(
+            f"{name} is a {type(base).__name__}, not a linear",
+            remedy="target nn.Linear, Conv1D or quantised linears; exclude_modules leaves others out",
+        )
+    return base
+
+
+def _weight(modules: dict[str, nn.Module], bases: dict[str, nn.Module], site: Site) -> Tensor:
+    """The base weight of a site, fp32 ``[out, inp]``."""
+    module = modules[site.module]
+    if not isinstance(module, TensorNetworkLinear):
+        module = TensorNetworkLinear(bases[site.module], FactorBank(None, torch.device("cpu")))
+    rows = slice(site.start, site.start + site.out) if "/out:" in site.proj else slice(None)
+    cols = slice(site.start, site.start + site.inp) if "/inp:" in site.proj else slice(None)
+    return module.base_matrix()[rows, cols]
+
+
+def _pass_names(module: nn.Module, args: Any, kwargs: dict[str, Any], names: list[str]) -> Any:
+    return args, {**kwargs, "adapter_names": names}
+
+
+registration.register()

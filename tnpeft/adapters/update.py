@@ -1,0 +1,132 @@
+"""One adapter's update of one linear: which arrays it needs, from where, and the programs that apply them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tnpeft.counting.layout import Piece, Placement
+from tnpeft.nn.execute import Program, program
+from tnpeft.nn.patterns import base as as_factor
+
+Source = Literal["site", "bank", "base"]
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Where a factor's array of one site lies, and the axes over which it is normalised (none: it is not)."""
+
+    source: Source
+    key: str
+    norm: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Update:
+    """The update of one site: its program, its operands in the program's order, and its part of the linear.
+
+    ``side`` is the side of the linear that the site is a slice of, from ``start`` on, or ``""`` for the whole.
+    Copies and pickles hold the placement and build the program anew.
+    """
+
+    placement: Placement
+    unit_norm: tuple[str, ...]
+    constants: tuple[str, ...]
+    scale: float
+    tokens: int
+    run: Program = field(compare=False, repr=False)
+    operands: tuple[Operand, ...]
+    side: Literal["", "out", "inp"]
+    start: int
+    length: int
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return update, (self.placement, self.unit_norm, self.constants, self.scale, self.tokens)
+
+    def delta(self, operands: list[Tensor]) -> Tensor:
+        """The scaled update of this site, ``[out, inp]``."""
+        return self.run.delta(operands, self.scale)
+
+
+def update(
+    placement: Placement, unit_norm: tuple[str, ...], constants: tuple[str, ...], scale: float, tokens: int
+) -> Update:
+    """The update of the placement's site; ``constants`` are the factors that are the base weight itself.
+
+    >>> from tnpeft.counting.layout import layout
+    >>> from tnpeft.networks import Factorization, Site
+    >>> f = Factorization.of("B[layer proj out r] A[r inp] -> layer proj out inp", ranks={"r": 2})
+    >>> place = layout(f, [Site(0, "q_proj", 8, 4, module="q")]).placements[0]
+    >>> [(operand.source, operand.key) for operand in update(place, (), (), 1.0, 64).operands]
+    [('site', 'B'), ('bank', 'A')]
+    """
+    run = program(placement.network, placement.sizes, tokens=tokens)
+    site = placement.site
+    last = site.proj.rpartition("/")[2]
+    side: Literal["", "out", "inp"] = "out" if last.startswith("out:") else "inp" if last.startswith("inp:") else ""
+    return Update(
+        placement,
+        unit_norm,
+        constants,
+        scale,
+        tokens,
+        run,
+        tuple(_operand(placement, label, unit_norm, constants) for label in run.labels),
+        side,
+        site.start,
+        site.inp if side == "inp" else site.out,
+    )
+
+
+def normalised(array: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """The array with its columns (what the axes run over) of length one; a zero column stays zero.
+
+    >>> normalised(torch.tensor([[3.0], [4.0]]), (0,)).flatten()
+    tensor([0.6000, 0.8000])
+    """
+    length = torch.linalg.vector_norm(array, dim=axes, keepdim=True)
+    return array / length.clamp_min(torch.finfo(array.dtype).tiny)
+
+
+def base_factor(weight: Tensor, item: Update, label: str) -> Tensor:
+    """The part of the base weight (``[out, inp]``) that a constant factor stands for.
+
+    >>> from tnpeft.counting.layout import layout
+    >>> from tnpeft.networks import Factorization, Site
+    >>> f = Factorization.of("d[out] ^W[out inp] -> out inp", init={"W": "base"})
+    >>> item = update(layout(f, [Site(0, "q_proj", 2, 3)]).placements[0], (), ("W",), 1.0, 64)
+    >>> base_factor(torch.ones(2, 3), item, "W").shape
+    torch.Size([2, 3])
+    """
+    return as_factor(item.placement.pieces[label], item.placement, part(weight, item))
+
+
+def part(weight: Tensor, item: Update) -> Tensor:
+    """The slice of a linear's ``[out, inp]`` matrix that belongs to the site.
+
+    >>> from tnpeft.counting.layout import layout
+    >>> from tnpeft.networks import Factorization, Site
+    >>> place = layout(Factorization.of("A[out inp] -> out inp"), [Site(0, "c_attn/out:1", 2, 3, start=2)]).placements[0]
+    >>> part(torch.arange(12.0).reshape(4, 3), update(place, (), (), 1.0, 64))[:, 0]
+    tensor([6., 9.])
+    """
+    if not item.side:
+        return weight
+    return weight.narrow(0 if item.side == "out" else 1, item.start, item.length)
+
+
+def _operand(placement: Placement, label: str, unit_norm: tuple[str, ...], constants: tuple[str, ...]) -> Operand:
+    piece = placement.pieces[label]
+    if label in constants:
+        return Operand("base", label)
+    return Operand(
+        "site" if piece.home else "bank", piece.key, _columns(piece, placement) if label in unit_norm else ()
+    )
+
+
+def _columns(piece: Piece, placement: Placement) -> tuple[int, ...]:
+    features = {*placement.network.rows, *placement.network.cols}
+    return tuple(axis for axis, index in enumerate(piece.indices) if index in features)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from typing import Literal
@@ -15,9 +15,10 @@ Point = tuple[float, float]
 Line = tuple[Point, Point]
 Role = Literal["trainable", "frozen", "constant", "dot", "leg", "index", "sign", "caption"]
 
-CELL = 1.15, 0.82  # inches between neighbouring nodes
+CELL = 1.15, 0.85  # inches between neighbouring nodes
 FONT: Mapping[str, float] = {"leg": 8.5, "index": 8.0, "sign": 15.0, "caption": 8.5}
 NODE_FONT, DOT, PAD = 9.5, 0.085, 0.03
+_OUTWARD: Mapping[str, tuple[int, int]] = {"rows": (-1, 0), "cols": (1, 0), "stack": (0, 1)}
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Box:
 
     def moved(self, dx: float, dy: float) -> Box:
         """The same box somewhere else."""
-        return Box(self.text, self.role, self.x + dx, self.y + dy, self.width, self.height)
+        return replace(self, x=self.x + dx, y=self.y + dy)
 
     def overlap(self, other: Box) -> float:
         """The common area of two boxes.
@@ -118,7 +119,8 @@ def scene(graph: Graph) -> Scene:
     """One term, drawn around its own origin."""
     centres = [(x * CELL[0], y * CELL[1]) for x, y in place(graph)]
     boxes = [_node(node, centre) for node, centre in zip(graph.nodes, centres, strict=True)]
-    lines = [(centres[i], centres[j]) for i, j in (edge.ends for edge in graph.edges)]
+    tips = [_tip(node, centre) for node, centre in zip(graph.nodes, centres, strict=True)]
+    lines = [(tips[i], tips[j]) for i, j in (edge.ends for edge in graph.edges)]
     placed = list(boxes)
     for e, edge in enumerate(graph.edges):
         if edge.text:
@@ -141,10 +143,15 @@ def _node(node: Node, centre: Point) -> Box:
     if not node.side:
         return Box("", "dot", x, y, DOT, DOT)
     box = _text(node.text, "leg")
-    beyond = {"rows": (-box.width / 2, 0.0), "cols": (box.width / 2, 0.0), "stack": (0.0, box.height / 2)}
-    dx, dy = beyond[node.side]
-    inward = {"rows": (0.35, 0.0), "cols": (-0.35, 0.0), "stack": (0.0, -0.25)}[node.side]
-    return box.moved(x + dx + inward[0], y + dy + inward[1])
+    dx, dy = _OUTWARD[node.side]
+    x, y = _tip(node, centre)
+    return box.moved(x + dx * box.width / 2, y + dy * box.height / 2)
+
+
+def _tip(node: Node, centre: Point) -> Point:
+    """Where lines to the node end: its centre, or the inner end of an open leg, which is shorter than a cell."""
+    dx, dy = _OUTWARD[node.side] if node.side else (0, 0)
+    return centre[0] - 0.42 * dx, centre[1] - 0.3 * dy
 
 
 def _text(text: str, role: Role) -> Box:
@@ -156,7 +163,7 @@ def _along(line: Line, one: Box, two: Box) -> Iterable[Point]:
     """Places on a line for its label, the middle of its visible part first."""
     (x0, y0), (x1, y1) = line
     start, end = one.under(line), 1 - two.under(line)
-    for part in (0.5, 0.4, 0.6, 0.3, 0.7, 0.2, 0.8):
+    for part in (0.5, 0.45, 0.55, 0.4, 0.6, 0.35, 0.65, 0.3, 0.7, 0.25, 0.75, 0.2, 0.8):
         at = start + part * (end - start)
         yield x0 + at * (x1 - x0), y0 + at * (y1 - y0)
 
@@ -174,7 +181,8 @@ def _best(box: Box, spots: Iterable[Point], boxes: Sequence[Box], lines: Sequenc
     """The box at the first of the spots where it covers least: other boxes count most, then lines."""
 
     def covered(trial: Box) -> float:
-        length = sum(trial.under(line) for line in lines)
+        wider = replace(trial, width=trial.width + 2 * PAD, height=trial.height + 2 * PAD)
+        length = sum(wider.under(line) for line in lines)
         return 50 * sum(trial.overlap(other) for other in boxes) + length
 
     return min((box.moved(*spot) for spot in spots), key=covered)

@@ -71,7 +71,7 @@ def text(net: Drawable, sizes: Mapping[str, Any] | None = None) -> str:
         NetworkError: the line is no network, or a size is unfit.
 
     >>> print(text("B[out r] A[r inp] -> out inp", {"r": 8}))
-        out  inp   r
+         out  inp   r
       B   ●         ●
       A        ●    ●
          row  col  bond

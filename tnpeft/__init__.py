@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from tnpeft.adapters import registration
+from tnpeft import registration
 
 __version__ = "0.1.0"
 

@@ -1,9 +1,14 @@
-"""INTO a transformer: a PEFT tuner whose update is any factorization. Importing this package loads nothing heavy."""
+"""INTO a transformer: a PEFT tuner whose update is any factorization.
+
+Importing this package imports peft first, and with it registers the tuner: no module of it ever runs before that.
+"""
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import Any
+
+import peft as _peft  # noqa: F401  (see above)
 
 _HOME = {
     "TensorNetworkConfig": "config",
@@ -21,7 +26,6 @@ __all__ = [*_HOME]
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'tnpeft.adapters' has no attribute {name!r}")
-    import_module("peft")
     value = getattr(import_module(f"tnpeft.adapters.{_HOME[name]}"), name)
     globals()[name] = value
     return value

@@ -1,4 +1,4 @@
-"""Where factors live: arrays of one adapter, the bank that owns the shared ones, and what bank and linears have in common."""
+"""Where factors live: the arrays of one adapter, the bank that owns the shared ones, what every owner does."""
 
 from __future__ import annotations
 

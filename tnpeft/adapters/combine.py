@@ -65,7 +65,7 @@ def direct_sum(found: Sequence[Factorization]) -> Factorization:
         outputs = [line.network.output for line in f.lines] == [line.network.output for line in first.lines]
         if not (same and outputs and dict(f.splits) == dict(first.splits)):
             raise NetworkError(
-                f"{f.name!r} and {first.name!r} cannot be summed as one network: their sites, outputs or splits differ",
+                f"{f.name!r} and {first.name!r} differ in sites, outputs or splits and are no one network",
                 line=str(f.network),
                 remedy="keep both adapters active instead: set_adapter([...])",
             )

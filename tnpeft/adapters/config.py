@@ -9,12 +9,13 @@ from typing import Any
 
 from peft.config import PeftConfig
 
-from tnpeft.adapters import registration
+from tnpeft import registration
 from tnpeft.adapters.files import describe, stored_shapes
 from tnpeft.adapters.plain import factorization, lower, with_rank_pattern
 from tnpeft.networks import Factorization, NetworkError
 
 _BIAS = ("none", "all", "tensor_network_only")
+_CHANGES = ("ranks", "splits", "init", "scale", "unit_norm", "lr_multiplier", "square")  # in the order of the fields
 
 
 @dataclass
@@ -80,29 +81,16 @@ class TensorNetworkConfig(PeftConfig):
     square: InitVar[bool | None] = None
     rank_pattern: InitVar[Mapping[str, Mapping[str, int]] | None] = None
 
-    def __post_init__(
-        self,
-        ranks: Any = None,
-        splits: Any = None,
-        init: Any = None,
-        scale: Any = None,
-        unit_norm: Any = None,
-        lr_multiplier: Any = None,
-        square: Any = None,
-        rank_pattern: Any = None,
-    ) -> None:
+    def __post_init__(self, *changes: Any) -> None:
         super().__post_init__()
         self.peft_type = registration.TENSOR_NETWORK
-        f = factorization(
-            "lora" if self.network is None else self.network,
-            ranks=ranks,
-            splits=None if splits is None else {side: tuple(parts) for side, parts in splits.items()},
-            init=init,
-            scale=scale,
-            unit_norm=None if unit_norm is None else tuple(unit_norm),
-            lr_multiplier=lr_multiplier,
-            square=square,
-        )
+        *fields, rank_pattern = changes or (None,) * (len(_CHANGES) + 1)
+        given = dict(zip(_CHANGES, fields, strict=True))
+        if given["splits"] is not None:
+            given["splits"] = {side: tuple(parts) for side, parts in given["splits"].items()}
+        if given["unit_norm"] is not None:
+            given["unit_norm"] = tuple(given["unit_norm"])
+        f = factorization("lora" if self.network is None else self.network, **given)
         self._factorization = with_rank_pattern(f, rank_pattern) if rank_pattern else f
         self.network = lower(self._factorization)
         for name in ("target_modules", "exclude_modules"):
@@ -165,6 +153,3 @@ class TensorNetworkConfig(PeftConfig):
         config: TensorNetworkConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         config.stored = stored_shapes(os.path.join(pretrained_model_name_or_path, subfolder or ""))
         return config
-
-
-registration.register()

@@ -8,8 +8,8 @@ from typing import Any
 
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 
-from tnpeft.adapters.registration import PREFIX
 from tnpeft.networks import Factorization, NetworkError
+from tnpeft.registration import PREFIX
 
 _MARK = "## Tensor-network adapter"
 _SHOWN = 3  # names that an error lists
@@ -60,7 +60,7 @@ def check_shapes(stored: Mapping[str, tuple[int, ...]], expected: Mapping[str, t
     if problems:
         more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise NetworkError(
-            f"the stored factors do not match the adapter's network on this model: {'; '.join(problems[:_SHOWN])}{more}",
+            f"the stored factors are not those of the adapter's network here: {'; '.join(problems[:_SHOWN])}{more}",
             remedy="check that the adapter was trained on this architecture and that its files belong together",
         )
 

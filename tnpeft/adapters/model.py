@@ -15,7 +15,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tnpeft.adapters import registration
+from tnpeft import registration
 from tnpeft.adapters.bank import BANK, FactorBank, TensorNetworkLayer
 from tnpeft.adapters.combine import combine
 from tnpeft.adapters.config import TensorNetworkConfig
@@ -246,6 +246,3 @@ def _weight(modules: dict[str, nn.Module], bases: dict[str, nn.Module], site: Si
 
 def _pass_names(module: nn.Module, args: Any, kwargs: dict[str, Any], names: list[str]) -> Any:
     return args, {**kwargs, "adapter_names": names}
-
-
-registration.register()

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from tnpeft.adapters.registration import PREFIX
 from tnpeft.adapters.sites import select
 from tnpeft.counting.layout import Layout, Piece, layout
 from tnpeft.networks import Factorization, NetworkError, Site
 from tnpeft.nn.init import Starter, factor_hash
+from tnpeft.registration import PREFIX
 
 if TYPE_CHECKING:
     from tnpeft.adapters.config import TensorNetworkConfig

@@ -109,7 +109,8 @@ def part(weight: Tensor, item: Update) -> Tensor:
 
     >>> from tnpeft.counting.layout import layout
     >>> from tnpeft.networks import Factorization, Site
-    >>> place = layout(Factorization.of("A[out inp] -> out inp"), [Site(0, "c_attn/out:1", 2, 3, start=2)]).placements[0]
+    >>> f = Factorization.of("A[out inp] -> out inp")
+    >>> place = layout(f, [Site(0, "c_attn/out:1", 2, 3, start=2)]).placements[0]
     >>> part(torch.arange(12.0).reshape(4, 3), update(place, (), (), 1.0, 64))[:, 0]
     tensor([6., 9.])
     """

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from warnings import warn
 
 PREFIX = "tnpeft_"  # every parameter of an adapter has it in its name, no module that holds a layer has
-_CLASSES = {"tnpeft.adapters.config": "TensorNetworkConfig", "tnpeft.adapters.model": "TensorNetworkModel"}
 
 
 class PeftTypeName(str):
@@ -46,15 +45,13 @@ def install() -> None:
 
 
 def register() -> None:
-    """Enter the tuner in PEFT's tables; while one of its two modules is still being read, that module does it.
+    """Enter the tuner in PEFT's tables. The package of the tuner imports peft before any of its own modules.
 
     >>> register()
     >>> from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
     >>> PEFT_TYPE_TO_PREFIX_MAPPING["TENSOR_NETWORK"]
     'tnpeft_'
     """
-    if any(name in sys.modules and not hasattr(sys.modules[name], its) for name, its in _CLASSES.items()):
-        return
     try:
         from peft import mapping
 
@@ -68,23 +65,21 @@ def register() -> None:
     mapping.PEFT_TYPE_TO_TUNER_MAPPING[TENSOR_NETWORK] = TensorNetworkModel
 
 
-class _PeftFinder:
+class _PeftFinder(MetaPathFinder):
     """Waits on the import path for peft and registers once its import has finished."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != "peft":
-            return None
-        sys.meta_path.remove(self)  # type: ignore[arg-type]
-        spec = find_spec(name)
+        spec = PathFinder.find_spec(name, path) if name == "peft" else None
         if spec is None or spec.loader is None:
-            sys.meta_path.insert(0, self)  # type: ignore[arg-type]
-            return spec
+            return None
         read = spec.loader.exec_module
 
         def read_and_register(module: ModuleType) -> None:
             read(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
             register()
 
         spec.loader.exec_module = read_and_register  # type: ignore[method-assign]

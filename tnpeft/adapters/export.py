@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tnpeft.adapters import registration
+from tnpeft import registration
 from tnpeft.adapters.access import bank_of
 from tnpeft.adapters.layer import TensorNetworkLinear
 from tnpeft.networks import NetworkError
@@ -24,7 +24,7 @@ from tnpeft.nn.lowrank import cut_rank, sides, truncated
 
 @dataclass(frozen=True)
 class Exported:
-    """One linear's LoRA: its rank, that of the cut it was read from (0: from the dense update), its relative error."""
+    """One linear's LoRA: its rank, that of its cut (0: read from the dense update), its relative error."""
 
     module: str
     rank: int

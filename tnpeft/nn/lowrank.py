@@ -1,0 +1,132 @@
+"""A site's update as two thin matrices: exact through its smallest cut, or the nearest of a given rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain, combinations
+from math import prod
+
+import torch
+from torch import Tensor
+
+from tnpeft.networks import Factor, Network, Term
+from tnpeft.networks.factor import Group
+from tnpeft.nn.contract import dense
+
+_EXHAUSTIVE = 14  # factors up to which every partition is looked at; above, only those in the order of the line
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A partition of a term's factors: places on the side of the rows, the indices between, their size."""
+
+    left: tuple[int, ...]
+    indices: Group
+    size: int
+
+
+def cut(net: Network, term: Term, sizes: Mapping[str, int]) -> Cut:
+    """The smallest cut of a term between the rows and the columns of its matrix.
+
+    A row index counts as standing on the left, a column index on the right, so that an index of the matrix which
+    the other side's factors carry is cut as well.
+
+    >>> from tnpeft.networks import network
+    >>> net = network("b[out] B[out r] d[r] A[r inp] -> out inp")
+    >>> cut(net, net.terms[0], {"out": 8, "r": 2, "inp": 8})
+    Cut(left=(0, 1), indices=('r',), size=2)
+    """
+    return _cut(net, term, tuple((index, sizes[index]) for index in net.indices))
+
+
+@lru_cache(maxsize=256)
+def _cut(net: Network, term: Term, sizes: tuple[tuple[str, int], ...]) -> Cut:
+    size, factors, best = dict(sizes), term.factors, None
+    for left in _partitions(len(factors)):
+        ours = set(net.rows).union(*(factors[k].indices for k in left))
+        theirs = set(net.cols).union(*(f.indices for k, f in enumerate(factors) if k not in left))
+        between = tuple(index for index in net.indices if index in ours & theirs)
+        found = Cut(left, between, prod(size[index] for index in between))
+        if best is None or found.size < best.size:
+            best = found
+    assert best is not None  # the empty partition is one
+    return best
+
+
+def _partitions(count: int) -> Iterator[tuple[int, ...]]:
+    if count <= _EXHAUSTIVE:
+        return chain.from_iterable(combinations(range(count), k) for k in range(count + 1))
+    starts = (tuple(range(k)) for k in range(count + 1))
+    return chain(starts, (tuple(range(k, count)) for k in range(1, count)))
+
+
+def cut_rank(net: Network, sizes: Mapping[str, int]) -> int:
+    """The columns of :func:`sides`' first matrix: the sum of the terms' smallest cuts.
+
+    >>> from tnpeft.networks import network
+    >>> cut_rank(network("D[out g] ^J[h] -> out (h g)"), {"out": 6, "g": 2, "h": 3})
+    2
+    """
+    return sum(cut(net, term, sizes).size for term in net.terms)
+
+
+def sides(net: Network, sizes: Mapping[str, int], arrays: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Two matrices ``[rows, k]`` and ``[k, cols]`` whose product is the network's, each side contracted alone.
+
+    Args:
+        net: one site's network, without stack indices.
+        sizes: of every index.
+        arrays: the factors by label.
+
+    >>> from tnpeft.networks import network
+    >>> arrays = {"D": torch.ones(6, 2), "J": torch.ones(3)}
+    >>> left, right = sides(network("D[out g] ^J[h] -> out (h g)"), {"out": 6, "g": 2, "h": 3}, arrays)
+    >>> tuple(left.shape), tuple(right.shape), (left @ right).eq(1).all().item()
+    ((6, 2), (2, 6), True)
+    """
+    pairs = []
+    for term in net.terms:
+        found = cut(net, term, sizes)
+        named = {factor.name: arrays[net.label(factor)] for factor in term.factors}
+        ours = [term.factors[k] for k in found.left]
+        theirs = [factor for k, factor in enumerate(term.factors) if k not in found.left]
+        left = _side(ours, net.rows, found.indices, sizes, named)
+        right = _side(theirs, net.cols, found.indices, sizes, named)
+        pairs.append((left if term.sign > 0 else -left, right.T))
+    return torch.cat([left for left, _ in pairs], 1), torch.cat([right for _, right in pairs], 0)
+
+
+def _side(
+    factors: list[Factor], group: Group, between: Group, sizes: Mapping[str, int], named: Mapping[str, Tensor]
+) -> Tensor:
+    """Some factors as a matrix ``[group, between]``; an index of both is its own row and column by an identity."""
+    like = next(iter(named.values()))
+    arrays, copies, both = {f.name: named[f.name] for f in factors}, {}, [i for i in between if i in group]
+    taken = {*sizes, *named}
+    for index in both:
+        copies[index] = copy = next(n for k in range(len(taken) + 1) if (n := f"{index}_{k}") not in taken)
+        taken.add(copy)
+        factors = [*factors, Factor(copy, (index, copy), "constant")]
+        arrays[copy] = torch.eye(sizes[index], dtype=like.dtype, device=like.device)
+    columns = tuple(copies.get(index, index) for index in between)
+    matrix: Tensor = dense(Network((Term(tuple(factors)),), (group, columns)), arrays)
+    return matrix
+
+
+def truncated(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """The two matrices of the given rank nearest to ``left @ right``, and the relative error, by a thin SVD.
+
+    The singular values are shared evenly between the two.
+
+    >>> left, right, error = truncated(torch.eye(2), torch.diag(torch.tensor([4.0, 3.0])), 1)
+    >>> (left @ right).round(decimals=5).tolist(), round(error, 5)
+    ([[4.0, 0.0], [0.0, 0.0]], 0.6)
+    """
+    q, upper = torch.linalg.qr(left.double())
+    p, lower = torch.linalg.qr(right.double().T)
+    u, s, vt = torch.linalg.svd(upper @ lower.T, full_matrices=False)
+    root = s[:rank].sqrt()
+    error = float(s[rank:].norm() / s.norm()) if s.any() else 0.0
+    return (q @ u[:, :rank] * root).to(left.dtype), (root[:, None] * vt[:rank] @ p.T).to(right.dtype), error

@@ -151,7 +151,7 @@ class _Lowering:
         full = tuple(self.sizes[index] for index in value.order)
         axes = tuple(value.order.index(index) for index in order if index in value.order)
         shape = tuple(self.sizes[index] if index in value.order else 1 for index in order)
-        fused = value.cut is not None and len(value.order) != 2
+        fused = value.cut is not None and (value.cut, len(full)) != (1, 2)
         moved = axes != tuple(range(len(axes)))
         if not moved:
             return (lambda tensor: tensor.reshape(shape)) if fused or len(shape) != len(full) else None

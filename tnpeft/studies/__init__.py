@@ -1,1 +1,31 @@
+"""STUDIES: tasks, backbones, protocol, training, sweeps, results, statistics, tables, figures."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "Data": "data",
+    "Engine": "sweeping",
+    "Protocol": "protocol",
+    "Run": "runs",
+    "Scorer": "scoring",
+    "Store": "runs",
+    "Study": "study",
+    "StudyError": "files",
+    "TASKS": "tasks",
+    "Task": "tasks",
+    "report": "reporting",
+    "sweep": "sweeping",
+    "task": "tasks",
+    "train": "command",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'tnpeft.studies' has no attribute {name!r}")
+    return getattr(import_module(f"tnpeft.studies.{_HOME[name]}"), name)

@@ -1,0 +1,134 @@
+"""Frozen models to adapt: a hub id, a folder, random weights of a known shape, or one that the demo pretrains."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from tnpeft.studies.files import StudyError, digest
+
+RANDOM = "random:"
+DIGITS = "digits"
+_WEIGHTS = (".safetensors", ".bin", ".gguf")
+
+
+def identity(name: str, cache: Path) -> str:
+    """What determines a backbone: the hash of a folder's configuration, tokenizer and weights, else its name.
+
+    ``cache`` is where backbones that are made here are kept.
+    """
+    if name == DIGITS:
+        return f"{DIGITS}:{digits_key()}"
+    folder = Path(name)
+    if not folder.is_dir():
+        return name
+    found = sorted(p for p in folder.iterdir() if p.suffix in (*_WEIGHTS, ".json") and p.name != "pretraining.json")
+    return digest([[p.name, _file_hash(str(p), p.stat().st_mtime_ns)] for p in found])
+
+
+@lru_cache(maxsize=64)
+def _file_hash(path: str, _: int) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def load(name: str, *, head: str, classes: int, dtype: str, cache: Path, tokenizer: str = "") -> tuple[Any, Any]:
+    """A model and its tokenizer.
+
+    Args:
+        name: hub id or folder; ``random:facebook/opt-125m`` for the architecture with random weights; ``digits``
+            for the demo's own small OPT, pretrained on first use.
+        head: ``"words"`` or ``"classifier"``.
+        classes: outputs of a classification head.
+        dtype: of the weights.
+        cache: folder for what is made here.
+        tokenizer: hub id or folder of a tokenizer, if not the model's own.
+
+    Raises:
+        StudyError: the model cannot be found.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    auto = AutoModelForCausalLM if head == "words" else AutoModelForSequenceClassification
+    more: dict[str, Any] = {} if head == "words" else {"num_labels": classes}
+    where = digits_backbone(cache) if name == DIGITS else name
+    try:
+        if name.startswith(RANDOM):
+            config = _configuration(name.removeprefix(RANDOM), **more)
+            model = auto.from_config(config, dtype=getattr(torch, dtype))
+            where = name.removeprefix(RANDOM)
+        else:
+            model = auto.from_pretrained(where, dtype=getattr(torch, dtype), **_gguf(where), **more)
+        words = AutoTokenizer.from_pretrained(tokenizer or where, **({} if tokenizer else _gguf(where)))
+    except OSError as error:
+        first = str(error).strip().partition("\n")[0]
+        raise StudyError(f"cannot load the model {name!r}: {first}", remedy="check the name or the folder") from None
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = words.pad_token_id if words.pad_token_id is not None else words.eos_token_id
+    return model, words
+
+
+def _gguf(where: Any) -> dict[str, str]:
+    folder = Path(where)
+    found = sorted(folder.glob("*.gguf")) if folder.is_dir() and not (folder / "config.json").exists() else []
+    return {"gguf_file": found[0].name} if found else {}
+
+
+def _configuration(name: str, **more: Any) -> Any:
+    """The configuration of a model whose sizes tnpeft knows, without any download."""
+    from transformers import AutoConfig
+
+    from tnpeft.counting import card
+
+    its = card(name)
+    kind = its.architecture
+    sizes = {
+        "hidden_size": its.sizes["hidden"],
+        "num_hidden_layers": its.sizes["layers"],
+        "num_attention_heads": its.sizes["heads"],
+        "num_key_value_heads": its.sizes["kv_heads"],
+        "ffn_dim" if kind == "opt" else "intermediate_size": its.sizes["ffn"],
+    }
+    if kind == "opt":
+        sizes["word_embed_proj_dim"] = its.sizes["embed"]
+    if kind == "roberta":
+        sizes |= {"vocab_size": 50265, "max_position_embeddings": 514}
+    return AutoConfig.for_model(kind, **sizes, **more)
+
+
+def shape(name: str) -> Any:
+    """What :func:`tnpeft.counting.card` takes for a backbone: no weights are touched.
+
+    >>> shape("random:facebook/opt-125m"), shape("digits")["model_type"]
+    ('facebook/opt-125m', 'opt')
+    """
+    return {"model_type": "opt", **_DIGITS_MODEL} if name == DIGITS else name.removeprefix(RANDOM)
+
+
+# ---- the demo's backbone
+
+_DIGITS_MODEL = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 256, "num_hidden_layers": 4}
+_DIGITS_MODEL |= {"num_attention_heads": 4, "max_position_embeddings": 32}
+_DIGITS_TRAINING = {"steps": 500, "batch": 64, "lr": 2e-3, "seed": 0}
+
+
+def digits_key() -> str:
+    """The hash of all that determines the demo's backbone."""
+    from tnpeft.studies import digits
+    from tnpeft.studies.data import load as load_data
+    from tnpeft.studies.tasks import TASKS
+
+    return digest([_DIGITS_MODEL, _DIGITS_TRAINING, digits.LEVELS, load_data(TASKS["digits_upright"]).digest])
+
+
+def digits_backbone(cache: Path) -> Path:
+    """Folder of a small OPT that reads upright digits; pretrained there on first use."""
+    folder = Path(cache) / f"digits-{digits_key()}"
+    if not (folder / "config.json").exists():
+        from tnpeft.studies.pretraining import pretrain_digits
+
+        pretrain_digits(folder, _DIGITS_MODEL, **_DIGITS_TRAINING)
+    return folder

@@ -1,0 +1,202 @@
+"""Examples of a task, read and checked line by line, and the splits that a seed draws from them."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tnpeft.studies.files import StudyError, digest
+from tnpeft.studies.tasks import Task
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One example: its prompt, its text for a head, and the place of its label among the task's labels."""
+
+    prompt: str
+    text: str
+    label: int
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What one seed draws: examples to train on, to choose a checkpoint on (dev) and to report on (eval)."""
+
+    train: tuple[Example, ...]
+    dev: tuple[Example, ...]
+    eval: tuple[Example, ...]
+
+
+@dataclass(frozen=True)
+class Data:
+    """All examples of a task; ``digest`` is the hash of every prompt and label in it."""
+
+    task: Task
+    train: tuple[Example, ...]
+    eval: tuple[Example, ...]
+    digest: str
+
+    def splits(self, seed: int, train: int = 0, dev: int = 0, evaluation: int = 0) -> Splits:
+        """Train and dev from a permutation of the training part, eval from one of the evaluation part.
+
+        0 takes all there is (of dev: a tenth of the training part); less than asked for is taken as it is.
+
+        Raises:
+            StudyError: nothing is left to train on.
+        """
+        pool = random.Random(f"{seed} train").sample(self.train, len(self.train))
+        held = random.Random(f"{seed} eval").sample(self.eval, len(self.eval))
+        dev = dev or max(1, len(pool) // 10)
+        if len(pool) <= dev:
+            raise StudyError(
+                f"{len(pool)} training examples leave none beside {dev} for dev",
+                where=f"task {self.task.name!r}",
+                remedy="ask for fewer dev examples",
+            )
+        train = min(train or len(pool), len(pool) - dev)
+        return Splits(tuple(pool[:train]), tuple(pool[train : train + dev]), tuple(held[: evaluation or None]))
+
+
+_LOADED: dict[str, Data] = {}
+
+
+def load(task: Task, folder: str | Path = "") -> Data:
+    """The task's data: files below ``folder``, or from the hub if it is ``"hub"``.
+
+    Raises:
+        StudyError: a file is missing, empty or in another encoding, a column is missing, a label is unknown; the
+            message names the file and the line.
+
+    >>> from tnpeft.studies.tasks import task
+    >>> data = load(task("digits_upright"))
+    >>> len(data.eval), data.eval[0].prompt[:11]
+    (797, 'p0 p24 p17 ')
+    """
+    parts = [Path(folder) / name for name in (task.train, task.eval) if name]
+    stamps = [(str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in parts if p.exists()]
+    key = digest([repr(task), str(folder), stamps])
+    if key not in _LOADED:
+        _LOADED[key] = _read(task, str(folder))
+    return _LOADED[key]
+
+
+def _read(task: Task, folder: str) -> Data:
+    if folder == "hub" and not task.train.startswith("digits:"):
+        train, evaluation = _from_hub(task, 2), _from_hub(task, 3)
+    else:
+        train, evaluation = _part(task, folder, task.train), _part(task, folder, task.eval)
+    content = [[[e.prompt, e.label] for e in part] for part in (train, evaluation)]
+    return Data(task, train, evaluation, digest([task.words, content]))
+
+
+def _part(task: Task, folder: str, name: str) -> tuple[Example, ...]:
+    if name.startswith("digits:"):
+        from tnpeft.studies.digits import rows
+
+        return tuple(_example(task, row, name) for row in rows(*name.removeprefix("digits:").split("/")))
+    if not name:
+        raise StudyError("names no file", where=f"task {task.name!r}", remedy="give train and eval")
+    path = Path(folder) / name
+    found = tuple(_example(task, row, f"{path}:{line}") for line, row in read_rows(path))
+    if not found:
+        raise StudyError("the file holds no example", where=str(path), remedy="check that it is complete")
+    return found
+
+
+def _example(task: Task, row: Row, where: str) -> Example:
+    for name in (*task.fields, task.label):
+        if name not in row or row[name] is None:
+            raise StudyError(f"no column {name!r}", where=where, remedy=f"the columns are {', '.join(map(str, row))}")
+    texts = {}
+    for name in task.fields:
+        if not isinstance(row[name], str) or not row[name].strip():
+            raise StudyError(f"{name!r} holds no text", where=where, remedy="fill it in or leave the row out")
+        texts[name] = row[name].strip()
+    label = row[task.label]
+    label = str(int(label)) if isinstance(label, bool) else str(label).strip()
+    if label not in task.words:
+        known = ", ".join(task.labels)
+        raise StudyError(f"unknown label {label!r}", where=where, remedy=f"the task's labels are {known}")
+    prompt = task.prompt.format(**texts)
+    return Example(prompt, task.text.format(**texts) if task.text else prompt, task.labels.index(label))
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """Line numbers and rows of a ``.jsonl`` or ``.csv`` file, plain or with ``.gz``.
+
+    Raises:
+        StudyError: the file is missing or of another kind, or a line cannot be read.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "two.csv"
+    >>> _ = path.write_text("text,label\\nfine,1\\n")
+    >>> list(read_rows(path))
+    [(2, {'text': 'fine', 'label': '1'})]
+    """
+    suffix = Path(path.name.removesuffix(".gz")).suffix
+    if suffix not in (".jsonl", ".csv"):
+        raise StudyError("is neither .jsonl nor .csv (.gz)", where=str(path), remedy="rename or convert it")
+    lines = _lines(path)
+    if suffix == ".csv":
+        yield from _csv(path, lines)
+        return
+    for number, line in lines:
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise StudyError(f"is no JSON: {error}", where=f"{path}:{number}") from None
+        if not isinstance(row, dict):
+            raise StudyError("is no JSON object", where=f"{path}:{number}", remedy="write one object a line")
+        yield number, row
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    number = 0
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
+            for number, line in enumerate(stream, 1):
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise StudyError(
+            f"is not in UTF-8 ({error.reason})", where=f"{path}:{number}", remedy="save the file as UTF-8"
+        ) from None
+    except (OSError, EOFError) as error:
+        what = getattr(error, "strerror", None) or str(error)
+        where = f"{path}:{number + 1}" if number else str(path)
+        raise StudyError(f"cannot be read ({what})", where=where, remedy="check the path") from None
+
+
+def _csv(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, Row]]:
+    reader = csv.reader((line for _, line in lines), strict=True)
+    header: list[str] = []
+    try:
+        for cells in reader:
+            if not header:
+                header = [cell.strip() for cell in cells]
+            elif len(cells) == len(header):
+                yield reader.line_num, dict(zip(header, cells, strict=True))
+            elif cells:
+                problem = f"has {len(cells)} cells, the header {len(header)}"
+                raise StudyError(problem, where=f"{path}:{reader.line_num}", remedy="quote cells that hold commas")
+    except csv.Error as error:
+        raise StudyError(f"is no CSV: {error}", where=f"{path}:{reader.line_num}") from None
+
+
+def _from_hub(task: Task, split: int) -> tuple[Example, ...]:
+    if len(task.hub) != 4:
+        raise StudyError("is not on the hub", where=f"task {task.name!r}", remedy="pass a folder of files")
+    from datasets import load_dataset
+
+    where = "/".join((*task.hub[:2], task.hub[split]))
+    rows = load_dataset(task.hub[0], task.hub[1], split=task.hub[split])
+    return tuple(_example(task, row, f"{where} row {number}") for number, row in enumerate(rows))

@@ -1,0 +1,98 @@
+"""Files that are written whole or not at all, and names made from content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class StudyError(ValueError):
+    """Something in a study's files or settings is wrong; the message says where and what to change."""
+
+    def __init__(self, problem: str, *, where: str = "", remedy: str = "") -> None:
+        super().__init__("".join((f"{where}: " if where else "", problem, f"; {remedy}" if remedy else "")))
+
+
+def canonical(value: Any) -> str:
+    """``value`` as JSON with sorted keys and no spaces: equal values give equal text.
+
+    >>> canonical({"b": 1, "a": (2, 3)})
+    '{"a":[2,3],"b":1}'
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest(value: Any, length: int = 16) -> str:
+    """The first ``length`` hex digits of the SHA-256 of ``value`` as canonical JSON.
+
+    >>> digest({"a": 1}) == digest({"a": 1}), len(digest("x"))
+    (True, 16)
+    """
+    return hashlib.sha256(canonical(value).encode()).hexdigest()[:length]
+
+
+def write_text(path: Path, text: str) -> Path:
+    """``path``, after the text has been written beside it and renamed: a reader sees the old file or the new one.
+
+    >>> import tempfile
+    >>> write_text(Path(tempfile.mkdtemp()) / "deep" / "note.txt", "done").read_text()
+    'done'
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with part.open("w", encoding="utf-8", newline="\n") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(part, path)
+    return path
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """``path``, after ``value`` has been written to it as readable JSON, atomically.
+
+    >>> import tempfile
+    >>> write_json(Path(tempfile.mkdtemp()) / "a.json", {"b": 1}).read_text()
+    '{\\n "b": 1\\n}\\n'
+    """
+    return write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """A TOML file; ``extends = "other.toml"`` names one (relative to it) whose tables it completes or overrides.
+
+    Raises:
+        StudyError: the file is missing or no TOML, or the chain of ``extends`` is endless.
+    """
+    return _read_toml(Path(path), ())
+
+
+def _read_toml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise StudyError("the file extends itself", where=str(path), remedy="remove one of the extends lines")
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StudyError(f"cannot be read ({error.strerror})", where=str(path), remedy="check the path") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise StudyError(f"is no valid TOML: {error}", where=str(path)) from None
+    base = found.pop("extends", None)
+    return merged(_read_toml(path.parent / base, (*seen, path.resolve())), found) if base else found
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with the values of ``over``; tables are merged, everything else is replaced.
+
+    >>> merged({"a": {"x": 1, "y": 2}, "b": [1]}, {"a": {"y": 3}, "b": [2]})
+    {'a': {'x': 1, 'y': 3}, 'b': [2]}
+    """
+    out = dict(base)
+    for key, value in over.items():
+        old = out.get(key)
+        out[key] = merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return out

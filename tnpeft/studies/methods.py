@@ -1,0 +1,112 @@
+"""What is trained: a family, a line of your own, one of PEFT's own methods, everything, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tnpeft.networks import Factorization
+from tnpeft.studies.files import StudyError
+
+KINDS = ("family", "line", "peft", "full", "none")
+Method = Mapping[str, Any]
+
+
+def check(method: Method) -> None:
+    """Refuse a method that names none or several of the kinds.
+
+    Raises:
+        StudyError: it does.
+
+    >>> check({"family": "lora", "args": {"rank": 4}})
+    """
+    kinds = [kind for kind in KINDS if kind in method]
+    unknown = sorted(set(method) - {*KINDS, "args"})
+    if len(kinds) != 1 or unknown:
+        problem = f"unknown key {unknown[0]!r}" if unknown else f"names {' and '.join(kinds) or 'nothing'} to train"
+        raise StudyError(problem, where=f"method {dict(method)}", remedy=f"give one of {', '.join(KINDS)}, and args")
+    if "family" in method or "line" in method:
+        factorization(method)
+
+
+def factorization(method: Method) -> Factorization:
+    """The factorization of a family or of a line with its ranks, splits and so on in ``args``.
+
+    >>> print(factorization({"line": "B[layer out r] A[r inp] -> layer out inp", "args": {"ranks": {"r": 2}}}).ranks)
+    {'r': 2}
+    """
+    args = dict(method.get("args", {}))
+    if "line" in method:
+        if "splits" in args:
+            args["splits"] = {side: tuple(parts) for side, parts in args["splits"].items()}
+        return Factorization.of(
+            method["line"], **{k: tuple(v) if isinstance(v, list) else v for k, v in args.items()}
+        )
+    from tnpeft import families
+
+    tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in args.items()}
+    try:
+        return families.get(method["family"])(**tuples)
+    except TypeError as error:
+        raise StudyError(f"wrong arguments: {error}", where=f"family {method['family']!r}") from None
+
+
+def count(method: Method, model: Any, targets: tuple[str, ...]) -> int | None:
+    """Adapter parameters worked out without a model in memory; None where only the model itself can tell.
+
+    >>> count({"family": "lora", "args": {"rank": 1}}, "facebook/opt-1.3b", ("q_proj", "v_proj"))
+    196608
+    """
+    if "none" in method:
+        return 0
+    if not ("family" in method or "line" in method):
+        return None
+    import tnpeft
+
+    return int(tnpeft.parameters(factorization(method), model=model, targets=list(targets) or None))
+
+
+def attach(model: Any, method: Method, targets: tuple[str, ...], *, classifier: bool, seed: int) -> Any:
+    """The model with the method's adapter on it, everything else frozen; ``full`` frees every weight.
+
+    Raises:
+        StudyError: a library that the method needs cannot do it.
+    """
+    if "full" in method:
+        return model.requires_grad_(True)
+    model.requires_grad_(False)
+    if "none" in method:
+        _free_head(model, classifier)
+        return model
+    import peft
+
+    task_type = "SEQ_CLS" if classifier else "CAUSAL_LM"
+    common: dict[str, Any] = {"task_type": task_type, "target_modules": list(targets) or None}
+    if "peft" in method:
+        kinds = {kind.value.lower(): config for kind, config in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+        if method["peft"] not in kinds:
+            raise StudyError(f"PEFT has no method {method['peft']!r}", remedy=f"it has {', '.join(sorted(kinds))}")
+        config = kinds[method["peft"]](**common, **method.get("args", {}))
+    else:
+        import tnpeft
+
+        config = tnpeft.TensorNetworkConfig(network=factorization(method), seed=seed, **common)
+    return peft.get_peft_model(model, config)
+
+
+def _free_head(model: Any, classifier: bool) -> None:
+    if classifier:
+        for name in ("score", "classifier"):
+            if hasattr(model, name):
+                getattr(model, name).requires_grad_(True)
+
+
+def trainable(model: Any) -> tuple[int, int]:
+    """Parameters that train: of the adapter, and of a classification head beside it."""
+    adapter = head = 0
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            of_head = "modules_to_save" in name or name.partition(".")[0] in ("score", "classifier")
+            head += parameter.numel() * of_head
+            adapter += parameter.numel() * (not of_head)
+    return adapter, head

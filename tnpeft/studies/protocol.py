@@ -1,0 +1,111 @@
+"""How a run trains and is judged, as data with a hash."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tnpeft.studies.files import StudyError, digest
+
+_CHOICES = {
+    "head": ("words", "classifier"),
+    "schedule": ("linear", "cosine", "constant", "constant_with_warmup"),
+    "dtype": ("float32", "bfloat16", "float16"),
+    "best_by": ("metric", "loss"),
+}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Everything that two runs must share to be compared.
+
+    Attributes:
+        targets: projections that get an adapter; empty takes the architecture's default.
+        train, dev, eval: numbers of examples (0: all; dev 0: a tenth of the training part).
+        steps, batch, accumulate: optimizer steps, examples per batch, batches per step.
+        learning_rates: the grid that every method without one of its own sweeps.
+        tune_seeds: seeds (the first ones) with which the grid is swept; the rest runs at the best rate alone.
+        schedule, warmup: shape of the learning rate; warm-up as a fraction of the steps.
+        weight_decay, clip: of AdamW; largest norm of the gradient (0: no clipping).
+        evaluate_every: steps between evaluations on dev; the checkpoint best on dev is reported on eval.
+        best_by: metric (ties: the smaller loss) or loss.
+        patience: evaluations without a better checkpoint after which a run stops; 0 never stops early.
+        head: words (scores of the label words) or classifier (a new classification head, trained too).
+        max_length: tokens; longer examples lose their beginning.
+        dtype: of the frozen backbone; adapters are kept in float32.
+
+    >>> Protocol(steps=100).digest == Protocol(steps=200).digest
+    False
+    """
+
+    targets: tuple[str, ...] = ()
+    train: int = 1000
+    dev: int = 500
+    eval: int = 1000
+    steps: int = 500
+    batch: int = 16
+    accumulate: int = 1
+    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    tune_seeds: int = 1
+    schedule: str = "linear"
+    warmup: float = 0.06
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    evaluate_every: int = 50
+    best_by: str = "metric"
+    patience: int = 0
+    head: str = "words"
+    max_length: int = 256
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise StudyError(
+                    f"{name} = {getattr(self, name)!r} is unknown",
+                    where="protocol",
+                    remedy=f"use one of {', '.join(choices)}",
+                )
+        for name in ("batch", "accumulate", "evaluate_every", "max_length", "tune_seeds"):
+            if getattr(self, name) < 1:
+                raise StudyError(f"{name} = {getattr(self, name)}", where="protocol", remedy="give at least 1")
+        if not self.learning_rates or min(self.learning_rates) <= 0:
+            raise StudyError("learning_rates must be positive and not empty", where="protocol")
+
+    @staticmethod
+    def of(table: Mapping[str, Any]) -> Protocol:
+        """A protocol from a table.
+
+        Raises:
+            StudyError: a key is unknown or a value has the wrong kind.
+
+        >>> Protocol.of({"targets": ["q_proj"], "steps": 5}).targets
+        ('q_proj',)
+        """
+        fields = Protocol.__dataclass_fields__
+        values: dict[str, Any] = {}
+        for name, value in table.items():
+            if name not in fields:
+                raise StudyError(
+                    f"unknown setting {name!r}", where="protocol", remedy=f"the settings are {', '.join(fields)}"
+                )
+            default = fields[name].default
+            value = tuple(value) if isinstance(value, list) else value
+            if isinstance(default, float) and isinstance(value, int):
+                value = float(value)
+            if type(value) is not type(default):
+                kind = "list" if isinstance(default, tuple) else type(default).__name__
+                raise StudyError(f"{name} = {value!r} is no {kind}", where="protocol", remedy=f"give a {kind}")
+            values[name] = value
+        return Protocol(**values)
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """The settings that determine a single run: all but the grid, which each run picks from."""
+        return {k: v for k, v in asdict(self).items() if k not in ("learning_rates", "tune_seeds")}
+
+    @property
+    def digest(self) -> str:
+        """The hash of all settings."""
+        return digest(asdict(self))

@@ -1,0 +1,99 @@
+"""A study's results, gathered from its store into points: one method at one size on one task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tnpeft.studies.runs import Store
+from tnpeft.studies.statistics import Summary, summary
+from tnpeft.studies.study import Cell, Study
+from tnpeft.studies.tasks import Task
+
+
+@dataclass(frozen=True)
+class Point:
+    """A method at one size on one task.
+
+    Attributes:
+        task, label, size: what was run.
+        kind: family, line, peft, full or none.
+        parameters: of the adapter, without a head.
+        head: parameters of a new head.
+        lr: the learning rate chosen on dev.
+        edge: the chosen rate is the smallest or largest of several, so a wider grid might do better.
+        scores: eval score by seed at that rate.
+        dev: dev score by seed.
+        step_ms: median milliseconds of a training step over the seeds.
+        missing: seeds without a result.
+    """
+
+    task: str
+    label: str
+    size: str
+    kind: str
+    parameters: int
+    head: int
+    lr: float
+    edge: bool
+    scores: dict[int, float]
+    dev: dict[int, float]
+    step_ms: float
+    missing: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """Label and size."""
+        return f"{self.label} ({self.size})" if self.size else self.label
+
+    @property
+    def summary(self) -> Summary:
+        """Of the eval scores."""
+        return summary(list(self.scores.values()))
+
+
+def collect(study: Study, store: Store) -> tuple[Point, ...]:
+    """Every point with at least one result, in the order of the study."""
+    found = (_point(study, store, cell, task) for task in study.tasks for cell in study.cells)
+    return tuple(point for point in found if point)
+
+
+def _point(study: Study, store: Store, cell: Cell, task: Task) -> Point | None:
+    lr = study.best_rate(cell, task, store)
+    if lr is None:
+        return None
+    seeds = study.table["seeds"]
+    results: dict[int, dict[str, Any]] = {
+        seed: result for seed in seeds if (result := store.result(study.run(cell, task, lr, seed).key))
+    }
+    first = next(iter(results.values()))
+    rates = sorted(cell.learning_rates)
+    times = sorted(r["timing"]["step_ms"] for r in results.values())
+    return Point(
+        task=task.name,
+        label=cell.label,
+        size=cell.size,
+        kind=next(iter(cell.method)),
+        parameters=first["parameters"],
+        head=first["head_parameters"],
+        lr=lr,
+        edge=len(rates) > 1 and lr in (rates[0], rates[-1]),
+        scores={seed: r["eval"] for seed, r in results.items()},
+        dev={seed: r["dev"] for seed, r in results.items()},
+        step_ms=times[len(times) // 2],
+        missing=tuple(seed for seed in seeds if seed not in results),
+    )
+
+
+def failures(study: Study, store: Store) -> list[tuple[str, str]]:
+    """Runs of the study that failed, with their causes."""
+    runs = {run.key: run for run in (*study.search(), *study.confirmation(store))}
+    records = ((str(run), store.failure(key)) for key, run in runs.items() if not store.result(key))
+    return [(name, record["cause"]) for name, record in records if record]
+
+
+def nearest(points: Sequence[Point], parameters: int, slack: float = 0.1) -> Point | None:
+    """The point whose parameter count is nearest, if it is within ``slack`` of it."""
+    found = min(points, key=lambda p: abs(p.parameters - parameters), default=None)
+    return found if found and abs(found.parameters - parameters) <= slack * parameters else None

@@ -1,0 +1,201 @@
+"""A run, named by the hash of all that determines it, and the folder that holds one result file for each."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from tnpeft.studies.files import digest, write_json
+
+SCHEMA = 1  # raise it when a change makes results of old runs incomparable
+LIBRARIES = ("tnpeft", "torch", "transformers", "peft", "numpy", "scikit-learn")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training with one seed.
+
+    Attributes:
+        task: the task as a table.
+        data: hash of its examples.
+        method: what is trained.
+        protocol: the settings of :attr:`Protocol.training`.
+        lr: learning rate.
+        seed: of the data order, the splits and the start values.
+        backbone: the frozen model's identity.
+        places: where model, data and cache are found; no part of the name.
+
+    >>> one = Run({"name": "sst2"}, "d", {"family": "lora"}, {"steps": 1}, 1e-3, 0, "b")
+    >>> one.key == Run({"name": "sst2"}, "d", {"family": "lora"}, {"steps": 1}, 1e-3, 0, "b", {"data": "x"}).key
+    True
+    """
+
+    task: Mapping[str, Any]
+    data: str
+    method: Mapping[str, Any]
+    protocol: Mapping[str, Any]
+    lr: float
+    seed: int
+    backbone: str
+    places: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that determines the result."""
+        return {"schema": SCHEMA, **{k: v for k, v in asdict(self).items() if k != "places"}}
+
+    @property
+    def key(self) -> str:
+        """The hash of the identity: the run's name."""
+        return digest(self.identity)
+
+    def __str__(self) -> str:
+        kind, name = next((k, v) for k, v in self.method.items() if k != "args")
+        args = " ".join(f"{k}={v}" for k, v in self.method.get("args", {}).items())
+        what = name if isinstance(name, str) else kind
+        return f"{self.task['name']} {what}{' ' if args else ''}{args} lr={self.lr:g} seed={self.seed}"
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder of results, ``<key>.json`` for a run that ended well, ``<key>.failed.json`` for one that did not."""
+
+    folder: Path
+
+    def result(self, key: str) -> dict[str, Any] | None:
+        """The result of a run, None if there is none."""
+        return self._read(self.folder / f"{key}.json")
+
+    def failure(self, key: str) -> dict[str, Any] | None:
+        """The record of a failed run, None if it has not failed."""
+        return self._read(self.folder / f"{key}.failed.json")
+
+    @staticmethod
+    def _read(path: Path) -> dict[str, Any] | None:
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        return found if isinstance(found, dict) else None
+
+    @contextlib.contextmanager
+    def claim(self, key: str) -> Iterator[bool]:
+        """Whether the run is ours alone; the claim ends with the block or with the process, however that dies."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / f".{key}.lock").open("w") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+
+    def fail(self, run: Run, cause: str, trace: str = "") -> None:
+        """Record a failure with its cause."""
+        record = {"run": run.identity, "cause": cause, "trace": trace}
+        write_json(self.folder / f"{run.key}.failed.json", record)
+
+
+def execute(run: Run, store: Store, *, retry: bool = False) -> str:
+    """``done`` after making a run, ``kept`` if its result was there, ``failed``, or ``busy`` (made elsewhere)."""
+    with store.claim(run.key) as ours:
+        if store.result(run.key):
+            return "kept"
+        if not ours:
+            return "busy"
+        if store.failure(run.key) and not retry:
+            return "failed"
+        try:
+            record = perform(run)
+        except Exception as error:
+            store.fail(run, f"{type(error).__name__}: {error}", traceback.format_exc())
+            return "failed"
+        write_json(store.folder / f"{run.key}.json", record)
+        (store.folder / f"{run.key}.failed.json").unlink(missing_ok=True)
+        return "done"
+
+
+def perform(run: Run, *, folder: Path | None = None, progress: Any = None, keep: Any = None) -> dict[str, Any]:
+    """Train, judge and describe a run; ``keep(model, tokenizer)`` gets the model at its best checkpoint."""
+    import torch
+
+    from tnpeft.studies import backbones, methods, training
+    from tnpeft.studies.data import load
+    from tnpeft.studies.protocol import Protocol
+    from tnpeft.studies.scoring import Scorer, evaluate
+    from tnpeft.studies.tasks import task as task_of
+
+    quiet()
+    task = task_of({**run.task, "hub": tuple(run.task.get("hub", ()))})
+    protocol = Protocol.of({**run.protocol, "targets": list(run.protocol.get("targets", ()))})
+    splits = load(task, run.places.get("data", "")).splits(run.seed, protocol.train, protocol.dev, protocol.eval)
+    torch.manual_seed(run.seed)  # a new classification head draws from it
+    model, tokenizer = backbones.load(
+        run.places.get("model", run.backbone),
+        head=protocol.head,
+        classes=len(task.labels),
+        dtype=protocol.dtype,
+        cache=Path(run.places.get("cache", "runs/cache")),
+        tokenizer=run.places.get("tokenizer", ""),
+    )
+    classifier = protocol.head == "classifier"
+    model = methods.attach(model, run.method, protocol.targets, classifier=classifier, seed=run.seed)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    scorer = Scorer(task, tokenizer, protocol.head, protocol.max_length)
+    adapter, head = methods.trainable(model)
+    best, seconds = training.fit(
+        model, scorer, splits, protocol, lr=run.lr, seed=run.seed, folder=folder, progress=progress
+    )
+    score, loss = evaluate(scorer, model, scorer.encode(splits.eval))
+    if keep:
+        keep(model, tokenizer)
+    steps = best.curve[-1][0]
+    return {
+        "key": run.key,
+        "run": run.identity,
+        "parameters": adapter,
+        "head_parameters": head,
+        "examples": [len(splits.train), len(splits.dev), len(splits.eval)],
+        "metric": task.metric,
+        "dev": best.dev,
+        "eval": score,
+        "eval_loss": loss,
+        "best_step": best.step,
+        "steps": steps,
+        "curve": [list(row) for row in best.curve],
+        "timing": {"train_seconds": round(seconds, 3), "step_ms": round(1000 * seconds / max(1, steps), 3)},
+        "versions": versions(),
+        "machine": {"device": str(model.device), "threads": torch.get_num_threads(), "cores": os.cpu_count()},
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that a result depends on.
+
+    >>> sorted(versions())[0]
+    'numpy'
+    """
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def quiet() -> None:
+    """Turn off the progress bars and notes of the libraries inside: a sweep prints one line for each run."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -1,0 +1,142 @@
+"""From examples to class scores: token ids, batches, and label words or a classification head."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tnpeft.studies.data import Example
+from tnpeft.studies.files import StudyError
+from tnpeft.studies.tasks import Task
+
+Batch = dict[str, torch.Tensor]
+
+
+class Scorer:
+    """Encodes a task's examples for a model and turns the model's logits into one score per class.
+
+    With label words a class scores the mean log-probability of its word's tokens after the prompt; words of one
+    token each need one row per example, longer ones a row per example and class.
+
+    Args:
+        task: the task.
+        tokenizer: a Hugging Face tokenizer.
+        head: ``"words"`` or ``"classifier"``.
+        max_length: tokens of a prompt with its word; what is longer loses its beginning.
+    """
+
+    def __init__(self, task: Task, tokenizer: Any, head: str = "words", max_length: int = 256) -> None:
+        self.task, self.tokenizer, self.head, self.max_length = task, tokenizer, head, max_length
+        self.words: list[list[int]] = []
+        if head == "words":
+            self.words = [tokenizer(w, add_special_tokens=False).input_ids for w in task.words.values()]
+            if not all(self.words) or len({tuple(ids) for ids in self.words}) < len(self.words):
+                raise StudyError("two label words are the same to the tokenizer", where=f"task {task.name!r}")
+        self.width = max((len(ids) for ids in self.words), default=1)
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.pad = 0 if pad is None else pad
+
+    def encode(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
+        """Token ids and label of each example."""
+        texts = [e.prompt if self.head == "words" else e.text for e in examples]
+        rows = self.tokenizer(texts, add_special_tokens=True, truncation=False, verbose=False).input_ids
+        return [{"ids": self._cut(ids), "label": e.label} for ids, e in zip(rows, examples, strict=True)]
+
+    def _cut(self, ids: list[int]) -> list[int]:
+        special = set(self.tokenizer.all_special_ids)
+        if self.head == "words" and len(ids) > 1 and ids[-1] in special:
+            ids = ids[:-1]
+        room = self.max_length - (self.width if self.head == "words" else 0)
+        if len(ids) <= room:
+            return ids
+        lead = ids[:1] if ids[0] in special else []
+        return lead + ids[len(ids) - room + len(lead) :]
+
+    def collate(self, rows: Sequence[dict[str, Any]]) -> Batch:
+        """A batch of encoded examples, padded on the left for words and on the right for a classifier."""
+        labels = torch.tensor([row["label"] for row in rows])
+        if self.width == 1:
+            ids = [row["ids"] for row in rows]
+        else:
+            ids = [row["ids"] + word[:-1] for row in rows for word in self.words]
+        longest = max(map(len, ids))
+        left = self.head == "words"
+        pads = [[self.pad] * (longest - len(row)) for row in ids]
+        mask = [
+            [0] * len(p) + [1] * len(r) if left else [1] * len(r) + [0] * len(p)
+            for r, p in zip(ids, pads, strict=True)
+        ]
+        ids = [p + r if left else r + p for r, p in zip(ids, pads, strict=True)]
+        return {"labels": labels, "input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+    def scores(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """Scores ``[examples, classes]`` of a batch; a cross-entropy over them is the training loss."""
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        if self.head == "classifier":
+            return model(**inputs).logits.float()
+        if _takes(model, "position_ids"):
+            inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        if _takes(model, "logits_to_keep"):
+            inputs["logits_to_keep"] = self.width
+        logits = model(**inputs).logits[:, -self.width :].float()
+        if self.width == 1:
+            return logits[:, -1, [ids[0] for ids in self.words]]
+        return self._mean_log_probabilities(logits)
+
+    def _mean_log_probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """The rows are example by example, class by class; a word's tokens are predicted at its row's last places."""
+        classes = len(self.words)
+        grouped = logits.log_softmax(-1).view(-1, classes, self.width, logits.shape[-1])
+        columns = [
+            grouped[:, k, self.width - len(ids) :].gather(
+                -1, torch.tensor(ids, device=logits.device).expand(len(grouped), -1).unsqueeze(-1)
+            )
+            for k, ids in enumerate(self.words)
+        ]
+        return torch.stack([column.squeeze(-1).mean(-1) for column in columns], dim=1)
+
+
+def _takes(model: Any, name: str) -> bool:
+    """Whether the forward of the transformer (inside PEFT's wrapper, if there is one) has that argument."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return name in inspect.signature(inner.forward).parameters
+
+
+@torch.no_grad()
+def evaluate(
+    scorer: Scorer, model: torch.nn.Module, rows: Sequence[dict[str, Any]], batch: int = 64
+) -> tuple[float, float]:
+    """The task's metric and the mean cross-entropy over encoded examples, in evaluation mode."""
+    was, device = model.training, next(model.parameters()).device
+    model.eval()
+    order = sorted(range(len(rows)), key=lambda k: len(rows[k]["ids"]))  # batches of equal lengths waste no padding
+    guesses, labels, loss = [], [], 0.0
+    for start in range(0, len(rows), batch):
+        part = scorer.collate([rows[k] for k in order[start : start + batch]])
+        part = {name: tensor.to(device) for name, tensor in part.items()}
+        scores = scorer.scores(model, part)
+        loss += torch.nn.functional.cross_entropy(scores, part["labels"], reduction="sum").item()
+        guesses += scores.argmax(-1).tolist()
+        labels += part["labels"].tolist()
+    model.train(was)
+    return metric(scorer.task.metric, guesses, labels), loss / len(rows)
+
+
+def metric(name: str, guesses: Sequence[int], labels: Sequence[int]) -> float:
+    """Accuracy, Matthews correlation (of two classes) or F1 of the second class.
+
+    >>> metric("accuracy", [0, 1, 1], [0, 1, 0]), metric("f1", [0, 1, 1], [0, 1, 0])
+    (0.6666666666666666, 0.6666666666666666)
+    """
+    pairs = list(zip(guesses, labels, strict=True))
+    if name == "accuracy":
+        return sum(g == y for g, y in pairs) / len(pairs)
+    both, neither = pairs.count((1, 1)), pairs.count((0, 0))
+    false, missed = pairs.count((1, 0)), pairs.count((0, 1))
+    if name == "f1":
+        return 2 * both / max(1, 2 * both + false + missed)
+    spread = (both + false) * (both + missed) * (neither + false) * (neither + missed)
+    return (both * neither - false * missed) / spread**0.5 if spread else 0.0

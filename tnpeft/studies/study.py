@@ -1,0 +1,195 @@
+"""A study: families x sizes x tasks x learning rates x seeds, read from one TOML file."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tnpeft.studies import backbones, methods
+from tnpeft.studies.data import load
+from tnpeft.studies.files import StudyError, digest, merged, read_toml
+from tnpeft.studies.protocol import Protocol
+from tnpeft.studies.runs import Run, Store
+from tnpeft.studies.tasks import Task, task
+
+_KEYS = ("name", "title", "source", "ours", "backbone", "tokenizer", "data", "cache", "tasks", "seeds")
+_METHOD_KEYS = (*methods.KINDS, "label", "args", "grid", "budgets", "learning_rates", "protocol")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method at one size: a point of the study's figures."""
+
+    label: str
+    size: str
+    method: Mapping[str, Any]
+    learning_rates: tuple[float, ...]
+    protocol: Protocol
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything that a sweep runs and a report shows.
+
+    Attributes:
+        table: the file's content, with what it extends.
+        places: model, tokenizer, data and cache, as given or relative to the file.
+    """
+
+    table: Mapping[str, Any]
+    places: Mapping[str, str]
+
+    @staticmethod
+    def read(path: str | Path, **over: Any) -> Study:
+        """The study in a TOML file; ``over`` replaces top-level keys such as ``data`` or ``backbone``.
+
+        Raises:
+            StudyError: a key is unknown or missing, or a value makes no sense; the message names it.
+        """
+        given = {key: value for key, value in over.items() if value}
+        return Study.of(merged(read_toml(path), given), Path(path).parent, where=str(path), as_given=set(given))
+
+    @staticmethod
+    def of(table: Mapping[str, Any], base: Path, *, where: str = "study", as_given: set[str] = frozenset()) -> Study:  # type: ignore[assignment]
+        """A study from a table; relative paths in it start from ``base``, except those ``as_given``."""
+        unknown = sorted(set(table) - {*_KEYS, "protocol", "methods"})
+        if unknown:
+            raise StudyError(
+                f"unknown key {unknown[0]!r}",
+                where=where,
+                remedy=f"the keys are {', '.join(_KEYS)}, protocol, methods",
+            )
+        for key in ("backbone", "tasks", "seeds", "methods"):
+            if not table.get(key):
+                raise StudyError(f"no {key}", where=where, remedy=f"add {key}")
+        places = {}
+        for key, name in (("model", "backbone"), ("tokenizer", "tokenizer"), ("data", "data"), ("cache", "cache")):
+            value = str(table.get(name, "runs/cache" if name == "cache" else ""))
+            local = base / value
+            places[key] = str(local) if value and name not in as_given and local.exists() else value
+        study = Study(table, places)
+        study.cells  # noqa: B018  every method is checked before anything runs
+        return study
+
+    @property
+    def name(self) -> str:
+        """The study's name."""
+        return str(self.table.get("name", "study"))
+
+    @cached_property
+    def protocol(self) -> Protocol:
+        """The settings that all methods share."""
+        return Protocol.of(self.table.get("protocol", {}))
+
+    @cached_property
+    def tasks(self) -> tuple[Task, ...]:
+        """The tasks."""
+        return tuple(map(task, self.table["tasks"]))
+
+    @cached_property
+    def cells(self) -> tuple[Cell, ...]:
+        """Every method at every size, in the order of the file."""
+        found = [cell for given in self.table["methods"] for cell in self._cells(given)]
+        names = [(cell.label, cell.size) for cell in found]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice:
+            raise StudyError(
+                f"two methods are called {' '.join(twice)!r}", where=self.name, remedy="label them apart"
+            )
+        return tuple(found)
+
+    def _cells(self, given: Mapping[str, Any]) -> Iterator[Cell]:
+        unknown = sorted(set(given) - set(_METHOD_KEYS))
+        if unknown:
+            keys = ", ".join(_METHOD_KEYS)
+            raise StudyError(
+                f"unknown key {unknown[0]!r} in a method", where=self.name, remedy=f"the keys are {keys}"
+            )
+        kind = next((kind for kind in methods.KINDS if kind in given), "")
+        protocol = Protocol.of(merged(self.table.get("protocol", {}), given.get("protocol", {})))
+        rates = tuple(map(float, given.get("learning_rates", protocol.learning_rates)))
+        name = given[kind] if isinstance(given.get(kind), str) and kind != "line" else kind
+        for args in self._sizes(given):
+            method = {kind: given[kind]} if kind else {}
+            method |= {"args": {**given.get("args", {}), **args}} if args or "args" in given else {}
+            methods.check(method)
+            size = ", ".join(f"{key}={value}" for key, value in args.items())
+            yield Cell(str(given.get("label", name)), size, method, rates, protocol)
+
+    def _sizes(self, given: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        if "budgets" in given:
+            from tnpeft.studies.matching import ranks_for
+
+            fixed = given.get("args", {})
+            yield from ranks_for(
+                given["family"], fixed, given["budgets"], backbones.shape(self.places["model"]), self.protocol.targets
+            )
+        elif "grid" in given:
+            names = list(given["grid"])
+            for values in itertools.product(*given["grid"].values()):
+                yield dict(zip(names, values, strict=True))
+        else:
+            yield {}
+
+    # ---- runs
+
+    def run(self, cell: Cell, task: Task, lr: float, seed: int) -> Run:
+        """The run of a cell on a task."""
+        table = {key: value for key, value in asdict(task).items() if key not in ("train", "eval", "hub")}
+        files = {key: getattr(task, key) for key in ("train", "eval", "hub")}
+        return Run(
+            {**table, **files},
+            load(task, self.places["data"]).digest,
+            cell.method,
+            cell.protocol.training,
+            lr,
+            seed,
+            self._backbone,
+            self.places,
+        )
+
+    @cached_property
+    def _backbone(self) -> str:
+        words = self.places["tokenizer"]
+        cache = Path(self.places["cache"])
+        its = backbones.identity(self.places["model"], cache)
+        return digest([its, backbones.identity(words, cache)]) if words else its
+
+    def seeds_to_tune(self, cell: Cell) -> tuple[int, ...]:
+        """The seeds that sweep the grid of learning rates: all of them if there is but one rate."""
+        seeds = tuple(self.table["seeds"])
+        return seeds if len(cell.learning_rates) == 1 else seeds[: cell.protocol.tune_seeds]
+
+    def search(self) -> list[Run]:
+        """The runs that choose the learning rates, seed by seed."""
+        found = [
+            (place, self.run(cell, task, lr, seed))
+            for cell in self.cells
+            for task in self.tasks
+            for lr in cell.learning_rates
+            for place, seed in enumerate(self.seeds_to_tune(cell))
+        ]
+        return [run for _, run in sorted(found, key=lambda pair: pair[0])]
+
+    def best_rate(self, cell: Cell, task: Task, store: Store) -> float | None:
+        """The rate with the best mean dev score over the tuning seeds (ties: the smaller); None before the search."""
+        scores = []
+        for lr in sorted(cell.learning_rates):
+            results = [store.result(self.run(cell, task, lr, seed).key) for seed in self.seeds_to_tune(cell)]
+            if all(results):
+                scores.append((sum(r["dev"] for r in results if r) / len(results), -lr))
+        return -max(scores)[1] if scores else None
+
+    def confirmation(self, store: Store) -> list[Run]:
+        """The runs of all seeds at the chosen rates, seed by seed."""
+        return [
+            self.run(cell, task, lr, seed)
+            for seed in self.table["seeds"]
+            for cell in self.cells
+            for task in self.tasks
+            if (lr := self.best_rate(cell, task, store)) is not None
+        ]

@@ -1,0 +1,149 @@
+"""Tasks as data: which fields are read, how an example is put into words, and what is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from string import Formatter
+from typing import Any
+
+from tnpeft.studies.files import StudyError
+
+METRICS = ("accuracy", "matthews", "f1")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A classification task.
+
+    Attributes:
+        name: what it is called.
+        prompt: the example in words, ``{field}`` where a field of the row goes; the label word follows it.
+        words: the word (with its leading blank) that stands for each label, by the label as text.
+        text: the example for a classification head, without the question to which the word is the answer.
+        train: file of the training part, below the data folder; ``digits:...`` for the embedded digits.
+        eval: file of the part that results are reported on.
+        hub: path, configuration, training split and evaluation split on the hub.
+        label: field of the label.
+        metric: accuracy, matthews (correlation) or f1 (of the second label).
+
+    >>> SST2.fields, SST2.labels
+    (('sentence',), ('0', '1'))
+    """
+
+    name: str
+    prompt: str
+    words: Mapping[str, str]
+    text: str = ""
+    train: str = ""
+    eval: str = ""
+    hub: tuple[str, ...] = ()
+    label: str = "label"
+    metric: str = "accuracy"
+
+    def __post_init__(self) -> None:
+        where = f"task {self.name!r}"
+        if self.metric not in METRICS:
+            raise StudyError(
+                f"unknown metric {self.metric!r}", where=where, remedy=f"use one of {', '.join(METRICS)}"
+            )
+        if len(self.words) < 2:
+            raise StudyError("needs a word for each of at least two labels", where=where, remedy="complete words")
+        if not self.fields:
+            raise StudyError("the prompt names no field", where=where, remedy="write it like 'Text: {text} It was'")
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels as text; an example's class is its label's place here."""
+        return tuple(self.words)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields that the prompt and the text name."""
+        names = (name for part in (self.prompt, self.text) for _, name, _, _ in Formatter().parse(part) if name)
+        return tuple(dict.fromkeys(names))
+
+
+_GLUE = "nyu-mll/glue"
+
+# Prompts and words of SST-2, RTE and BoolQ: the public MeZO code, the CP paper's own are unknown.
+SST2 = Task(
+    "sst2",
+    "{sentence} It was",
+    {"0": " terrible", "1": " great"},
+    text="{sentence}",
+    train="sst2/train.jsonl.gz",
+    eval="sst2/dev.jsonl.gz",
+    hub=(_GLUE, "sst2", "train", "validation"),
+)
+RTE = Task(
+    "rte",
+    '{sentence1}\nDoes this mean that "{sentence2}" is true? Yes or No?\n',
+    {"0": "Yes", "1": "No"},
+    text="{sentence1}\n{sentence2}",
+    train="rte/train.jsonl.gz",
+    eval="rte/dev.jsonl.gz",
+    hub=(_GLUE, "rte", "train", "validation"),
+)
+BOOLQ = Task(
+    "boolq",
+    "{passage} {question}?",
+    {"0": " No", "1": " Yes"},
+    text="{passage}\n{question}?",
+    train="boolq/train.jsonl.gz",
+    eval="boolq/dev.jsonl.gz",
+    hub=("aps/super_glue", "boolq", "train", "validation"),
+)
+MRPC = Task(
+    "mrpc",
+    '{sentence1}\nDoes this mean the same as "{sentence2}"? Yes or No?\n',
+    {"0": "No", "1": "Yes"},
+    text="{sentence1}\n{sentence2}",
+    train="mrpc/train.jsonl.gz",
+    eval="mrpc/dev.jsonl.gz",
+    hub=(_GLUE, "mrpc", "train", "validation"),
+)
+COLA = Task(
+    "cola",
+    "{sentence} This is",
+    {"0": " wrong", "1": " correct"},
+    text="{sentence}",
+    train="cola/train.jsonl.gz",
+    eval="cola/dev.jsonl.gz",
+    hub=(_GLUE, "cola", "train", "validation"),
+    metric="matthews",
+)
+
+
+def _digits(shift: str) -> Task:
+    words = {str(digit): f" digit{digit}" for digit in range(10)}
+    parts = {"train": f"digits:{shift}/train", "eval": f"digits:{shift}/eval"}
+    return Task(f"digits_{shift}", "{image}", words, text="{image}", **parts)
+
+
+TASKS: dict[str, Task] = {task.name: task for task in (SST2, RTE, BOOLQ, MRPC, COLA)}
+TASKS |= {task.name: task for task in map(_digits, ("upright", "inverted", "transposed", "shifted"))}
+
+
+def task(given: str | Mapping[str, Any]) -> Task:
+    """A task by its name, or one of your own from a table with the attributes of :class:`Task`.
+
+    Raises:
+        StudyError: the name or a key is unknown, or something is missing.
+
+    >>> mine = task({"name": "mine", "train": "a.csv", "eval": "b.csv",
+    ...              "prompt": "{text} It was", "words": {"neg": " bad", "pos": " good"}})
+    >>> mine.labels
+    ('neg', 'pos')
+    """
+    if isinstance(given, str):
+        if given not in TASKS:
+            raise StudyError(f"no task is called {given!r}", remedy=f"the tasks are {', '.join(TASKS)}")
+        return TASKS[given]
+    unknown = sorted(set(given) - set(Task.__dataclass_fields__))
+    missing = [key for key in ("name", "prompt", "words") if key not in given]
+    if unknown or missing:
+        problem = f"unknown key {unknown[0]!r}" if unknown else f"no {missing[0]}"
+        raise StudyError(problem, where=f"task {given.get('name', '?')!r}", remedy="see tnpeft.studies.Task")
+    words = {str(label): str(word) for label, word in given["words"].items()}
+    return Task(**{**given, "words": words, "hub": tuple(given.get("hub", ()))})

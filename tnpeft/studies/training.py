@@ -1,0 +1,190 @@
+"""One training: Hugging Face's Trainer inside, evaluation on dev every so often, the best checkpoint kept."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch.nn.functional import cross_entropy
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from tnpeft.studies.data import Splits
+from tnpeft.studies.files import write_json
+from tnpeft.studies.protocol import Protocol
+from tnpeft.studies.scoring import Scorer, evaluate
+
+Progress = Callable[[int, int, float, float | None], None]  # step, steps, training loss, dev metric
+
+
+@dataclass
+class Best:
+    """The checkpoint that is best on dev, and the course of the run.
+
+    ``curve`` has a row (step, training loss since the last, dev metric, dev loss) for each evaluation.
+    """
+
+    step: int = -1
+    dev: float = 0.0
+    loss: float = float("inf")
+    curve: list[tuple[int, float, float, float]] = field(default_factory=list)
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def offer(self, step: int, dev: float, loss: float, by: str) -> bool:
+        """Whether this evaluation is the best so far; it is then taken."""
+        better = (dev, -loss) > (self.dev, -self.loss) if by == "metric" else loss < self.loss
+        if self.step < 0 or better:
+            self.step, self.dev, self.loss = step, dev, loss
+            return True
+        return False
+
+
+class _Judge(TrainerCallback):
+    """Evaluates on dev, keeps the best weights, stops a run that its protocol calls hopeless."""
+
+    def __init__(
+        self, scorer: Scorer, dev: list[dict[str, Any]], protocol: Protocol, progress: Progress | None
+    ) -> None:
+        self.scorer, self.dev, self.protocol, self.progress = scorer, dev, protocol, progress
+        self.best = Best()
+        self.losses: list[torch.Tensor] = []
+        self.folder: Path | None = None
+        self.seconds = 0.0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        step, protocol = state.global_step, self.protocol
+        if step % protocol.evaluate_every and step < protocol.steps:
+            return
+        start = time.perf_counter()
+        self.judge(kwargs["model"], step)
+        self.seconds += time.perf_counter() - start
+        waited = sum(row[0] > self.best.step for row in self.best.curve)
+        if protocol.patience and waited >= protocol.patience:
+            control.should_training_stop = True
+
+    def judge(self, model: torch.nn.Module, step: int) -> None:
+        dev, loss = evaluate(self.scorer, model, self.dev)
+        trained = torch.stack(self.losses).mean().item() if self.losses else 0.0
+        self.losses.clear()
+        self.best.curve.append((step, trained, dev, loss))
+        if self.best.offer(step, dev, loss, self.protocol.best_by):
+            self.best.weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+            if self.folder:
+                torch.save(self.best.weights, self.folder / "best.pt")
+        if self.folder:
+            best = {"step": self.best.step, "dev": self.best.dev, "loss": self.best.loss, "curve": self.best.curve}
+            write_json(self.folder / "best.json", best)
+        if self.progress:
+            self.progress(step, self.protocol.steps, trained, dev)
+
+    def resume(self, folder: Path, step: int) -> None:
+        """Take up the best checkpoint of an interrupted run; evaluations after ``step`` are made again."""
+        saved = json.loads((folder / "best.json").read_text())
+        curve = [(row[0], row[1], row[2], row[3]) for row in saved.pop("curve") if row[0] <= step]
+        if saved["step"] <= step:
+            self.best = Best(**saved, curve=curve, weights=torch.load(folder / "best.pt", weights_only=True))
+
+
+class _Scored(Trainer):
+    """A Trainer whose loss is the cross-entropy over the scorer's class scores."""
+
+    def __init__(self, *, scorer: Scorer, judge: _Judge, **kwargs: Any) -> None:
+        super().__init__(data_collator=scorer.collate, callbacks=[judge], **kwargs)
+        self.scorer, self.judge = scorer, judge
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        loss = cross_entropy(self.scorer.scores(model, inputs), inputs["labels"])
+        self.judge.losses.append(loss.detach())
+        return (loss, {}) if return_outputs else loss
+
+
+def optimizer(model: torch.nn.Module, protocol: Protocol, lr: float) -> torch.optim.Optimizer:
+    """A fused AdamW; factors with a multiplier of their own learn at their own rate."""
+    groups: Any = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": lr}]
+    configs = getattr(model, "peft_config", {}).values()
+    if any(hasattr(config, "lr_multiplier") for config in configs):
+        import tnpeft
+
+        groups = tnpeft.parameter_groups(model, lr=lr)
+    return torch.optim.AdamW(groups, lr=lr, weight_decay=protocol.weight_decay, fused=True)
+
+
+def fit(
+    model: torch.nn.Module,
+    scorer: Scorer,
+    splits: Splits,
+    protocol: Protocol,
+    *,
+    lr: float,
+    seed: int,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+) -> tuple[Best, float]:
+    """Train what requires a gradient and leave the model at its best checkpoint on dev.
+
+    With a ``folder`` a checkpoint is written there at every evaluation and an interrupted run goes on from it.
+
+    Returns:
+        The best checkpoint with the run's course, and the seconds spent in training (evaluation left out).
+    """
+    with contextlib.ExitStack() as stack:
+        where = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        judge = _Judge(scorer, scorer.encode(splits.dev), protocol, progress)
+        judge.folder = folder
+        transformers.set_seed(seed)
+        trainer = _Scored(
+            scorer=scorer,
+            judge=judge,
+            model=model,
+            args=_arguments(where, protocol, lr, seed, keep=folder is not None),
+            train_dataset=scorer.encode(splits.train),
+            optimizers=(optimizer(model, protocol, lr), None),
+        )
+        trainer.remove_callback(PrinterCallback)
+        last = transformers.trainer_utils.get_last_checkpoint(str(where)) if folder else None
+        if last:
+            judge.resume(where, int(last.rpartition("-")[2]))
+        elif protocol.steps == 0:
+            judge.judge(model, 0)
+        start = time.perf_counter()
+        if protocol.steps:
+            trainer.train(resume_from_checkpoint=last)
+        seconds = time.perf_counter() - start - judge.seconds
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in judge.best.weights:
+                parameter.copy_(judge.best.weights[name])
+    return judge.best, seconds
+
+
+def _arguments(where: Path, protocol: Protocol, lr: float, seed: int, *, keep: bool) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(where),
+        max_steps=max(1, protocol.steps),
+        per_device_train_batch_size=protocol.batch,
+        gradient_accumulation_steps=protocol.accumulate,
+        learning_rate=lr,
+        lr_scheduler_type=protocol.schedule,
+        warmup_steps=round(protocol.warmup * protocol.steps),
+        weight_decay=protocol.weight_decay,
+        max_grad_norm=protocol.clip,
+        seed=seed,
+        data_seed=seed,
+        save_strategy="steps" if keep else "no",
+        save_steps=protocol.evaluate_every,
+        save_total_limit=1,
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )

@@ -1,0 +1,131 @@
+"""What is typed at the shell as what the library takes: networks, sizes, ranks and options of families."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Annotated, Any
+
+import typer
+
+from tnpeft.networks import Factorization, Network, NetworkError, network
+
+NetworkArgument = Annotated[
+    str, typer.Argument(metavar="NETWORK", help="A family's name, or a line of einsum in quotes.", show_default=False)
+]
+RankOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--rank", "-r", metavar="NAME=NUMBER", help="Size of a bond, such as `-r r=8`; `-r 8` if there is one."
+    ),
+]
+SizeOption = Annotated[
+    list[str] | None,
+    typer.Option("--size", "-s", metavar="NAME=NUMBER", help="Size of an index, such as `-s layer=24`."),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Argument of a family, such as `--set out=32,64`."),
+]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", "-m", help="A model's name, such as facebook/opt-1.3b, or its folder.")
+]
+TargetsOption = Annotated[
+    str | None, typer.Option("--targets", "-t", help="Projections, such as q_proj,v_proj; all-linear for all.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def read_network(
+    text: str, ranks: Iterable[str] | None = None, options: Iterable[str] | None = None
+) -> Network | Factorization:
+    """The network that was typed: a line, or a family called with its options, with its ranks set.
+
+    A line whose bonds all have a rank is a factorization; else it stays a network, and the ranks are sizes.
+
+    Raises:
+        NetworkError: the line is no network, or the family, an option or a rank is unknown.
+
+    >>> read_network("lora", ["r=4"]).ranks, read_network("cp", ["2"], ["out=32,64"]).splits
+    ({'r': 4}, {'out': (32, 64)})
+    """
+    given = {name: _whole(name, value) for name, value in _pairs(ranks or ())}
+    if "[" in text or "->" in text:
+        if options:
+            raise NetworkError("--set is for families", line=text, remedy="give sizes with --size, ranks with --rank")
+        net = network(text)
+        known = _named(given, net)
+        return Factorization.of(net, ranks=known) if set(net.bonds) <= set(known) else net
+    return _family(text, given, dict(_pairs(options or ())))
+
+
+def read_sizes(sizes: Iterable[str] | None, ranks: Iterable[str] | None = None, net: Any = None) -> dict[str, int]:
+    """Sizes by index name; with a bare network its ranks count as sizes too.
+
+    >>> read_sizes(["layer=24"], ["r=8"], network("A[layer out r] B[r inp] -> layer out inp"))
+    {'layer': 24, 'r': 8}
+    """
+    found = {name: _whole(name, value) for name, value in _pairs(sizes or ())}
+    if isinstance(net, Network):
+        found |= _named({name: _whole(name, value) for name, value in _pairs(ranks or ())}, net)
+    return found
+
+
+def _family(name: str, ranks: dict[str, int], options: dict[str, str]) -> Factorization:
+    from inspect import signature
+
+    from tnpeft.families import get
+
+    declare = get(name)
+    known = signature(declare).parameters
+    if "" in ranks:
+        first = next((p for p in ("rank", "ranks") if p in known), "rank")
+        options = {first: str(ranks.pop("")), **options}
+    for option in options:
+        if option not in known:
+            raise NetworkError(
+                f"the family {name!r} has no option {option!r}", remedy=f"its options are {', '.join(known)}"
+            )
+    f = declare(**{option: _value(text) for option, text in options.items()})
+    return replace(f, ranks={**f.ranks, **ranks})
+
+
+def _named(ranks: dict[str, int], net: Network) -> dict[str, int]:
+    """A number without a name is the size of the only bond."""
+    if "" not in ranks:
+        return ranks
+    if len(net.bonds) != 1:
+        raise NetworkError(
+            f"--rank {ranks['']} does not say which bond",
+            line=str(net),
+            remedy=f"the bonds are {', '.join(net.bonds)}",
+        )
+    return {net.bonds[0]: ranks[""]}
+
+
+def _pairs(texts: Iterable[str]) -> Iterable[tuple[str, str]]:
+    for text in texts:
+        name, equals, value = text.partition("=")
+        yield (name.strip(), value.strip()) if equals else ("", text.strip())
+
+
+def _whole(name: str, text: str) -> int:
+    if not text.isdecimal():
+        what = f"{name}={text}" if name else text
+        raise NetworkError(f"{what!r} is no size", remedy="write NAME=NUMBER, such as r=8 or layer=24")
+    return int(text)
+
+
+def _value(text: str) -> Any:
+    """An option's value: a number, true, false, none, a list with commas, or text."""
+    if "," in text:
+        return tuple(_value(part.strip()) for part in text.split(",") if part.strip())
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

@@ -115,26 +115,22 @@ class _Lowering:
         """What adds the product of two operands to the output ``[tokens, out]``."""
         parts = _Roles.of(left.order, right.order, output)
         wide = prod(self.sizes[index] for index in output[1:])
+        shape = tuple(self.sizes[index] for index in output)
         if not parts.summed:
-            shape = tuple(self.sizes[index] for index in output)
             return _accumulate_product(self._spread(left, output), self._spread(right, output), shape, wide)
         if not parts.batch and parts.left + parts.right == output:
             narrow = prod(self.sizes[index] for index in parts.right)
             return _accumulate_matmul(*self._matrices(left, right, parts), narrow, wide)
-        return _accumulate_any(self._general(left, right, output), wide)
+        return _accumulate_any(self._general(left, right, output), shape, wide)
 
     # ---- functions of two operands
 
     def _matrices(self, left: _Value, right: _Value, parts: _Roles) -> tuple[View | None, View | None]:
-        summed = parts.summed
-        if left.place < right.place or self.token in left.order:  # in the order of the operand that cannot choose
-            summed = tuple(index for index in left.order if index in parts.summed)
-        if not self._tail(left, summed) and self.token not in left.order:
+        """Both operands as matrices with the same columns: in the left one's order if it needs no copy so."""
+        summed = tuple(index for index in left.order if index in parts.summed)
+        if left.order != parts.left + summed:
             summed = tuple(index for index in right.order if index in parts.summed)
         return self._matrix(left, parts.left, summed), self._matrix(right, parts.right, summed)
-
-    def _tail(self, value: _Value, indices: Group) -> bool:
-        return value.order[len(value.order) - len(indices) :] == indices
 
     def _matrix(self, value: _Value, rows: Group, cols: Group) -> View | None:
         """The view of a tensor as a matrix; None if it is one already."""
@@ -160,7 +156,15 @@ class _Lowering:
         return lambda tensor: tensor.reshape(full).permute(axes).reshape(shape)
 
     def _elementwise(self, left: _Value, right: _Value, order: Group) -> Function:
-        return _with_views(torch.mul, self._spread(left, order), self._spread(right, order))
+        return _with_views(torch.mul, self._compact(left, order), self._compact(right, order))
+
+    def _compact(self, value: _Value, order: Group) -> View | None:
+        """As :meth:`_spread`; a smaller operand is copied if its axes move, so that the product is stored in order."""
+        spread = self._spread(value, order)
+        kept = tuple(index for index in order if index in value.order)
+        if spread is None or kept == value.order or len(kept) == len(order) or self.token in kept:
+            return spread
+        return lambda tensor: spread(tensor).contiguous()
 
     def _general(self, left: _Value, right: _Value, order: Group) -> Function:
         function = pairwise(left.order, right.order, order)
@@ -200,7 +204,7 @@ def _wanted(steps: list[Step], given: Mapping[str, Group]) -> dict[str, Group]:
                 continue
             kept = tuple(index for index in order if index in use)
             summed = [index for index in use if index not in kept]
-            if step.kind == "contract":
+            if step.kind == "contract" and summed:
                 other = step.uses[1 - k]
                 batch = tuple(index for index in kept if index in other)
                 kept = batch + tuple(index for index in kept if index not in other)
@@ -262,11 +266,13 @@ def _accumulate_product(left: View | None, right: View | None, shape: tuple[int,
     return accumulate
 
 
-def _accumulate_any(function: Function, wide: int) -> Accumulate:
+def _accumulate_any(function: Function, shape: tuple[int, ...], wide: int) -> Accumulate:
+    """For a product whose axes are not in the output's order: it is added as the view that it is, never copied."""
+
     def accumulate(total: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        part = function(a, b).reshape(-1, wide)
+        part = function(a, b)
         if total is None:
-            return part if scale == 1.0 else part * scale
-        return torch.add(total, part, alpha=scale)
+            return (part if scale == 1.0 else part * scale).reshape(-1, wide)
+        return torch.add(total.reshape(shape), part, alpha=scale).reshape(-1, wide)
 
     return accumulate

@@ -159,7 +159,7 @@ class _Lowering:
         return _with_views(torch.mul, self._compact(left, order), self._compact(right, order))
 
     def _compact(self, value: _Value, order: Group) -> View | None:
-        """As :meth:`_spread`; a smaller operand is copied if its axes move, so that the product is stored in order."""
+        """As :meth:`_spread`; a smaller factor is copied if its axes move, so that the product is stored in order."""
         spread = self._spread(value, order)
         kept = tuple(index for index in order if index in value.order)
         if spread is None or kept == value.order or len(kept) == len(order) or self.token in kept:

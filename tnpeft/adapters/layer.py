@@ -55,9 +55,9 @@ class TensorNetworkLinear(nn.Module, TensorNetworkLayer):
         return self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
 
     def base_matrix(self) -> Tensor:
-        """The base weight as it was before any merge, fp32, ``[out, inp]``."""
+        """The base weight as it was before any merge, in fp32 or wider, ``[out, inp]``."""
         weight = self.get_base_weight() if self._kept is None or self.quantization_backend else self._kept.data
-        return self._stored(weight.float())
+        return self._stored(_wide(weight))
 
     # ---- the update
 
@@ -132,7 +132,7 @@ class TensorNetworkLinear(nn.Module, TensorNetworkLayer):
         dtype = self._compute_dtype(adapter, x)
         magnitude = self.tnpeft_magnitude[adapter].to(dtype)
         with torch.no_grad():
-            length = (self.base_matrix() + self._delta(adapter).float()).norm(dim=1).to(dtype)
+            length = (self.base_matrix() + _wide(self._delta(adapter))).norm(dim=1).to(dtype)
         ratio = magnitude / length
         bias = self.get_base_layer().bias
         if dropped:
@@ -200,8 +200,8 @@ class TensorNetworkLinear(nn.Module, TensorNetworkLayer):
         if adapter not in self.tnpeft_magnitude:
             return delta
         base = self.base_matrix()
-        updated = base + delta.float()
-        ratio = self.tnpeft_magnitude[adapter].float() / updated.norm(dim=1)
+        updated = base + _wide(delta)
+        ratio = _wide(self.tnpeft_magnitude[adapter]) / updated.norm(dim=1)
         return updated * ratio[:, None] - base
 
     def _stored(self, matrix: Tensor) -> Tensor:
@@ -250,3 +250,8 @@ class TensorNetworkLinear(nn.Module, TensorNetworkLayer):
             base.weight.data = self._kept.to(base.weight.device)
         self._kept = None
         self.merged_adapters.clear()
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """The tensor in fp32, or as it is if that is wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

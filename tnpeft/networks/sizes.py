@@ -52,8 +52,8 @@ def bind(net: Network, sizes: Sizes | None, keywords: Sizes, extra: Iterable[str
                 line=str(net),
                 remedy=f"the indices are {', '.join(known)}",
             )
-    given = {**(sizes or {}), **keywords}
-    bound = {name: check_size(name, given[name], str(net)) for name in known if name in given}
+    given, line = {**(sizes or {}), **keywords}, str(net)
+    bound = {name: check_size(name, given[name], line) for name in known if name in given}
     shapes: dict[str, tuple[Size, ...]] = {}
     for factor in net.uses():
         if all(index in bound for index in factor.indices):

@@ -15,7 +15,8 @@ from math import prod
 Path = tuple[tuple[int, int], ...]  # pairs of operands; the result of pair k is operand n + k
 
 EXACT = 12  # most operands of an exact search: 3**12 / 2 splits take a fraction of a second
-_REPEATS = 32  # random greedy paths that are compared beyond EXACT
+_COMPARED = 64  # operands up to which random greedy paths are compared as well
+_REPEATS = 32  # how many
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ def _search(
     table = _Table(operands, output, dict(sizes), weights)
     if len(operands) <= EXACT:
         return table.best(), True
-    return min(_proposals(operands, output, dict(sizes)), key=table.cost), False
+    paths = list(_proposals(operands, output, dict(sizes)))
+    return (min(paths, key=table.cost) if len(paths) > 1 else paths[0]), False
 
 
 class _Table:
@@ -178,7 +180,7 @@ def _proposals(operands: tuple[Operand, ...], output: frozenset[str], sizes: dic
 
     inputs = [tuple(sorted(operand.indices)) for operand in operands]
     yield _pairs(GreedyOptimizer().ssa_path(inputs, tuple(output), sizes), len(inputs))
-    if len(inputs) <= 64:
+    if len(inputs) <= _COMPARED:
         random = RandomGreedyOptimizer(max_repeats=_REPEATS, seed=0, parallel=False)
         yield _pairs(random.ssa_path(inputs, tuple(output), sizes), len(inputs))
 

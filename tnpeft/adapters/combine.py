@@ -32,6 +32,13 @@ def combine(tuner: TensorNetworkModel, adapters: Sequence[str], weights: Sequenc
         raise NetworkError("give one finite weight per adapter", remedy="such as weights=[0.5, 0.5]")
     if name in tuner.peft_config:
         raise NetworkError(f"the adapter {name!r} exists already", remedy="choose another name")
+    bank = bank_of(tuner.model, adapters[0])
+    sites = [{placement.site for placement in bank.layouts[adapter].placements} for adapter in adapters]
+    for adapter, its in zip(adapters, sites, strict=True):
+        if its != sites[0]:
+            raise NetworkError(
+                f"{adapter!r} and {adapters[0]!r} serve other sites", remedy="sum adapters of the same targets"
+            )
     found = [config.factorization for config in configs]
     total = direct_sum(found)
     config = type(configs[0])(network=lower(total), save_frozen=True, task_type=configs[0].task_type)

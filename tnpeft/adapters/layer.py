@@ -116,15 +116,13 @@ class TensorNetworkLinear(nn.Module, TensorNetworkLayer):
         return result + self._update(adapter, x.to(dtype), None).to(result.dtype)
 
     def _compute_dtype(self, adapter: str, x: Tensor) -> torch.dtype:
-        """The dtype of the factors; under autocast, which casts by itself, that of the input."""
+        """The wider dtype of input and factors; under autocast, which casts by itself, that of the input."""
         if torch.is_autocast_enabled(x.device.type):
             return x.dtype
-        items = self.updates[adapter][0]
-        for operand in items.operands:
+        for operand in self.updates[adapter][0].operands:
             if operand.source != "base":
                 arrays = self.tnpeft_factors if operand.source == "site" else self.bank.tnpeft_factors
-                dtype: torch.dtype = arrays[adapter].get(operand.key).dtype
-                return dtype
+                return torch.promote_types(x.dtype, arrays[adapter].get(operand.key).dtype)
         return x.dtype
 
     def _dora(self, adapter: str, x: Tensor, result: Tensor, dropped: bool) -> Tensor:
@@ -255,3 +253,12 @@ class TensorNetworkLinear(nn.Module, TensorNetworkLayer):
 def _wide(tensor: Tensor) -> Tensor:
     """The tensor in fp32, or as it is if that is wider."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def wide(array: Tensor) -> Tensor:
+    """The array in fp32, or in fp64 if it is that already: what sums and norms of weights are taken in.
+
+    >>> wide(torch.zeros(1, dtype=torch.bfloat16)).dtype
+    torch.float32
+    """
+    return array if array.dtype == torch.float64 else array.float()

@@ -95,7 +95,7 @@ class TensorNetworkModel(BaseTuner):
         bank: FactorBank | None = getattr(self.model, BANK, None)
         if bank is None:
             bank = FactorBank(resolve_quantization_backend(first), next(first.parameters()).device)
-            setattr(self.model, BANK, bank)
+            setattr(self.model, BANK, bank.train(self.model.training))
             self.model.register_forward_pre_hook(watch)
         return bank
 
@@ -106,10 +106,13 @@ class TensorNetworkModel(BaseTuner):
         parent, target, child = _get_submodules(self.model, name)
         if not isinstance(target, TensorNetworkLinear):
             new = TensorNetworkLinear(target, bank, **get_quantization_kwargs(self.model))
+            new.train(target.training)
             self._replace_module(parent, child, new, target)
             target = new
         f = config.factorization
-        placements = [p for p in bank.layouts[adapter].placements if p.site.module == name]
+        placements = sorted(
+            (p for p in bank.layouts[adapter].placements if p.site.module == name), key=lambda p: p.site.start
+        )
         constants = base_constants(f)
         target.updates[adapter] = tuple(
             update(placement, f.unit_norm, constants, float(f.scale), config.tokens) for placement in placements
@@ -187,7 +190,7 @@ class TensorNetworkModel(BaseTuner):
         if names is None:
             yield
             return
-        if self.training:
+        if self.model.training:
             raise NetworkError("adapter_names is for inference", remedy="call model.eval() first")
         unknown = sorted(set(names) - {BASE, *self.peft_config})
         if unknown:

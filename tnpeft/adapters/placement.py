@@ -42,9 +42,9 @@ def place(model: nn.Module, modules: Mapping[str, nn.Module], config: TensorNetw
         NetworkError: the network does not fit a linear, needs absurdly many elements, or differs from the file's.
     """
     saved = config.loaded
-    order = [*(config.projections or {})] if saved else config.named
-    keep = [*(config.projections or {})] if saved else config.named
-    chosen = select(model, modules, order, keep or None, config.layers if saved else None)
+    places = config.projections or {}
+    order = sorted(places, key=places.__getitem__) if saved else config.named
+    chosen = select(model, modules, order, order or None, config.layers if saved else None)
     if saved and config.projections != chosen.projections:
         raise NetworkError(
             f"the adapter was made for {', '.join(config.projections or {})}, "

@@ -1,0 +1,124 @@
+"""Tiny models with random weights, one per architecture, and networks to try on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+import tnpeft
+
+LORA = "B[layer proj out r] A[layer proj r inp] -> layer proj out inp"
+SHARED = "B[proj out a] G[layer a b] A[proj b inp] -> layer proj out inp"  # every factor lies in the bank
+MIXED = "U[out a] G[layer proj a b] V[b inp] -> layer proj out inp"
+CP = "w[layer proj r] A[layer proj o1 r] B[layer proj o2 r] C[layer proj i1 r] D[layer proj i2 r] -> layer proj (o1 o2) (i1 i2)"
+VERA = "b[layer proj out] ~B[out r] d[layer proj r] ~A[r inp] -> layer proj out inp"
+NETWORKS: dict[str, dict[str, Any]] = {
+    "lora": {"network": LORA, "ranks": {"r": 3}},
+    "shared": {"network": SHARED, "ranks": {"a": 3, "b": 2}},
+    "mixed": {"network": MIXED, "ranks": {"a": 3, "b": 2}, "scale": 0.5},
+    "cp": {"network": CP, "ranks": {"r": 5}, "unit_norm": ["A", "B", "C", "D"]},
+    "vera": {"network": VERA, "ranks": {"r": 4}},
+}
+_SMALL = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
+
+
+def opt(layers: int = 2, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    config = OPTConfig(
+        **{**_SMALL, "num_hidden_layers": layers},
+        vocab_size=64, ffn_dim=64, max_position_embeddings=32, word_embed_proj_dim=32, dropout=0.0, **options,
+    )  # fmt: skip
+    return OPTForCausalLM(config).eval()
+
+
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    config = LlamaConfig(**_SMALL, num_key_value_heads=2, vocab_size=64, intermediate_size=48)
+    return LlamaForCausalLM(config).eval()
+
+
+def gpt2() -> nn.Module:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
+    return GPT2LMHeadModel(config).eval()
+
+
+def bert() -> nn.Module:
+    torch.manual_seed(0)
+    config = BertConfig(**_SMALL, vocab_size=64, intermediate_size=64, max_position_embeddings=32)
+    return BertForSequenceClassification(config).eval()
+
+
+def vit() -> nn.Module:
+    torch.manual_seed(0)
+    config = ViTConfig(**_SMALL, intermediate_size=64, image_size=16, patch_size=8)
+    return ViTForImageClassification(config).eval()
+
+
+MODELS = {"opt": opt, "llama": llama, "gpt2": gpt2, "bert": bert, "vit": vit}
+TARGETS = {
+    "opt": ["q_proj", "v_proj", "fc1"],
+    "llama": ["q_proj", "v_proj", "down_proj"],
+    "gpt2": ["c_attn", "mlp.c_proj"],
+    "bert": ["query", "value", "intermediate.dense"],
+    "vit": ["q_proj", "v_proj", "fc2"],
+}
+
+
+def inputs(name: str = "opt") -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    if name == "vit":
+        return {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator)}
+    return {"input_ids": torch.randint(2, 60, (2, 7), generator=generator)}
+
+
+def logits(model: nn.Module, name: str = "opt", **more: Any) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs(name), **more).logits
+
+
+def config(key: str = "lora", **changes: Any) -> tnpeft.TensorNetworkConfig:
+    return tnpeft.TensorNetworkConfig(**{**NETWORKS[key], "target_modules": ["q_proj", "v_proj"], **changes})
+
+
+def adapted(key: str = "lora", model: nn.Module | None = None, **changes: Any) -> peft.PeftModel:
+    return peft.get_peft_model(opt() if model is None else model, config(key, **changes))
+
+
+def shake(model: nn.Module, seed: int = 0, adapter: str = "default") -> None:
+    """Give every trainable factor random values, so that an update is there to be seen."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if f".tnpeft_factors.{adapter}." in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+
+
+def einsum(net: tnpeft.Network, factors: dict[str, Tensor]) -> np.ndarray:
+    """The dense stack in float64, by one unoptimised einsum per term."""
+    letters = {index: k for k, index in enumerate(net.indices)}
+    total: Any = 0.0
+    outer = [letters[index] for index in net.outer]
+    for term in net.terms:
+        args: list[Any] = []
+        for factor in term.factors:
+            args += [factors[net.label(factor)].double().numpy(), [letters[index] for index in factor.indices]]
+        total = total + term.sign * np.einsum(*args, outer, optimize=False)
+    sizes = {i: s for f in net.factors for i, s in zip(f.indices, factors[net.label(f)].shape, strict=True)}
+    return total.reshape([int(np.prod([sizes[i] for i in group])) for group in net.output])

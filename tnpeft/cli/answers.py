@@ -22,7 +22,7 @@ def counted(
     from tnpeft import counting
 
     lines = [net] if isinstance(net, Network) else [line.network for line in net.lines]
-    where: dict[str, Any] = {} if model is None else {"model": model, "targets": targets}
+    where: dict[str, Any] = {"model": model, "targets": targets}
     given = _given(net, sizes)
     count = counting.parameters(net, given, **where)
     data: dict[str, Any] = {
@@ -50,8 +50,11 @@ def placed(
 ) -> Iterator[tuple[str, Network, dict[str, Any]]]:
     """One site of every line and shape: where it is, the network with its stack, and its sizes."""
     if model is None:
-        line = net if isinstance(net, Network) else net.network
-        yield "", line, dict(bind(line, _given(net, sizes), {}))
+        given = _given(net, sizes)
+        if isinstance(net, Network):
+            yield "", net, bind(net, given, {})
+        else:
+            yield "", net.network, net.bind(given, {})
         return
     from tnpeft.counting.parameters import layout_on
 
@@ -95,7 +98,10 @@ def described(name: str) -> dict[str, Any]:
 
 def _given(net: Network | Factorization, sizes: Mapping[str, int]) -> dict[str, Any]:
     """The sizes, after a check that every one of them means something."""
-    (net.bind if isinstance(net, Factorization) else lambda s, k: bind(net, s, k))(None, sizes)
+    if isinstance(net, Factorization):
+        net.bind(None, sizes)
+    else:
+        bind(net, None, sizes)
     return dict(sizes)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,17 +17,28 @@ class _Group(TyperGroup):
     """Bad input ends with exit code 2 and the error's text; a failed check ends with 1."""
 
     def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except (NetworkError, OSError) as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(2) from None
+        shown = set()
+
+        def warn(message: Warning | str, *_: Any, **__: Any) -> None:
+            if str(message) not in shown:
+                typer.echo(f"warning: {message}", err=True)
+            shown.add(str(message))
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("default", UserWarning)
+            warnings.showwarning = warn
+            try:
+                return super().invoke(ctx)
+            except (NetworkError, OSError) as error:
+                typer.echo(f"error: {error}", err=True)
+                raise typer.Exit(2) from None
 
 
 app = typer.Typer(
     name="tnpeft",
     cls=_Group,
     no_args_is_help=True,
+    add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     help="""Tensor-network algebra for parameter-efficient fine-tuning: an adapter is one line of named einsum.

@@ -12,6 +12,8 @@ from tnpeft.networks.sizes import Sizes, bind, integers
 from tnpeft.testing.strategies import equal_indices
 
 _MOST_WORK = 1 << 19  # multiplications of one brute-force einsum
+_MOST_BONDS = 8  # of size 2, for the same reason
+_STACK = {"task": 2, "replica": 2}
 _SIDES = {"q_proj": (12, 12), "fc1": (24, 12), "fc2": (12, 24)}
 
 
@@ -56,8 +58,10 @@ def small_factorization(net: Network, sizes: Mapping[str, int]) -> Factorization
 
 
 def reduced(f: Factorization) -> Factorization:
-    """The factorization with every free rank at 2 and its splits left to be deduced; rules stay rules."""
-    ranks = {bond: rank if isinstance(rank, str) else min(rank, 2) for bond, rank in f.ranks.items()}
+    """The factorization with its free ranks at 2 (of many the later ones at 1) and free splits; rules stay rules."""
+    free = [bond for bond, rank in f.ranks.items() if not isinstance(rank, str)]
+    small = {bond: 2 if k < _MOST_BONDS else 1 for k, bond in enumerate(free)}
+    ranks = {bond: rank if isinstance(rank, str) else min(rank, small[bond]) for bond, rank in f.ranks.items()}
     rules = {side: parts for side, parts in f.splits.items() if any(isinstance(part, str) for part in parts)}
     return replace(f, ranks=ranks, splits=rules)
 
@@ -73,12 +77,12 @@ def small_layout(f: Factorization, sites: Iterable[Site] | None = None) -> Layou
     ('q_proj', 'fc1', 'fc2')
     """
     if sites is not None:
-        return layout(f, sites)
+        return layout(f, sites, stack=_STACK)
     served = []
     for proj, (out, inp) in _SIDES.items():
         trial = [Site(layer, proj, out, inp, heads=2) for layer in range(2)]
         try:
-            layout(f, trial)
+            layout(f, trial, stack=_STACK)
         except NetworkError:
             continue
         served += trial
@@ -88,7 +92,7 @@ def small_layout(f: Factorization, sites: Iterable[Site] | None = None) -> Layou
             line=str(f.network),
             remedy="pass sites=[tnpeft.Site(0, 'q_proj', out, inp)] of a shape that it fits",
         )
-    return layout(f, served)
+    return layout(f, served, stack=_STACK)
 
 
 def cases(plan: Layout) -> tuple[Case, ...]:

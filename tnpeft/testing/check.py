@@ -102,9 +102,10 @@ def examine(
             raise NetworkError(
                 "a factorization is tried at sites, not at sizes", remedy="pass sites=[tnpeft.Site(...)]"
             )
-        name = f"{net.name}: {net.network}"
-        placed = small_layout(net if sites is not None else reduced(net), sites)
-        tried, plan = cases(placed), placed
+        name, plan = f"{net.name}: {net.network}", None
+        if all(set(line.network.stack) <= set(STACK) for line in net.lines):
+            plan = small_layout(net if sites is not None else reduced(net), sites)
+        tried = cases(plan) if plan else tuple(Case(n, small_sizes(n)) for n in (line.network for line in net.lines))
     else:
         net.require_matrix()
         whole = small_sizes(net, bind(net, sizes, keywords))

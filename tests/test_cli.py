@@ -1,0 +1,159 @@
+"""The commands as a shell sees them: output, JSON, exit codes, and errors without a traceback."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import tnpeft
+from tnpeft.cli import app
+
+LORA = "B[layer proj out r] A[layer proj r inp] -> layer proj out inp"
+OPT = ("--model", "facebook/opt-1.3b", "--targets", "q_proj,v_proj")
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200"})
+
+
+def answer(*arguments: str) -> Any:
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_count_of_a_line_and_of_a_family() -> None:
+    line = answer("count", LORA, "-r", "r=1", "-s", "layer=24", "-s", "proj=2", "-s", "out=2048", "-s", "inp=2048")
+    assert (line["parameters"], line["by_factor"], line["rank_bound"]) == (196608, {"B": 98304, "A": 98304}, 1)
+    assert line["one_more_rank"] == {"r": 196608}
+    family = answer("count", "cp", "--rank", "21", "--set", "out=32,64", "--set", "inp=32,64", *OPT)
+    assert family["parameters"] == 194544
+    assert family["one_more_rank"] == {"r": 9264}
+    assert list(family["rank_bound"].values()) == [21]
+    assert family["biases_not_counted"] == 24 * 2 * 2048
+
+
+def test_a_line_on_a_model_and_a_bare_formula() -> None:
+    assert answer("count", LORA, "--rank", "8", *OPT)["parameters"] == 8 * 196608
+    bare = answer("count", LORA)
+    assert bare["parameters"] == bare["formula"] == "inp*layer*proj*r + layer*out*proj*r"
+    assert "rank_bound" not in bare
+    assert run("count", LORA, "-r", "8", *OPT).stdout.splitlines()[2] == "parameters          1,572,864"
+
+
+def test_ragged_sites_are_told() -> None:
+    data = answer("count", "lora", "--rank", "2", "--model", "facebook/opt-125m", "--targets", "q_proj,fc1")
+    assert data["parameters"] == 12 * 2 * (768 + 768 + 768 + 3072)
+    assert data["rank_bound"] == {"q_proj 768 x 768": 2, "fc1 3072 x 768": 2}
+    assert len(data["sites"]) == 2
+
+
+def test_a_warning_is_one_line_on_stderr() -> None:
+    result = run("count", "A[out r] B[r inp] -> out inp", "-r", "40", "-s", "out=8", "-s", "inp=8")
+    assert result.exit_code == 0
+    assert result.stderr.startswith("warning: the rank 'r' is 40")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_plan_is_the_librarys_plan() -> None:
+    sizes = {"out": 64, "inp": 32, "r": 2}
+    data = answer("plan", "B[out r] A[r inp] -> out inp", "-r", "2", "-s", "out=64", "-s", "inp=32", "--tokens", "8")
+    best = tnpeft.plan(tnpeft.network("B[out r] A[r inp] -> out inp"), sizes, tokens=8)
+    assert data[0]["macs"] == best.macs
+    assert data[0]["steps"] == [str(step) for step in best.steps]
+    text = run("plan", "lora", "--rank", "2", "-s", "out=64", "-s", "inp=32", "--tokens", "8", "--inference")
+    assert "inference" in text.stdout
+
+
+def test_plans_for_all_numbers_of_tokens_and_for_every_shape() -> None:
+    data = answer("plan", "lora", "--model", "facebook/opt-125m", "--targets", "q_proj,fc1", "--table")
+    assert [each["site"] for each in data] == ["q_proj 768 x 768", "fc1 3072 x 768"]
+    assert all(each["plans"][0]["from"] == 1 for each in data)
+
+
+@pytest.mark.parametrize("ending", [".svg", ".png", ".pdf"])
+def test_draw_writes_a_picture(ending: str, tmp_path: Path) -> None:
+    file = tmp_path / f"lora{ending}"
+    assert answer("draw", "lora", "--out", str(file))["file"] == str(file)
+    assert file.stat().st_size > 1000
+
+
+def test_draw_prints_text_and_mermaid() -> None:
+    assert "●" in run("draw", LORA).stdout
+    assert run("draw", LORA, "--mermaid").stdout.startswith("flowchart LR")
+
+
+def test_check_passes_and_fails_by_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert answer("check", "U[out r] V[inp r] -> out inp")["passed"] is True
+    monkeypatch.setattr(tnpeft.counting, "rank_bound", lambda *_: 0)
+    result = run("check", "U[out r] V[inp r] -> out inp")
+    assert result.exit_code == 1
+    assert "FAILED  rank within its bound" in result.stdout
+
+
+def test_families_lists_all_and_tells_about_one() -> None:
+    rows = answer("families")
+    assert [row["name"] for row in rows] == list(tnpeft.families.names())
+    assert all(row["formulas"] and row["source"] and row["lines"] for row in rows)
+    assert "arXiv 2310.11454" in run("families", "vera").stdout
+    assert "vera" in run("families").stdout
+
+
+def test_budget_by_number_and_by_family() -> None:
+    data = answer("budget", "lora", "cp", "-p", "196608", *OPT)
+    assert [row["below"]["count"] for row in data["rows"]] == [196608, 194544]
+    same = answer("budget", "cp", "-p", "lora", "--rank", "1", *OPT)
+    assert same["parameters"] == 196608
+
+
+BAD = [
+    (["count", "A[out inp r] -> out inp"], "index 'r' stands in one factor only"),
+    (["count", "nosuch"], "no family is called 'nosuch'"),
+    (["count", "lora", "--set", "colour=red"], "the family 'lora' has no option 'colour'"),
+    (["count", LORA, "--rank", "r=many"], "'r=many' is no size"),
+    (["count", LORA, "--size", "q=3"], "'q' is no index of the line"),
+    (["count", LORA, "--size", "layer"], "'layer' is no size"),
+    (["count", LORA, "--set", "out=3,4"], "--set is for families"),
+    (["count", "lora", "--targets", "q_proj"], "targets are given without a model"),
+    (["count", "U[out r s] V[inp r s] -> out inp", "--rank", "8"], "--rank 8 does not say which bond"),
+    (["plan", "lora"], "no size for 'out', 'inp'"),
+    (["plan", "lora", "-s", "out=8", "-s", "inp=8", "--minimize", "luck"], "minimize='luck' is no objective"),
+    (["draw", "lora", "--out", "lora.gif"], "cannot draw into 'lora.gif'"),
+    (["draw", "lora", "--out", "no/such/folder/lora.svg"], "No such file"),
+    (["check", "lora", "-s", "out=8"], "a family is tried at small sites"),
+    (["budget", "lora", "-p", LORA, *OPT], "a bond without a rank"),
+    (["budget", "nosuch", "-p", "100", *OPT], "no family is called 'nosuch'"),
+    (["budget", "lora", "-p", "0", *OPT], "the budget is 0"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "text"), BAD, ids=[text for _, text in BAD])
+def test_bad_input_is_answered_with_exit_code_2(arguments: list[str], text: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert text in result.stderr
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+
+
+def test_help_has_examples_for_every_command() -> None:
+    for command in ("count", "plan", "draw", "check", "families", "budget"):
+        result = run(command, "--help")
+        assert result.exit_code == 0
+        assert f"tnpeft {command}" in result.stdout
+
+
+def test_the_installed_command_counts_without_torch() -> None:
+    code = (
+        "import sys\nfrom tnpeft.cli import main\n"
+        "sys.argv = ['tnpeft', 'count', 'lora', '--model', 'facebook/opt-1.3b']\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    print('code', end.code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "code 0 False"

@@ -47,7 +47,14 @@ def dense(net: Network | Factorization, factors: Mapping[str, Array], *, sizes: 
 
 
 def run(plan: Plan, arrays: Mapping[str, Array]) -> Array:
-    """The result of a dense plan's steps, one axis per open index."""
+    """The result of a dense plan's steps, one axis per open index.
+
+    >>> from tnpeft.networks import network
+    >>> p = planned(network("U[out r] U[inp r] -> out inp"), (("out", 2), ("r", 1), ("inp", 2)), None)
+    >>> run(p, {"U": np.ones((2, 1))})
+    array([[1., 1.],
+           [1., 1.]])
+    """
     values = dict(arrays)
     for step in plan.steps:
         found = [values[name] for name in step.operands]

@@ -30,6 +30,11 @@ def lower(plan: Plan, labels: tuple[str, ...]) -> tuple[Body, Tail]:
     """The operations of a plan that starts from the factors in the order of ``labels``, then the activations.
 
     The body computes intermediate results, each appended to the operands; the tail adds to ``[tokens, out]``.
+
+    >>> from tnpeft import network, plan
+    >>> p = plan(network("B[out r] A[r inp] -> out inp"), out=64, inp=32, r=2, tokens=8)
+    >>> [len(part) for part in lower(p, ("B", "A"))]
+    [1, 1]
     """
     return _Lowering(plan, labels).lower()
 

@@ -21,7 +21,14 @@ _FEW = 4  # terms up to which every choice of terms to rebuild is tried
 
 
 def weights(minimize: str, training: bool) -> Weights:
-    """The price of each cost under an objective."""
+    """The price of each cost under an objective.
+
+    Raises:
+        NetworkError: it is none of :data:`OBJECTIVES`.
+
+    >>> weights("time", training=False)
+    Weights(macs=1, backward=0, written=64, saved=64)
+    """
     time = {"macs": 1, "backward": int(training), "written": _TRAFFIC, "saved": _TRAFFIC}
     if minimize == "time":
         return Weights(**time)
@@ -31,7 +38,13 @@ def weights(minimize: str, training: bool) -> Weights:
 
 
 def score(plan: Plan, price: Weights) -> int:
-    """What a plan costs under the prices of an objective."""
+    """What a plan costs under the prices of an objective.
+
+    >>> from tnpeft import network
+    >>> p = plan(network("B[out r] A[r inp] -> out inp"), out=64, inp=32, r=2, tokens=8, training=False)
+    >>> score(p, weights("time", training=False)) == p.macs + 64 * p.written
+    True
+    """
     return int(
         price.macs * plan.macs
         + price.backward * plan.backward_macs
@@ -93,7 +106,12 @@ def planned(
     training: bool = True,
     base: str | None = None,
 ) -> Plan:
-    """:func:`plan` with checked sizes, kept by value. A stack index left in ``net`` stays open on every operand."""
+    """:func:`plan` with checked sizes, kept by value; a stack index left in ``net`` stays open on the activations.
+
+    >>> from tnpeft import network
+    >>> planned(network("A[out inp] -> out inp"), (("out", 3), ("inp", 4)), 5).macs
+    60
+    """
     if base not in (None, "fp32"):
         raise NetworkError(
             f"base={base!r} cannot take the update without losing it", remedy='pass base="fp32" or base=None'

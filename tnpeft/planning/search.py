@@ -2,12 +2,14 @@
 
 Up to :data:`EXACT` operands the search is a dynamic program over all subsets of the operands, outer products and
 hyper-indices included: exact for any cost that adds up over steps, so also for costs no path optimiser knows (the
-backward pass given what is trainable, what autograd keeps). Beyond that cotengra's greedy search proposes paths.
+backward pass given what is trainable, what autograd keeps). Path optimisers solve operands that share no index apart,
+which multiplies a scalar factor in at the wrong place; here they are one problem. Beyond :data:`EXACT` cotengra's
+greedy search proposes a path.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -15,7 +17,7 @@ from math import prod
 Path = tuple[tuple[int, int], ...]  # pairs of operands; the result of pair k is operand n + k
 
 EXACT = 12  # most operands of an exact search: 3**12 / 2 splits take a fraction of a second
-_COMPARED = 64  # operands up to which random greedy paths are compared as well
+_COMPARED = 64  # operands up to which several random greedy paths are compared
 _REPEATS = 32  # how many
 
 
@@ -56,11 +58,9 @@ def search(
 def _search(
     operands: tuple[Operand, ...], output: frozenset[str], sizes: tuple[tuple[str, int], ...], weights: Weights
 ) -> tuple[Path, bool]:
-    table = _Table(operands, output, dict(sizes), weights)
     if len(operands) <= EXACT:
-        return table.best(), True
-    paths = list(_proposals(operands, output, dict(sizes)))
-    return (min(paths, key=table.cost) if len(paths) > 1 else paths[0]), False
+        return _Table(operands, output, dict(sizes), weights).best(), True
+    return _proposed(operands, output, dict(sizes)), False
 
 
 class _Table:
@@ -132,33 +132,6 @@ class _Table:
             part = (part - 1) & rest
         return best, choice
 
-    def cost(self, path: Path) -> int:
-        """What a given path costs."""
-        needed = [self._bits(operand.indices) for operand in self.operands]
-        left = {index: self.output >> k & 1 for k, index in enumerate(self.bit)}
-        for operand in self.operands:
-            for index in operand.indices:
-                left[index] += 1
-        names = list(self.bit)
-        live = [operand.live for operand in self.operands]
-        keep = [operand.charged for operand in self.operands]
-        total = 0
-        for a, b in path:
-            union = needed[a] | needed[b]
-            for k, index in enumerate(names):
-                left[index] -= (needed[a] >> k & 1) + (needed[b] >> k & 1)
-            result = sum(1 << k for k, index in enumerate(names) if union >> k & 1 and left[index])
-            for k, index in enumerate(names):
-                left[index] += result >> k & 1
-            total += self.volume(union) * (self.weights.macs + self.weights.backward * (live[a] + live[b]))
-            total += self.weights.written * self.volume(result)
-            total += self.weights.saved * self.volume(needed[a]) * (keep[a] and live[b])
-            total += self.weights.saved * self.volume(needed[b]) * (keep[b] and live[a])
-            needed.append(result)
-            live.append(live[a] or live[b])
-            keep.append(True)
-        return total
-
 
 def _path(choice: list[int], count: int) -> Path:
     pairs: list[tuple[int, int]] = []
@@ -174,15 +147,16 @@ def _path(choice: list[int], count: int) -> Path:
     return tuple(pairs)
 
 
-def _proposals(operands: tuple[Operand, ...], output: frozenset[str], sizes: dict[str, int]) -> Iterator[Path]:
-    """Paths of cotengra's greedy searches, which take networks of any size."""
+def _proposed(operands: tuple[Operand, ...], output: frozenset[str], sizes: dict[str, int]) -> Path:
+    """A path of cotengra's greedy search, which takes networks of any size."""
     from cotengra import GreedyOptimizer, RandomGreedyOptimizer
 
     inputs = [tuple(sorted(operand.indices)) for operand in operands]
-    yield _pairs(GreedyOptimizer().ssa_path(inputs, tuple(output), sizes), len(inputs))
     if len(inputs) <= _COMPARED:
-        random = RandomGreedyOptimizer(max_repeats=_REPEATS, seed=0, parallel=False)
-        yield _pairs(random.ssa_path(inputs, tuple(output), sizes), len(inputs))
+        optimizer = RandomGreedyOptimizer(max_repeats=_REPEATS, seed=0, parallel=False)
+    else:
+        optimizer = GreedyOptimizer()
+    return _pairs(optimizer.ssa_path(inputs, tuple(sorted(output)), sizes), len(inputs))
 
 
 def _pairs(path: Sequence[Sequence[int]], count: int) -> Path:

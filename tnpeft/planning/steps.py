@@ -148,7 +148,11 @@ class Plan:
 
 
 def table(rows: list[tuple[Any, ...]]) -> list[str]:
-    """Rows of aligned text: the first column to the left, the others to the right; a rule under the first row."""
+    """Rows of aligned text: the first column to the left, the others to the right; a rule under the first row.
+
+    >>> table([("step", "macs"), ("t1", 1200)])
+    ['step   macs', '-----------', 't1    1,200']
+    """
     cells = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
     widths = [max(len(row[k]) for row in cells) for k in range(len(cells[0]))]
     text = [
@@ -159,7 +163,14 @@ def table(rows: list[tuple[Any, ...]]) -> list[str]:
 
 
 def priced(steps: tuple[Step, ...], sizes: Sizes, net: Network, activation: str, training: bool) -> tuple[Step, ...]:
-    """The steps with their costs at the given sizes; only ``+`` and ``*`` are used, so symbols serve as well."""
+    """The steps with their costs at the given sizes; only ``+`` and ``*`` are used, so symbols serve as well.
+
+    >>> from tnpeft import network
+    >>> step = Step("contract", "y", ("token", "out"), ("x", "A"), (("token", "inp"), ("out", "inp")))
+    >>> (done,) = priced((step,), {"token": 5, "out": 3, "inp": 4}, network("A[out inp] -> out inp"), "token", True)
+    >>> done.macs, done.backward_macs, done.written, done.saved
+    (60, 120, 15, 20)
+    """
     labels = {net.label(factor): factor.kind for factor in net.factors}
     live = {name for name, kind in labels.items() if kind == "trainable"} if training else set()
     if training and activation:

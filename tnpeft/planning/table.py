@@ -59,6 +59,11 @@ def plan_table(
 
     The best cost is a concave, piecewise linear function of the tokens: where two plans' lines meet, the search is
     asked again, so the intervals are exact wherever the plans are.
+
+    >>> from tnpeft import network
+    >>> plans = plan_table(network("A[out a] B[a b] C[b inp] -> out inp"), out=64, a=8, b=4, inp=64, base=None)
+    >>> [(start, p.form) for start, p in zip(plans.starts, plans.plans)]
+    [(1, 'factored'), (21, 'factored')]
     """
 
     def best(tokens: int) -> Plan:

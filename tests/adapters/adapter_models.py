@@ -26,7 +26,10 @@ import tnpeft
 LORA = "B[layer proj out r] A[layer proj r inp] -> layer proj out inp"
 SHARED = "B[proj out a] G[layer a b] A[proj b inp] -> layer proj out inp"  # every factor lies in the bank
 MIXED = "U[out a] G[layer proj a b] V[b inp] -> layer proj out inp"
-CP = "w[layer proj r] A[layer proj o1 r] B[layer proj o2 r] C[layer proj i1 r] D[layer proj i2 r] -> layer proj (o1 o2) (i1 i2)"
+CP = (
+    "w[layer proj r] A[layer proj o1 r] B[layer proj o2 r] C[layer proj i1 r] D[layer proj i2 r] "
+    "-> layer proj (o1 o2) (i1 i2)"
+)
 VERA = "b[layer proj out] ~B[out r] d[layer proj r] ~A[r inp] -> layer proj out inp"
 NETWORKS: dict[str, dict[str, Any]] = {
     "lora": {"network": LORA, "ranks": {"r": 3}},

@@ -81,10 +81,6 @@ class TensorNetworkLayer(BaseTunerLayer):
             self.unmerge()
         super().enable_adapters(enabled)
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Updates are additive, so they can be written as a LoRA."""
-        return True
-
 
 class FactorBank(nn.Module, TensorNetworkLayer):
     """The owner of every factor that several sites share; one per model, a child of the model itself.
@@ -114,6 +110,10 @@ class FactorBank(nn.Module, TensorNetworkLayer):
     def home_device(self) -> torch.device:
         """The device of the first adapted linear."""
         return self._device
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """PEFT's conversion asks every owner of factors for a dense update; ``tnpeft.export_lora`` does not."""
+        return False
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
         """Note which adapters the linears have merged."""

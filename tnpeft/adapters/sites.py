@@ -61,8 +61,8 @@ def card_of(model: nn.Module) -> cards.Card | None:
 def resolve(model: nn.Module, targets: Sequence[str]) -> tuple[list[str], list[str]]:
     """Targets as names that end modules' paths, and the projections meant where targets name or role them.
 
-    A target that ends some module's path stays. Any other is looked up in the model's card: ``"c_attn/out:0"`` and
-    the role ``"q"`` are the first slice of GPT-2's ``attn.c_attn``.
+    A target that ends some linear's path stays. Any other is looked up in the model's card: ``"c_attn/out:0"`` and
+    the role ``"q"`` are the first slice of GPT-2's ``attn.c_attn``, ``"intermediate"`` BERT's ``intermediate.dense``.
 
     Raises:
         NetworkError: a target is neither.
@@ -71,20 +71,21 @@ def resolve(model: nn.Module, targets: Sequence[str]) -> tuple[list[str], list[s
     (['0'], [])
     """
     card = card_of(model)
-    paths = [name for name, _ in model.named_modules()]
+    paths = [name for name, module in model.named_modules() if hasattr(module, "weight")]
+    others = [name for name, _ in model.named_modules()]
     found: list[str] = []
     named: list[str] = []
     for target in targets:
-        if any(f".{path}".endswith(f".{target}") for path in paths):
+        known = [p for p in card.projections if p.called(target) or p.name == target] if card else []
+        if any(f".{path}".endswith(f".{target}") for path in (others if not known else paths)):
             found.append(target)
-            inside = card.projections if card else ()
-            named += [p.name for p in inside if f".{p.path}".endswith(f".{target}")]
-            continue
-        if card is None:
+            named += [p.name for p in known if f".{p.path}".endswith(f".{target}")]
+        elif card is not None:
+            chosen = card.select([target])
+            found += [p.path for p in chosen]
+            named += [p.name for p in chosen]
+        else:
             raise NetworkError(f"no module is called {target!r}", remedy="give the end of a module's path")
-        chosen = card.select([target])
-        found += [p.path for p in chosen]
-        named += [p.name for p in chosen]
     return [*dict.fromkeys(found)], [*dict.fromkeys(named)]
 
 
@@ -105,7 +106,7 @@ def select(
         model: the model that the modules stand in.
         modules: the chosen linears by path.
         order: projections as the user ordered them; others follow as in :func:`sorted_projs`.
-        keep: slices of fused linears to keep, None for all.
+        keep: projections of the card to keep, None for all.
         layers: a saved order of layers, path to position, that has to be met.
 
     Raises:
@@ -118,9 +119,10 @@ def select(
     card = card_of(model)
     found = [place for name, module in modules.items() for place in _known(card, name, module)]
     known = {place.module for place in found}
+    if keep is not None:
+        wanted = set(keep)
+        found = [place for place in found if place.proj in wanted]
     found += _by_pattern(model, {name: module for name, module in modules.items() if name not in known})
-    wanted = None if keep is None else set(keep)
-    found = [place for place in found if wanted is None or "/" not in place.proj or place.proj in wanted]
     _check_layers({place.layer for place in found}, layers)
     places = layers or {name: k for k, name in enumerate(sorted({p.layer for p in found}, key=_natural))}
     projs = sorted_projs({place.proj for place in found}, order)

@@ -1,0 +1,109 @@
+"""One of two gloo processes: trains a step under DDP or FSDP2 and compares the gradients with a single process's.
+
+Usage: distributed_worker.py RANK PORT. Prints one line per case; a case that differs ends the process with an error.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from adapter_models import NETWORKS, adapted, opt, shake
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from tnpeft.networks import NetworkError
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "lora": NETWORKS["lora"],
+    "cp": NETWORKS["cp"],
+    "lorta": {"network": "A[out r] B[dim r] H[head r] P[proj r] L[layer r] -> layer proj out (head dim)", "ranks": {"r": 3}},
+    "tenslora": {
+        "network": "G[a b c d] U1[inp a] U2[out b] U3[proj c] U4[layer d] -> layer proj out inp",
+        "ranks": {"a": 3, "b": 3, "c": 2, "d": 2},
+    },
+}  # fmt: skip
+SHARED = ("lorta", "tenslora")
+IDS = torch.arange(2, 30).reshape(4, 7)
+
+
+def build(key: str, checkpointing: str) -> Any:
+    model = adapted("lora", opt(layers=3), **FAMILIES[key]).train()
+    shake(model)
+    if checkpointing != "none":
+        model.enable_input_require_grads()
+        reentrant = checkpointing == "reentrant"
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    return model
+
+
+def loss(model: Any, ids: Tensor) -> Tensor:
+    return model(input_ids=ids, labels=ids).loss
+
+
+def reference(key: str) -> dict[str, Tensor]:
+    model = build(key, "none")
+    loss(model, IDS).backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+def compare(found: dict[str, Tensor | None], wanted: dict[str, Tensor], what: str) -> None:
+    assert set(found) == set(wanted), what
+    scale = max(float(value.abs().max()) for value in wanted.values())
+    for name, value in wanted.items():
+        gradient = found[name]
+        assert gradient is not None, f"{what}: {name} has no gradient"
+        full = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+        error = float((full - value).abs().max()) / scale
+        assert error < 1e-5, f"{what}: {name} is off by {error:.1e}"
+
+
+def data_parallel(key: str, checkpointing: str, rank: int) -> str:
+    model = DistributedDataParallel(build(key, checkpointing))
+    try:
+        loss(model, IDS[2 * rank : 2 * rank + 2]).backward()
+    except NetworkError as error:
+        assert "use_reentrant" in str(error)
+        return "refused"
+    found = {n.removeprefix("module."): p.grad for n, p in model.named_parameters() if p.requires_grad}
+    compare(found, reference(key), f"DDP {key} {checkpointing}")
+    return "equal"
+
+
+def static_graph(key: str, rank: int) -> str:
+    model = DistributedDataParallel(build(key, "reentrant"), static_graph=True)
+    loss(model, IDS[2 * rank : 2 * rank + 2]).backward()
+    found = {n.removeprefix("module."): p.grad for n, p in model.named_parameters() if p.requires_grad}
+    compare(found, reference(key), f"DDP static {key}")
+    return "equal"
+
+
+def sharded(key: str, checkpointing: str, rank: int) -> str:
+    model = build(key, checkpointing)
+    for layer in model.base_model.model.model.decoder.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    loss(model, IDS[2 * rank : 2 * rank + 2]).backward()
+    compare({n: p.grad for n, p in model.named_parameters() if p.requires_grad}, reference(key), f"FSDP2 {key}")
+    return "equal"
+
+
+def main() -> None:
+    rank = int(sys.argv[1])
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[2]}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    for key in FAMILIES:
+        for checkpointing in ("none", "nonreentrant", "reentrant"):
+            print("DDP", key, checkpointing, data_parallel(key, checkpointing, rank), flush=True)
+            print("FSDP2", key, checkpointing, sharded(key, checkpointing, rank), flush=True)
+        print("DDP-static", key, "reentrant", static_graph(key, rank), flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

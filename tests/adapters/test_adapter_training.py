@@ -1,0 +1,169 @@
+"""Training as users do it: Trainer with resume, checkpointing in both modes, compiling, transformers' own loading."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from adapter_models import NETWORKS, adapted, config, inputs, logits, opt, shake
+from torch import Tensor
+
+import tnpeft
+
+KEYS = sorted(NETWORKS)
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(**inputs(), labels=inputs()["input_ids"]).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("key", KEYS)
+def test_checkpointing_gives_the_same_gradients(key: str, reentrant: bool) -> None:
+    model = adapted(key).train()
+    shake(model)
+    wanted = gradients(model)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    found = gradients(model)
+    assert set(found) == set(wanted)
+    for name, value in wanted.items():
+        assert float((found[name] - value).abs().max()) <= 1e-6 * max(1.0, float(value.abs().max()))
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_one_dynamic_graph_when_compiled(key: str) -> None:
+    model = adapted(key)
+    shake(model)
+    graphs: list[Any] = []
+
+    def count(graph: Any, example: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=count, fullgraph=True, dynamic=True)
+    generator = torch.Generator().manual_seed(3)
+    for rows, tokens in ((2, 7), (3, 9), (5, 4)):
+        ids = torch.randint(2, 60, (rows, tokens), generator=generator)
+        with torch.no_grad():
+            wanted, found = model(input_ids=ids).logits, compiled(input_ids=ids).logits
+        assert float((wanted - found).abs().max()) <= 1e-5
+    assert len(graphs) == 1
+    shake(model, 5)
+    with torch.no_grad():
+        compiled(input_ids=ids)
+    assert len(graphs) == 1
+
+
+def test_no_array_of_the_weights_size_is_kept_for_backward() -> None:
+    kept: list[tuple[int, ...]] = []
+    model = adapted("mixed", opt(), target_modules=["q_proj"]).train()
+    shake(model)
+    base = {p.data_ptr() for p in model.parameters()}
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in base:
+            kept.append(tuple(tensor.shape))
+        return tensor
+
+    module = next(m for m in model.modules() if type(m).__name__ == "TensorNetworkLinear")
+    x = torch.randn(1, 5, 32, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        module(x)
+    assert kept
+    assert all(torch.Size(shape).numel() != 32 * 32 for shape in kept)
+
+
+class _Data(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, k: int) -> dict[str, Tensor]:
+        ids = torch.randint(2, 60, (6,), generator=torch.Generator().manual_seed(k))
+        return {"input_ids": ids, "labels": ids}
+
+
+def _trainer(folder: Path, model: Any, steps: int) -> Any:
+    from transformers import Trainer, TrainingArguments
+
+    arguments = TrainingArguments(
+        output_dir=str(folder), max_steps=steps, save_steps=2, per_device_train_batch_size=2, learning_rate=0.05,
+        lr_scheduler_type="constant", report_to=[], disable_tqdm=True, use_cpu=True, seed=0, logging_steps=100,
+        gradient_checkpointing=True,
+    )  # fmt: skip
+    return Trainer(model=model, args=arguments, train_dataset=_Data())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("key", ["lora", "mixed"])
+def test_trainer_stops_and_resumes_bit_for_bit(key: str, tmp_path: Path) -> None:
+    whole = adapted(key, task_type="CAUSAL_LM")
+    _trainer(tmp_path / "a", whole, 4).train()
+    _trainer(tmp_path / "b", adapted(key, task_type="CAUSAL_LM"), 2).train()
+    resumed = adapted(key, task_type="CAUSAL_LM")
+    _trainer(tmp_path / "b", resumed, 4).train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2"))
+    start = tnpeft.factors(adapted(key))
+    for name, value in tnpeft.factors(whole).items():
+        assert torch.equal(tnpeft.factors(resumed)[name], value)
+        assert not torch.equal(start[name], value)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("key", KEYS)
+def test_transformers_add_and_load_adapter(key: str, tmp_path: Path) -> None:
+    model = opt()
+    model.add_adapter(config(key), adapter_name="mine")
+    shake(model, adapter="mine")
+    found = logits(model)
+    assert not torch.equal(found, logits(opt()))
+    model.save_pretrained(tmp_path)
+    again = opt()
+    again.load_adapter(str(tmp_path), adapter_name="yours")
+    assert torch.equal(logits(again), found)
+    for name, value in tnpeft.factors(model, "mine").items():
+        assert torch.equal(tnpeft.factors(again, "yours")[name], value)
+    again.disable_adapters()
+    assert torch.equal(logits(again), logits(opt()))
+    again.enable_adapters()
+    again.delete_adapter("yours")
+    assert torch.equal(logits(again), logits(opt()))
+
+
+def test_auto_classes_and_injection(tmp_path: Path) -> None:
+    model = adapted("mixed", task_type="CAUSAL_LM")
+    shake(model)
+    opt().save_pretrained(tmp_path / "base")
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(again), logits(model))
+    plain = peft.inject_adapter_in_model(config("mixed"), opt())
+    assert torch.equal(logits(plain), logits(opt()))
+
+
+def test_bias_and_modules_to_save(tmp_path: Path) -> None:
+    model = adapted("lora", opt(tie_word_embeddings=False), bias="tensor_network_only", modules_to_save=["lm_head"])
+    names = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert sum(n.endswith("base_layer.bias") for n in names) == 4
+    assert any("lm_head" in n for n in names)
+    shake(model)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(opt(tie_word_embeddings=False), tmp_path)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_generation_runs_with_mixed_adapters() -> None:
+    model = adapted("mixed", task_type="CAUSAL_LM")
+    shake(model)
+    alone = model.generate(**inputs(), max_new_tokens=4, do_sample=False)
+    mixed = model.generate(**inputs(), max_new_tokens=4, do_sample=False, adapter_names=["default", "__base__"])
+    with model.disable_adapter():
+        base = model.generate(**inputs(), max_new_tokens=4, do_sample=False)
+    assert torch.equal(mixed[0], alone[0])
+    assert torch.equal(mixed[1], base[1])

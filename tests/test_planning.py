@@ -48,6 +48,11 @@ def sized(draw: st.DrawFn, **options: object) -> tuple[object, dict[str, int]]:
     return site, draw(sizes_for(site, max_size=9, max_work=1 << 40))
 
 
+def operand_count(name: str) -> int:
+    """The most operands that a term of a family has with the activations."""
+    return 1 + max(len(term.factors) for term in families.get(name)().network.terms)
+
+
 # ---- the search
 
 
@@ -131,14 +136,12 @@ def test_every_objective_is_exact_for_one_term(case, tokens: int, training: bool
     assert key(Cost(p.macs, p.backward_macs, p.written, p.saved)) == min(map(key, every))
 
 
-@pytest.mark.parametrize("name", families.names())
+@pytest.mark.parametrize("name", [name for name in families.names() if operand_count(name) <= 10])
 @pytest.mark.parametrize("tokens", [1, 50, 2048])
 def test_families_have_the_least_macs(name: str, tokens: int) -> None:
     f = families.get(name)()
     sizes = f.sizes({"out": 64, "inp": 64, "heads": 4, "layer": 2, "proj": 2, "basis": 2, "o": 64, "i": 64})
     net = f.network.select(*f.network.stack)
-    if any(len(term.factors) > 7 for term in net.terms) or any(index not in sizes for index in net.indices):
-        pytest.skip("more than eight operands, or sizes of its own")
     p = plan(net, sizes, tokens=tokens, minimize="macs")
     assert p.macs == least_macs(net, {i: sizes[i] for i in net.indices}, tokens, True)
 

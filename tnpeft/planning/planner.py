@@ -71,7 +71,7 @@ def plan(
     frozen model does anyway. With ``tokens=None`` it is the plan of the dense tensor, any output, stack indices open.
 
     Args:
-        net: a network, or a factorization, whose ranks and splits fill the sizes.
+        net: a network, or a factorization: its first line, its ranks and splits filling the sizes.
         sizes: sizes of the indices; keywords are checked more strictly than a mapping.
         tokens: number of rows of the activations.
         minimize: ``"macs"``, exact over all these programs, ties by time; ``"time"``, macs + backward macs + 64 x

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import tnpeft
-from tnpeft.networks import NetworkError, network
+from tnpeft.networks import NetworkError, Site, network
 from tnpeft.nn.lowrank import cut, cut_rank, sides
 from tnpeft.nn.philox import normal
 
@@ -195,6 +195,19 @@ def test_the_sides_of_the_smallest_cut_multiply_to_the_matrix(line, sizes, size,
     assert left.shape[1] == right.shape[0] == size
     dense = tnpeft.dense(net, arrays)
     assert torch.allclose(left @ right, dense, rtol=0, atol=64 * torch.finfo(torch.float64).eps * dense.abs().max())
+
+
+@pytest.mark.filterwarnings("ignore::tnpeft.counting.cuts.RankWarning")  # default ranks on a narrow matrix
+@pytest.mark.parametrize("family", tnpeft.families.names())
+def test_the_cut_of_every_family_is_its_rank_bound(family):
+    """Two programs for one number: partitions here, maximal flow in the counting."""
+    f = tnpeft.families.get(family)()
+    site = Site(0, "q_proj", 64, 64, 4)
+    net = f.line_for(site).network
+    sizes = f.sizes({"layer": 2, "proj": 1, "basis": 2, "out": 64, "inp": 64, "heads": 4}, line=f.line_for(site))
+    alone = net.select(*net.stack)
+    sizes = {index: sizes[index] for index in alone.indices}
+    assert min(cut_rank(alone, sizes), 64) == tnpeft.rank_bound(alone, sizes)
 
 
 def test_sums_twins_and_signs():

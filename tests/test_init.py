@@ -198,6 +198,32 @@ def test_a_spec_reads_blanks_and_exponents():
     assert Spec.parse(" normal( 1e-5 ) ") == Spec("normal", (1e-5,))
 
 
+@pytest.mark.parametrize("init", ["normal(0.1)", "kaiming", "orthogonal", "eye", None])
+def test_a_replica_starts_as_a_run_of_the_next_seed(init):
+    one = "B[layer proj out r] A[layer proj r inp] w[r] -> layer proj out inp"
+    many = "B[layer proj out replica r] A[layer proj r inp] w[replica r] -> replica layer proj out inp"
+    f = [
+        Factorization.of(line, ranks={"r": 4}, init={"A": "zeros", **({"B": init} if init else {})})
+        for line in (one, many)
+    ]
+    site = [Site(0, "q_proj", 16, 8)]
+    alone, stacked = layout(f[0], site), layout(f[1], site, stack={"replica": 3})
+    values = starts(stacked, 5)
+    for k in range(3):
+        expected = starts(alone, 5 + k)
+        assert torch.equal(values["B"][:, k], expected["B"])
+        assert torch.equal(values["w"][k], expected["w"])
+
+
+def test_tasks_are_drawn_apart():
+    f = Factorization.of(
+        "U[out a] S[task a b] V[b inp] -> task out inp", ranks={"a": 4, "b": 4}, init={"S": "orthogonal"}
+    )
+    s = starts(layout(f, [Site(0, "q_proj", 16, 8)], stack={"task": 3}))["S"]
+    assert torch.allclose(s @ s.mT, torch.eye(4).expand(3, 4, 4), atol=1e-6)
+    assert not torch.allclose(s[0], s[1])
+
+
 # ---- arrays
 
 

@@ -90,7 +90,8 @@ def export_lora(model: nn.Module, path: str | Path, adapter: str = "default", *,
     if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
         raise NetworkError(f"rank is {rank!r}", remedy="pass a positive whole number, or None")
     bank_of(model, adapter)
-    own = model.peft_config[adapter]
+    configs: Any = model.peft_config
+    own = configs[adapter]
     if own.bias != "none":
         raise NetworkError("an adapter with trained biases cannot be exported", remedy="train it with bias='none'")
     base = model.get_base_model() if isinstance(model, PeftModel) else model

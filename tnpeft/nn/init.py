@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from math import prod
 
@@ -16,6 +17,8 @@ from tnpeft.networks import NetworkError, Site
 from tnpeft.nn import patterns, specs
 from tnpeft.nn.philox import Array, normal, orthonormal, uniform
 from tnpeft.nn.specs import Spec
+
+_Key = tuple[int, str]  # seed and label, to which layer and proj are added
 
 
 def factor_hash(tensor: Tensor) -> str:
@@ -51,7 +54,8 @@ class Starter:
     is a row of the matrix that these make.
 
     Random numbers are raw Philox words keyed by (seed, label, layer, proj): they depend on nothing else, and the
-    seed, not the process, decides them. A frozen twin repeats its factor's start.
+    seed, not the process, decides them. A frozen twin repeats its factor's start. A slice of a ``replica`` axis
+    starts as a run with the seed plus its number would; slices of a ``task`` axis are drawn apart.
 
     Args:
         layout: the factorization on its sites.
@@ -95,7 +99,7 @@ class Starter:
         start = self._start_of(piece)
         if isinstance(start, Tensor):
             return self._from_array(start, piece)
-        value = self._value(start, piece, placement)
+        value = self._value(start, piece, placement, (self.seed, piece.label))
         tensor = value if isinstance(value, Tensor) else torch.from_numpy(np.asarray(value, dtype=np.float32))
         return tensor.to("cpu", torch.float32, copy=True).reshape(piece.shape).contiguous()
 
@@ -104,34 +108,46 @@ class Starter:
             return named
         return Spec("zeros") if piece.label in self.zeros else Spec("normal", (self._balanced(piece),))
 
-    def _value(self, spec: Spec, piece: Piece, placement: Placement) -> Array | Tensor:
+    def _value(self, spec: Spec, piece: Piece, placement: Placement, key: _Key) -> Array | Tensor:
+        if spec.name in ("svd", "tt_svd", "base"):
+            return self._from_weight(spec, piece)
+        stacked = next((axis for axis, index in enumerate(piece.indices) if index in ("replica", "task")), None)
+        if stacked is not None:
+            return self._slices(spec, piece, placement, key, stacked)
         if spec.name in ("zeros", "ones", "constant"):
             fill = {"zeros": 0.0, "ones": 1.0}.get(spec.name)
             return np.full(piece.shape, spec.numbers[0] if fill is None else fill)
         if spec.name in ("normal", "uniform", "kaiming", "xavier"):
             draw = normal if spec.name == "normal" else uniform
-            return draw(piece.size, *self._key(piece)) * specs.spread(spec, piece, placement)
+            return draw(piece.size, *key, piece.layer, piece.proj) * specs.spread(spec, piece, placement)
         if spec.name in ("orthogonal", "eye") or (spec.name == "dct" and len(piece.shape) == 1):
-            return self._matrix(spec, piece)
-        if spec.name in ("dct", "circulant"):
-            return (patterns.dct if spec.name == "dct" else patterns.circulant)(piece, placement)
-        return self._from_weight(spec, piece)
+            return self._matrix(spec, piece, key)
+        return (patterns.dct if spec.name == "dct" else patterns.circulant)(piece, placement)
 
-    def _key(self, piece: Piece) -> tuple[str | int | None, ...]:
-        return self.seed, piece.label, piece.layer, piece.proj
+    def _slices(self, spec: Spec, piece: Piece, placement: Placement, key: _Key, axis: int) -> Array:
+        """A factor over replicas or tasks: each replica as a run of its own, with the next seed, would start."""
+        part = replace(
+            piece,
+            indices=piece.indices[:axis] + piece.indices[axis + 1 :],
+            shape=piece.shape[:axis] + piece.shape[axis + 1 :],
+        )
+        seed, label = key
+        alone = piece.indices[axis] == "replica"
+        keys = [(seed + k, label) if alone else (seed, f"{label}/{k}") for k in range(piece.shape[axis])]
+        return np.stack([np.reshape(self._value(spec, part, placement, each), part.shape) for each in keys], axis)
 
-    def _matrix(self, spec: Spec, piece: Piece) -> Array:
-        shape, row, key = piece.shape, -1, self._key(piece)
+    def _matrix(self, spec: Spec, piece: Piece, key: _Key) -> Array:
+        shape, row, where = piece.shape, -1, (piece.layer, piece.proj)
         axes = [axis for index in ("layer", "proj") if (axis := self._position(index, piece))]
         if len(shape) == 1 and axes:
             row = 0
             for position, length in axes:
                 row = row * length + position
-            shape, key = (prod(length for _, length in axes), *shape), (self.seed, piece.label, None, None)
+            shape, where = (prod(length for _, length in axes), *shape), (None, None)
         rows = prod(shape[: len(shape) // 2])
         columns = prod(shape) // rows
         if spec.name == "orthogonal":
-            matrix = orthonormal(normal(rows * columns, *key).reshape(rows, columns))
+            matrix = orthonormal(normal(rows * columns, *key, *where).reshape(rows, columns))
         else:
             matrix = np.eye(rows, columns) if spec.name == "eye" else patterns.cosines(rows, columns)
         return matrix if row < 0 else matrix[row]

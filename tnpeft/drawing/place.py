@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import pairwise
-from math import ceil, exp, sqrt
+from math import ceil, sqrt
 from typing import Any
 
 import numpy as np
@@ -40,8 +40,7 @@ def place(graph: Graph) -> tuple[Cell, ...]:
 @lru_cache(maxsize=256)
 def _place(parts: tuple[str, ...], ends: tuple[tuple[int, int], ...]) -> tuple[Cell, ...]:
     search = _Search(parts, ends)
-    best = min((search.run(np.random.default_rng(seed)) for seed in range(_STARTS)), key=search.cost)
-    final = _compact(search.polish(best), "rows" in parts)
+    final = _compact(search.polish(search.run()), "rows" in parts)
     return tuple((float(point.real), float(point.imag)) for point in final)
 
 
@@ -51,10 +50,10 @@ class _Search:
     def __init__(self, parts: Sequence[str], pairs: Sequence[tuple[int, int]]) -> None:
         self.parts = parts
         inner = max(1, parts.count("factor") + parts.count("dot") // 2)
-        self.width = max(2, ceil(1.5 * sqrt(inner)), parts.count("stack"))
+        self.width = max(2, ceil(1.5 * sqrt(inner)), parts.count("stack"), min(5, parts.count("factor")))
         self.height = max(2, ceil(1.2 * sqrt(inner)), parts.count("rows") + 1, parts.count("cols") + 1)
         self.cells = [self._cells(part) for part in parts]
-        self.allowed = [set(cells) for cells in self.cells]
+        self.allowed = [set(cells.tolist()) for cells in self.cells]
         ends = np.array(pairs, dtype=int).reshape(-1, 2)
         self.a, self.b = ends[:, 0], ends[:, 1]
         dots = ["dot" in (parts[i], parts[j]) and {parts[i], parts[j]} <= {"dot", "factor"} for i, j in pairs]
@@ -74,115 +73,119 @@ class _Search:
         self.close = np.array(
             [_CLOSE_LEGS if legs[i] and legs[j] else _CLOSE for i, j in zip(*self.couples, strict=True)]
         )
-        self.order = [pair for side in ("rows", "cols", "stack") for pair in self._order(side)]
+        runs = [
+            (pair, turn) for side, turn in (("rows", 1j), ("cols", 1j), ("stack", 1)) for pair in self._next(side)
+        ]
+        self.order = np.array([pair for pair, _ in runs], dtype=int).reshape(-1, 2).T
+        self.turned = np.array([turn for _, turn in runs], dtype=complex)
 
-    def _order(self, side: str) -> Iterable[tuple[int, int, int]]:
+    def _next(self, side: str) -> Iterable[tuple[int, int]]:
         """Pairs of legs that should stand in the order of their group: top to bottom, or left to right."""
-        legs = [k for k, part in enumerate(self.parts) if part == side]
-        return [(i, j, int(side != "stack")) for i, j in pairwise(legs)]
+        return pairwise(k for k, part in enumerate(self.parts) if part == side)
 
-    def _cells(self, part: str) -> list[Cell]:
+    def _cells(self, part: str) -> Points:
         """Where a node may stand; dots and stack legs also between two columns, dots between two rows."""
-        columns, rows = range(1, self.width + 1), range(self.height)
+        halves = part == "dot"
+        x = np.arange(1, 2 * self.width + 2) / 2 if halves else np.arange(1.0, self.width + 1)
+        y = np.arange(2 * self.height) / 2 if halves else np.arange(float(self.height))
         if part == "stack":
-            return [(x / 2, float(self.height)) for x in range(2, 2 * self.width + 1)]
-        if part in ("rows", "cols"):
-            return [(0.0 if part == "rows" else self.width + 1.0, float(y)) for y in rows]
-        if part == "factor":
-            return [(float(x), float(y)) for x in columns for y in rows]
-        return [(x / 2, y / 2) for x in range(1, 2 * self.width + 2) for y in range(2 * self.height)]
+            x, y = np.arange(2, 2 * self.width + 1) / 2, np.array([float(self.height)])
+        elif part in ("rows", "cols"):
+            x = np.array([0.0 if part == "rows" else self.width + 1.0])
+        return np.asarray((x[:, None] + 1j * y).ravel(), dtype=np.complex128)
 
-    def run(self, generator: np.random.Generator) -> Points:
-        """The best placement of one annealing run from a random start."""
-        points = self._random(generator)
+    def run(self) -> Points:
+        """The best placement of some annealing runs, side by side from random starts."""
+        generators = [np.random.default_rng(seed) for seed in range(_STARTS)]
+        points = np.array([self._random(generator) for generator in generators])
         now = self.cost(points)
-        least, best = now, points
+        least, best = now.copy(), points.copy()
         moves = _MOVES * len(self.parts)
         for step in range(moves):
             heat = _HOT * (_COLD / _HOT) ** (step / moves)
-            node = int(generator.integers(len(self.parts)))
-            trial = self._moved(points, node, self._target(complex(points[node]), node, generator))
-            if trial is not None:
-                then = self.cost(trial)
-                if then <= now or generator.random() < exp((now - then) / heat):
-                    points, now = trial, then
-                    if now < least:
-                        least, best = now, points
-        return best
+            trials = np.array([self._step(*each) for each in zip(points, generators, strict=True)])
+            then = self.cost(trials)
+            chance = np.array([generator.random() for generator in generators])
+            taken = chance < np.exp(np.minimum(0, now - then) / heat)
+            points[taken], now[taken] = trials[taken], then[taken]
+            better = now < least
+            best[better], least[better] = points[better], now[better]
+        return np.asarray(best[int(least.argmin())])
 
     def polish(self, points: Points) -> Points:
         """The placement after every single move or swap that helps."""
-        now, before = self.cost(points), float("inf")
+        now, before = float(self.cost(points)), float("inf")
         while now < before - 1e-9:
             before = now
             for node, cells in enumerate(self.cells):
-                trials = [trial for cell in cells if (trial := self._moved(points, node, cell)) is not None]
-                costs = [self.cost(trial) for trial in trials]
-                if costs and min(costs) < now - 1e-9:
-                    now = min(costs)
-                    points = trials[costs.index(now)]
+                trials = np.array([self._moved(points, node, cell) for cell in cells])
+                costs = self.cost(trials)
+                if costs.min() < now - 1e-9:
+                    now, points = float(costs.min()), trials[int(costs.argmin())]
         return points
 
-    def _target(self, at: complex, node: int, generator: np.random.Generator) -> Cell:
-        """Anywhere, or (every second time) near by, where the small improvements are."""
+    def _step(self, points: Points, generator: np.random.Generator) -> Points:
+        """One node moved anywhere, or (every second time) near by, where the small improvements are."""
+        node = int(generator.integers(len(self.parts)))
         cells = self.cells[node]
         if generator.random() < 0.5:
-            cells = [cell for cell in cells if abs(cell[0] - at.real) <= 1 and abs(cell[1] - at.imag) <= 1]
-        return cells[int(generator.integers(len(cells)))]
+            gap = cells - points[node]
+            cells = cells[(np.abs(gap.real) <= 1) & (np.abs(gap.imag) <= 1)]
+        return self._moved(points, node, cells[int(generator.integers(len(cells)))])
 
     def _random(self, generator: np.random.Generator) -> Points:
-        held: dict[Cell, None] = {}
+        held: list[complex] = []
         for cells in self.cells:
-            free = [cell for cell in cells if cell not in held]
-            held[free[int(generator.integers(len(free)))]] = None
-        return np.array([complex(*cell) for cell in held])
+            free = [cell for cell in cells.tolist() if cell not in held]
+            held.append(free[int(generator.integers(len(free)))])
+        return np.array(held)
 
-    def _moved(self, points: Points, node: int, target: Cell) -> Points | None:
-        """The placement with a node moved, and the one that stands there swapped; None if that is not possible."""
-        source = (float(points[node].real), float(points[node].imag))
-        (guests,) = np.nonzero(points == complex(*target))
-        if target == source or any(source not in self.allowed[guest] for guest in guests):
-            return None
+    def _moved(self, points: Points, node: int, target: complex) -> Points:
+        """The placement with a node moved and whatever stands there swapped; unchanged where that is not possible."""
+        source = points[node]
+        guests = np.nonzero(points == target)[0]
+        if any(source not in self.allowed[guest] for guest in guests):
+            return points
         trial = points.copy()
-        trial[node] = complex(*target)
-        trial[guests] = points[node]
+        trial[guests] = source
+        trial[node] = target
         return trial
 
-    def cost(self, points: Points) -> float:
-        """How bad a placement is: length, slant, crossings, and what is hidden, narrow, tight or out of order."""
-        along = points[self.b] - points[self.a]
+    def cost(self, points: Points) -> NDArray[np.float64]:
+        """How bad placements are, nodes along the last axis: long, slanted, crossing, hidden, tight, out of order."""
+        along = points[..., self.b] - points[..., self.a]
         length = np.maximum(np.abs(along), 1e-9)
         slant = np.abs(along.real * along.imag) / length**2
-        total = float((length + 0.15 * length**2 + self.slant * slant).sum())
-        total += _CROSSING * self._crossings(points, along) + _HIDDEN * self._hidden(points, along, length)
-        total += _NARROW * self._narrow(points) + 0.01 * float((np.abs(points - points.mean()) ** 2).sum())
+        spread = np.abs(points - points.mean(-1, keepdims=True)) ** 2
         i, j = self.couples
-        total += _TIGHT * int((np.abs(points[i] - points[j]) < self.close).sum())
-        for one, two, axis in self.order:
-            gap = points[two] - points[one]
-            total += _ORDER * bool(gap.imag > 0 if axis else gap.real < 0)
-        return total
+        tight = np.abs(points[..., i] - points[..., j]) < self.close
+        first, second = self.order
+        late = ((points[..., second] - points[..., first]) * self.turned).real < 0
+        total = (length + 0.15 * length**2 + self.slant * slant).sum(-1) + 0.01 * spread.sum(-1)
+        total += _TIGHT * tight.sum(-1) + _ORDER * late.sum(-1) + _NARROW * self._narrow(points)
+        total += _CROSSING * self._crossings(points, along) + _HIDDEN * self._hidden(points, along, length)
+        return np.asarray(total)
 
-    def _crossings(self, points: Points, along: Points) -> int:
+    def _crossings(self, points: Points, along: Points) -> Any:
         i, j = self.apart
-        start = points[self.a]
-        between = start[j] - start[i]
-        one = (along[i].conj() * between).imag * (along[i].conj() * (between + along[j])).imag
-        two = (along[j].conj() * between).imag * (along[j].conj() * (between - along[i])).imag
-        return int(((one < 0) & (two < 0)).sum())
+        one, two = along[..., i], along[..., j]
+        between = points[..., self.a[j]] - points[..., self.a[i]]
+        over = (one.conj() * between).imag * (one.conj() * (between + two)).imag < 0
+        under = (two.conj() * between).imag * (two.conj() * (between - one)).imag < 0
+        return (over & under).sum(-1)
 
-    def _hidden(self, points: Points, along: Points, length: Any) -> int:
+    def _hidden(self, points: Points, along: Points, length: Any) -> Any:
         """How often a line passes under a node that is not its own."""
-        step = along[self.edge]
-        to = points[self.other] - points[self.a][self.edge]
-        part = np.clip((to * step.conj()).real / length[self.edge] ** 2, 0, 1)
-        return int((np.abs(to - part * step) < self.near).sum())
+        step = along[..., self.edge]
+        to = points[..., self.other] - points[..., self.a[self.edge]]
+        part = np.clip((to * step.conj()).real / length[..., self.edge] ** 2, 0, 1)
+        return (np.abs(to - part * step) < self.near).sum(-1)
 
-    def _narrow(self, points: Points) -> int:
+    def _narrow(self, points: Points) -> Any:
         """How often two lines leave a node in almost the same direction."""
-        centre, one, two = (points[self.forks[:, k]] for k in range(3))
+        centre, one, two = (points[..., self.forks[:, k]] for k in range(3))
         turn = (one - centre).conj() * (two - centre)
-        return int((turn.real > 0.93 * np.abs(turn)).sum())
+        return (turn.real > 0.93 * np.abs(turn)).sum(-1)
 
 
 def _fork(one: Any, two: Any) -> tuple[int, int, int]:

@@ -97,7 +97,8 @@ def _panel(axis: Any, points: Sequence[Point], labels: Sequence[str], reference:
     for p, style in ((p, {"full": ":", "none": "--"}.get(p.kind)) for p in points):
         if style:
             axis.axhline(p.summary.mean, color="0.45", linestyle=style, linewidth=1, zorder=1, label=p.label)
-    axis.set_xscale("log")
+    if any(p.parameters and p.label in labels for p in points):
+        axis.set_xscale("log")
     axis.set_xlabel("Adapter parameters (log scale)")
     axis.grid(axis="y", color="0.92", linewidth=0.6)
     axis.set_axisbelow(True)

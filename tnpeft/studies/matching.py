@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from tnpeft import families
 from tnpeft.studies import methods
 from tnpeft.studies.files import StudyError
 
@@ -16,12 +18,12 @@ def ranks_for(
     model: Any,
     targets: tuple[str, ...],
     *,
-    vary: str = "rank",
     largest: int = 4096,
 ) -> Iterator[dict[str, int]]:
     """For each budget the rank whose parameter count is nearest to it, without repeats.
 
-    The count grows with the rank, so a bisection finds both neighbours of the budget.
+    A family with several ranks gets one common rank in all of them. The count grows with the rank, so a bisection
+    finds both neighbours of the budget.
 
     Raises:
         StudyError: the family has no such rank.
@@ -29,6 +31,11 @@ def ranks_for(
     >>> list(ranks_for("lora", {}, [4096 * 48, 400000], "facebook/opt-1.3b", ("q_proj", "v_proj")))
     [{'rank': 1}, {'rank': 2}]
     """
+
+    known = inspect.signature(families.get(family)).parameters
+    vary = "rank" if "rank" in known else "ranks"
+    if vary not in known:
+        raise StudyError(f"{family!r} has one size only", remedy="name it without budgets")
 
     def count(rank: int) -> int:
         found = methods.count({"family": family, "args": {**fixed, vary: rank}}, model, targets)

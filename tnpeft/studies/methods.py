@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from tnpeft.networks import Factorization
@@ -21,7 +22,7 @@ def check(method: Method) -> None:
     >>> check({"family": "lora", "args": {"rank": 4}})
     """
     kinds = [kind for kind in KINDS if kind in method]
-    unknown = sorted(set(method) - {*KINDS, "args"})
+    unknown = sorted(set(method) - {*KINDS, "args", "change"})
     if len(kinds) != 1 or unknown:
         problem = f"unknown key {unknown[0]!r}" if unknown else f"names {' and '.join(kinds) or 'nothing'} to train"
         raise StudyError(problem, where=f"method {dict(method)}", remedy=f"give one of {', '.join(KINDS)}, and args")
@@ -31,6 +32,8 @@ def check(method: Method) -> None:
 
 def factorization(method: Method) -> Factorization:
     """The factorization of a family or of a line with its ranks, splits and so on in ``args``.
+
+    ``change`` replaces attributes of a family's factorization, such as ``lr_multiplier`` or ``scale``.
 
     >>> print(factorization({"line": "B[layer out r] A[r inp] -> layer out inp", "args": {"ranks": {"r": 2}}}).ranks)
     {'r': 2}
@@ -46,7 +49,7 @@ def factorization(method: Method) -> Factorization:
 
     tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in args.items()}
     try:
-        return families.get(method["family"])(**tuples)
+        return replace(families.get(method["family"])(**tuples), **method.get("change", {}))
     except TypeError as error:
         raise StudyError(f"wrong arguments: {error}", where=f"family {method['family']!r}") from None
 

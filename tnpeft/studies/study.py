@@ -17,7 +17,7 @@ from tnpeft.studies.runs import Run, Store
 from tnpeft.studies.tasks import Task, task
 
 _KEYS = ("name", "title", "source", "ours", "backbone", "tokenizer", "data", "cache", "tasks", "seeds")
-_METHOD_KEYS = (*methods.KINDS, "label", "args", "grid", "budgets", "learning_rates", "protocol")
+_METHOD_KEYS = (*methods.KINDS, "label", "args", "change", "grid", "budgets", "learning_rates", "protocol")
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,9 @@ class Study:
         rates = tuple(map(float, given.get("learning_rates", protocol.learning_rates)))
         name = given[kind] if isinstance(given.get(kind), str) and kind != "line" else kind
         for args in self._sizes(given):
-            method = {kind: given[kind]} if kind else {}
+            method = {key: given[key] for key in methods.KINDS if key in given}
             method |= {"args": {**given.get("args", {}), **args}} if args or "args" in given else {}
+            method |= {"change": given["change"]} if "change" in given else {}
             methods.check(method)
             size = ", ".join(f"{key}={value}" for key, value in args.items())
             yield Cell(str(given.get("label", name)), size, method, rates, protocol)

@@ -85,11 +85,15 @@ class _Judge(TrainerCallback):
             self.progress(step, self.protocol.steps, trained, dev)
 
     def resume(self, folder: Path, step: int) -> None:
-        """Take up the best checkpoint of an interrupted run; evaluations after ``step`` are made again."""
+        """Take up the course of an interrupted run; evaluations after ``step`` are made again.
+
+        A best checkpoint from after ``step`` beat all before it, so it is enough that it will be made again.
+        """
         saved = json.loads((folder / "best.json").read_text())
         curve = [(row[0], row[1], row[2], row[3]) for row in saved.pop("curve") if row[0] <= step]
         if saved["step"] <= step:
-            self.best = Best(**saved, curve=curve, weights=torch.load(folder / "best.pt", weights_only=True))
+            self.best = Best(**saved, weights=torch.load(folder / "best.pt", weights_only=True))
+        self.best.curve = curve
 
 
 class _Scored(Trainer):

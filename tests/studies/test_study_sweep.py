@@ -1,0 +1,236 @@
+"""Sweeps: every run once, whatever interrupts them; failures recorded; the same tables at the end, byte for byte."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tnpeft.studies.files import StudyError, merged, read_toml
+from tnpeft.studies.matching import ranks_for
+from tnpeft.studies.methods import count
+from tnpeft.studies.protocol import Protocol
+from tnpeft.studies.reporting import report
+from tnpeft.studies.runs import Store, execute
+from tnpeft.studies.study import Study
+from tnpeft.studies.sweeping import Engine, sweep
+
+SERIAL = Engine("serial")
+
+
+def study_of(table: dict[str, Any], **over: Any) -> Study:
+    return Study.of(merged(table, over), Path("."))
+
+
+def quietly(line: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="session")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("swept")
+
+
+def test_every_run_is_made_once_and_described(table: dict[str, Any], swept: Path) -> None:
+    study = study_of(table)
+    said: list[str] = []
+    tally = sweep(study, swept, SERIAL, said.append)
+    # LoRA 2 sizes x 2 seeds, CP 2 rates x 1 seed + 1, none 2 seeds
+    assert (tally.done, tally.failed) == (9, 0)
+    assert any("left" in line for line in said)
+    files = sorted(swept.glob("*.json"))
+    assert len(files) == 9
+    record = json.loads(files[0].read_text())
+    assert record["key"] == files[0].stem
+    assert record["run"]["protocol"]["steps"] in (0, 4)
+    assert {"torch", "peft", "transformers", "tnpeft"} <= set(record["versions"])
+    assert record["run"]["data"]
+    assert "train_seconds" in record["timing"]
+    assert str(Path.home()) not in json.dumps(record)
+    again = sweep(study, swept, SERIAL, quietly)
+    assert (again.done, again.kept) == (0, 9)
+
+
+def test_counts_are_the_calculators(table: dict[str, Any], swept: Path, tiny: Path) -> None:
+    study = study_of(table)
+    sweep(study, swept, SERIAL, quietly)
+    for cell in study.cells:
+        run = study.run(cell, study.tasks[0], 1e-2, 0)
+        result = Store(swept).result(run.key)
+        assert result is not None
+        assert result["parameters"] == count(cell.method, str(tiny), ("q_proj", "v_proj"))
+
+
+def test_the_same_seed_gives_the_same_result(table: dict[str, Any], swept: Path, tmp_path: Path) -> None:
+    study = study_of(table)
+    sweep(study, swept, SERIAL, quietly)
+    run = study.run(study.cells[0], study.tasks[0], 1e-2, 0)
+    assert execute(run, Store(tmp_path)) == "done"
+    old, new = Store(swept).result(run.key), Store(tmp_path).result(run.key)
+    assert old is not None
+    assert new is not None
+    for name in ("dev", "eval", "eval_loss", "curve", "parameters", "best_step"):
+        assert old[name] == new[name]
+
+
+def test_all_that_matters_is_in_a_runs_name(table: dict[str, Any]) -> None:
+    study = study_of(table)
+    base = study.run(study.cells[0], study.tasks[0], 1e-2, 0)
+    others = [
+        study.run(study.cells[1], study.tasks[0], 1e-2, 0),
+        study.run(study.cells[0], study.tasks[0], 2e-2, 0),
+        study.run(study.cells[0], study.tasks[0], 1e-2, 1),
+        *(
+            changed.run(changed.cells[0], changed.tasks[0], 1e-2, 0)
+            for changed in (study_of(table, protocol={"steps": 5}), study_of(table, tasks=["digits_shifted"]))
+        ),
+    ]
+    keys = {base.key, *(run.key for run in others)}
+    assert len(keys) == 6
+    same = study_of(table, protocol={"learning_rates": [1e-2, 5.0]})
+    assert same.run(same.cells[0], same.tasks[0], 1e-2, 0).key == base.key
+
+
+def test_a_failed_run_is_recorded_and_the_rest_goes_on(table: dict[str, Any], tmp_path: Path) -> None:
+    table["methods"] = [
+        {"label": "bad", "peft": "lora", "args": {"r": -1}},
+        {"label": "none", "none": True, "protocol": {"steps": 0}},
+    ]
+    study = study_of(table)
+    tally = sweep(study, tmp_path / "runs", SERIAL, quietly)
+    assert (tally.done, tally.failed) == (2, 2)
+    record = json.loads(next((tmp_path / "runs").glob("*.failed.json")).read_text())
+    assert "r" in record["cause"]
+    assert "Traceback" in record["trace"]
+    report(study, tmp_path / "runs", tmp_path / "out")
+    assert "ValueError" in (tmp_path / "out" / "tiny-failed.md").read_text()
+
+
+def test_a_claimed_run_is_left_alone(table: dict[str, Any], tmp_path: Path) -> None:
+    study, store = study_of(table), Store(tmp_path)
+    run = study.run(study.cells[-1], study.tasks[0], 1e-2, 0)
+    with store.claim(run.key) as ours:
+        assert ours
+        assert execute(run, store) == "busy"
+    assert execute(run, store) == "done"
+    assert execute(run, store) == "kept"
+
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from tnpeft.studies.study import Study
+from tnpeft.studies.sweeping import Engine, sweep
+
+if __name__ == "__main__":
+    study = Study.of(json.loads(sys.argv[1]), Path("."))
+    sweep(study, sys.argv[2], Engine(sys.argv[3], workers=2), say=lambda line: print(line, flush=True))
+"""
+
+
+def start(table: dict[str, Any], runs: Path, script: Path, engine: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, str(script), json.dumps(table), str(runs), engine],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def written(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_the_tables_are_the_same(table: dict[str, Any], swept: Path, tmp_path: Path) -> None:
+    """TNPEFT_KILLS=20 kills twenty times; by default three, after the first runs have come in."""
+    study = study_of(table)
+    sweep(study, swept, SERIAL, quietly)
+    report(study, swept, tmp_path / "whole")
+    script, runs, draw = tmp_path / "go.py", tmp_path / "runs", random.Random(5)
+    script.write_text(SCRIPT)
+    kills = 0
+    for attempt in range(int(os.environ.get("TNPEFT_KILLS", "3"))):
+        process = start(table, runs, script, "serial" if attempt % 2 else "processes")
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(draw.uniform(0, 8))
+        kills += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    assert kills
+    time.sleep(1.5)  # workers notice that their parent is gone
+    process = start(table, runs, script, "serial")
+    assert process.wait(300) == 0
+    assert process.stdout is not None
+    process.stdout.close()
+    report(study, runs, tmp_path / "pieces")
+    assert written(tmp_path / "pieces") == written(tmp_path / "whole")
+    assert not list(runs.glob("*.failed.json"))
+
+
+def test_the_rate_is_chosen_on_dev_alone(table: dict[str, Any], swept: Path) -> None:
+    study, store = study_of(table), Store(swept)
+    sweep(study, swept, SERIAL, quietly)
+    cell = study.cells[2]
+    dev = {lr: store.result(study.run(cell, study.tasks[0], lr, 0).key) for lr in cell.learning_rates}
+    best = max(cell.learning_rates, key=lambda lr: ((dev[lr] or {})["dev"], -lr))
+    assert study.best_rate(cell, study.tasks[0], store) == best
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"colour": 1}, "unknown key 'colour'"),
+        ({"seeds": []}, "no seeds"),
+        ({"methods": [{"family": "lora", "peft": "lora"}]}, "names family and peft"),
+        ({"methods": [{"family": "lora", "args": {"rnak": 1}}]}, "wrong arguments"),
+        ({"methods": [{"family": "lora"}, {"family": "lora"}]}, "two methods are called"),
+        ({"methods": [{"family": "lora", "ranks": 3}]}, "unknown key 'ranks' in a method"),
+        ({"protocol": {"stpes": 3}}, "unknown setting 'stpes'"),
+        ({"protocol": {"steps": "many"}}, "is no int"),
+        ({"protocol": {"head": "tail"}}, "head = 'tail' is unknown"),
+        ({"tasks": ["sst9"]}, "no task is called"),
+    ],
+)
+def test_wrong_studies_are_refused_before_anything_runs(
+    table: dict[str, Any], change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(StudyError, match=message):
+        _ = study_of(table, **change).tasks
+
+
+def test_toml_extends_and_refuses_circles(tmp_path: Path) -> None:
+    (tmp_path / "base.toml").write_text('name = "base"\nseeds = [0, 1]\n[protocol]\nsteps = 5\nbatch = 2\n')
+    (tmp_path / "own.toml").write_text('extends = "base.toml"\nname = "own"\n[protocol]\nsteps = 9\n')
+    assert read_toml(tmp_path / "own.toml") == {
+        "name": "own",
+        "seeds": [0, 1],
+        "protocol": {"steps": 9, "batch": 2},
+    }
+    (tmp_path / "base.toml").write_text('extends = "own.toml"\n')
+    with pytest.raises(StudyError, match="extends itself"):
+        read_toml(tmp_path / "own.toml")
+
+
+def test_matched_ranks_are_the_nearest() -> None:
+    targets = ("q_proj", "v_proj")
+    budgets = [196608, 393216, 589824, 786432, 1179648, 1572864]
+    found = [cell["rank"] for cell in ranks_for("cp", {}, budgets, "facebook/opt-1.3b", targets)]
+    assert found == [21, 42, 64, 85, 127, 170]  # nearest, where the paper's own partners are 21, 43, 64, 85, 128, 171
+
+
+def test_the_protocol_has_a_hash_of_all_settings() -> None:
+    changed = [Protocol(steps=7), Protocol(learning_rates=(1e-4,)), Protocol(targets=("q_proj",))]
+    assert len({Protocol().digest, *(p.digest for p in changed)}) == 4
+    assert Protocol.of({"warmup": 0}).warmup == 0.0

@@ -1,0 +1,139 @@
+"""Scoring and training: label words against brute force, the best checkpoint, stop and resume bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from tnpeft.studies import backbones, methods, training  # noqa: E402
+from tnpeft.studies.command import train  # noqa: E402
+from tnpeft.studies.data import Example, Splits, load  # noqa: E402
+from tnpeft.studies.files import StudyError  # noqa: E402
+from tnpeft.studies.protocol import Protocol  # noqa: E402
+from tnpeft.studies.scoring import Scorer, evaluate  # noqa: E402
+from tnpeft.studies.tasks import TASKS, task  # noqa: E402
+
+PROTOCOL = Protocol(targets=("q_proj", "v_proj"), steps=6, batch=8, evaluate_every=2)
+
+
+def backbone(tiny: Path, head: str = "words") -> tuple[Any, Any]:
+    return backbones.load(str(tiny), head=head, classes=10, dtype="float32", cache=tiny.parent)
+
+
+def splits() -> Splits:
+    return load(TASKS["digits_upright"]).splits(0, 64, 32, 64)
+
+
+@pytest.mark.parametrize("words", [{"0": " p1", "1": " p2"}, {"0": " p1 p5", "1": " p2", "2": " p3 p3 p3"}])
+def test_word_scores_are_the_mean_log_probabilities(tiny: Path, words: dict[str, str]) -> None:
+    """Brute force: each prompt with each word alone, without padding, the whole row's log-probabilities."""
+    model, tokenizer = backbone(tiny)
+    its = task({"name": "t", "prompt": "{image}", "words": words})
+    scorer = Scorer(its, tokenizer)
+    examples = [Example(prompt, prompt, 0) for prompt in ("p4 p7 p9", "p1", "p8 p8 p8 p8 p8")]
+    scores = scorer.scores(model.eval(), scorer.collate(scorer.encode(examples))).double()
+    expected = torch.zeros_like(scores)
+    for k, example in enumerate(examples):
+        for c, word in enumerate(words.values()):
+            prompt, end = (tokenizer(text, add_special_tokens=False).input_ids for text in (example.prompt, word))
+            logits = model(input_ids=torch.tensor([prompt + end])).logits[0].double().log_softmax(-1)
+            values = [logits[len(prompt) - 1 + j, token] for j, token in enumerate(end)]
+            expected[k, c] = sum(values) / len(values)
+    # one-token words leave out the normalisation that all classes share
+    tolerance = 200 * torch.finfo(torch.float32).eps * expected.abs().max().item()
+    assert torch.allclose(scores.log_softmax(-1), expected.log_softmax(-1), rtol=0, atol=tolerance)
+
+
+def test_long_prompts_lose_their_beginning(tiny: Path) -> None:
+    _, tokenizer = backbone(tiny)
+    scorer = Scorer(TASKS["digits_upright"], tokenizer, max_length=6)
+    row = scorer.encode([Example("p1 p2 p3 p4 p5 p6 p7 p8", "", 0)])[0]
+    assert tokenizer.convert_ids_to_tokens(row["ids"]) == ["p4", "p5", "p6", "p7", "p8"]
+
+
+def test_equal_words_are_refused(tiny: Path) -> None:
+    _, tokenizer = backbone(tiny)
+    with pytest.raises(StudyError, match="same to the tokenizer"):
+        Scorer(task({"name": "t", "prompt": "{x}", "words": {"0": "foo", "1": "bar"}}), tokenizer)
+
+
+@pytest.mark.parametrize("method", [{"family": "lora", "args": {"rank": 2}}, {"peft": "lora", "args": {"r": 2}}])
+def test_only_the_adapter_moves_and_the_best_checkpoint_stays(tiny: Path, method: dict[str, Any]) -> None:
+    model, tokenizer = backbone(tiny)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    model = methods.attach(model, method, PROTOCOL.targets, classifier=False, seed=0)
+    scorer = Scorer(TASKS["digits_upright"], tokenizer)
+    best, seconds = training.fit(model, scorer, splits(), PROTOCOL, lr=0.1, seed=0)
+    assert [row[0] for row in best.curve] == [2, 4, 6]
+    assert best.dev == max(row[2] for row in best.curve)
+    assert seconds > 0
+    assert evaluate(scorer, model, scorer.encode(splits().dev)) == pytest.approx((best.dev, best.loss), rel=1e-6)
+    after = {n.replace("base_model.model.", "").replace(".base_layer", ""): p for n, p in model.named_parameters()}
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert methods.trainable(model) == (2 * 4 * 2 * 16, 0)
+
+
+def test_a_classifier_trains_its_head_too(tiny: Path) -> None:
+    model, tokenizer = backbone(tiny, "classifier")
+    model = methods.attach(model, {"family": "lora", "args": {"rank": 1}}, PROTOCOL.targets, classifier=True, seed=0)
+    assert methods.trainable(model) == (4 * 2 * 16, 160)
+    scorer = Scorer(TASKS["digits_upright"], tokenizer, "classifier")
+    best, _ = training.fit(model, scorer, splits(), replace(PROTOCOL, head="classifier"), lr=1e-2, seed=0)
+    assert best.curve[-1][0] == 6
+
+
+def test_a_hopeless_run_stops_by_its_rule(tiny: Path) -> None:
+    model, tokenizer = backbone(tiny)
+    model = methods.attach(model, {"family": "lora", "args": {"rank": 1}}, PROTOCOL.targets, classifier=False, seed=0)
+    scorer, protocol = Scorer(TASKS["digits_upright"], tokenizer), replace(PROTOCOL, steps=40, patience=2)
+    best, _ = training.fit(model, scorer, splits(), protocol, lr=1e-9, seed=0)
+    assert best.curve[-1][0] < 40
+    assert sum(row[0] > best.step for row in best.curve) == 2
+
+
+class Stop(Exception):
+    pass
+
+
+def test_train_resumes_bit_for_bit_and_keeps_its_adapter(tiny: Path, tmp_path: Path) -> None:
+    def go(out: Path, progress: Any = None) -> dict[str, Any]:
+        return train(
+            out,
+            model=str(tiny),
+            task="digits_upright",
+            method={"family": "cp", "args": {"rank": 3}},
+            lr=0.05,
+            progress=progress,
+            targets=["q_proj", "v_proj"],
+            train=64,
+            dev=32,
+            eval=64,
+            steps=8,
+            batch=8,
+            evaluate_every=2,
+        )
+
+    def stop(step: int, *_: Any) -> None:
+        if step == 6:
+            raise Stop
+
+    whole = go(tmp_path / "whole")
+    with pytest.raises(Stop):
+        go(tmp_path / "pieces", stop)
+    resumed = go(tmp_path / "pieces")
+    for name in ("dev", "eval", "eval_loss", "best_step", "key"):
+        assert whole[name] == resumed[name]
+    assert [row[2:] for row in whole["curve"]] == [row[2:] for row in resumed["curve"]]
+    assert go(tmp_path / "pieces") == resumed
+    from safetensors.torch import load_file
+
+    one, two = (load_file(tmp_path / part / "adapter" / "adapter_model.safetensors") for part in ("whole", "pieces"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    with pytest.raises(StudyError, match="holds another run"):
+        train(tmp_path / "whole", model=str(tiny), task="digits_upright", method={"family": "lora"})

@@ -16,7 +16,7 @@ from tnpeft.drawing.graph import Graph
 Points = NDArray[np.complex128]  # x + iy
 Cell = tuple[float, float]
 
-_STARTS, _MOVES = 6, 150  # annealing runs, and moves of each per node
+_STARTS, _MOVES = 12, 150  # annealing runs, and moves of each per node
 _HOT, _COLD = 3.0, 0.02
 _CROSSING, _HIDDEN, _NARROW, _ORDER, _TIGHT = 4.0, 16.0, 5.0, 3.0, 1.5
 _SLANTED, _SLANTED_DOT = 3.0, 0.6  # a bond or leg, a line to a dot that is neither upright nor level

@@ -120,9 +120,9 @@ def parameter_groups(model: nn.Module, lr: float, adapter: str | None = None, **
     """
     names: dict[int, tuple[str, float]] = {}
     bank = next((module for module in model.modules() if isinstance(module, FactorBank)), None)
-    for its, layout in bank.layouts.items() if bank is not None else ():
-        if adapter in (None, its):
-            rates = layout.factorization.lr_multiplier
+    if bank is not None:
+        for its in [name for name in bank.layouts if adapter in (None, name)]:
+            rates = bank.layouts[its].factorization.lr_multiplier
             for piece, array in arrays(model, bank, its, kinds=("trainable",)).items():
                 names[id(array)] = piece.label, lr * rates.get(piece.label, 1.0)
     grouped: dict[tuple[str, float], list[nn.Parameter]] = {}

@@ -88,7 +88,7 @@ class FactorBank(nn.Module, TensorNetworkLayer):
     ``layouts`` holds the layout of each adapter's factors, ``watching`` whether a forward is on its way that must
     not meet reentrant checkpointing (see :mod:`tnpeft.adapters.guard`).
 
-    >>> bank = FactorBank(None, torch.device("cpu"))
+    >>> bank = FactorBank(None)
     >>> bank.merged_adapters, [*bank.tnpeft_factors]
     ([], [])
     """
@@ -97,19 +97,19 @@ class FactorBank(nn.Module, TensorNetworkLayer):
     weight = None
     bias = None
 
-    def __init__(self, quantization_backend: Any, device: torch.device) -> None:
+    def __init__(self, quantization_backend: Any = None) -> None:
         super().__init__()
         self.tnpeft_factors = nn.ModuleDict()
         self.layouts: dict[str, Layout] = {}
         self.quantization_backend = quantization_backend
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
-        self._device = device
+        self.device: torch.device | None = None
         self.watching = False
 
-    def home_device(self) -> torch.device:
-        """The device of the first adapted linear."""
-        return self._device
+    def home_device(self) -> torch.device | None:
+        """The device of the first linear of the adapter placed last."""
+        return self.device
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """PEFT's conversion asks every owner of factors for a dense update; ``tnpeft.export_lora`` does not."""

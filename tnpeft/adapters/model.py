@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -94,9 +93,10 @@ class TensorNetworkModel(BaseTuner):
     def _bank(self, first: nn.Module) -> FactorBank:
         bank: FactorBank | None = getattr(self.model, BANK, None)
         if bank is None:
-            bank = FactorBank(resolve_quantization_backend(first), next(first.parameters()).device)
+            bank = FactorBank(resolve_quantization_backend(first))
             setattr(self.model, BANK, bank.train(self.model.training))
             self.model.register_forward_pre_hook(watch)
+        bank.device = next(first.parameters()).device
         return bank
 
     def _dress(
@@ -241,7 +241,7 @@ def _weight(modules: dict[str, nn.Module], bases: dict[str, nn.Module], site: Si
     """The base weight of a site, fp32 ``[out, inp]``."""
     module = modules[site.module]
     if not isinstance(module, TensorNetworkLinear):
-        module = TensorNetworkLinear(bases[site.module], FactorBank(None, torch.device("cpu")))
+        module = TensorNetworkLinear(bases[site.module], FactorBank())
     rows = slice(site.start, site.start + site.out) if "/out:" in site.proj else slice(None)
     cols = slice(site.start, site.start + site.inp) if "/inp:" in site.proj else slice(None)
     return module.base_matrix()[rows, cols]

@@ -17,6 +17,7 @@ from tnpeft.adapters.guard import refuse_reentrant
 from tnpeft.adapters.sites import features
 from tnpeft.adapters.update import Update, base_factor, normalised
 from tnpeft.networks import NetworkError
+from tnpeft.nn.together import may_join
 
 BASE = "__base__"  # PEFT's name for "no adapter" in mixed batches
 
@@ -142,18 +143,34 @@ class TensorNetworkLinear(nn.Module, TensorNetworkLayer):
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
         """The base linear's output plus the updates of the active adapters, or of each row's own adapter."""
-        result: Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or (self.merged and adapter_names is None):
-            return result
+            return self.base_layer(x, *args, **kwargs)
         if self.merged:
             raise NetworkError("the adapters are merged into the weights", remedy="call unmerge_adapter() first")
         refuse_reentrant(self.bank)
+        active = [adapter for adapter in self.active_adapters if adapter in self.updates]
+        if adapter_names is None and len(active) == 1 and not args and not kwargs and self._joins(active[0], x):
+            item = self.updates[active[0]][0]
+            operands = self.operands(active[0], item, x)
+            return item.run.with_linear(x, operands, self.base_layer.weight, self.base_layer.bias, item.scale)
+        result: Tensor = self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             return self._mixed(x, result, adapter_names)
-        for adapter in self.active_adapters:
-            if adapter in self.updates:
-                result = self._adapted(adapter, x, result)
+        for adapter in active:
+            result = self._adapted(adapter, x, result)
         return result
+
+    def _joins(self, adapter: str, x: Tensor) -> bool:
+        """Whether the base linear and the update can be one operation here, with nothing in between."""
+        item = self.updates[adapter][0]
+        return (
+            item.run.paired
+            and not item.side
+            and not (self.training and self.dropouts[adapter])
+            and adapter not in self.tnpeft_magnitude
+            and may_join(self.base_layer, x)
+            and x.dtype == self._compute_dtype(adapter, x)
+        )
 
     def _mixed(self, x: Tensor, result: Tensor, names: Sequence[str]) -> Tensor:
         if len(names) != len(x):

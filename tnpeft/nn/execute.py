@@ -12,6 +12,8 @@ from tnpeft.networks import Network, NetworkError
 from tnpeft.networks.sizes import Size, bind, integers
 from tnpeft.nn.contract import run
 from tnpeft.nn.lower import lower
+from tnpeft.nn.stages import stages
+from tnpeft.nn.together import together
 from tnpeft.planning.planner import planned
 from tnpeft.planning.steps import Plan
 
@@ -55,7 +57,8 @@ def _program(net: Network, dims: tuple[tuple[str, int], ...], tokens: int, minim
 class Program:
     """One site's update of its output, compiled from a plan.
 
-    ``labels`` is the order in which the factors' tensors are passed. A call is a pure function of them, of the
+    ``labels`` is the order in which the factors' tensors are passed; ``paired`` says that all activations pass
+    between two matrices (most families' do). A call is a pure function of them, of the
     activations and of the base output: no state, so checkpointing, compiling and double differentiation work.
 
     >>> import torch
@@ -72,20 +75,41 @@ class Program:
         self.rows = prod(sizes[index] for index in net.rows)
         self.cols = prod(sizes[index] for index in net.cols)
         self._dense = dense
-        self._body, self._tail = lower(plan, self.labels)
+        self._stages = stages(lower(plan, self.labels), len(self.labels))
+        self.paired = self._stages.pair is not None
 
     def __call__(
         self, x: Tensor, operands: Sequence[Tensor], base: Tensor | None = None, scale: float = 1.0
     ) -> Tensor:
         """``base + scale * x @ dW.T``, out of place; ``x [..., inp]``, ``base [..., out]`` or None for zero."""
-        values = [*operands, x.reshape(-1, self.cols)]
-        for function, a, b in self._body:
+        return self.apply(x, self.prepare(operands), base, scale)
+
+    def prepare(self, operands: Sequence[Tensor]) -> list[Tensor]:
+        """The factors and all that is computed from them alone: what :meth:`apply` needs besides activations."""
+        values = [*operands]
+        for function, a, b in self._stages.weights:
+            values.append(function(values[a], values[b]))
+        return values
+
+    def apply(self, x: Tensor, prepared: Sequence[Tensor], base: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        """What a call gives, from the prepared factors."""
+        values = [*prepared, x.reshape(-1, self.cols)]
+        for function, a, b in self._stages.through:
             values.append(function(values[a], values[b]))
         total = None if base is None else base.reshape(-1, self.rows)
-        for accumulate, a, b, sign in self._tail:
+        for accumulate, a, b, sign in self._stages.tail:
             total = accumulate(total, values[a], values[b], sign * scale)
         assert total is not None  # a network has at least one term
         return total.reshape(*x.shape[:-1], self.rows)
+
+    def with_linear(
+        self, x: Tensor, operands: Sequence[Tensor], weight: Tensor, bias: Tensor | None, scale: float = 1.0
+    ) -> Tensor:
+        """``linear(x, weight, bias) + scale * x @ dW.T`` as one operation, of a program that is ``paired``."""
+        pair = self._stages.pair
+        assert pair is not None  # the caller has asked
+        first, last = pair.matrices(self.prepare(operands))
+        return together(x, weight, bias, first, last, pair.sign * scale)
 
     def delta(self, operands: Sequence[Tensor], scale: float = 1.0) -> Tensor:
         """``scale * dW``, ``[rows, cols]``."""

@@ -22,18 +22,32 @@ from tnpeft.planning.steps import Plan, Step, fresh
 Function = Callable[[Tensor, Tensor], Tensor]
 Accumulate = Callable[[Tensor | None, Tensor, Tensor, float], Tensor]
 View = Callable[[Tensor], Tensor]
+Views = tuple[View | None, View | None]  # of the left and the right operand; None: it is a matrix as it is
 Body = tuple[tuple[Function, int, int], ...]  # a function and the places of its two operands
 Tail = tuple[tuple[Accumulate, int, int, int], ...]  # the same with a sign: what is added to the output
 
 
-def lower(plan: Plan, labels: tuple[str, ...]) -> tuple[Body, Tail]:
+@dataclass(frozen=True)
+class Lowered:
+    """The operations of a plan: the body computes intermediate results, the tail adds to ``[tokens, out]``.
+
+    ``views`` holds, by the place of its result, how each product of two matrices in the body sees its operands, and
+    under -1 how the tail's does, if all of it is one product as wide as the output.
+    """
+
+    body: Body
+    tail: Tail
+    views: Mapping[int, Views]
+
+
+def lower(plan: Plan, labels: tuple[str, ...]) -> Lowered:
     """The operations of a plan that starts from the factors in the order of ``labels``, then the activations.
 
-    The body computes intermediate results, each appended to the operands; the tail adds to ``[tokens, out]``.
+    Each result of the body is appended to the operands.
 
     >>> from tnpeft import network, plan
     >>> p = plan(network("B[out r] A[r inp] -> out inp"), out=64, inp=32, r=2, tokens=8)
-    >>> [len(part) for part in lower(p, ("B", "A"))]
+    >>> [len(part) for part in (lower(p, ("B", "A")).body, lower(p, ("B", "A")).tail)]
     [1, 1]
     """
     return _Lowering(plan, labels).lower()
@@ -60,8 +74,9 @@ class _Lowering:
         self.wanted = _wanted(self.steps, {**{name: v.order for name, v in self.values.items()}})
         self.body: list[tuple[Function, int, int]] = []
         self.tail: list[tuple[Accumulate, int, int, int]] = []
+        self.views: dict[int, Views] = {}
 
-    def lower(self) -> tuple[Body, Tail]:
+    def lower(self) -> Lowered:
         last = self.steps[-1]
         parts = dict(zip(last.operands, last.signs, strict=True)) if last.kind == "add" else {last.result: 1}
         for step in self.steps:
@@ -74,7 +89,7 @@ class _Lowering:
                 self.tail.append((function, left.place, right.place, parts[step.result]))
             else:
                 self._contract(step)
-        return tuple(self.body), tuple(self.tail)
+        return Lowered(tuple(self.body), tuple(self.tail), self.views)
 
     # ---- steps
 
@@ -101,8 +116,10 @@ class _Lowering:
         elif parts.batch:
             self._append(step.result, self._general(left, right, order), left, right, order, None)
         else:
-            function = _linear(*self._matrices(left, right, parts))
-            self._append(step.result, function, left, right, parts.left + parts.right, len(parts.left))
+            views = self._matrices(left, right, parts)
+            order, cut = parts.left + parts.right, len(parts.left)
+            self._append(step.result, _with_views(linear, *views), left, right, order, cut)
+            self.views[self.values[step.result].place] = views
 
     def _add(self, step: Step) -> None:
         """A chain of sums of weights; one part alone is added to nothing."""
@@ -125,12 +142,15 @@ class _Lowering:
             return _accumulate_product(self._spread(left, output), self._spread(right, output), shape, wide)
         if not parts.batch and parts.left + parts.right == output:
             narrow = prod(self.sizes[index] for index in parts.right)
-            return _accumulate_matmul(*self._matrices(left, right, parts), narrow, wide)
+            views = self._matrices(left, right, parts)
+            if narrow == wide and not self.tail:
+                self.views[-1] = views
+            return _accumulate_matmul(*views, narrow, wide)
         return _accumulate_any(self._general(left, right, output), shape, wide)
 
     # ---- functions of two operands
 
-    def _matrices(self, left: _Value, right: _Value, parts: _Roles) -> tuple[View | None, View | None]:
+    def _matrices(self, left: _Value, right: _Value, parts: _Roles) -> Views:
         """Both operands as matrices with the same columns: in the left one's order if it needs no copy so."""
         summed = tuple(index for index in left.order if index in parts.summed)
         if left.order != parts.left + summed:
@@ -231,10 +251,6 @@ def _with_views(function: Function, left: View | None, right: View | None) -> Fu
     if right is None:
         return lambda a, b: function(left(a), b)
     return lambda a, b: function(left(a), right(b))
-
-
-def _linear(left: View | None, right: View | None) -> Function:
-    return _with_views(linear, left, right)
 
 
 def _signed(left: View | None, right: View | None, first: int, second: int) -> Function:

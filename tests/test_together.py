@@ -1,0 +1,208 @@
+"""A linear and its update as one operation: outputs, both derivatives, checkpointing, compiling, when it is used."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import peft
+import pytest
+import torch
+import torch._dynamo.testing
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
+
+import tnpeft
+from tnpeft.nn.together import may_join, together
+
+ROWS, OUT, INP, NARROW, SCALE = 5, 6, 7, 3, -0.75
+
+
+def tensors(dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """x, weight, bias, first and last."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((ROWS, INP), (OUT, INP), (OUT,), (NARROW, INP), (OUT, NARROW))
+    return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def apart(x: Tensor, weight: Tensor, bias: Tensor | None, first: Tensor, last: Tensor) -> Tensor:
+    return linear(x, weight, bias) + SCALE * linear(linear(x, first), last)
+
+
+def joined(x: Tensor, weight: Tensor, bias: Tensor | None, first: Tensor, last: Tensor) -> Tensor:
+    return together(x, weight, bias, first, last, SCALE)
+
+
+@pytest.mark.parametrize("wanted", [range(5), (0, 3, 4), (3,), (4,), (0,)])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_outputs_and_gradients_are_those_of_two_operations(wanted: Any, with_bias: bool) -> None:
+    found = []
+    for function in (apart, joined):
+        given = [tensor.detach().requires_grad_(k in wanted) for k, tensor in enumerate(tensors())]
+        x, weight, bias, first, last = given
+        result = function(x[None], weight, bias if with_bias else None, first, last)
+        torch.linspace(-1, 1, result.numel(), dtype=torch.float64).dot(result.flatten()).backward()
+        found.append([result, *(tensor.grad for tensor in given)])
+    for left, right in zip(*found, strict=True):
+        assert (left is None) == (right is None)
+        if left is not None and right is not None:
+            torch.testing.assert_close(right, left, rtol=1e-13, atol=1e-13)
+
+
+def test_differentiable_twice() -> None:
+    assert torch.autograd.gradcheck(joined, tensors())
+    assert torch.autograd.gradgradcheck(joined, tensors())
+
+
+def test_the_check_of_second_derivatives_can_fail() -> None:
+    class Forgetful(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x * x)
+            return x**3
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+            return 3 * grad * ctx.saved_tensors[0]
+
+    assert not torch.autograd.gradgradcheck(Forgetful.apply, tensors()[:1], raise_exception=False)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager"])
+def test_one_graph_for_all_batch_sizes_forward_and_backward(backend: str) -> None:
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    torch._dynamo.reset()
+    compiled = torch.compile(joined, backend=counter, fullgraph=True, dynamic=True)
+    for rows in (2, 3, 11):
+        found = []
+        for function in (joined, compiled):
+            _, *rest = (tensor.detach().requires_grad_() for tensor in tensors())
+            x = torch.ones(rows, 4, INP, dtype=torch.float64, requires_grad=True)
+            result = function(x, *rest)
+            result.square().sum().backward()
+            found.append([result, x.grad, *(tensor.grad for tensor in rest)])
+        torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
+    assert counter.frame_count == 1
+
+
+# ---- in a model
+
+
+LINES = {
+    "lora": {"network": "lora", "ranks": {"r": 3}, "scale": -2.0},
+    "subtracted": {"network": "-B[layer proj out r] A[r inp] -> layer proj out inp", "ranks": {"r": 3}},
+    "tucker": {"network": tnpeft.families.tenslora("qkv_depth", ranks=(3, 3, 2, 2))},
+    "cp": {"network": tnpeft.families.cp(rank=4, out=(8, 6), inp=(6, 8))},
+    "kron": {"network": tnpeft.families.krona(out=(8, 6), inp=(6, 8))},
+}
+
+
+class Blocks(nn.Module):
+    """Two blocks of two linears each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"q_proj": nn.Linear(48, 48), "v_proj": nn.Linear(48, 48)}) for _ in range(2)
+        )
+
+    def forward(self, x: Tensor, reentrant: bool | None = None) -> Tensor:
+        for layer in self.layers:
+            block = lambda x, layer=layer: (layer["q_proj"](x) * layer["v_proj"](x)).tanh()  # noqa: E731
+            x = block(x) if reentrant is None else checkpoint(block, x, use_reentrant=reentrant)
+        return x
+
+
+def model(key: str) -> Any:
+    torch.manual_seed(1)
+    config = tnpeft.TensorNetworkConfig(**LINES[key], target_modules=["q_proj", "v_proj"])
+    built = peft.get_peft_model(Blocks().double(), config).double()
+    with torch.no_grad():
+        for parameter in built.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.3)
+    return built
+
+
+def run(net: Any, reentrant: bool | None = None) -> list[Tensor]:
+    x = torch.linspace(-1, 1, 5 * 48, dtype=torch.float64).reshape(5, 48).requires_grad_()
+    result = net(x, reentrant=reentrant)
+    result.square().sum().backward()
+    return [result, x.grad, *(p.grad for p in net.parameters() if p.requires_grad)]
+
+
+def counted(net: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What is called whenever a linear and its update run as one operation."""
+    calls: list[Any] = []
+    kind = type(next(m for m in net.modules() if hasattr(m, "updates")).updates["default"][0].run)
+    original = kind.with_linear
+    monkeypatch.setattr(kind, "with_linear", lambda *args: (calls.append(args), original(*args))[1])
+    return calls
+
+
+@pytest.mark.parametrize("key", LINES)
+def test_joined_or_not_the_model_is_the_same(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = model(key)
+    hooked = copy.deepcopy(net)
+    for module in hooked.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda module, args, result: result * 1.0)
+    calls = counted(net, monkeypatch)
+    wanted = run(hooked)
+    assert not calls
+    found = run(net)
+    assert len(calls) == (0 if key == "kron" else 4)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("key", LINES)
+def test_checkpointing(key: str, reentrant: bool) -> None:
+    wanted, found = run(model(key)), run(model(key), reentrant)
+    torch.testing.assert_close(found, wanted, rtol=1e-13, atol=1e-13)
+
+
+def test_anything_that_is_more_than_a_linear_is_left_alone() -> None:
+    class Special(nn.Linear):
+        pass
+
+    x, replaced, hooked = torch.ones(1, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+    replaced.forward = lambda x: x  # type: ignore[method-assign]
+    hooked.register_full_backward_hook(lambda *args: None)
+    assert may_join(nn.Linear(2, 2), x)
+    assert not any(may_join(module, x) for module in (Special(2, 2), replaced, hooked, nn.Bilinear(2, 2, 2)))
+
+
+def test_per_sample_gradients() -> None:
+    """torch.func's transforms take the general way."""
+    net = model("lora")
+    given = {name: p.detach() for name, p in net.named_parameters() if p.requires_grad}
+    rows = torch.linspace(-1, 1, 3 * 48, dtype=torch.float64).reshape(3, 1, 48)
+
+    def loss(given: dict[str, Tensor], row: Tensor) -> Tensor:
+        return torch.func.functional_call(net, given, (row,)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(given, rows)
+    for k, row in enumerate(rows):
+        net.zero_grad()
+        net(row).square().sum().backward()
+        for name, parameter in net.named_parameters():
+            if name in given:
+                torch.testing.assert_close(found[name][k], parameter.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_dropout_autocast_and_other_dtypes_take_the_general_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = model("lora")
+    calls = counted(net, monkeypatch)
+    with torch.no_grad():
+        net(torch.ones(2, 48, dtype=torch.float64))
+    with torch.autocast("cpu", torch.bfloat16):
+        net(torch.ones(2, 48, dtype=torch.float64))
+    for module in net.modules():
+        if hasattr(module, "dropouts"):
+            module.dropouts["default"] = 0.5
+    net.train()(torch.ones(2, 48, dtype=torch.float64))
+    assert not calls
+    net.eval()(torch.ones(2, 48, dtype=torch.float64))
+    assert len(calls) == 4

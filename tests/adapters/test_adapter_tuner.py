@@ -572,3 +572,52 @@ def test_every_family_attaches_trains_saves_and_merges(family: str, tmp_path: Pa
     assert torch.equal(logits(peft.PeftModel.from_pretrained(opt(), tmp_path)), found)
     assert close(logits(model.merge_and_unload()), found, depth=512)
     assert magnitude >= 0
+
+
+def test_adapters_of_other_targets_and_networks_live_side_by_side(tmp_path: Path) -> None:
+    model = adapted("mixed")
+    model.add_adapter("second", config("shared", target_modules=["fc1", "v_proj"]))
+    shake(model, 1), shake(model, 2, "second")
+    first = logits(model)
+    model.set_adapter("second")
+    second = logits(model)
+    model.save_pretrained(tmp_path)
+    alone = peft.PeftModel.from_pretrained(opt(), tmp_path / "second")
+    assert torch.equal(logits(alone), second)
+    alone.load_adapter(tmp_path, "default_again")
+    alone.set_adapter("default_again")
+    assert torch.equal(logits(alone), first)
+    alone.delete_adapter("default")
+    assert {*bank_of(alone, "default_again").layouts} == {"default_again"}
+    assert torch.equal(logits(alone), first)
+
+
+def test_a_classification_head_is_trained_and_saved(tmp_path: Path) -> None:
+    def classifier() -> nn.Module:
+        from transformers import OPTForSequenceClassification
+
+        torch.manual_seed(0)
+        return OPTForSequenceClassification(opt().config).eval()
+
+    model = peft.get_peft_model(classifier(), config("mixed", task_type="SEQ_CLS"))
+    assert any("score" in name for name, p in model.named_parameters() if p.requires_grad)
+    shake(model)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(classifier(), tmp_path)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_one_configuration_serves_models_of_several_depths() -> None:
+    its = config("mixed")
+    for layers in (2, 3):
+        model = peft.get_peft_model(opt(layers=layers), its)
+        assert set(model.peft_config["default"].layers.values()) == set(range(layers))
+
+
+def test_twins_start_at_zero_and_merge() -> None:
+    line = "G[layer proj out r] H[r inp] - ~G[layer proj out r] ~H[r inp] -> layer proj out inp"
+    model = adapted("lora", network=line, ranks={"r": 3})
+    assert close(logits(model), logits(opt()), depth=8)
+    shake(model)
+    found = logits(model)
+    assert close(logits(model.merge_and_unload()), found)

@@ -37,7 +37,7 @@ _HOME = {
     "factors": "adapters",
     "set_factors": "adapters",
     "export_lora": "adapters",
-    "refresh": "adapters",
+    "hotswap": "adapters",
     "parameter_groups": "adapters",
 }
 _MODULES = (

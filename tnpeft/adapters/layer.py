@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tnpeft.adapters.bank import FactorBank, TensorNetworkLayer
 from tnpeft.adapters.guard import refuse_reentrant
+from tnpeft.adapters.kept import Kept
 from tnpeft.adapters.sites import features
 from tnpeft.adapters.update import Update, base_factor, normalised
 from tnpeft.networks import NetworkError
@@ -43,7 +44,7 @@ class TensorNetworkLinear(nn.Module, TensorNetworkLayer):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._bank = (bank,)
-        self._kept: Tensor | nn.Parameter | None = None
+        self._kept: Tensor | Kept | None = None
         self.out_features, self.in_features = features(self.get_base_layer())
 
     @property
@@ -57,7 +58,7 @@ class TensorNetworkLinear(nn.Module, TensorNetworkLayer):
 
     def base_matrix(self) -> Tensor:
         """The base weight as it was before any merge, in fp32 or wider, ``[out, inp]``."""
-        weight = self.get_base_weight() if self._kept is None or self.quantization_backend else self._kept.data
+        weight = self._kept if isinstance(self._kept, Tensor) else self.get_base_weight()
         return self._stored(_wide(weight))
 
     # ---- the update
@@ -246,7 +247,7 @@ class TensorNetworkLinear(nn.Module, TensorNetworkLayer):
             )
         if self._kept is None:
             base = self.get_base_layer()
-            self._kept = base.weight if self.quantization_backend else base.weight.data
+            self._kept = Kept.of(base) if self.quantization_backend else base.weight.data
         self.set_base_weight(merged)
         self.merged_adapters[:] = names
 
@@ -256,12 +257,9 @@ class TensorNetworkLinear(nn.Module, TensorNetworkLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         base = self.get_base_layer()
-        assert self._kept is not None  # merge keeps it
-        if self.quantization_backend is not None:
-            base.weight = self._kept.to(base.weight.device)
-            if hasattr(base, "state") and hasattr(base.state, "reset_grads"):
-                base.state.reset_grads()
-        else:
+        if isinstance(self._kept, Kept):
+            self.base_layer = self._kept.restore()
+        elif self._kept is not None:
             base.weight.data = self._kept.to(base.weight.device)
         self._kept = None
         self.merged_adapters.clear()
@@ -270,12 +268,3 @@ class TensorNetworkLinear(nn.Module, TensorNetworkLayer):
 def _wide(tensor: Tensor) -> Tensor:
     """The tensor in fp32, or as it is if that is wider."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def wide(array: Tensor) -> Tensor:
-    """The array in fp32, or in fp64 if it is that already: what sums and norms of weights are taken in.
-
-    >>> wide(torch.zeros(1, dtype=torch.bfloat16)).dtype
-    torch.float32
-    """
-    return array if array.dtype == torch.float64 else array.float()

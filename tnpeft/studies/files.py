@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
+import tempfile
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +64,27 @@ def write_json(path: Path, value: Any) -> Path:
     '{\\n "b": 1\\n}\\n'
     """
     return write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill; at the end it becomes ``path``, unless another process was first.
+
+    >>> import tempfile
+    >>> goal = Path(tempfile.mkdtemp()) / "goal"
+    >>> with new_folder(goal) as work:
+    ...     _ = (work / "note.txt").write_text("done")
+    >>> [file.name for file in goal.iterdir()]
+    ['note.txt']
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield work
+        with contextlib.suppress(OSError):
+            os.replace(work, path)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

@@ -23,6 +23,11 @@ def pretrain_digits(folder: Path, sizes: Mapping[str, int], *, steps: int, batch
     from tnpeft.studies.tasks import TASKS
     from tnpeft.studies.training import fit
 
+    with new_folder(folder) as work:
+        return _pretrain(work, sizes, steps, batch, lr, seed)
+
+
+def _pretrain(work: Path, sizes: Mapping[str, int], steps: int, batch: int, lr: float, seed: int) -> float:
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     save_tokenizer(work)

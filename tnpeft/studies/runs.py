@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from tnpeft.studies.files import digest, write_json
+from tnpeft.studies.files import canonical, digest, write_json
 
 SCHEMA = 1  # raise it when a change makes results of old runs incomparable
 LIBRARIES = ("tnpeft", "torch", "transformers", "peft", "numpy", "scikit-learn")
@@ -51,8 +51,10 @@ class Run:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """All that determines the result."""
-        return {"schema": SCHEMA, **{k: v for k, v in asdict(self).items() if k != "places"}}
+        """All that determines the result, as JSON has it."""
+        its = {"schema": SCHEMA, **{k: v for k, v in asdict(self).items() if k != "places"}}
+        plain: dict[str, Any] = json.loads(canonical(its))
+        return plain
 
     @property
     def key(self) -> str:
@@ -199,3 +201,4 @@ def quiet() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    os.environ["TQDM_DISABLE"] = "1"

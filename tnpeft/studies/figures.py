@@ -95,7 +95,15 @@ def _panel(axis: Any, points: Sequence[Point], labels: Sequence[str], reference:
         axis.axvline(rung.parameters, color="0.85", linewidth=1, zorder=0)
         size = rung.size.rpartition("=")[2]
         top = axis.get_xaxis_transform()
-        axis.text(rung.parameters, 1.01, f"r={size}" if size else "", transform=top, ha="center", fontsize=7, color=COLOURS[0])
+        axis.text(
+            rung.parameters,
+            1.01,
+            f"r={size}" if size else "",
+            transform=top,
+            ha="center",
+            fontsize=7,
+            color=COLOURS[0],
+        )
     for place, label in enumerate(labels):
         group = sorted((p for p in points if p.label == label), key=lambda p: p.parameters)
         if group:

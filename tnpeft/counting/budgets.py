@@ -10,7 +10,7 @@ from tnpeft.counting.cards import Model, Targets, sites
 from tnpeft.counting.cuts import cuts
 from tnpeft.counting.layout import layout
 from tnpeft.counting.parameters import parameters as count_parameters
-from tnpeft.networks import Factorization, Network, NetworkError, Site
+from tnpeft.networks import Factorization, Network, NetworkError, Site, network
 from tnpeft.networks.sizes import Size, Sizes, integers
 
 LONGEST = 64  # rungs of a ladder that are listed
@@ -75,7 +75,7 @@ class Budget:
 
 
 def budget(
-    families: str | Factorization | Sequence[str | Factorization],
+    families: str | Network | Factorization | Sequence[str | Network | Factorization],
     sizes: Sizes | None = None,
     /,
     *,
@@ -93,7 +93,7 @@ def budget(
     the rank; a rule may break that, and the best size seen is given then.
 
     Args:
-        families: names, factorizations, or a mix; one alone will do.
+        families: names, lines (text or networks), factorizations, or a mix; one alone will do.
         sizes: without a model: ``out``, ``inp``, ``layer``, ``proj``, ``heads``, or the line's own indices.
         parameters: the budget, or another adapter whose count is the budget.
         model: count over the sites of a model, as :func:`tnpeft.parameters` does.
@@ -108,7 +108,7 @@ def budget(
     >>> row.nearest.ranks, row.below.count, len(row.ladder)
     ({'r': 7}, 9216, 7)
     """
-    listed = [families] if isinstance(families, str | Factorization) else families
+    listed = [families] if isinstance(families, str | Network | Factorization) else families
     chosen = [_factorization(each) for each in listed]
     known = {rank for f in chosen for rank in f.ranks}
     for rank in ratios or {}:
@@ -147,9 +147,13 @@ class _Ground:
         return {name: self.given[name] for name in ("task", "replica") if name in self.given}
 
 
-def _factorization(each: str | Factorization) -> Factorization:
+def _factorization(each: str | Network | Factorization) -> Factorization:
+    """A family by name; a line with every rank free."""
     if isinstance(each, Factorization):
         return each
+    if isinstance(each, Network) or "[" in each:
+        net = network(each) if isinstance(each, str) else each
+        return Factorization.of(net, name=str(net), ranks=dict.fromkeys(net.bonds, 1))
     from tnpeft import families
 
     return families.get(each)()

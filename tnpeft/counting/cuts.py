@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from decimal import Decimal, localcontext
 from functools import lru_cache
@@ -12,6 +12,7 @@ from math import prod
 
 from tnpeft.counting.parameters import bound_sizes
 from tnpeft.networks import Factorization, Network, Term
+from tnpeft.networks.factor import Group
 from tnpeft.networks.sizes import Size, Sizes, integers, product
 
 Node = int | tuple[str, int]  # a factor's place, or a leg's entry or exit
@@ -72,7 +73,7 @@ def unfolding_bounds(net: Network | Factorization, sizes: Sizes | None = None, /
     """
     network, bound = bound_sizes(net, sizes, **more)
     known = integers(network, bound)
-    rest = {group: [i for other in network.output if other != group for i in other] for group in network.output}
+    rest = {group: tuple(i for i in network.outer if i not in group) for group in network.output}
     return {" ".join(group): _unfold(network, known, group, rest[group]) for group in network.output if group}
 
 
@@ -127,15 +128,21 @@ def warn_ranks(net: Network | Factorization, sizes: Sizes | None = None, /, **mo
         warnings.warn(message, RankWarning, stacklevel=3)
 
 
-def _unfold(net: Network, sizes: Mapping[str, int], left: Iterable[str], right: Iterable[str]) -> int:
+def _unfold(net: Network, sizes: Mapping[str, int], left: Group, right: Group) -> int:
     """The sum over terms of the minimal cuts between two sets of open indices, at most either's size."""
-    left, right = [*left], [*right]
-    sides = {**dict.fromkeys(left, "left"), **dict.fromkeys(right, "right")}
-    total = 0
-    for term in net.terms:
-        legs = term_legs(term, sizes, sides)
-        total += min_cut(legs, _ends(legs, "left", "in"), _ends(legs, "right", "out"))
+    total = sum(term_cut(term, sizes, left, right) for term in net.terms)
     return min(total, prod(sizes[i] for i in left), prod(sizes[i] for i in right))
+
+
+def term_cut(term: Term, sizes: Mapping[str, int], left: Group, right: Group) -> int:
+    """The minimal cut of one term between two sets of open indices.
+
+    >>> import tnpeft
+    >>> term_cut(tnpeft.network("B[o r] A[r i] -> o i").terms[0], {"o": 9, "r": 2, "i": 5}, ("o",), ("i",))
+    2
+    """
+    legs = term_legs(term, sizes, {**dict.fromkeys(left, "left"), **dict.fromkeys(right, "right")})
+    return min_cut(legs, _ends(legs, "left", "in"), _ends(legs, "right", "out"))
 
 
 def _ends(legs: tuple[Leg, ...], side: str, end: str) -> set[Node]:

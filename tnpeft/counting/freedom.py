@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import chain
 from math import prod
 from typing import Any
 
-from tnpeft.counting.cuts import Leg, absorbing, bond_cut, term_legs, warn_ranks
+from tnpeft.counting.cuts import Leg, absorbing, bond_cut, term_cut, term_legs, warn_ranks
 from tnpeft.counting.parameters import bound_sizes
-from tnpeft.networks import Factorization, Network, NetworkError, Term
+from tnpeft.networks import Factor, Factorization, Network, NetworkError, Term
 from tnpeft.networks.sizes import Size, Sizes, complete, product
 
 
@@ -21,9 +22,10 @@ def dof(net: Network | Factorization, sizes: Sizes | None = None, /, **more: Siz
         gauge = (F - 1) + sum over bonds (S**2 - 1) H + sum over hyper and batch legs (k - 1) (S - 1) H
 
     with F trainable factors, S a leg's size, k its trainable factors, H the product of the hyper and batch legs
-    that contain it. A leg that a frozen or constant factor carries is hyper. The dense size is a cap. It counts
-    known symmetries, so it is an upper bound (defective formats exist); for a sum it is the terms' total. With
-    symbols nothing is clipped or capped: no rank is taken to exceed its cut.
+    that contain it. A leg that a frozen or constant factor carries is hyper. A cap, for every part of a term that
+    shares no index with the rest, is the dimension of the matrices of the rank that its cut allows (at full rank: the
+    dense size). It counts known symmetries, so it is an upper bound (defective formats exist); for a sum it is
+    the terms' total. With symbols nothing is clipped or capped: no rank is taken to exceed its cut.
 
     Raises:
         NetworkError: a size is missing, or a trainable factor is used twice.
@@ -59,18 +61,42 @@ def _refuse_tied(net: Network) -> None:
 
 
 def _term_dof(net: Network, term: Term, sizes: Mapping[str, Size], exact: bool) -> Any:
-    term = _absorb(term)
-    trainable = frozenset(place for place, factor in enumerate(term.factors) if factor.kind == "trainable")
-    if not trainable:
-        return 0
-    legs = term_legs(term, sizes, dict.fromkeys(net.outer, "outer"))
+    """The parts of a term that share no index count apart; between them is one gauge less than there are parts."""
+    parts = [part for part in _parts(_absorb(term)) if any(f.kind == "trainable" for f in part.factors)]
+    total: Any = -max(0, len(parts) - 1)
+    for part in parts:
+        total = total + _part_dof(net, part, sizes, exact)
+    return total
+
+
+def _part_dof(net: Network, part: Term, sizes: Mapping[str, Size], exact: bool) -> Any:
+    trainable = frozenset(place for place, factor in enumerate(part.factors) if factor.kind == "trainable")
+    legs = term_legs(part, sizes, dict.fromkeys(net.outer, "outer"))
     if exact:
-        legs = _clip(legs, absorbing(net, term))
+        legs = _clip(legs, absorbing(net, part))
     count: Any = 0
     for place in trainable:
         count = count + product(leg.size for leg in legs if place in leg.holders)
     count = count - _gauge(legs, trainable)
-    return min(count, prod(leg.size for leg in legs if leg.side)) if exact else count
+    return min(count, _reach(net, part, sizes)) if exact else count
+
+
+def _reach(net: Network, part: Term, sizes: Mapping[str, int]) -> int:
+    """The dimension of all stacks of matrices of the rank that the part allows: the dense size at full rank."""
+    stack, rows, cols = (
+        prod(sizes[i] for i in group if part.places()[i]) for group in (net.stack, net.rows, net.cols)
+    )
+    rank = term_cut(part, {**sizes, **dict.fromkeys(net.stack, 1)}, net.rows, net.cols)
+    return stack * rank * (rows + cols - rank)
+
+
+def _parts(term: Term) -> list[Term]:
+    """The connected parts of a term: factors that share no index with the others of the term."""
+    groups: list[list[Factor]] = []
+    for factor in term.factors:
+        joined = [group for group in groups if any({*factor.indices} & {*other.indices} for other in group)]
+        groups = [*(group for group in groups if group not in joined), [*chain.from_iterable(joined), factor]]
+    return [Term(tuple(group)) for group in groups]
 
 
 def _absorb(term: Term) -> Term:

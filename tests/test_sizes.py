@@ -12,6 +12,7 @@ import sympy
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tnpeft
 from tnpeft import NetworkError, network
 from tnpeft.networks import Network
 from tnpeft.networks.sizes import bind, check_size, complete, evaluate, even_split, integers, product, split
@@ -173,3 +174,20 @@ def test_a_rule_that_is_no_rule_is_refused(rule: str) -> None:
 def test_check_size_quotes_the_line() -> None:
     with pytest.raises(NetworkError, match=r"B\[layer out r\]"):
         check_size("r", 0, str(LORA))
+
+
+@pytest.mark.parametrize("bad", ["B[out r] A[r inp] -> out inp", "lora", None, 3])
+def test_what_is_no_network_is_said_so(bad: object) -> None:
+    asked = (
+        lambda: tnpeft.parameters(bad),
+        lambda: tnpeft.parameters(bad, r=2, model="roberta-base"),
+        lambda: tnpeft.parameter_step(bad, "r"),
+        lambda: tnpeft.rank_bound(bad, out=4, inp=4, r=2),
+        lambda: tnpeft.dof(bad, out=4, inp=4, r=2),
+        lambda: tnpeft.plan(bad, {"out": 4, "inp": 4, "r": 2}, tokens=8),
+        lambda: tnpeft.plan_table(bad, {"out": 4, "inp": 4, "r": 2}),
+        lambda: tnpeft.dense(bad, {}),
+    )
+    for ask in asked:
+        with pytest.raises(NetworkError, match=r"is no network but \w+\nread a line with tnpeft\.network"):
+            ask()

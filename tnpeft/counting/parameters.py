@@ -9,7 +9,7 @@ from typing import Any
 from tnpeft.counting.cards import Model, Targets, sites
 from tnpeft.counting.layout import Layout, layout
 from tnpeft.networks import Factor, Factorization, Network, NetworkError
-from tnpeft.networks.sizes import Size, Sizes, bind, check_size, product
+from tnpeft.networks.sizes import Size, Sizes, bind, check_size, product, require_network
 
 MIB = 1024 * 1024
 
@@ -104,6 +104,7 @@ def parameter_step(
     4096
     """
     network = net.network if isinstance(net, Factorization) else net
+    require_network(network)
     if isinstance(net, Factorization) and isinstance(net.ranks.get(rank), str):
         raise NetworkError(
             f"the rank {rank!r} follows from the rule {net.ranks[rank]!r}",
@@ -201,6 +202,7 @@ def with_sizes(net: Network | Factorization, given: Mapping[str, Size], keywords
     {'r': 2}
     """
     nets = [line.network for line in net.lines] if isinstance(net, Factorization) else [net]
+    require_network(nets[0])
     bonds = {bond for its in nets for bond in its.bonds}
     grouped = {i for its in nets for group in (its.rows, its.cols) if len(group) > 1 for i in group}
     for name in keywords:

@@ -37,13 +37,23 @@ def check_size(name: str, value: object, line: str = "") -> Size:
     return number
 
 
+def require_network(net: object) -> None:
+    """Raise a NetworkError unless it is a network, such as the text of one."""
+    if not isinstance(net, Network):
+        raise NetworkError(
+            f"{str(net)[:60]!r} is no network but {type(net).__name__}",
+            remedy="read a line with tnpeft.network(line), take a family with tnpeft.families.get(name)()",
+        )
+
+
 def bind(net: Network, sizes: Sizes | None, keywords: Sizes, extra: Iterable[str] = ()) -> dict[str, Size]:
     """Checked sizes of the line's indices from one mapping (which may hold more) and keywords (which may not).
 
     Raises:
-        NetworkError: a keyword is no index of the line, a size is no positive whole number or symbol, or the
-            two uses of one factor get different sizes.
+        NetworkError: ``net`` is no network, a keyword is no index of the line, a size is no positive whole number or
+            symbol, or the two uses of one factor get different sizes.
     """
+    require_network(net)
     known = net.indices
     for name in keywords:
         if name not in known and name not in extra:

@@ -12,7 +12,7 @@ import numpy as np
 
 from tnpeft.networks import Factorization, Network, NetworkError
 from tnpeft.networks.factor import Group
-from tnpeft.networks.sizes import Sizes, bind
+from tnpeft.networks.sizes import Sizes, bind, require_network
 from tnpeft.planning.planner import planned
 from tnpeft.planning.steps import Plan
 
@@ -39,6 +39,7 @@ def dense(net: Network | Factorization, factors: Mapping[str, Array], *, sizes: 
            [3.]])
     """
     line = net.network if isinstance(net, Factorization) else net
+    require_network(line)
     arrays = _checked(line, factors)
     dims = _measured(line, arrays, sizes)
     training = any(getattr(array, "requires_grad", False) for array in arrays.values())

@@ -94,7 +94,23 @@ def plan(
     line.require_matrix()
     site = line.select(*line.stack)
     own = {index: bound[index] for index in site.indices if index in bound}
-    return planned(site, tuple(integers(site, own).items()), check_size("tokens", tokens), minimize, training, base)
+    rows = whole_tokens(tokens)
+    return planned(site, tuple(integers(site, own).items()), rows, minimize, training, base)
+
+
+def whole_tokens(tokens: Size) -> int:
+    """The number of activation rows, checked.
+
+    Raises:
+        NetworkError: it is no positive whole number; a symbol is none.
+
+    >>> whole_tokens(2048)
+    2048
+    """
+    number = check_size("tokens", tokens)
+    if not isinstance(number, int):
+        raise NetworkError(f"tokens is the symbol {tokens}", remedy="plan for a number, then use Plan.resized")
+    return number
 
 
 @lru_cache(maxsize=4096)

@@ -18,7 +18,7 @@ Path = tuple[tuple[int, int], ...]  # pairs of operands; the result of pair k is
 
 EXACT = 12  # most operands of an exact search: 3**12 / 2 splits take a fraction of a second
 _COMPARED = 64  # operands up to which several random greedy paths are compared
-_REPEATS = 32  # how many
+_REPEATS, _SHARE = 32, 512  # how many: fewer the more operands there are, so that planning stays quick
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _proposed(operands: tuple[Operand, ...], output: frozenset[str], sizes: dict
 
     inputs = [tuple(sorted(operand.indices)) for operand in operands]
     if len(inputs) <= _COMPARED:
-        optimizer = RandomGreedyOptimizer(max_repeats=_REPEATS, seed=0, parallel=False)
+        optimizer = RandomGreedyOptimizer(max_repeats=min(_REPEATS, _SHARE // len(inputs)), seed=0, parallel=False)
     else:
         optimizer = GreedyOptimizer()
     return _pairs(optimizer.ssa_path(inputs, tuple(sorted(output)), sizes), len(inputs))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tnpeft.networks import Factorization, Network, NetworkError
-from tnpeft.networks.sizes import Size, Sizes, check_size
-from tnpeft.planning.planner import plan, score, weights
+from tnpeft.networks import Factorization, Network
+from tnpeft.networks.sizes import Size, Sizes
+from tnpeft.planning.planner import plan, score, weights, whole_tokens
 from tnpeft.planning.steps import Plan, table
 
 _FAR = 1 << 40  # stands for any larger number of tokens
@@ -30,9 +30,7 @@ class PlanTable:
         >>> plans.starts, plans.at(21).form, plans.at(22).form
         ((1, 22), 'factored', 'merged')
         """
-        wanted = check_size("tokens", tokens)
-        if not isinstance(wanted, int):
-            raise NetworkError("a table needs a number of tokens", remedy="use Plan.resized for symbols")
+        wanted = whole_tokens(tokens)
         best = max(k for k, start in enumerate(self.starts) if start <= wanted)
         return self.plans[best].resized(tokens=wanted)
 

@@ -42,7 +42,7 @@ def test_count_of_a_line_and_of_a_family() -> None:
 def test_a_line_on_a_model_and_a_bare_formula() -> None:
     assert answer("count", LORA, "--rank", "8", *OPT)["parameters"] == 8 * 196608
     bare = answer("count", LORA)
-    assert bare["parameters"] == bare["formula"] == "inp*layer*proj*r + layer*out*proj*r"
+    assert bare["parameters"] == bare["formula"] == "layer*proj*r*(inp + out)"
     assert "rank_bound" not in bare
     assert run("count", LORA, "-r", "8", *OPT).stdout.splitlines()[2] == "parameters          1,572,864"
 
@@ -157,3 +157,28 @@ def test_the_installed_command_counts_without_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "code 0 False"
+
+
+def test_check_takes_a_line_without_ranks_and_refuses_one_without_a_matrix() -> None:
+    assert run("check", "A[out inp] -> out inp", "-s", "out=3", "-s", "inp=4").exit_code == 0
+    result = run("check", "A[o] -> o")
+    assert result.exit_code == 2
+    assert "the output has no rows and columns" in result.stderr
+
+
+def test_budget_of_lines_and_with_ratios() -> None:
+    sizes = ("-s", "layer=2", "-s", "proj=1", "-s", "out=64", "-s", "inp=32")
+    family, line = (answer("budget", net, "-p", "3000", *sizes)["rows"][0] for net in ("lora", LORA))
+    assert line == {**family, "family": LORA}
+    tucker = "G[layer proj a b] U[out a] V[inp b] -> layer proj out inp"
+    row = answer("budget", tucker, "-p", "3000", "--ratio", "a=2", *sizes)["rows"][0]
+    assert row["below"]["ranks"] == {"a": 26, "b": 13}
+    assert run("budget", tucker, "-p", "3000", "--ratio", "a=-1", *sizes).exit_code == 2
+    assert run("budget", tucker, "-p", "3000", "--ratio", "z=2", *sizes).exit_code == 2
+
+
+def test_families_in_a_pipe_are_one_row_each() -> None:
+    rows = run("families").stdout.splitlines()
+    starts = [row.split()[0] for row in rows[1:] if not row.startswith(" ")]
+    assert starts == list(tnpeft.families.names())
+    assert "layer*proj*r*(out + inp)" in next(row for row in rows if row.startswith("lora "))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,13 +14,17 @@ from tnpeft.cli.inputs import (
     ModelOption,
     NetworkArgument,
     RankOption,
+    RatioOption,
     SetOption,
     SizeOption,
     TargetsOption,
     read_network,
+    read_ratios,
     read_sizes,
 )
 from tnpeft.networks import Factorization, Network, NetworkError
+
+_UNFOLDED = 1000  # columns of a table that nobody looks at in a terminal
 
 
 @app.command()
@@ -140,7 +145,9 @@ def check(
     """
     from tnpeft.testing import examine
 
-    line = read_network(net, None if "[" in net else rank, option)
+    written = "[" in net  # a line is a network even where it has no rank to give
+    line = read_network(net, None if written else rank, option)
+    line = line.network if written and isinstance(line, Factorization) else line
     known = read_sizes(size, rank, line)
     if isinstance(line, Factorization) and known:
         raise NetworkError("a family is tried at small sites of its own", remedy="leave --size out, or write a line")
@@ -178,21 +185,29 @@ def families(
 
 @app.command()
 def budget(
-    nets: Annotated[list[str], typer.Argument(metavar="FAMILY...", help="Families.", show_default=False)],
-    parameters: Annotated[str, typer.Option("--parameters", "-p", help="A number, or a family whose count it is.")],
+    nets: Annotated[
+        list[str], typer.Argument(metavar="NETWORK...", help="Families, or lines of einsum.", show_default=False)
+    ],
+    parameters: Annotated[
+        str, typer.Option("--parameters", "-p", help="A number, or a family or line whose count it is.")
+    ],
     rank: RankOption = None,
     size: SizeOption = None,
+    ratio: RatioOption = None,
     model: ModelOption = None,
     targets: TargetsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """For each family the ranks nearest to, and the largest within, a parameter budget, and the budgets it can meet.
 
-    With a family as the budget, `--rank` sets its rank.
+    With a family or a line as the budget, `--rank` sets its ranks. Those of the networks are free: they share one
+    number, times their `--ratio`.
 
     **Examples**
 
     `tnpeft budget lora cp tucker -p 196608 --model facebook/opt-1.3b --targets q_proj,v_proj`
+
+    `tnpeft budget "G[layer proj a b] U[out a] V[inp b] -> layer proj out inp" -p 50000 -m roberta-base --ratio a=2`
 
     `tnpeft budget cp lokr -p lora --rank 2 --model roberta-base`
     """
@@ -205,7 +220,8 @@ def budget(
         raise NetworkError(
             "the budget's line has a bond without a rank", line=parameters, remedy="pass --rank NAME=NUMBER"
         )
-    found = rungs(nets, read_sizes(size), parameters=goal, model=model, targets=targets)
+    where: dict[str, Any] = {"model": model, "targets": targets, "ratios": read_ratios(ratio)}
+    found = rungs(nets, read_sizes(size), parameters=goal, **where)
     show(asdict(found), as_json, lambda: str(found))
 
 
@@ -223,7 +239,7 @@ def _facts(data: dict[str, Any]) -> str:
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    """The families as a table as wide as the terminal."""
+    """The families as a table as wide as the terminal; into a pipe, as wide as it needs, so that rows stay whole."""
     from rich.console import Console
     from rich.table import Table
 
@@ -232,7 +248,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
         table.add_column(heading, overflow="fold")
     for row in rows:
         table.add_row(row["name"], "\n".join(row["formulas"]), row["options"], row["source"])
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=_UNFOLDED)
     with console.capture() as captured:
         console.print(table, markup=False)
-    return captured.get().rstrip()
+    return "\n".join(line.rstrip() for line in captured.get().rstrip().splitlines())

@@ -27,8 +27,8 @@ def counted(
     count = counting.parameters(net, given, **where)
     data: dict[str, Any] = {
         "line": str(lines[0]) if len(lines) == 1 else " ; ".join(map(str, lines)),
-        "formula": str(sum(counting.parameters(line) for line in lines)),
-        "parameters": count if isinstance(count, int) else str(count),
+        "formula": _formula(sum(counting.parameters(line) for line in lines)),
+        "parameters": _formula(count),
         "by_factor": _plain(counting.parameters_by_factor(net, given, **where)),
         "one_more_rank": {bond: _step(net, bond, given, where) for bond in _free(net, lines)},
     }
@@ -124,11 +124,20 @@ def _step(net: Network | Factorization, bond: str, sizes: dict[str, Any], where:
     if isinstance(net, Factorization) and bond not in net.network.bonds:
         return None
     step = parameter_step(net, bond, sizes, **where)
-    return step if isinstance(step, int) else str(step)
+    return _formula(step)
 
 
 def _plain(counts: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value if isinstance(value, int) else str(value) for name, value in counts.items()}
+    return {name: _formula(value) for name, value in counts.items()}
+
+
+def _formula(count: Any) -> int | str:
+    """A number as it is, an expression as text with what its terms have in common taken out."""
+    if isinstance(count, int):
+        return count
+    from sympy import factor_terms
+
+    return str(factor_terms(count))
 
 
 def _reach(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from math import inf
 from typing import Annotated, Any
 
 import typer
@@ -22,6 +23,10 @@ RankOption = Annotated[
 SizeOption = Annotated[
     list[str] | None,
     typer.Option("--size", "-s", metavar="NAME=NUMBER", help="Size of an index, such as `-s layer=24`."),
+]
+RatioOption = Annotated[
+    list[str] | None,
+    typer.Option("--ratio", metavar="NAME=NUMBER", help="A rank relative to the others, such as `--ratio a=2`."),
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -68,6 +73,22 @@ def read_sizes(sizes: Iterable[str] | None, ranks: Iterable[str] | None = None, 
     found = {name: _whole(name, value) for name, value in _pairs(sizes or ())}
     if isinstance(net, Network):
         found |= _named({name: _whole(name, value) for name, value in _pairs(ranks or ())}, net)
+    return found
+
+
+def read_ratios(ratios: Iterable[str] | None) -> dict[str, float]:
+    """Ratios by rank.
+
+    Raises:
+        NetworkError: one is no positive number.
+
+    >>> read_ratios(["a=2", "b=0.5"])
+    {'a': 2, 'b': 0.5}
+    """
+    found = {name: _value(text) for name, text in _pairs(ratios or ())}
+    for name, ratio in found.items():
+        if not name or not isinstance(ratio, int | float) or not 0 < ratio < inf:
+            raise NetworkError(f"{name}={ratio} is no ratio", remedy="write NAME=NUMBER, such as a=2 or b=0.5")
     return found
 
 

@@ -102,6 +102,8 @@ def examine(
             raise NetworkError(
                 "a factorization is tried at sites, not at sizes", remedy="pass sites=[tnpeft.Site(...)]"
             )
+        for line in net.lines:
+            line.network.require_matrix()
         name, plan = f"{net.name}: {net.network}", None
         if all(set(line.network.stack) <= set(STACK) for line in net.lines):
             plan = small_layout(net if sites is not None else reduced(net), sites)

@@ -36,6 +36,7 @@ _HOME = {
     "TensorNetworkConfig": "adapters",
     "factors": "adapters",
     "set_factors": "adapters",
+    "refresh": "adapters",
     "export_lora": "adapters",
     "hotswap": "adapters",
     "parameter_groups": "adapters",

@@ -15,6 +15,7 @@ _HOME = {
     "TensorNetworkModel": "model",
     "factors": "access",
     "set_factors": "access",
+    "refresh": "access",
     "parameter_groups": "access",
     "hotswap": "files",
     "export_lora": "export",

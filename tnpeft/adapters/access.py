@@ -132,6 +132,18 @@ def parameter_groups(model: nn.Module, lr: float, adapter: str | None = None, **
     return [{"params": found, "lr": rate, "name": name, **common} for (name, rate), found in grouped.items()]
 
 
+def refresh(model: nn.Module) -> None:
+    """Forget what was computed from the factors in inference; needed only after edits through ``.data``.
+
+    >>> import peft, tnpeft
+    >>> config = tnpeft.TensorNetworkConfig(network="lora", ranks={"r": 2}, target_modules=["0"])
+    >>> refresh(peft.get_peft_model(nn.Sequential(nn.Linear(4, 8)), config))
+    """
+    for module in model.modules():
+        if isinstance(module, TensorNetworkLinear):
+            module.refresh()
+
+
 # ---- pieces and their arrays
 
 _Grid = tuple[bool, bool]  # whether the stack has a layer and a proj axis

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from tnpeft.adapters.bank import FactorBank, TensorNetworkLayer
 from tnpeft.adapters.guard import refuse_reentrant
 from tnpeft.adapters.kept import Kept
+from tnpeft.adapters.prepared import Prepared, may_keep
 from tnpeft.adapters.sites import features
 from tnpeft.adapters.update import Update, base_factor, normalised
 from tnpeft.networks import NetworkError
@@ -44,6 +45,7 @@ class TensorNetworkLinear(nn.Module, TensorNetworkLayer):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._bank = (bank,)
+        self._prepared = Prepared()
         self._kept: Tensor | Kept | None = None
         self.out_features, self.in_features = features(self.get_base_layer())
 
@@ -57,41 +59,74 @@ class TensorNetworkLinear(nn.Module, TensorNetworkLayer):
         return self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
 
     def base_matrix(self) -> Tensor:
-        """The base weight as it was before any merge, in fp32 or wider, ``[out, inp]``."""
-        weight = self._kept if isinstance(self._kept, Tensor) else self.get_base_weight()
+        """The base weight as it was before any merge, in fp32 or wider, ``[out, inp]``.
+
+        Raises:
+            NetworkError: the linear is quantised by a back end that cannot give its weight.
+        """
+        try:
+            weight = self._kept if isinstance(self._kept, Tensor) else self.get_base_weight()
+        except TypeError as error:
+            raise NetworkError(
+                f"the weight of this quantised linear cannot be read: {error}",
+                remedy="choose start values and a line that do without it, and no dora",
+            ) from None
         return self._stored(_wide(weight))
 
     # ---- the update
 
     def operands(self, adapter: str, item: Update, like: Tensor | None = None) -> list[Tensor]:
         """The arrays of one site's update in the program's order, on the device and in the dtype of ``like``."""
-        own, shared = self.tnpeft_factors[adapter], self.bank.tnpeft_factors[adapter]
         found = []
-        for operand in item.operands:
-            if operand.source == "base":
-                array = base_factor(self.base_matrix(), item, operand.key)
-            else:
-                array = (own if operand.source == "site" else shared).get(operand.key)
+        for operand, array in zip(item.operands, self._arrays(adapter, item), strict=True):
             if operand.norm:
                 array = normalised(array, operand.norm)
             found.append(array if like is None else array.to(like.device, like.dtype))
         return found
 
+    def _arrays(self, adapter: str, item: Update) -> list[Tensor]:
+        own, shared = self.tnpeft_factors[adapter], self.bank.tnpeft_factors[adapter]
+        return [
+            base_factor(self.base_matrix(), item, operand.key)
+            if operand.source == "base"
+            else (own if operand.source == "site" else shared).get(operand.key)
+            for operand in item.operands
+        ]
+
+    def _run(self, adapter: str, item: Update, x: Tensor, result: Tensor | None) -> Tensor:
+        """``result`` plus one site's update of ``x``; without gradients, what needs the factors only is kept."""
+        keeps = not self.training and item.keeps
+        if keeps and may_keep(arrays := self._arrays(adapter, item), x.device.type):
+            key = adapter, item.start, x.dtype, x.device
+            values = self._prepared.get(key, arrays, lambda: item.run.prepare(self.operands(adapter, item, x)))
+        else:
+            values = item.run.prepare(self.operands(adapter, item, x))
+        return item.run.apply(x, values, result, item.scale)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; training forgets what inference has kept."""
+        self._prepared.clear()
+        return super().train(mode)
+
+    def refresh(self) -> None:
+        """Forget what inference has kept."""
+        self._prepared.clear()
+
     def _update(self, adapter: str, x: Tensor, result: Tensor | None) -> Tensor:
         """``result`` plus the adapter's update of ``x``, both in one dtype; the update alone for None."""
         items = self.updates[adapter]
         if not items[0].side:
-            return items[0].run(x, self.operands(adapter, items[0], x), result, items[0].scale)
+            return self._run(adapter, items[0], x, result)
         parts: list[Tensor] = []
         at = 0
         for item in items:
             if item.side == "inp":
                 narrow = x.narrow(-1, item.start, item.length)
-                result = item.run(narrow, self.operands(adapter, item, x), result, item.scale)
+                result = self._run(adapter, item, narrow, result)
                 continue
             parts.append(self._rows(x, result, at, item.start))
             rows = None if result is None else result.narrow(-1, item.start, item.length)
-            parts.append(item.run(x, self.operands(adapter, item, x), rows, item.scale))
+            parts.append(self._run(adapter, item, x, rows))
             at = item.start + item.length
         if not parts:
             assert result is not None  # a slice of the input's side has made it
@@ -242,18 +277,34 @@ class TensorNetworkLinear(nn.Module, TensorNetworkLayer):
             names = [*self.merged_adapters, *names]
             self.unmerge()
         names = [*self.merged_adapters, *names]
-        merged = self.base_matrix() + sum(self._change(name) for name in names)
-        merged = self._stored(merged).to(self.get_base_weight().dtype).contiguous()
-        if safe_merge and not torch.isfinite(merged).all():
-            raise NetworkError(
-                f"merging {', '.join(names)} would make the weight infinite or not a number",
-                remedy="check the adapter's factors",
-            )
+        merged = self._merged(names, safe_merge)
         if self._kept is None:
             base = self.get_base_layer()
             self._kept = Kept.of(base) if self.quantization_backend else base.weight.data
         self.set_base_weight(merged)
         self.merged_adapters[:] = names
+
+    @torch.no_grad()
+    def check_merge(self, adapter_names: Sequence[str] | None = None) -> None:
+        """Raise if :meth:`merge` with ``safe_merge`` would; nothing is changed.
+
+        Raises:
+            NetworkError: it would.
+        """
+        names = self.active_adapters if adapter_names is None else adapter_names
+        new = [name for name in names if name in self.updates and name not in self.merged_adapters]
+        self._merged([*self.merged_adapters, *new], safe=True)
+
+    def _merged(self, names: Sequence[str], safe: bool) -> Tensor:
+        """The base weight with the updates of the adapters, as the linear stores it."""
+        merged = self.base_matrix() + sum(self._change(name) for name in names)
+        merged = self._stored(merged).to(self.get_base_weight().dtype).contiguous()
+        if safe and not torch.isfinite(merged).all():
+            raise NetworkError(
+                f"merging {', '.join(names)} would make the weight infinite or not a number",
+                remedy="check the adapter's factors",
+            )
+        return merged
 
     def unmerge(self) -> None:
         """Restore the base weight as it was before the first merge, bit for bit."""

@@ -46,6 +46,11 @@ class Update:
     def __reduce__(self) -> tuple[object, ...]:
         return update, (self.placement, self.unit_norm, self.constants, self.scale, self.tokens)
 
+    @property
+    def keeps(self) -> bool:
+        """Whether something is computed from the factors alone, and from nothing else."""
+        return (self.run.prepares or any(operand.norm for operand in self.operands)) and not self.constants
+
     def delta(self, operands: list[Tensor]) -> Tensor:
         """The scaled update of this site, ``[out, inp]``."""
         return self.run.delta(operands, self.scale)

@@ -58,8 +58,9 @@ class Program:
     """One site's update of its output, compiled from a plan.
 
     ``labels`` is the order in which the factors' tensors are passed; ``paired`` says that all activations pass
-    between two matrices (most families' do). A call is a pure function of them, of the
-    activations and of the base output: no state, so checkpointing, compiling and double differentiation work.
+    between two matrices (most families' do), ``prepares`` that something is computed from the factors alone. A call
+    is a pure function of them, of the activations and of the base output: no state, so checkpointing, compiling and
+    double differentiation work.
 
     >>> import torch
     >>> from tnpeft.networks import network
@@ -77,6 +78,7 @@ class Program:
         self._dense = dense
         self._stages = stages(lower(plan, self.labels), len(self.labels))
         self.paired = self._stages.pair is not None
+        self.prepares = bool(self._stages.weights)
 
     def __call__(
         self, x: Tensor, operands: Sequence[Tensor], base: Tensor | None = None, scale: float = 1.0

@@ -1,0 +1,183 @@
+"""What inference keeps: it is there, it is never stale, and it is off wherever it could be."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tnpeft
+
+X = torch.linspace(-1, 1, 3 * 48, dtype=torch.float64).reshape(3, 48)
+
+
+class Net(nn.Module):
+    """A single linear, called as attention calls its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(48, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.q_proj(x)
+        return result
+
+
+def model(**options: Any) -> Any:
+    torch.manual_seed(0)
+    f = tnpeft.families.cp(rank=4, out=(8, 6), inp=(6, 8))
+    config = tnpeft.TensorNetworkConfig(network=f, target_modules=["q_proj"], **options)
+    net = peft.get_peft_model(Net().double(), config).double().eval()
+    return randomise(net)
+
+
+def randomise(net: Any, seed: int = 1) -> Any:
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    return net
+
+
+def layer(net: Any) -> Any:
+    return net.base_model.model.q_proj
+
+
+def kept(net: Any) -> int:
+    return len(layer(net)._prepared._entries)
+
+
+@torch.no_grad()
+def plain(net: Any) -> Tensor:
+    """The same output with nothing kept."""
+    result: Tensor = copy.deepcopy(net)(X)
+    return result
+
+
+@torch.no_grad()
+def test_the_second_forward_prepares_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = model()
+    run = layer(net).updates["default"][0].run
+    first, calls = net(X), []
+    monkeypatch.setattr(type(run), "prepare", lambda *args: calls.append(args))
+    assert torch.equal(net(X), first)
+    assert not calls
+    assert kept(net) == 1
+
+
+def in_place(net: Any) -> None:
+    randomise(net, 2)
+
+
+def loaded(net: Any) -> None:
+    state = {name: value + 1 for name, value in peft.get_peft_model_state_dict(net).items()}
+    peft.set_peft_model_state_dict(net, state)
+
+
+def assigned(net: Any) -> None:
+    state = {name: value + 1 if "tnpeft" in name else value for name, value in net.state_dict().items()}
+    net.load_state_dict(state, assign=True)
+
+
+def replaced(net: Any) -> None:
+    for parameter in net.parameters():
+        parameter.data = parameter.data + 1
+
+
+def stepped(net: Any) -> None:
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.1)
+    with torch.enable_grad():
+        net(X).sum().backward()
+    optimizer.step()
+
+
+def fused(net: Any) -> None:
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.1, fused=True)
+    with torch.enable_grad():
+        net(X).sum().backward()
+    optimizer.step()
+
+
+def set_as_declared(net: Any) -> None:
+    tnpeft.set_factors(net, {name: value + 1 for name, value in tnpeft.factors(net).items()})
+
+
+@pytest.mark.parametrize("change", [in_place, loaded, assigned, replaced, stepped, fused, set_as_declared])
+@torch.no_grad()
+def test_a_change_of_the_factors_is_seen(change: Callable[[Any], None]) -> None:
+    net = model()
+    before = net(X)
+    assert kept(net) == 1
+    change(net)
+    after = net(X)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, plain(net))
+
+
+@torch.no_grad()
+def test_an_edit_through_data_needs_a_refresh() -> None:
+    net = model()
+    before = net(X)
+    for parameter in net.parameters():
+        if parameter.requires_grad:
+            parameter.data.mul_(2)
+    assert torch.equal(net(X), before)  # the reason for tnpeft.refresh
+    tnpeft.refresh(net)
+    assert torch.equal(net(X), plain(net))
+    assert not torch.equal(net(X), before)
+
+
+@torch.no_grad()
+def test_dtypes_adapters_and_merging() -> None:
+    net = model()
+    f = tnpeft.families.cp(rank=2, out=(8, 6), inp=(6, 8))
+    net.add_adapter("other", tnpeft.TensorNetworkConfig(network=f, target_modules=["q_proj"]))
+    randomise(net.double().eval())
+    first = net(X)
+    net.set_adapter("other")
+    randomise(net)
+    assert torch.equal(net(X), plain(net))
+    net.set_adapter("default")
+    assert torch.equal(net(X), first)
+    net.merge_adapter()
+    torch.testing.assert_close(net(X), first, rtol=1e-12, atol=1e-12)
+    net.unmerge_adapter()
+    assert torch.equal(net(X), first)
+    torch.testing.assert_close(net.float()(X.float()), first.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_training_gradients_and_inference_mode_keep_nothing() -> None:
+    net = model()
+    net(X)
+    assert kept(net) == 0
+    with torch.inference_mode():
+        net(X)
+    assert kept(net) == 0
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        copy.deepcopy(net).float()(X.float())
+    assert kept(net) == 0
+    with torch.no_grad():
+        net.train()(X)
+        assert kept(net) == 0
+        net.eval()(X)
+    assert kept(net) == 1
+    net.train()
+    assert kept(net) == 0
+
+
+@torch.no_grad()
+def test_compiled_models_and_copies_keep_nothing() -> None:
+    net = model()
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(X), plain(net))
+    assert kept(net) == 0
+    net(X)
+    assert kept(net) == 1
+    assert kept(copy.deepcopy(net)) == 0

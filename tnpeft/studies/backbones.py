@@ -108,7 +108,9 @@ def _unpacked(where: Any, cache: Path) -> Any:
         with new_folder(out) as work:
             AutoTokenizer.from_pretrained(folder, gguf_file=found[0].name).save_pretrained(work)
             model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=found[0].name)
-            model.dequantize().save_pretrained(work)
+            model.hf_quantizer = None  # the weights were unpacked on reading; only the note of it is left, and goes
+            del model.config.quantization_config
+            model.save_pretrained(work)
     return out
 
 

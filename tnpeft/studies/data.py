@@ -78,7 +78,7 @@ def load(task: Task, folder: str | Path = "") -> Data:
     >>> from tnpeft.studies.tasks import task
     >>> data = load(task("digits_upright"))
     >>> len(data.eval), data.eval[0].prompt[:11]
-    (797, 'p0 p24 p17 ')
+    (797, 'p0 p60 p50 ')
     """
     parts = [Path(folder) / name for name in (task.train, task.eval) if name]
     stamps = [(str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in parts if p.exists()]

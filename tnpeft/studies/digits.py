@@ -25,7 +25,7 @@ def _images() -> tuple[Any, Any]:
 def patches(images: Any) -> Any:
     """Patch numbers ``[n, 16]`` of images ``[n, 8, 8]`` with values from 0 to 16.
 
-    >>> patches(np.full((1, 8, 8), 16.0))[0, 0]
+    >>> int(patches(np.full((1, 8, 8), 16.0))[0, 0])
     80
     """
     levels = np.minimum((images * LEVELS / 17).astype(int), LEVELS - 1)
@@ -47,7 +47,7 @@ def rows(shift: str, part: str) -> list[dict[str, str]]:
     (inverted and transposed). ``part``: train or eval.
 
     >>> len(rows("shifted", "train")), rows("shifted", "eval")[0]["label"]
-    (1000, '9')
+    (1000, '1')
     """
     images, labels = _images()
     chosen = slice(None, TRAIN) if part == "train" else slice(TRAIN, None)

@@ -112,8 +112,8 @@ class FactorBank(nn.Module, TensorNetworkLayer):
         return self.device
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """PEFT's conversion asks every owner of factors for a dense update; ``tnpeft.export_lora`` does not."""
-        return False
+        """The bank stands in no way of a conversion: :class:`ConvertedLayer` leaves it out."""
+        return True
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
         """Note which adapters the linears have merged."""
@@ -131,3 +131,16 @@ class FactorBank(nn.Module, TensorNetworkLayer):
             NetworkError: always.
         """
         raise NetworkError("the factor bank computes nothing", remedy="call the model it belongs to")
+
+
+class _NotTheBank(type):
+    def __instancecheck__(cls, module: object) -> bool:
+        return isinstance(module, BaseTunerLayer) and not isinstance(module, FactorBank)
+
+
+class ConvertedLayer(metaclass=_NotTheBank):
+    """What PEFT's conversion to LoRA takes for an adapted layer: any but the bank, which has no update of its own.
+
+    >>> isinstance(FactorBank(), BaseTunerLayer), isinstance(FactorBank(), ConvertedLayer)
+    (True, False)
+    """

@@ -163,11 +163,32 @@ class TensorNetworkModel(BaseTuner):
                 super().merge_adapter(before)
             raise
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+    def _check_merge_allowed(self) -> None:
+        """Raise before the first linear is merged if any is quantised in a way that has no merge."""
+        super()._check_merge_allowed()
+        for name, module in self.model.named_modules():
+            backend = module.quantization_backend if isinstance(module, TensorNetworkLinear) else None
+            if backend is not None and not backend.supports_merge:
+                raise NetworkError(
+                    f"{name} is quantised with {backend.backend_name}, which takes no merged weight",
+                    remedy="merge into the model that is not quantised, or use tnpeft.export_lora",
+                )
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = True,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
         bank: FactorBank = getattr(self.model, BANK)
         if not merge and bank.merged:
             self.unmerge_adapter()
-        model: nn.Module = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        if merge and safe_merge:  # PEFT unloads linear by linear, and would stop halfway
+            for module in self.model.modules():
+                if isinstance(module, TensorNetworkLinear):
+                    module.check_merge(adapter_names)
+        model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         delattr(model, BANK)
         for key in [key for key, hook in model._forward_pre_hooks.items() if hook is watch]:
             del model._forward_pre_hooks[key]

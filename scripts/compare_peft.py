@@ -1,0 +1,185 @@
+"""The same LoRA through tnpeft and through PEFT: SmolLM2-135M on SST-2, rank 8 on q and v, 1,000 examples.
+
+Two questions. Started from the same factors, do the first training losses agree? And after a whole training with the
+same data order and learning rate, is the accuracy on SST-2's development set the same? Each training is kept in the
+work folder, goes on from its last evaluation if it was interrupted, and is not repeated once finished.
+
+    python scripts/compare_peft.py --data DATA --losses          # the first question alone, a minute on two cores
+    python scripts/compare_peft.py --data DATA                   # both
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import peft
+import torch
+from torch.nn.functional import cross_entropy
+
+from tnpeft.studies import TASKS, Protocol, Scorer, backbones, methods, training
+from tnpeft.studies.data import Splits, load
+from tnpeft.studies.files import digest, write_json, write_text
+from tnpeft.studies.runs import quiet, versions
+from tnpeft.studies.scoring import evaluate
+from tnpeft.studies.tables import markdown
+
+RANK = ALPHA = 8
+LR = 1e-3
+SEED = 0
+LOSSES = 20
+TOLERANCE, POINT = 1e-4, 0.01
+PROTOCOL = Protocol(
+    targets=("q_proj", "v_proj"), train=1000, dev=100, eval=0, steps=125, batch=8, evaluate_every=25, max_length=96
+)
+PEFT_METHOD = {"peft": "lora", "args": {"r": RANK, "lora_alpha": ALPHA, "init_lora_weights": True}}
+OUR_METHOD = {"family": "lora", "args": {"rank": RANK, "alpha": ALPHA}}
+ROWS = {  # name: method, whether PEFT's initial factors are copied in
+    "PEFT LoRA": (PEFT_METHOD, False),
+    "tnpeft LoRA, PEFT's initial factors": (OUR_METHOD, True),
+    "tnpeft LoRA, its own initial factors": (OUR_METHOD, False),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="../shared/data", help="folder with sst2/ (default: %(default)s)")
+    parser.add_argument("--model", default="smollm2", help="backbone (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=PROTOCOL.steps, help="of each training (default: %(default)s)")
+    parser.add_argument("--work", type=Path, default=Path("runs/compare_peft"), help="folder of unfinished trainings")
+    parser.add_argument("--out", type=Path, default=Path("paper/tables"), help="folder of the results")
+    parser.add_argument("--losses", action="store_true", help="compare the first losses only")
+    args = parser.parse_args()
+    quiet()
+    protocol = replace(PROTOCOL, steps=args.steps)
+    splits = load(TASKS["sst2"], args.data).splits(SEED, protocol.train, protocol.dev, protocol.eval)
+    setting = {"model": args.model, "protocol": asdict(protocol), "lr": LR, "seed": SEED, "rank": RANK}
+    record: dict[str, Any] = {"setting": setting, "examples": [len(splits.train), len(splits.dev), len(splits.eval)]}
+    work = args.work / digest(setting)
+    record["losses"] = _kept(work / "losses.json", lambda: first_losses(args.model, splits, protocol, args.work))
+    publish(record, args.out)
+    for name, row in ROWS.items() if not args.losses else ():
+        folder = work / digest(name)
+        record.setdefault("accuracy", {})[name] = _kept(
+            folder / "result.json", lambda r=row, f=folder: accuracy(args.model, *r, splits, protocol, args.work, f)
+        )
+        publish(record, args.out)
+
+
+def attached(model: str, method: methods.Method, copied: bool, protocol: Protocol, cache: Path) -> tuple[Any, Scorer]:
+    """The backbone with a method's adapter, and the scorer of the task; ``copied`` puts PEFT's start values in."""
+
+    def one(which: methods.Method) -> Any:
+        torch.manual_seed(SEED)  # PEFT draws its start values from it
+        base, words = backbones.load(model, head="words", classes=2, dtype=protocol.dtype, cache=cache / "cache")
+        adapted = methods.attach(base, which, protocol.targets, classifier=False, seed=SEED)
+        return adapted, Scorer(TASKS["sst2"], words, "words", protocol.max_length)
+
+    ours, scorer = one(method)
+    if copied:
+        theirs, _ = one(PEFT_METHOD)
+        state = peft.get_peft_model_state_dict(theirs)
+        names = {".lora_A.weight": ".tnpeft_factors.A", ".lora_B.weight": ".tnpeft_factors.B"}
+        renamed = {key.replace(old, new): state[key] for key in state for old, new in names.items() if old in key}
+        found = peft.set_peft_model_state_dict(ours, renamed)
+        assert len(renamed) == len(state), "PEFT's LoRA holds other arrays than A and B"
+        assert not found.unexpected_keys, found.unexpected_keys
+    return ours, scorer
+
+
+def first_losses(model: str, splits: Splits, protocol: Protocol, cache: Path) -> dict[str, Any]:
+    """The losses of the first steps, at a constant learning rate, of both from the same factors."""
+    curves = {}
+    for name, (method, copied) in list(ROWS.items())[:2]:
+        adapted, scorer = attached(model, method, copied, protocol, cache)
+        optimizer = training.optimizer(adapted.train(), protocol, LR)
+        curves[name] = []
+        for step in range(LOSSES):
+            rows = splits.train[step * protocol.batch : (step + 1) * protocol.batch]
+            batch = scorer.collate(scorer.encode(rows))
+            loss = cross_entropy(scorer.scores(adapted, batch), batch["labels"])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            curves[name].append(loss.item())
+            print(f"{name}: step {step + 1}, loss {loss.item():.6f}", flush=True)
+    differences = [abs(a - b) for a, b in zip(*curves.values(), strict=True)]
+    return {"curves": curves, "largest_difference": max(differences), "agree": max(differences) <= TOLERANCE}
+
+
+def accuracy(
+    model: str, method: methods.Method, copied: bool, splits: Splits, protocol: Protocol, cache: Path, folder: Path
+) -> dict[str, Any]:
+    """What one training reaches on SST-2's development set, at its best checkpoint."""
+    adapted, scorer = attached(model, method, copied, protocol, cache)
+
+    def say(step: int, steps: int, loss: float, dev: float | None) -> None:
+        print(f"{folder.name}: step {step} of {steps}, loss {loss:.4f}, held-out {dev:.4f}", flush=True)
+
+    best, seconds = training.fit(
+        adapted, scorer, splits, protocol, lr=LR, seed=SEED, folder=folder / "checkpoints", progress=say
+    )
+    score, loss = evaluate(scorer, adapted, scorer.encode(splits.eval))
+    parameters, _ = methods.trainable(adapted)
+    return {
+        "parameters": parameters,
+        "accuracy": score,
+        "loss": loss,
+        "best_step": best.step,
+        "curve": best.curve,
+        "seconds": round(seconds, 1),
+    }
+
+
+def publish(record: dict[str, Any], out: Path) -> None:
+    """Write what is known so far as JSON and as a table."""
+    record["versions"] = versions()
+    losses = record["losses"]
+    setting = record["setting"]
+    lines = [
+        "# The same LoRA through tnpeft and through PEFT",
+        f"{setting['model']} on SST-2, rank {RANK} on q and v, {record['examples'][0]:,} training examples, batch "
+        f"{setting['protocol']['batch']}, {setting['protocol']['steps']} steps, learning rate {LR:g}, "
+        f"label words, accuracy on the {record['examples'][2]} examples of the development set.",
+        f"From the same factors the first {LOSSES} training losses differ by at most "
+        f"{losses['largest_difference']:.2g} ({'within' if losses['agree'] else 'not within'} {TOLERANCE:g}).",
+    ]
+    found = record.get("accuracy", {})
+    if found:
+        reference = found[next(iter(ROWS))]["accuracy"]
+        record["within_a_point"] = {name: abs(row["accuracy"] - reference) <= POINT for name, row in found.items()}
+        lines.append(
+            markdown(
+                [
+                    {
+                        "adapter": name,
+                        "parameters": f"{row['parameters']:,}",
+                        "accuracy": f"{100 * row['accuracy']:.2f} %",
+                        "difference": f"{100 * (row['accuracy'] - reference):+.2f}",
+                        "loss": f"{row['loss']:.4f}",
+                    }
+                    for name, row in found.items()
+                ]
+            )
+        )
+    write_json(out / "compare_peft.json", record)
+    write_text(out / "compare_peft.md", "\n\n".join(lines) + "\n")
+
+
+def _kept(path: Path, make: Any) -> Any:
+    """What the file holds, else what ``make`` gives, written to it."""
+    if not path.exists():
+        write_json(path, make())
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()

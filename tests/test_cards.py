@@ -33,6 +33,8 @@ TINY = {
     "mistral": {**GROUPED, "head_dim": 16},
     "qwen2": GROUPED,
     "qwen3": {**GROUPED, "head_dim": 16},
+    **{kind: {**GROUPED, "head_dim": 16} for kind in ("ministral", "gemma", "gemma2", "gemma3_text", "exaone4")},
+    **dict.fromkeys(("smollm3", "olmo", "olmo2"), GROUPED),
 }
 
 
@@ -161,5 +163,8 @@ def test_errors_name_the_input_and_the_remedy(tmp_path, monkeypatch) -> None:
         card({"model_type": "opt", "hidden_size": 8, "num_attention_heads": 2})
     with pytest.raises(NetworkError, match="cannot be read"):
         card(tmp_path)
+    for bad in (5, "", " "):
+        with pytest.raises(NetworkError, match="is no model"):
+            card(bad)
     with pytest.raises(NetworkError, match="no target"):
         sites("opt-125m", [])

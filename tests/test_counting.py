@@ -209,6 +209,14 @@ def test_ranks_stay_within_their_cuts_and_small_modes_come_to_full_size() -> Non
     assert train.nearest.ranks == {"a": 4, "b": 16, "c": 4}
 
 
+def test_a_line_is_a_family_with_every_rank_free() -> None:
+    sizes = {"layer": 3, "proj": 2, "out": 64, "inp": 48}
+    net = tnpeft.families.lotr().network
+    by_name, by_text, by_network = tnpeft.budget(["lotr", str(net), net], sizes, parameters=2_000)
+    assert by_text == by_network
+    assert (by_text.family, by_text.nearest, by_text.ladder) == (str(net), by_name.nearest, by_name.ladder)
+
+
 def test_ratios_and_errors() -> None:
     sizes = {"layer": 3, "proj": 2, "out": 64, "inp": 64}
     row = tnpeft.budget("lotr", sizes, parameters=2_000, ratios={"a": 2})[0]
@@ -217,8 +225,9 @@ def test_ratios_and_errors() -> None:
         tnpeft.budget("lotr", sizes, parameters=2_000, ratios={"z": 2})
     with pytest.raises(NetworkError, match="no size for 'layer', 'proj'"):
         tnpeft.budget("lora", parameters=2_000, out=8, inp=8)
-    with pytest.raises(NetworkError, match="whole number"):
-        tnpeft.budget("lora", sizes, parameters=0)
+    for bad in (0, -5, 1.5, "many"):
+        with pytest.raises(NetworkError, match="whole number"):
+            tnpeft.budget("lora", sizes, parameters=bad)
     with pytest.raises(NetworkError, match="did you mean"):
         tnpeft.budget("lorra", sizes, parameters=10)
 

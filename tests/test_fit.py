@@ -184,3 +184,9 @@ def test_the_same_call_gives_the_same_factors():
     net, _, target = planted(line, sizes)
     first, second = (fit(net, target, sizes, seed=3) for _ in range(2))
     assert all((first.factors[name] == second.factors[name]).all() for name in first.factors)
+
+
+def test_a_list_is_a_target_and_text_is_no_network() -> None:
+    assert fit(tnpeft.network("B[out r] A[r inp] -> out inp"), [[1.0, 2.0], [2.0, 4.0]], r=1).error < 1e-12
+    with pytest.raises(tnpeft.NetworkError, match="is no network but str"):
+        fit("B[out r] A[r inp] -> out inp", np.ones((2, 2)), r=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from numbers import Integral
 
 from tnpeft.counting.cards import Model, Targets, sites
 from tnpeft.counting.cuts import cuts
@@ -116,9 +117,9 @@ def budget(
             raise NetworkError(f"no family has the rank {rank!r}", remedy=f"the ranks are {', '.join(sorted(known))}")
     on = _Ground(None if model is None else sites(model, targets), {**(sizes or {}), **more})
     goal = on.count(parameters) if isinstance(parameters, Factorization) else parameters
-    if goal < 1:
-        raise NetworkError(f"the budget is {goal}", remedy="pass parameters= a positive whole number")
-    return Budget(goal, tuple(_row(f, goal, on, ratios or {}) for f in chosen))
+    if not isinstance(goal, Integral) or goal < 1:
+        raise NetworkError(f"the budget is {goal!r}", remedy="pass parameters= a positive whole number")
+    return Budget(int(goal), tuple(_row(f, int(goal), on, ratios or {}) for f in chosen))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
 from importlib.resources import files
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,10 @@ def card(model: Model) -> Card:
     if known:
         architecture, name = known
         return _build(name, architecture, _data()["models"][architecture][name], {})
+    if not isinstance(model, str | PathLike) or not str(model).strip():
+        raise NetworkError(
+            f"{model!r} is no model", remedy="pass a name, a folder with a config.json, or a configuration"
+        )
     path = Path(model)
     if path.exists():
         return _from_config(_read(path / "config.json" if path.is_dir() else path), str(model))

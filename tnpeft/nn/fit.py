@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tnpeft.networks import Factorization, Network, NetworkError
-from tnpeft.networks.sizes import Sizes, bind, integers
+from tnpeft.networks.sizes import Sizes, bind, integers, require_network
 from tnpeft.nn.contract import dense
 from tnpeft.nn.least_squares import Problem, of_term
 from tnpeft.nn.philox import normal
@@ -80,6 +80,8 @@ def fit(
     True
     """
     line = net.network if isinstance(net, Factorization) else net
+    require_network(line)
+    target = target if isinstance(target, Tensor) else np.asarray(target)
     dims = _sizes(net, line, tuple(target.shape), sizes, more)
     wanted = torch.as_tensor(target).detach().to("cpu", torch.float64)
     if not torch.isfinite(wanted).all() or not wanted.any():

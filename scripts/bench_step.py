@@ -1,5 +1,8 @@
 """One training step of many adapters over one frozen OPT backbone, side by side: time, flops, bytes, kernels.
 
+With ``--bare`` the backbone is nothing but the q, k and v linears of each layer, each layer's sum the input of
+the next: there overheads stand out of the noise of a busy machine.
+
 The floor is the frozen backbone with gradients flowing to the embeddings' output. All cases run in turn, a step each,
 and a case's overhead is the median of its time over the floor's in the same turn, less one. Writes ``step.json``,
 ``step.md`` and ``step.svg``.
@@ -97,6 +100,26 @@ class Rebuilt(nn.Module):
         return result
 
 
+class Bare(nn.Module):
+    """Nothing of an OPT decoder but the q, k and v linears of its layers, under their names."""
+
+    def __init__(self, whole: Any) -> None:
+        super().__init__()
+        self.config, self.decoder = whole.config, nn.Module()
+        self.decoder.layers = nn.ModuleList()
+        for layer in whole.decoder.layers:
+            attention = nn.ModuleDict({name: getattr(layer.self_attn, name) for name in TARGETS})
+            self.decoder.layers.append(nn.ModuleDict({"self_attn": attention}))
+
+    def forward(self, inputs_embeds: Tensor, use_cache: bool = False) -> tuple[Tensor]:
+        """The last layer's sum."""
+        x = inputs_embeds
+        for layer in self.decoder.layers:
+            linears = layer["self_attn"]
+            x = linears["q_proj"](x) + linears["k_proj"](x) + linears["v_proj"](x)
+        return (x,)
+
+
 def backbone(shape: str, layers: int | None, device: str, dtype: torch.dtype) -> nn.Module:
     """A frozen OPT decoder of the shape, with random weights."""
     from transformers import OPTConfig, OPTModel
@@ -178,6 +201,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All cases metered, then timed in turn."""
     dtype = getattr(torch, options.dtype)
     base = backbone(options.shape, options.layers, options.device, dtype)
+    base = Bare(base) if options.bare else base
     x = torch.randn(options.batch, options.length, SHAPES[options.shape][0], device=options.device, dtype=dtype)
     weights = torch.randn_like(x) / x.numel()
     makers = cases(options.batch * options.length)
@@ -226,7 +250,8 @@ def report(data: Mapping[str, Any]) -> str:
     m = data["machine"]
     return (
         "# One training step over a frozen backbone\n\n"
-        f"{s['shape']} with {s['layers']} layers, {', '.join(TARGETS)}, {s['batch']} x {s['length']} tokens, "
+        f"{'The bare linears of ' * s['bare']}{s['shape']} with {s['layers']} layers, {', '.join(TARGETS)}, "
+        f"{s['batch']} x {s['length']} tokens, "
         f"{s['dtype']}, {s['device']}, {'compiled' if s['compile'] else 'eager'}, {m['threads']} threads, "
         f"{s['samples']} interleaved samples by the {s['clock']} clock, load {m['load']} on {m['cores']} cores "
         f"({m['gpu'] or m['processor']}; torch {m['torch']}, peft {m['peft']}). Time: median of the ratios to the "
@@ -261,6 +286,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="opt-125m")
     parser.add_argument("--layers", type=int, help="layers of the backbone, if not the shape's own")
+    parser.add_argument("--bare", action="store_true", help="the adapted linears and nothing else")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))

@@ -28,7 +28,8 @@ class Operand:
 class Update:
     """The update of one site: its program, its operands in the program's order, and its part of the linear.
 
-    ``side`` is the side of the linear that the site is a slice of, from ``start`` on, or ``""`` for the whole.
+    ``side`` is the side of the linear that the site is a slice of, from ``start`` on, or ``""`` for the whole;
+    ``keeps`` says that something is computed from the adapter's own factors alone.
     Copies and pickles hold the placement and build the program anew.
     """
 
@@ -42,14 +43,10 @@ class Update:
     side: Literal["", "out", "inp"]
     start: int
     length: int
+    keeps: bool
 
     def __reduce__(self) -> tuple[object, ...]:
         return update, (self.placement, self.unit_norm, self.constants, self.scale, self.tokens)
-
-    @property
-    def keeps(self) -> bool:
-        """Whether something is computed from the factors alone, and from nothing else."""
-        return (self.run.prepares or any(operand.norm for operand in self.operands)) and not self.constants
 
     def delta(self, operands: list[Tensor]) -> Tensor:
         """The scaled update of this site, ``[out, inp]``."""
@@ -72,6 +69,7 @@ def update(
     site = placement.site
     last = site.proj.rpartition("/")[2]
     side: Literal["", "out", "inp"] = "out" if last.startswith("out:") else "inp" if last.startswith("inp:") else ""
+    operands = tuple(_operand(placement, label, unit_norm, constants) for label in run.labels)
     return Update(
         placement,
         unit_norm,
@@ -79,10 +77,11 @@ def update(
         scale,
         tokens,
         run,
-        tuple(_operand(placement, label, unit_norm, constants) for label in run.labels),
+        operands,
         side,
         site.start,
         site.inp if side == "inp" else site.out,
+        (run.prepares or any(operand.norm for operand in operands)) and not constants,
     )
 
 

@@ -1,0 +1,195 @@
+"""The weights' side of an adapted linear: its factors, its dense updates, and merging them into the base weight."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.utils.quantization_utils import resolve_quantization_backend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from tnpeft.adapters.bank import FactorBank, TensorNetworkLayer
+from tnpeft.adapters.kept import Kept
+from tnpeft.adapters.sites import features
+from tnpeft.adapters.update import Update, base_factor, normalised
+from tnpeft.networks import NetworkError
+
+
+class DenseLinear(nn.Module, TensorNetworkLayer):
+    """A linear (``nn.Linear``, ``Conv1D`` or quantised) and the factors of its adapters: dense updates and merging.
+
+    Factors are fetched at every use: the linear's own ones and, through an unregistered reference, those of the bank.
+    """
+
+    adapter_layer_names = ("tnpeft_factors", "tnpeft_magnitude")
+    other_param_names = ("updates", "dropouts")
+
+    def __init__(self, base_layer: nn.Module, bank: FactorBank, **kwargs: Any) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
+        self.tnpeft_factors = nn.ModuleDict()
+        self.tnpeft_magnitude = nn.ParameterDict()
+        self.updates: dict[str, tuple[Update, ...]] = {}
+        self.dropouts: dict[str, float] = {}
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._bank = (bank,)
+        self._kept: Tensor | Kept | None = None
+        self.out_features, self.in_features = features(self.get_base_layer())
+
+    @property
+    def bank(self) -> FactorBank:
+        """The bank of the model."""
+        return self._bank[0]
+
+    def home_device(self) -> torch.device | None:
+        """The device of the base weight."""
+        return self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+
+    def base_matrix(self) -> Tensor:
+        """The base weight as it was before any merge, in fp32 or wider, ``[out, inp]``.
+
+        Raises:
+            NetworkError: the linear is quantised by a back end that cannot give its weight.
+        """
+        try:
+            weight = self._kept if isinstance(self._kept, Tensor) else self.get_base_weight()
+        except TypeError as error:
+            raise NetworkError(
+                f"the weight of this quantised linear cannot be read: {error}",
+                remedy="choose start values and a line that do without it, and no dora",
+            ) from None
+        return self._stored(wide(weight))
+
+    # ---- the update
+
+    def operands(self, adapter: str, item: Update, like: Tensor | None = None) -> list[Tensor]:
+        """The arrays of one site's update in the program's order, on the device and in the dtype of ``like``."""
+        found = []
+        for operand, array in zip(item.operands, self._arrays(adapter, item), strict=True):
+            if operand.norm:
+                array = normalised(array, operand.norm)
+            found.append(array if like is None else array.to(like.device, like.dtype))
+        return found
+
+    def _arrays(self, adapter: str, item: Update) -> list[Tensor]:
+        own, shared = self.tnpeft_factors[adapter], self.bank.tnpeft_factors[adapter]
+        return [
+            base_factor(self.base_matrix(), item, operand.key)
+            if operand.source == "base"
+            else (own if operand.source == "site" else shared).get(operand.key)
+            for operand in item.operands
+        ]
+
+    # ---- dense updates and merging
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """The update is additive; :func:`tnpeft.export_lora` writes it as a LoRA."""
+        return True
+
+    def _delta(self, adapter: str) -> Tensor:
+        """The adapter's scaled update of the whole linear, ``[out, inp]``."""
+        items = self.updates[adapter]
+        with torch.autocast(self.weight.device.type, enabled=False):
+            deltas = [item.delta(self.operands(adapter, item)) for item in items]
+        if not items[0].side:
+            return deltas[0]
+        whole = deltas[0].new_zeros((self.out_features, self.in_features))
+        for item, delta in zip(items, deltas, strict=True):
+            whole.narrow(0 if item.side == "out" else 1, item.start, item.length).add_(delta)
+        return whole
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What the adapter adds to the base weight, in the factors' dtype and the base weight's layout.
+
+        Raises:
+            NetworkError: there is no such adapter.
+        """
+        if adapter not in self.updates:
+            raise NetworkError(f"this linear has no adapter {adapter!r}", remedy=f"it has {', '.join(self.updates)}")
+        return self._stored(self._change(adapter))
+
+    def _change(self, adapter: str) -> Tensor:
+        """What the adapter adds to the base weight, ``[out, inp]``: its update, with the magnitude if it has one."""
+        delta = self._delta(adapter)
+        if adapter not in self.tnpeft_magnitude:
+            return delta
+        base = self.base_matrix()
+        updated = base + wide(delta)
+        ratio = wide(self.tnpeft_magnitude[adapter]) / updated.norm(dim=1)
+        return updated * ratio[:, None] - base
+
+    def _stored(self, matrix: Tensor) -> Tensor:
+        """An ``[out, inp]`` matrix in the layout of the base weight."""
+        return matrix.T if isinstance(self.get_base_layer(), Conv1D) else matrix
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        """Add the updates to the base weight: summed in fp32, cast once. The weight is kept for :meth:`unmerge`.
+
+        Raises:
+            NetworkError: ``safe_merge`` found a number that is not finite; nothing is changed then.
+        """
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.updates]
+        if not names:
+            return
+        if self.merged and self.quantization_backend is not None:
+            names = [*self.merged_adapters, *names]
+            self.unmerge()
+        names = [*self.merged_adapters, *names]
+        merged = self._merged(names, safe_merge)
+        if self._kept is None:
+            base = self.get_base_layer()
+            self._kept = Kept.of(base) if self.quantization_backend else base.weight.data
+        self.set_base_weight(merged)
+        self.merged_adapters[:] = names
+
+    @torch.no_grad()
+    def check_merge(self, adapter_names: Sequence[str] | None = None) -> None:
+        """Raise if :meth:`merge` with ``safe_merge`` would; nothing is changed.
+
+        Raises:
+            NetworkError: it would.
+        """
+        names = self.active_adapters if adapter_names is None else adapter_names
+        new = [name for name in names if name in self.updates and name not in self.merged_adapters]
+        self._merged([*self.merged_adapters, *new], safe=True)
+
+    def _merged(self, names: Sequence[str], safe: bool) -> Tensor:
+        """The base weight with the updates of the adapters, as the linear stores it."""
+        merged = self.base_matrix() + sum(self._change(name) for name in names)
+        merged = self._stored(merged).to(self.get_base_weight().dtype).contiguous()
+        if safe and not torch.isfinite(merged).all():
+            raise NetworkError(
+                f"merging {', '.join(names)} would make the weight infinite or not a number",
+                remedy="check the adapter's factors",
+            )
+        return merged
+
+    def unmerge(self) -> None:
+        """Restore the base weight as it was before the first merge, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        base = self.get_base_layer()
+        if isinstance(self._kept, Kept):
+            self.base_layer = self._kept.restore()
+        elif self._kept is not None:
+            base.weight.data = self._kept.to(base.weight.device)
+        self._kept = None
+        self.merged_adapters.clear()
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in fp32, or as it is if that is wider.
+
+    >>> wide(torch.zeros(1, dtype=torch.bfloat16)).dtype
+    torch.float32
+    """
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -37,15 +37,19 @@ def interleaved(
     now = CLOCKS[clock]
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for sample in range(-warm, samples):
-        for name, run in runs.items():
-            gc.collect()
-            wait()
-            start = now()
-            run()
-            wait()
-            if sample >= 0:
-                times[name].append(now() - start)
+    gc.collect()
+    gc.disable()
+    try:
+        for sample in range(-warm, samples):
+            for name, run in runs.items():
+                wait()
+                start = now()
+                run()
+                wait()
+                if sample >= 0:
+                    times[name].append(now() - start)
+    finally:
+        gc.enable()
     return times
 
 

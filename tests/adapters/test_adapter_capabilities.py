@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 import tnpeft
 from tnpeft import registration
-from tnpeft.adapters import layer as layer_module
+from tnpeft.adapters import dense as dense_module
 from tnpeft.adapters import model as model_module
 from tnpeft.adapters.bank import FactorBank
 from tnpeft.adapters.layer import TensorNetworkLinear
@@ -211,7 +211,7 @@ def test_a_quantised_layer_is_adapted_as_its_back_end_allows(name: str, monkeypa
     def resolve(base: nn.Module, **_: Any) -> QuantizationBackend | None:
         return BACKENDS[name] if isinstance(base, Packed) else None
 
-    for module in (layer_module, model_module):
+    for module in (dense_module, model_module):
         monkeypatch.setattr(module, "resolve_quantization_backend", resolve)
     model = peft.get_peft_model(Host(Packed()), settings())
     assert model.get_model_status().quantization_backend == name

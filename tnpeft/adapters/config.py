@@ -8,13 +8,14 @@ from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 from peft.config import PeftConfig
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 
 from tnpeft import registration
+from tnpeft.adapters.checks import check_fields
 from tnpeft.adapters.files import describe, stored_shapes
 from tnpeft.adapters.plain import factorization, lower, with_rank_pattern
 from tnpeft.networks import Factorization, NetworkError
 
-_BIAS = ("none", "all", "tensor_network_only")
 _CHANGES = ("ranks", "splits", "init", "scale", "unit_norm", "lr_multiplier", "square")  # in the order of the fields
 
 
@@ -93,6 +94,7 @@ class TensorNetworkConfig(PeftConfig):
         f = factorization("lora" if self.network is None else self.network, **given)
         self._factorization = with_rank_pattern(f, rank_pattern) if rank_pattern else f
         self.network = lower(self._factorization)
+        check_fields(self)
         for name in ("target_modules", "exclude_modules"):
             if isinstance(names := getattr(self, name), set | tuple | list):
                 setattr(self, name, [*dict.fromkeys(sorted(names) if isinstance(names, set) else names)])
@@ -103,15 +105,6 @@ class TensorNetworkConfig(PeftConfig):
         self.stored: dict[str, tuple[int, ...]] | None = None
 
     def _check(self) -> None:
-        number = isinstance(self.dropout, int | float) and not isinstance(self.dropout, bool)
-        if not number or not 0 <= self.dropout < 1:
-            raise NetworkError(f"dropout is {self.dropout!r}", remedy="pass a number from 0 to below 1")
-        if self.bias not in _BIAS:
-            raise NetworkError(f"bias is {self.bias!r}", remedy=f"use one of {', '.join(_BIAS)}")
-        for name, least in (("seed", 0), ("tokens", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise NetworkError(f"{name} is {value!r}", remedy=f"pass a whole number from {least} on")
         if self.layers_pattern and self.layers_to_transform is None:
             raise NetworkError("layers_pattern needs layers_to_transform", remedy="pass both, or neither")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
@@ -119,12 +112,6 @@ class TensorNetworkConfig(PeftConfig):
                 "layers_to_transform does not go with a regular expression in target_modules",
                 remedy="write the layers into the expression, or pass a list of names",
             )
-        for name in ("layers", "projections"):
-            places = getattr(self, name)
-            if places is not None and sorted(places.values()) != [*range(len(places))]:
-                raise NetworkError(
-                    f"the saved order of {name} is broken: {str(places)[:80]}", remedy="check the file"
-                )
 
     @property
     def factorization(self) -> Factorization:
@@ -151,5 +138,11 @@ class TensorNetworkConfig(PeftConfig):
             NetworkError: the file of factors is damaged, or the configuration is not one that this version reads.
         """
         config: TensorNetworkConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-        config.stored = stored_shapes(os.path.join(pretrained_model_name_or_path, subfolder or ""))
+        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        config.stored = stored_shapes(folder, [*(config.modules_to_save or ()), *_beside(config.bias)])
         return config
+
+
+def _beside(bias: str) -> tuple[str, ...]:
+    """What PEFT may write beside the factors: embeddings that were resized, and biases that were trained."""
+    return (*EMBEDDING_LAYER_NAMES, *((".bias",) if bias != "none" else ()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,18 @@ from tnpeft.registration import PREFIX
 
 _MARK = "## Tensor-network adapter"
 _SHOWN = 3  # names that an error lists
+_AGAIN = "copy the adapter's folder again from where it was saved"
 
 
-def stored_shapes(folder: str) -> dict[str, tuple[int, ...]] | None:
-    """Shape of every array in the adapter's file, by name; None if the folder holds no safetensors file.
+def stored_shapes(folder: str, others: Collection[str] = ()) -> dict[str, tuple[int, ...]] | None:
+    """Shape of every array in the adapter's file, by name; None if there is no such folder here.
+
+    Args:
+        folder: where the adapter lies.
+        others: parts of names of arrays that may be in the file beside the factors.
 
     Raises:
-        NetworkError: the file is damaged.
+        NetworkError: the file is missing or damaged, or holds something that is neither a finite factor nor meant.
 
     >>> stored_shapes("no/such/folder") is None
     True
@@ -27,15 +32,25 @@ def stored_shapes(folder: str) -> dict[str, tuple[int, ...]] | None:
     from safetensors import SafetensorError, safe_open
 
     path = Path(folder) / SAFETENSORS_WEIGHTS_NAME
-    if not path.is_file():
+    if not path.parent.is_dir():
         return None
+    if not path.is_file():
+        raise NetworkError(f"there is no {SAFETENSORS_WEIGHTS_NAME} in {folder!r}", remedy=_AGAIN)
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise NetworkError(
-            f"{SAFETENSORS_WEIGHTS_NAME} is damaged: {error}", remedy="copy the adapter's folder again"
-        ) from None
+        raise NetworkError(f"{SAFETENSORS_WEIGHTS_NAME} is damaged: {error}", remedy=_AGAIN) from None
+    for name, array in arrays.items():
+        if f".{PREFIX}" not in name and not any(part in name for part in others):
+            raise NetworkError(
+                f"{SAFETENSORS_WEIGHTS_NAME} holds {name}, which is no part of an adapter and would change the model",
+                remedy="do not load this file, or take the array out of it",
+            )
+        if not array.is_floating_point() or not array.isfinite().all():
+            problem = "not finite" if array.is_floating_point() else f"of type {array.dtype}"
+            raise NetworkError(f"{name} in {SAFETENSORS_WEIGHTS_NAME} is {problem}", remedy=_AGAIN)
+    return {name: tuple(array.shape) for name, array in arrays.items()}
 
 
 def check_shapes(stored: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -11,6 +11,7 @@ from tnpeft import families
 from tnpeft.networks import Factorization, Line, Network, NetworkError, network
 
 SCHEMA = 1  # of what `lower` writes; a reader refuses any other
+_LARGEST = sys.float_info.max
 _FIELDS = {
     "schema", "name", "lines", "ranks", "splits", "init", "scale", "unit_norm", "lr_multiplier", "square", "source",
 }  # fmt: skip
@@ -108,8 +109,8 @@ def with_rank_pattern(f: Factorization, pattern: Mapping[str, Mapping[str, int]]
 
 def _raised(data: Mapping[str, Any]) -> Factorization:
     schema = data.get("schema")
-    if schema != SCHEMA:
-        newer = isinstance(schema, int) and schema > SCHEMA
+    if type(schema) is not int or schema != SCHEMA:
+        newer = type(schema) is int and schema > SCHEMA
         raise NetworkError(
             f"the adapter's network is written in schema {schema!r}; this tnpeft reads schema {SCHEMA}",
             remedy="upgrade tnpeft" if newer else "save the adapter again with a tnpeft that can load it",
@@ -126,9 +127,9 @@ def _raised(data: Mapping[str, Any]) -> Factorization:
         name=_field(data, "name", str),
         lines=tuple(lines),
         ranks=pairs["ranks"],
-        splits={side: tuple(parts) for side, parts in pairs["splits"].items()},
+        splits={side: _parts(parts) for side, parts in pairs["splits"].items()},
         init=pairs["init"],
-        scale=_field(data, "scale", (int, float), float),
+        scale=_field(data, "scale", (int, float)),
         unit_norm=_field(data, "unit_norm", list, lambda names: tuple(map(str, names))),
         lr_multiplier=pairs["lr_multiplier"],
         square=_field(data, "square", bool),
@@ -156,6 +157,12 @@ def _line(entries: list[Any]) -> list[Line]:
     return [Line(network(entry["network"]), entry["sites"]) for entry in entries]
 
 
+def _parts(parts: Any) -> tuple[Any, ...]:
+    if not isinstance(parts, list):
+        raise _bad("splits", parts)
+    return tuple(parts)
+
+
 def _bad(name: str, value: Any) -> NetworkError:
     return NetworkError(f"the adapter's network has {name}={str(value)[:60]!r}", remedy="check the file")
 
@@ -168,8 +175,15 @@ def _plain(value: Any) -> Any:
 def _checked(f: Factorization) -> Factorization:
     """The factorization, once its numbers are known to be finite numbers."""
     for name, value in {"scale": f.scale, **f.lr_multiplier}.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise NetworkError(f"{name} is {value!r}", remedy="pass a finite number")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not -_LARGEST <= value <= _LARGEST:
+            raise NetworkError(f"{name} is {str(value)[:60]}", remedy="pass a finite number")
+    for label, rate in f.lr_multiplier.items():
+        if rate < 0:
+            raise NetworkError(f"the learning rate of {label!r} is multiplied by {rate}", remedy="pass 0 or more")
+    for label, start in f.init.items():
+        if not isinstance(start, str | list) and not hasattr(start, "tolist"):
+            raise NetworkError(f"init[{label!r}] is {start!r}", remedy="pass the name of a start, or an array")
     for side, parts in f.splits.items():
         if not all(part is None or isinstance(part, int | str) for part in parts):
             raise NetworkError(f"splits[{side!r}] is {parts!r}", remedy="pass whole numbers, None, or rules as text")

@@ -1,0 +1,184 @@
+"""Damaged and hostile adapter folders: each is refused with what is wrong and what to do, and changes nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from adapter_models import adapted, opt, shake
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import tnpeft
+from tnpeft.networks import NetworkError
+
+Edit = Callable[[Path], object]
+Arrays = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("good")
+    model = adapted("mixed")
+    shake(model, 1)
+    model.save_pretrained(folder)
+    return folder
+
+
+def weights(change: Callable[[Arrays], Arrays]) -> Edit:
+    def edit(folder: Path) -> None:
+        file = folder / "adapter_model.safetensors"
+        save_file(change(load_file(file)), file)
+
+    return edit
+
+
+def raw(change: Callable[[bytes], bytes]) -> Edit:
+    def edit(folder: Path) -> None:
+        file = folder / "adapter_model.safetensors"
+        file.write_bytes(change(file.read_bytes()))
+
+    return edit
+
+
+def setting(*path: str, value: Any) -> Edit:
+    def edit(folder: Path) -> None:
+        file = folder / "adapter_config.json"
+        inner = whole = json.loads(file.read_text())
+        for name in path[:-1]:
+            inner = inner[name]
+        inner[path[-1]] = value
+        file.write_text(json.dumps(whole))
+
+    return edit
+
+
+def network(name: str, value: Any) -> Edit:
+    return setting("network", name, value=value)
+
+
+def first_to(value: float) -> Callable[[Arrays], Arrays]:
+    return lambda held: held | {min(held): torch.full_like(held[min(held)], value)}
+
+
+_HUGE = json.dumps({"x": {"dtype": "F32", "shape": [10**9, 10**9], "data_offsets": [0, 4 * 10**18]}}).encode()
+_BASE = "base_model.model.model.decoder.layers.0.fc1.weight"
+_FOREIGN = "base_model.model.factor_bank.tnpeft_factors.Z"
+
+FILES: dict[str, tuple[Edit, str]] = {
+    "cut short": (raw(lambda data: data[:-50]), "damaged"),
+    "empty": (raw(lambda data: b""), "damaged"),
+    "huge declared size": (raw(lambda data: struct.pack("<Q", len(_HUGE)) + _HUGE), "damaged"),
+    "huge header": (raw(lambda data: struct.pack("<Q", 2**62) + data[8:]), "damaged"),
+    "missing": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "there is no adapter_model"),
+    "nan": (weights(first_to(float("nan"))), "is not finite"),
+    "infinite": (weights(first_to(float("inf"))), "is not finite"),
+    "integers": (weights(lambda held: {n: v.int() for n, v in held.items()}), "of type torch.int32"),
+    "complex": (weights(lambda held: {n: v.to(torch.complex64) for n, v in held.items()}), "of type torch.complex64"),
+    "shapes": (weights(lambda held: {n: v[:1].contiguous() for n, v in held.items()}), r"is \(1, \d\), not"),
+    "an array less": (weights(lambda held: {n: v for n, v in held.items() if n != min(held)}), "is missing"),
+    "a factor more": (weights(lambda held: held | {_FOREIGN: torch.ones(2)}), "is not part of it"),
+    "a base weight": (weights(lambda held: held | {_BASE: torch.zeros(64, 32)}), "would change the model"),
+}
+SETTINGS: dict[str, tuple[Edit, str]] = {
+    "newer schema": (network("schema", 2), "upgrade tnpeft"),
+    "no schema": (network("schema", True), "schema True"),
+    "another line": (network("lines", [{"network": "U[out a] V[layer proj a inp] -> layer proj out inp", "sites": "*"}]), "factors"),
+    "half a line": (network("lines", [{"network": "B[", "sites": "*"}]), "B\\["),
+    "lines of text": (network("lines", "B[out r]"), "lines"),
+    "unknown entry": (network("evil", 1), "evil"),
+    "rank as code": (network("ranks", {"a": "__import__('os').system('true')"}), "a"),
+    "rank as tower": (network("ranks", {"a": "9**9**9**9", "b": 2}), "a"),
+    "huge rank": (network("ranks", {"a": 10**9, "b": 2}), "elements"),
+    "other rank": (network("ranks", {"a": 2, "b": 2}), "not"),
+    "splits": (network("splits", {"out": 5}), "splits"),
+    "start": (network("init", {"U": 5}), "init"),
+    "start as table": (network("init", {"U": {}}), "init"),
+    "huge scale": (network("scale", 10**400), "scale"),
+    "scale as text": (network("scale", "1"), "scale"),
+    "negative rate": (network("lr_multiplier", {"U": -3}), "learning rate"),
+    "norm of nothing": (network("unit_norm", ["Z"]), "Z"),
+    **{
+        f"{name} {value!r}": (setting(name, value=value), name)
+        for name, value in [
+            ("target_modules", 5), ("target_modules", [1]), ("target_modules", "((("), ("target_modules", ""),
+            ("exclude_modules", 5), ("layers_to_transform", "x"), ("layers_to_transform", [1.5]),
+            ("modules_to_save", 5), ("modules_to_save", [1]), ("bias", 5), ("dropout", "x"), ("dropout", -1),
+            ("seed", 1.0), ("seed", 2**200), ("tokens", 0), ("save_frozen", "yes"), ("dora", 1), ("layers", []),
+            ("layers", {"a": "x"}), ("projections", "x"), ("projections", {"q_proj": 0, "v_proj": 2}), ("frozen", []),
+        ]
+    },
+}  # fmt: skip
+CASES = FILES | SETTINGS
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_bad_folder_is_refused_and_nothing_changes(case: str, good: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bad"
+    shutil.copytree(good, folder)
+    edit, message = CASES[case]
+    edit(folder)
+    base, model = opt(), adapted("mixed")
+    for target, load, said in (
+        (base, lambda: peft.PeftModel.from_pretrained(base, folder), message),
+        (model, lambda: model.load_adapter(folder, "second"), message),
+        (model, lambda: tnpeft.hotswap(model, str(folder)), None),  # it may stop at another difference first
+    ):
+        before = snapshot(target)
+        with pytest.raises(NetworkError, match=said):
+            load()
+        assert same(snapshot(target), before)
+    assert [*model.peft_config] == ["default"]
+
+
+def snapshot(model: nn.Module) -> tuple[list[str], dict[str, torch.Tensor], dict[str, bool]]:
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    return [n for n, _ in model.named_modules()], state, {n: p.requires_grad for n, p in model.named_parameters()}
+
+
+def same(one: Any, two: Any) -> bool:
+    arrays = one[1].keys() == two[1].keys() and all(torch.equal(v, two[1][n]) for n, v in one[1].items())
+    return bool(one[0] == two[0] and arrays and one[2] == two[2])
+
+
+def test_the_good_folder_loads(good: Path) -> None:
+    model = peft.PeftModel.from_pretrained(opt(), good)
+    before = snapshot(model)
+    assert not same(snapshot(opt()), before)
+    tnpeft.hotswap(model, str(good))
+    assert same(snapshot(model), before)
+
+
+def test_lower_precision_and_what_peft_writes_beside_factors_load(good: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "half"
+    shutil.copytree(good, folder)
+    weights(lambda held: {n: v.half() for n, v in held.items()})(folder)
+    model = peft.PeftModel.from_pretrained(opt(), folder)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    for name, changes in {"head": {"modules_to_save": ["fc1"]}, "bias": {"bias": "tensor_network_only"}}.items():
+        adapted("mixed", **changes).save_pretrained(tmp_path / name)
+        peft.PeftModel.from_pretrained(opt(), tmp_path / name)
+    resized = adapted("mixed")
+    resized.save_pretrained(tmp_path / "embeddings", save_embedding_layers=True)
+    assert any("embed_tokens" in name for name in load_file(tmp_path / "embeddings" / "adapter_model.safetensors"))
+    peft.PeftModel.from_pretrained(opt(), tmp_path / "embeddings")
+
+
+def test_safe_merge_and_unload_refuses_before_the_first_linear() -> None:
+    model = adapted("lora")
+    shake(model)
+    last = [module for module in model.modules() if hasattr(module, "check_merge")][-1]
+    with torch.no_grad():
+        last.tnpeft_factors["default"].get("B")[0, 0] = float("inf")
+    before = snapshot(model)
+    with pytest.raises(NetworkError, match="not a number"):
+        model.merge_and_unload(safe_merge=True)
+    assert snapshot(model)[0] == before[0]
+    assert same(snapshot(model), before)

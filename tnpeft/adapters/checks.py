@@ -1,0 +1,95 @@
+"""Whether a configuration's fields have the kinds that they are read as: files may hold anything."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from tnpeft.networks import NetworkError
+
+_BIAS = ("none", "all", "tensor_network_only")
+_MOST = 2**63 - 1
+
+
+def check_fields(config: Any) -> None:
+    """Raise at the first field of a :class:`tnpeft.TensorNetworkConfig` whose value is of another kind.
+
+    Raises:
+        NetworkError: there is one; the message names it, its value, and what it may be.
+
+    >>> from types import SimpleNamespace
+    >>> check_fields(SimpleNamespace(target_modules=5))
+    Traceback (most recent call last):
+    tnpeft.networks.errors.NetworkError: target_modules is 5
+    pass a list of names, a regular expression, or None
+    """
+    for kind, (fits, remedy) in _KINDS.items():
+        for name in kind.split():
+            value = getattr(config, name)
+            if not fits(value):
+                raise NetworkError(f"{name} is {str(value)[:80] if value != '' else repr(value)}", remedy=remedy)
+
+
+def _whole(value: Any, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= _MOST
+
+
+def _listed(value: Any, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list | tuple | set) and all(fits(item) for item in value)
+
+
+def _name(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _pattern(value: Any) -> bool:
+    if not _name(value):
+        return False
+    try:
+        re.compile(value)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
+
+
+def _modules(value: Any) -> bool:
+    return value is None or _listed(value, _name) or _pattern(value)
+
+
+def _order(value: Any) -> bool:
+    """A map from names to the numbers from 0 on."""
+    if value is None:
+        return True
+    if not isinstance(value, Mapping) or not all(map(_name, value)) or not all(map(_whole, value.values())):
+        return False
+    return bool(value) and sorted(value.values()) == [*range(len(value))]
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(map(_name, (*value, *value.values())))
+
+
+def _one_of(choices: Collection[Any]) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: value in choices, f"use one of {', '.join(map(str, choices))}"
+
+
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "target_modules exclude_modules": (_modules, "pass a list of names, a regular expression, or None"),
+    "layers_to_transform": (
+        lambda value: value is None or _whole(value) or _listed(value, _whole),
+        "pass numbers of layers, from 0 on, or None",
+    ),
+    "layers_pattern": (lambda value: value is None or _name(value) or _listed(value, _name), "pass names, or None"),
+    "modules_to_save": (lambda value: value is None or _listed(value, _name), "pass a list of names, or None"),
+    "bias": _one_of(_BIAS),
+    "dropout": (
+        lambda value: isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1,
+        "pass a number from 0 to below 1",
+    ),
+    "seed": (_whole, "pass a whole number from 0 on, below 2**63"),
+    "tokens": (lambda value: _whole(value, 1), "pass a whole number from 1 on, below 2**63"),
+    "save_frozen dora": (lambda value: isinstance(value, bool), "pass True or False"),
+    "layers projections": (_order, "check the file: it is a map from names to their places, from 0 on"),
+    "frozen": (lambda value: value is None or _texts(value), "check the file: it is a map from factors to hashes"),
+}

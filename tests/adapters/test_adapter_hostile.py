@@ -68,6 +68,7 @@ def first_to(value: float) -> Callable[[Arrays], Arrays]:
     return lambda held: held | {min(held): torch.full_like(held[min(held)], value)}
 
 
+OTHER = "U[out a] G[layer proj a b] W[inp b] -> layer proj out inp"
 _HUGE = json.dumps({"x": {"dtype": "F32", "shape": [10**9, 10**9], "data_offsets": [0, 4 * 10**18]}}).encode()
 _BASE = "base_model.model.model.decoder.layers.0.fc1.weight"
 _FOREIGN = "base_model.model.factor_bank.tnpeft_factors.Z"
@@ -90,7 +91,7 @@ FILES: dict[str, tuple[Edit, str]] = {
 SETTINGS: dict[str, tuple[Edit, str]] = {
     "newer schema": (network("schema", 2), "upgrade tnpeft"),
     "no schema": (network("schema", True), "schema True"),
-    "another line": (network("lines", [{"network": "U[out a] V[layer proj a inp] -> layer proj out inp", "sites": "*"}]), "factors"),
+    "another line": (network("lines", [{"network": OTHER, "sites": "*"}]), "tnpeft_factors.W"),
     "half a line": (network("lines", [{"network": "B[", "sites": "*"}]), "B\\["),
     "lines of text": (network("lines", "B[out r]"), "lines"),
     "unknown entry": (network("evil", 1), "evil"),

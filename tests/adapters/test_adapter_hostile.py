@@ -79,6 +79,10 @@ FILES: dict[str, tuple[Edit, str]] = {
     "huge declared size": (raw(lambda data: struct.pack("<Q", len(_HUGE)) + _HUGE), "damaged"),
     "huge header": (raw(lambda data: struct.pack("<Q", 2**62) + data[8:]), "damaged"),
     "missing": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "there is no adapter_model"),
+    "a pickle": (
+        lambda folder: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin"),
+        "pickles",
+    ),
     "nan": (weights(first_to(float("nan"))), "is not finite"),
     "infinite": (weights(first_to(float("inf"))), "is not finite"),
     "integers": (weights(lambda held: {n: v.int() for n, v in held.items()}), "of type torch.int32"),

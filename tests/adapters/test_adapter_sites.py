@@ -97,6 +97,11 @@ def test_layers_to_transform_and_exclusions() -> None:
     saved = model.peft_config["default"]
     assert saved.layers == {"model.decoder.layers.1": 0}
     assert saved.projections == {"q_proj": 0}
+    config = tnpeft.TensorNetworkConfig(
+        network="lora", target_modules=["q_proj"], layers_to_transform=[0, 2], layers_pattern="layers"
+    )
+    saved = peft.get_peft_model(opt(layers=3), config).peft_config["default"]
+    assert saved.layers == {"model.decoder.layers.0": 0, "model.decoder.layers.2": 1}
 
 
 def test_what_is_no_linear_is_refused_by_name() -> None:

@@ -212,6 +212,17 @@ def test_rank_pattern_changes_some_projections() -> None:
     assert shapes == {"q_projB": (32, 3), "q_projA": (3, 32), "v_projB": (32, 1), "v_projA": (1, 32)}
 
 
+@pytest.mark.parametrize("pattern", [{"v_proj": {"a": 2}}, {"v_proj": {"b": 1}}, {"v_proj": {"a": 3, "b": 2}}])
+def test_rank_pattern_leaves_shared_factors_shared(pattern: dict[str, dict[str, int]], tmp_path: Path) -> None:
+    model = adapted("mixed", rank_pattern=pattern)
+    a, b = pattern["v_proj"].get("a", 3), pattern["v_proj"].get("b", 2)
+    shared = 32 * 3 + (32 * a if a != 3 else 0) + 32 * 2 + (32 * b if b != 2 else 0)
+    assert trainable(model) == shared + 2 * (3 * 2 + a * b)
+    shake(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(opt(), tmp_path)), logits(model))
+
+
 # ---- files
 
 
@@ -263,6 +274,8 @@ def test_config_is_plain_readable_data() -> None:
         ({"network": {"schema": 1}}, "lines"),
         ({"init": {"B": "zeros", "A": "zeros"}}, "zero"),
         ({"ranks": {"r": 0}}, "size"),
+        ({"rank_pattern": {"v_proj": 1}}, "rank pattern"),
+        ({"rank_pattern": {"v_proj": {"q": 1}}}, "no bond"),
     ],
 )
 def test_hostile_values_are_refused(change: dict[str, object], message: str) -> None:
@@ -428,6 +441,14 @@ def test_an_adapter_called_as_a_factor_is_refused() -> None:
     with pytest.raises(NetworkError, match="one of the factors"):
         model.add_adapter("B", config("lora"))
     assert [*model.peft_config] == ["default"]
+
+
+@pytest.mark.parametrize("name", ["my.adapter", "tnpeft_factors", ""])
+def test_adapter_names_that_no_file_could_hold_are_refused(name: str) -> None:
+    base = opt()
+    with pytest.raises(NetworkError, match="no adapter can be called"):
+        peft.get_peft_model(base, config("lora"), adapter_name=name)
+    assert [n for n, _ in base.named_modules()] == [n for n, _ in opt().named_modules()]
 
 
 # ---- merging

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from tnpeft.networks import Factorization, NetworkError
 from tnpeft.registration import PREFIX
@@ -35,7 +35,9 @@ def stored_shapes(folder: str, others: Collection[str] = ()) -> dict[str, tuple[
     if not path.parent.is_dir():
         return None
     if not path.is_file():
-        raise NetworkError(f"there is no {SAFETENSORS_WEIGHTS_NAME} in {folder!r}", remedy=_AGAIN)
+        pickled = (path.parent / WEIGHTS_NAME).is_file()
+        remedy = "save it with safe_serialization=True: pickles are not read" if pickled else _AGAIN
+        raise NetworkError(f"there is no {SAFETENSORS_WEIGHTS_NAME} in {folder!r}", remedy=remedy)
     try:
         with safe_open(path, framework="pt") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

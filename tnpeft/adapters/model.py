@@ -128,6 +128,11 @@ class TensorNetworkModel(BaseTuner):
         bank = getattr(self.model, BANK, None)
         others = {} if bank is None else bank.layouts
         keys = {piece.key for its in (layout, *others.values()) for piece in its.pieces}
+        if not adapter or "." in adapter or registration.PREFIX in adapter:
+            raise NetworkError(
+                f"no adapter can be called {adapter!r}: its name is part of the names of its factors",
+                remedy=f"choose a name without a dot and without {registration.PREFIX!r}",
+            )
         for name in (adapter, *others):
             if name in keys:
                 raise NetworkError(

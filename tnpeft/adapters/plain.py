@@ -75,8 +75,8 @@ def lower(f: Factorization) -> dict[str, Any]:
 def with_rank_pattern(f: Factorization, pattern: Mapping[str, Mapping[str, int]]) -> Factorization:
     """The factorization with other ranks at some projections: ``{"v_proj": {"r": 4}}``, globs as in ``Line.sites``.
 
-    Each entry becomes a line of its own whose bonds carry the entry's number. A factor that both lines share has
-    two shapes then and is stored once for each.
+    Each entry becomes a line of its own in which the bonds of another rank carry the entry's number. A factor that
+    both lines share is stored once for each of its shapes.
 
     Raises:
         NetworkError: an entry names no bond.
@@ -88,21 +88,25 @@ def with_rank_pattern(f: Factorization, pattern: Mapping[str, Mapping[str, int]]
     lines: list[Line] = []
     ranks = dict(f.ranks)
     for number, (sites, changed) in enumerate(pattern.items(), start=1):
+        if not isinstance(changed, Mapping):
+            raise NetworkError(
+                f"the rank pattern of {sites!r} is {changed!r}", remedy="name the bond: {'v_proj': {'r': 4}}"
+            )
         for line in f.lines:
             if line.sites != "*":
                 raise NetworkError(
                     f"{f.name!r} has lines for some sites only, and takes no rank pattern",
                     remedy="give its lines their ranks in the factorization itself",
                 )
-            names = {bond: f"{bond}_{number}" for bond in line.network.bonds}
             for bond in changed:
-                if bond not in names:
+                if bond not in line.network.bonds:
                     raise NetworkError(
                         f"the rank pattern of {sites!r} names {bond!r}, which is no bond",
                         line=str(line.network),
-                        remedy=f"its bonds are {', '.join(names)}",
+                        remedy=f"its bonds are {', '.join(line.network.bonds)}",
                     )
-            ranks |= {names[bond]: changed.get(bond, f.ranks[bond]) for bond in names}
+            names = {bond: f"{bond}_{number}" for bond, rank in changed.items() if rank != f.ranks.get(bond)}
+            ranks |= {names[bond]: changed[bond] for bond in names}
             lines.append(Line(line.network.rename(names), sites))
     return replace(f, lines=(*lines, *f.lines), ranks=ranks)
 

@@ -140,12 +140,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         theirs.append(now() - start)
     rows.append({"family": "PEFT LoRA r=8", "sites": 96, "attach s": median(theirs)})
     growth = [
-        attached(sites // 4, name, TARGETS, 1, options.clock)
+        attached(sites // 4, name, TARGETS, options.samples, options.clock)
         for sites in options.sites
         for name in ("lora rank=8", "cp rank=21", "tenslora qkv_depth ranks=8")
     ]
     return {
-        "imports": imported(options.samples),
+        "imports": imported(1),
         "attach": rows,
         "growth": growth,
         "machine": _bench.machine(),

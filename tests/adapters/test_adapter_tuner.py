@@ -443,7 +443,7 @@ def test_an_adapter_called_as_a_factor_is_refused() -> None:
     assert [*model.peft_config] == ["default"]
 
 
-@pytest.mark.parametrize("name", ["my.adapter", "tnpeft_factors", ""])
+@pytest.mark.parametrize("name", ["my.adapter", "tnpeft_factors"])
 def test_adapter_names_that_no_file_could_hold_are_refused(name: str) -> None:
     base = opt()
     with pytest.raises(NetworkError, match="no adapter can be called"):

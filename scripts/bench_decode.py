@@ -19,7 +19,7 @@ from typing import Any
 import _bench
 import peft
 import torch
-from bench_step import SHAPES, TARGETS
+from _bench_models import SHAPES, TARGETS
 from torch import Tensor, nn
 
 import tnpeft

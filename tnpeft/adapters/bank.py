@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -71,9 +72,9 @@ class TensorNetworkLayer(BaseTunerLayer):
             if all(tensor.device.type != "meta" for tensor in tensors):
                 held[adapter_name] = item.to(target)
 
+    @abstractmethod
     def home_device(self) -> torch.device | None:
         """Where the arrays belong."""
-        raise NotImplementedError
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters on or off; switching them off unmerges first."""

@@ -21,7 +21,9 @@ check: .venv/ready
 unit: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests tnpeft --doctest-modules
 
-paper: .venv/ready
+paper: demo
+	cp demo/digits.png paper/figures/demo.png && cp demo/digits.svg paper/figures/demo.svg
+	cp demo/digits.md paper/tables/demo.md && cp demo/digits.csv paper/tables/demo.csv
 	$(BIN)/python scripts/draw_readme.py
 	$(BIN)/python scripts/reproduce_counts.py
 

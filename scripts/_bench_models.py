@@ -69,19 +69,25 @@ class Bare(nn.Module):
         return (x,)
 
 
-def backbone(shape: str, layers: int | None, device: str, dtype: torch.dtype) -> nn.Module:
-    """A frozen OPT decoder of the shape, with random weights."""
-    from transformers import OPTConfig, OPTModel
+def opt_config(shape: str, layers: int | None, **fields: Any) -> Any:
+    """An OPT configuration of the shape, with a small vocabulary."""
+    from transformers import OPTConfig
 
     width, heads, depth = SHAPES[shape]
-    torch.manual_seed(0)
-    config = OPTConfig(
+    return OPTConfig(
         hidden_size=width,
         ffn_dim=4 * width,
         num_attention_heads=heads,
         num_hidden_layers=layers or depth,
         word_embed_proj_dim=width,
         vocab_size=512,
-        dropout=0.0,
+        **fields,
     )
-    return OPTModel(config).to(device, dtype).requires_grad_(False)
+
+
+def backbone(shape: str, layers: int | None, device: str, dtype: torch.dtype) -> nn.Module:
+    """A frozen OPT decoder of the shape, with random weights."""
+    from transformers import OPTModel
+
+    torch.manual_seed(0)
+    return OPTModel(opt_config(shape, layers, dropout=0.0)).to(device, dtype).requires_grad_(False)

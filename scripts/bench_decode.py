@@ -19,7 +19,7 @@ from typing import Any
 import _bench
 import peft
 import torch
-from _bench_models import SHAPES, TARGETS
+from _bench_models import SHAPES, TARGETS, opt_config
 from torch import Tensor, nn
 
 import tnpeft
@@ -27,20 +27,10 @@ import tnpeft
 
 def backbone(shape: str, layers: int | None, device: str) -> nn.Module:
     """An OPT causal language model of the shape, with random weights."""
-    from transformers import OPTConfig, OPTForCausalLM
+    from transformers import OPTForCausalLM
 
-    width, heads, depth = SHAPES[shape]
     torch.manual_seed(0)
-    config = OPTConfig(
-        hidden_size=width,
-        ffn_dim=4 * width,
-        num_attention_heads=heads,
-        num_hidden_layers=layers or depth,
-        word_embed_proj_dim=width,
-        vocab_size=512,
-        eos_token_id=None,
-    )
-    return OPTForCausalLM(config).to(device).eval().requires_grad_(False)
+    return OPTForCausalLM(opt_config(shape, layers, eos_token_id=None)).to(device).eval().requires_grad_(False)
 
 
 def configs() -> dict[str, Any]:

@@ -22,8 +22,11 @@ ROOT = Path(__file__).resolve().parent.parent
 STUDIES = (
     "cp_steps_small_opt_rates",
     "cp_steps_small_opt",
+    "cp_steps_small_opt_pairs",
     "cp_steps_smollm2_rates",
     "cp_steps_smollm2",
+    "families_digits",
+    "tenslora_digits",
     "tenslora_small_opt",
     "families_small_opt",
 )

@@ -93,6 +93,7 @@ class TensorNetworkConfig(PeftConfig):
             given["unit_norm"] = tuple(given["unit_norm"])
         f = factorization("lora" if self.network is None else self.network, **given)
         self._factorization = with_rank_pattern(f, rank_pattern) if rank_pattern else f
+        self.patterns = tuple(rank_pattern or ())
         self.network = lower(self._factorization)
         check_fields(self)
         for name in ("target_modules", "exclude_modules"):

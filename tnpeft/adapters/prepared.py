@@ -38,16 +38,16 @@ class Stamps:
     """
 
     def __init__(self, sources: Sequence[Tensor]) -> None:
-        # The alias keeps the memory from being given to another tensor.
-        self._stamps = [(source.detach(), source.data_ptr(), source._version) for source in sources]
+        self._stamps = [(source.data_ptr(), source._version, source.dtype) for source in sources]
         self._taken = _Steps.taken
+        self._aliases = [source.detach() for source in sources]  # they keep the memory from other tensors
 
     def hold(self, sources: Sequence[Tensor]) -> bool:
         """Whether these are the tensors, unchanged."""
         if self._taken != _Steps.taken or len(sources) != len(self._stamps):
             return False
-        for (alias, pointer, version), source in zip(self._stamps, sources, strict=True):
-            if pointer != source.data_ptr() or version != source._version or alias.dtype != source.dtype:
+        for (pointer, version, dtype), source in zip(self._stamps, sources, strict=True):
+            if pointer != source.data_ptr() or version != source._version or dtype != source.dtype:
                 return False
         return True
 

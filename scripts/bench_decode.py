@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -70,7 +71,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     prompt = torch.arange(3, 3 + options.prompt, device=options.device)[None]
     runs = {"floor": partial(decode, base, prompt, options.tokens)}
     few = min(4, options.tokens)
-    for name, config in configs().items():
+    known = configs()
+    unknown = sorted(set(options.only or ()) - set(known))
+    if unknown:
+        sys.exit(f"there is no case {unknown[0]!r}; there are {', '.join(known)}")
+    for name, config in known.items():
+        if options.only and name not in options.only:
+            continue
         shared = {id(p): p for p in base.parameters()}
         model = peft.get_peft_model(copy.deepcopy(base, shared), config).eval()
         runs[name] = partial(decode, model, prompt, options.tokens)
@@ -86,7 +93,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         }
         for name, found in times.items()
     }
-    settings = {name: value for name, value in vars(options).items() if name != "out"}
+    settings = {name: value for name, value in vars(options).items() if name not in ("out", "only")}
     settings["layers"] = base.config.num_hidden_layers
     return {"settings": settings, "machine": _bench.machine(), "cases": rows}
 
@@ -128,6 +135,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--samples", type=int, default=9)
     parser.add_argument("--clock", choices=_bench.CLOCKS, default="wall")
+    parser.add_argument("--only", nargs="+", help="adapters to run beside the frozen model")
     parser.add_argument("--out", type=Path, default=_bench.TABLES)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

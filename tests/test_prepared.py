@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -28,9 +29,18 @@ class Net(nn.Module):
         return result
 
 
-def model(**options: Any) -> Any:
+FAMILIES = {
+    "cp": tnpeft.families.cp(rank=4, out=(8, 6), inp=(6, 8)),
+    "lora": tnpeft.families.lora(rank=3),
+    "subtracted": tnpeft.network("-B[layer proj out r] A[r inp] -> layer proj out inp"),
+    "kron": tnpeft.families.krona(out=(8, 6), inp=(6, 8)),  # the one of these that is no two matrices
+}
+
+
+def model(key: str = "cp", **options: Any) -> Any:
     torch.manual_seed(0)
-    f = tnpeft.families.cp(rank=4, out=(8, 6), inp=(6, 8))
+    f = FAMILIES[key]
+    options = {"ranks": {"r": 3}, **options} if key == "subtracted" else options
     config = tnpeft.TensorNetworkConfig(network=f, target_modules=["q_proj"], **options)
     net = peft.get_peft_model(Net().double(), config).double().eval()
     return randomise(net)
@@ -108,12 +118,13 @@ def set_as_declared(net: Any) -> None:
     tnpeft.set_factors(net, {name: value + 1 for name, value in tnpeft.factors(net).items()})
 
 
+@pytest.mark.parametrize("key", FAMILIES)
 @pytest.mark.parametrize("change", [in_place, loaded, assigned, replaced, stepped, fused, set_as_declared])
 @torch.no_grad()
-def test_a_change_of_the_factors_is_seen(change: Callable[[Any], None]) -> None:
-    net = model()
+def test_a_change_of_the_factors_is_seen(change: Callable[[Any], None], key: str) -> None:
+    net = model(key)
     before = net(X)
-    assert kept(net) == 1
+    assert kept(net) == (key == "cp")
     change(net)
     after = net(X)
     assert not torch.equal(after, before)
@@ -181,3 +192,122 @@ def test_compiled_models_and_copies_keep_nothing() -> None:
     net(X)
     assert kept(net) == 1
     assert kept(copy.deepcopy(net)) == 0
+
+
+# ---- the direct way of one adapter
+
+
+def hooked(net: Any) -> Any:
+    """A copy that takes the general way."""
+    copied = copy.deepcopy(net)
+    layer(copied).base_layer.register_forward_hook(lambda *_: None)
+    return copied
+
+
+@pytest.mark.parametrize("key", FAMILIES)
+@torch.no_grad()
+def test_a_call_asks_for_no_factor_again(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = model(key), X.reshape(3, 1, 48)
+    first = net(x)
+    general = hooked(net)
+    torch.testing.assert_close(first, general(x), rtol=1e-13, atol=1e-13)
+    assert layer(general)._prepared.direct is None
+    asked: list[Any] = []
+    kind = type(layer(net))
+    original = kind.operands
+    monkeypatch.setattr(kind, "operands", lambda *args: (asked.append(args), original(*args))[1])
+    assert torch.equal(net(x), first)
+    assert torch.equal(net(X), first.reshape(3, 48))
+    assert net(x[:0]).shape == (0, 1, 48)
+    assert bool(asked) == (key == "kron")
+    assert (layer(net)._prepared.direct is None) == (key == "kron")
+
+
+def off(net: Any) -> Any:
+    return net.disable_adapter()
+
+
+def merged(net: Any) -> None:
+    net.merge_adapter()
+
+
+def other_active(net: Any) -> None:
+    net.set_adapter("other")
+
+
+def both_active(net: Any) -> None:
+    net.base_model.set_adapter(["default", "other"])
+
+
+def made_anew(net: Any) -> None:
+    net.set_adapter("other")
+    net.delete_adapter("default")
+    net.add_adapter("default", tnpeft.TensorNetworkConfig(network="lora", ranks={"r": 5}, target_modules=["q_proj"]))
+    net.set_adapter("default")
+    randomise(net.double().eval(), 3)
+
+
+def training(net: Any) -> None:
+    layer(net).dropouts["default"] = 0.999999
+    net.train()
+
+
+def watched(net: Any) -> None:
+    layer(net).base_layer.register_forward_hook(lambda module, args, result: result * 2)
+
+
+def bounded(net: Any) -> None:
+    base = layer(net).base_layer
+    base.forward = lambda x: nn.functional.linear(x, base.weight, base.bias).tanh()
+
+
+def scripted(net: Any) -> None:
+    """The factors themselves computed from others."""
+    arrays = layer(net).tnpeft_factors["default"]
+    torch.nn.utils.parametrize.register_parametrization(arrays, "B", nn.Tanh(), unsafe=True)
+
+
+@pytest.mark.parametrize(
+    "change", [off, merged, other_active, both_active, made_anew, training, watched, bounded, scripted]
+)
+@torch.no_grad()
+def test_the_direct_way_ends_where_it_would_be_wrong(change: Callable[[Any], Any]) -> None:
+    net = model("lora")
+    net.add_adapter("other", tnpeft.TensorNetworkConfig(network="lora", ranks={"r": 2}, target_modules=["q_proj"]))
+    net.set_adapter("other")
+    randomise(net.double().eval(), 5)
+    net.set_adapter("default")
+    before = net(X)
+    assert layer(net)._prepared.direct is not None
+    inside = change(net)
+    with inside or contextlib.nullcontext():
+        torch.manual_seed(7)
+        found = net(X)
+        general = net if change is scripted else copy.deepcopy(net)
+        layer(general)._prepared.clear()
+        torch.manual_seed(7)
+        assert torch.equal(general(X), found)
+        wanted = layer(net).base_layer(X)
+    if change is merged:
+        torch.testing.assert_close(found, before, rtol=1e-12, atol=1e-12)
+    else:
+        assert not torch.allclose(found, before)
+    if change not in (off, merged, training):
+        delta = sum(layer(net).get_delta_weight(name) for name in layer(net).active_adapters)
+        torch.testing.assert_close(found, wanted + X @ delta.T, rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def test_the_direct_way_takes_the_dtypes_of_the_call() -> None:
+    net = model("lora").float()
+    net(X.float())
+    net.get_base_model().to(torch.float64)
+    for module in net.modules():
+        if hasattr(module, "tnpeft_factors"):
+            module.tnpeft_factors.float()  # a wider base: the general way
+    found = net(X)
+    assert layer(net)._prepared.direct is None
+    torch.testing.assert_close(found, plain(net), rtol=1e-12, atol=1e-12)
+    half = net.to(torch.bfloat16)
+    assert half(X.bfloat16()).dtype == torch.bfloat16
+    assert layer(half)._prepared.direct is not None

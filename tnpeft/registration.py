@@ -54,10 +54,9 @@ def register() -> None:
     """
     try:
         from peft import mapping
-        from peft.tuners.lora import conversion
 
-        from tnpeft.adapters.bank import ConvertedLayer
         from tnpeft.adapters.config import TensorNetworkConfig
+        from tnpeft.adapters.hooks import hook
         from tnpeft.adapters.model import TensorNetworkModel
     except ImportError as error:
         warn(f"tnpeft cannot register its tuner with this peft ({error}); install peft>=0.21", stacklevel=2)
@@ -65,9 +64,7 @@ def register() -> None:
     mapping.PEFT_TYPE_TO_PREFIX_MAPPING[TENSOR_NETWORK] = PREFIX
     mapping.PEFT_TYPE_TO_CONFIG_MAPPING[TENSOR_NETWORK] = TensorNetworkConfig
     mapping.PEFT_TYPE_TO_TUNER_MAPPING[TENSOR_NETWORK] = TensorNetworkModel
-    # The conversion asks every tuner layer for a dense update. The bank has to be one, for all else that PEFT does
-    # to tuner layers, and has no update; the conversion's own name for them is the one place to tell the two apart.
-    conversion.BaseTunerLayer = ConvertedLayer  # type: ignore[misc, assignment]
+    hook()
 
 
 class _PeftFinder(MetaPathFinder):

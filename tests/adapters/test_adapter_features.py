@@ -9,7 +9,9 @@ from typing import Any
 
 import peft
 import pytest
-from adapter_models import MODELS, TARGETS, adapted, shake
+from adapter_models import MODELS, TARGETS, adapted, config, opt, shake
+
+from tnpeft.adapters import hooks
 
 TESTS = Path(__file__).resolve().parents[1]
 PAGE = TESTS.parent / "docs" / "features.md"
@@ -48,7 +50,11 @@ def test_names_that_trl_sends_to_vllm(name: str) -> None:
     assert plain == {n for n, _ in MODELS[name]().named_parameters()}
 
 
-def test_what_is_pushed_to_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("there", [None, "# Mine\n\nA text.\n\n## Tensor-network adapter\n\nold\n\n## More\n\nKept."])
+def test_what_is_pushed_to_the_hub(there: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The card is the hub's if there is one; what PEFT and the adapters say of themselves is in it all the same."""
+    from huggingface_hub import ModelCard
+    from huggingface_hub.errors import EntryNotFoundError
     from transformers.utils import hub
 
     pushed: dict[str, bytes] = {}
@@ -57,19 +63,41 @@ def test_what_is_pushed_to_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         def create_repo(self, name: str, **_: Any) -> Any:
             return type("Repo", (), {"repo_id": name})
 
-    class Card:
-        def save(self, path: str) -> None:
-            Path(path).write_text("theirs")
+        def create_commit(self, repo_id: str, operations: Any, **_: Any) -> str:
+            pushed.update({item.path_in_repo: Path(item.path_or_fileobj).read_bytes() for item in operations})
+            return repo_id
 
-    def upload(_: Any, folder: str, name: str, **__: Any) -> str:
-        pushed.update({file.name: file.read_bytes() for file in Path(folder).iterdir()})
-        return name
+    def load(name: Any, **options: Any) -> ModelCard:
+        if Path(name).is_file():
+            return read(name, **options)
+        if there is None:
+            raise EntryNotFoundError("there is no card")
+        return ModelCard(there)
 
+    read = ModelCard.load
     monkeypatch.setattr(hub, "hf_api", Api)
-    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *_, **__: Card())
-    monkeypatch.setattr(peft.PeftModel, "_upload_modified_files", upload)
+    monkeypatch.setattr(ModelCard, "load", load)
     model = adapted("mixed")
+    model.add_adapter("second", config("lora"))
     shake(model)
     assert model.push_to_hub("me/adapter") == "me/adapter"
-    assert set(pushed) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    files = {"adapter_config.json", "adapter_model.safetensors"}
+    assert set(pushed) == {"README.md", *files, *(f"second/{name}" for name in files)}
     assert b"U[out a] G[layer proj a b] V[b inp]" in pushed["adapter_config.json"]
+    card = pushed["README.md"].decode()
+    assert card.count("## Tensor-network adapter") == card.count("import peft, tnpeft") == 1
+    parts = [
+        card.index(text) for text in ("U[out a] G[layer proj a b] V[b inp]", "In `second`", "B[layer proj out r]")
+    ]
+    assert parts == sorted(parts)
+    assert "library_name: peft" in card
+    assert "old" not in card
+    assert ("A text." in card, "## More\n\nKept." in card) == (bool(there), bool(there))
+
+
+def test_a_card_of_other_adapters_is_left_to_peft(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("theirs")
+    monkeypatch.setattr(hooks, "_upload", lambda model, folder: sorted(file.name for file in Path(folder).iterdir()))
+    model = peft.get_peft_model(opt(), peft.LoraConfig(target_modules=["q_proj"]))
+    assert model._upload_modified_files(str(tmp_path)) == ["README.md"]
+    assert (tmp_path / "README.md").read_text() == "theirs"

@@ -143,6 +143,77 @@ def test_a_bad_folder_is_refused_and_nothing_changes(case: str, good: Path, tmp_
     assert [*model.peft_config] == ["default"]
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+@pytest.mark.parametrize("case", CASES)
+def test_transformers_refuses_a_bad_folder_as_well(case: str, good: Path, tmp_path: Path) -> None:
+    """Its own load_adapter reads a configuration without its class, and files after the adapter is attached."""
+    folder = tmp_path / "bad"
+    shutil.copytree(good, folder)
+    edit, message = CASES[case]
+    edit(folder)
+    plain, busy = opt(), opt()
+    busy.load_adapter(str(good), "first")
+    for model, held in ((plain, []), (busy, ["first"])):
+        before = snapshot(model)
+        with pytest.raises(NetworkError, match=message):
+            model.load_adapter(str(folder), "second")
+        assert same(snapshot(model), before)
+        assert [*getattr(model, "peft_config", {})] == held
+        model.load_adapter(str(good), "second")
+    assert [*busy.peft_config] == ["first", "second"]
+
+
+# ---- the hub's cache
+
+
+@pytest.fixture
+def hub(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The adapter "me/adapter" as the hub's cache holds it, and no connection."""
+    import huggingface_hub.constants as settings
+
+    monkeypatch.setattr(settings, "HF_HUB_OFFLINE", True)
+    cached, commit = tmp_path / "models--me--adapter", "0123456789abcdef0123456789abcdef01234567"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(commit)
+    shutil.copytree(good, cached / "snapshots" / commit)
+    shutil.copytree(good, cached / "snapshots" / commit / "inner")
+    return cached / "snapshots" / commit
+
+
+@pytest.mark.parametrize("subfolder", [None, "inner"])
+@pytest.mark.parametrize("case", FILES)
+def test_a_bad_file_of_the_hub_is_refused_before_it_is_attached(
+    case: str, subfolder: str | None, hub: Path, tmp_path: Path
+) -> None:
+    edit, message = FILES[case]
+    edit(hub / (subfolder or ""))
+    if case in ("missing", "a pickle"):
+        message = "cannot be had from the hub"
+    base, model = opt(), adapted("mixed")
+    there = {"cache_dir": str(tmp_path), "subfolder": subfolder}
+    for target, load in (
+        (base, lambda: peft.PeftModel.from_pretrained(base, "me/adapter", **there)),
+        (model, lambda: model.load_adapter("me/adapter", "second", **there)),
+    ):
+        before = snapshot(target)
+        with pytest.raises(NetworkError, match=message):
+            load()
+        assert same(snapshot(target), before)
+
+
+def test_a_good_file_of_the_hub_loads(hub: Path, good: Path, tmp_path: Path) -> None:
+    found = peft.PeftModel.from_pretrained(opt(), "me/adapter", cache_dir=str(tmp_path))
+    assert same(snapshot(found), snapshot(peft.PeftModel.from_pretrained(opt(), good)))
+
+
+def test_other_adapters_are_read_as_ever(tmp_path: Path) -> None:
+    peft.get_peft_model(opt(), peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    for kind in (peft.PeftConfig, peft.LoraConfig):
+        assert type(kind.from_pretrained(tmp_path)) is peft.LoraConfig
+    (tmp_path / "adapter_model.safetensors").unlink()
+    assert type(peft.PeftConfig.from_pretrained(tmp_path)) is peft.LoraConfig
+
+
 def snapshot(model: nn.Module) -> tuple[list[str], dict[str, torch.Tensor], dict[str, bool]]:
     state = {name: value.clone() for name, value in model.state_dict().items()}
     return [n for n, _ in model.named_modules()], state, {n: p.requires_grad for n, p in model.named_parameters()}

@@ -276,6 +276,10 @@ def test_config_is_plain_readable_data() -> None:
         ({"ranks": {"r": 0}}, "size"),
         ({"rank_pattern": {"v_proj": 1}}, "rank pattern"),
         ({"rank_pattern": {"v_proj": {"q": 1}}}, "no bond"),
+        ({"rank_pattern": {"V_proj": {"r": 1}}}, "names 'V_proj'.*\n.*are q_proj, v_proj$"),
+        ({"rank_pattern": {"q_proj | k_proj": {"r": 1}}}, "names 'k_proj'"),
+        ({"rank_pattern": {"*_proj": {"r": 1}, "v_proj": {"r": 2}}}, "'v_proj' is never used"),
+        ({"rank_pattern": {"q_proj": {"r": 1}}, "square": True, "target_modules": ["fc1"]}, "are fc1/out:0"),
     ],
 )
 def test_hostile_values_are_refused(change: dict[str, object], message: str) -> None:

@@ -45,6 +45,10 @@ class Arrays(nn.Module):
         value: Tensor = getattr(self, key)
         return value
 
+    def table(self, key: str) -> dict[str, Tensor | None]:
+        """Where the module keeps the array, for who looks often: its Parameters or its buffers."""
+        return self._parameters if key in self._parameters else self._buffers
+
 
 class TensorNetworkLayer(BaseTunerLayer):
     """What the bank and the adapted linears share: the arrays of every adapter, and where they move."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field
 from typing import Any
@@ -12,7 +11,7 @@ from peft.utils.constants import EMBEDDING_LAYER_NAMES
 
 from tnpeft import registration
 from tnpeft.adapters.checks import check_fields
-from tnpeft.adapters.files import describe, stored_shapes
+from tnpeft.adapters.files import describe, fetch, stored_shapes
 from tnpeft.adapters.plain import factorization, lower, with_rank_pattern
 from tnpeft.networks import Factorization, NetworkError
 
@@ -93,6 +92,7 @@ class TensorNetworkConfig(PeftConfig):
             given["unit_norm"] = tuple(given["unit_norm"])
         f = factorization("lora" if self.network is None else self.network, **given)
         self._factorization = with_rank_pattern(f, rank_pattern) if rank_pattern else f
+        self.patterns = tuple(rank_pattern or ())
         self.network = lower(self._factorization)
         check_fields(self)
         for name in ("target_modules", "exclude_modules"):
@@ -126,7 +126,7 @@ class TensorNetworkConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write ``adapter_config.json``, and into the model card what this adapter is and how to load it."""
         super().save_pretrained(save_directory, **kwargs)
-        describe(save_directory, self.factorization)
+        describe(save_directory, {"": self.factorization})
 
     @classmethod
     def from_pretrained(
@@ -135,11 +135,12 @@ class TensorNetworkConfig(PeftConfig):
         """The configuration in a folder or hub repository; the factors beside it are checked before any is loaded.
 
         Raises:
-            NetworkError: the file of factors is damaged, or the configuration is not one that this version reads.
+            NetworkError: the file of factors is missing or damaged, or the configuration is not one that this version
+                reads.
         """
         config: TensorNetworkConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
-        config.stored = stored_shapes(folder, [*(config.modules_to_save or ()), *_beside(config.bias)])
+        file = fetch(pretrained_model_name_or_path, subfolder, **cls._split_kwargs(kwargs)[0])
+        config.stored = stored_shapes(file, [*(config.modules_to_save or ()), *_beside(config.bias)])
         return config
 
 

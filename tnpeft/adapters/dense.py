@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from tnpeft.adapters.bank import FactorBank, TensorNetworkLayer
 from tnpeft.adapters.kept import Kept
 from tnpeft.adapters.sites import features
-from tnpeft.adapters.update import Update, base_factor, normalised
+from tnpeft.adapters.update import Operand, Update, base_factor, normalised
 from tnpeft.networks import NetworkError
 
 
@@ -76,6 +76,10 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
                 array = normalised(array, operand.norm)
             found.append(array if like is None else array.to(like.device, like.dtype))
         return found
+
+    def owner(self, operand: Operand) -> TensorNetworkLayer:
+        """Who owns an operand's array: this linear or the bank."""
+        return self if operand.source == "site" else self.bank
 
     def _arrays(self, adapter: str, item: Update) -> list[Tensor]:
         own, shared = self.tnpeft_factors[adapter], self.bank.tnpeft_factors[adapter]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,28 +17,58 @@ _SHOWN = 3  # names that an error lists
 _AGAIN = "copy the adapter's folder again from where it was saved"
 
 
-def stored_shapes(folder: str, others: Collection[str] = ()) -> dict[str, tuple[int, ...]] | None:
-    """Shape of every array in the adapter's file, by name; None if there is no such folder here.
+def fetch(name: str, subfolder: str | None = None, **hub: Any) -> Path:
+    """Where the file of factors lies that belongs to a folder or to a repository of the hub.
 
     Args:
-        folder: where the adapter lies.
+        name: the folder, or the repository: then the file is taken from the cache, or downloaded into it.
+        subfolder: the adapter's folder in it.
+        hub: options of ``hf_hub_download``, such as ``revision`` and ``cache_dir``.
+
+    Raises:
+        NetworkError: there is none, or it cannot be had.
+
+    >>> fetch("/", local_files_only=True)
+    Traceback (most recent call last):
+    tnpeft.networks.errors.NetworkError: there is no adapter_model.safetensors in '/'
+    copy the adapter's folder again from where it was saved
+    """
+    folder = Path(name, subfolder or "")
+    if not folder.is_dir():
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
+        try:
+            return Path(hf_hub_download(str(name), SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder or None, **hub))
+        except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+            raise NetworkError(
+                f"{SAFETENSORS_WEIGHTS_NAME} of {str(name)!r} cannot be had from the hub ({type(error).__name__})",
+                remedy=f"check the name and the connection; pickles ({WEIGHTS_NAME}) are not read",
+            ) from error
+    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        pickled = (folder / WEIGHTS_NAME).is_file()
+        remedy = "save it with safe_serialization=True: pickles are not read" if pickled else _AGAIN
+        raise NetworkError(f"there is no {SAFETENSORS_WEIGHTS_NAME} in {str(folder)!r}", remedy=remedy)
+    return folder / SAFETENSORS_WEIGHTS_NAME
+
+
+def stored_shapes(path: Path, others: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
+    """Shape of every array in an adapter's file, by name.
+
+    Args:
+        path: the file.
         others: parts of names of arrays that may be in the file beside the factors.
 
     Raises:
-        NetworkError: the file is missing or damaged, or holds something that is neither a finite factor nor meant.
+        NetworkError: the file is damaged, or holds something that is neither a finite factor nor meant.
 
-    >>> stored_shapes("no/such/folder") is None
-    True
+    >>> stored_shapes(Path("no/such/file"))
+    Traceback (most recent call last):
+    tnpeft.networks.errors.NetworkError: adapter_model.safetensors is damaged: No such file or directory: no/such/file
+    copy the adapter's folder again from where it was saved
     """
     from safetensors import SafetensorError, safe_open
 
-    path = Path(folder) / SAFETENSORS_WEIGHTS_NAME
-    if not path.parent.is_dir():
-        return None
-    if not path.is_file():
-        pickled = (path.parent / WEIGHTS_NAME).is_file()
-        remedy = "save it with safe_serialization=True: pickles are not read" if pickled else _AGAIN
-        raise NetworkError(f"there is no {SAFETENSORS_WEIGHTS_NAME} in {folder!r}", remedy=remedy)
     try:
         with safe_open(path, framework="pt") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -135,20 +166,30 @@ def hotswap(model: Any, folder: str, adapter: str = "default") -> None:
                 parameter.copy_(values[name])
 
 
-def describe(folder: str, f: Factorization) -> None:
-    """Add to the folder's model card what the adapter is and that tnpeft has to be imported to load it.
+def describe(folder: str, adapters: Mapping[str, Factorization]) -> None:
+    """Write into a folder's model card what its adapters are, and that tnpeft has to be imported to load them.
 
-    >>> describe("no/such/folder", Factorization.of("A[out inp] -> out inp"))
+    Args:
+        folder: where the card lies; without one, nothing is written.
+        adapters: the networks by subfolder, ``""`` for the folder itself.
+
+    >>> describe("no/such/folder", {"": Factorization.of("A[out inp] -> out inp")})
     """
     card = Path(folder) / "README.md"
     if not card.is_file():
         return
-    text = card.read_text(encoding="utf-8")
-    lines = "\n".join(str(line.network) + ("" if line.sites == "*" else f"  # {line.sites}") for line in f.lines)
-    ranks = ", ".join(f"{bond} = {rank}" for bond, rank in f.ranks.items())
-    section = (
-        f"{_MARK}\n\nFamily `{f.name}`, ranks {ranks or 'none'}, scale {f.scale:g}:\n\n```\n{lines}\n```\n\n"
+    parts = [_MARK]
+    for subfolder, f in adapters.items():
+        lines = "\n".join(str(line.network) + ("" if line.sites == "*" else f"  # {line.sites}") for line in f.lines)
+        ranks = ", ".join(f"{bond} = {rank}" for bond, rank in f.ranks.items())
+        where = f"In `{subfolder}`, family" if subfolder else "Family"
+        parts.append(f"{where} `{f.name}`, ranks {ranks or 'none'}, scale {f.scale:g}:\n\n```\n{lines}\n```")
+    more = "" if "" in adapters else f', subfolder="{next(iter(adapters))}"'
+    parts.append(
         "Import tnpeft before loading it:\n\n```python\nimport peft, tnpeft\n\n"
-        "model = peft.PeftModel.from_pretrained(base_model, path)\n```\n"
+        f"model = peft.PeftModel.from_pretrained(base_model, path{more})\n```\n"
     )
-    card.write_text(text.partition(_MARK)[0].rstrip() + "\n\n" + section, encoding="utf-8")
+    before, _, after = card.read_text(encoding="utf-8").partition(_MARK)
+    kept = re.search(r"^#+ .*", after, re.MULTILINE | re.DOTALL)  # from the next heading on
+    text = f"{before.rstrip()}\n\n" + "\n\n".join(parts) + (f"\n{kept[0]}" if kept else "")
+    card.write_text(text, encoding="utf-8")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from tnpeft.adapters.bank import FactorBank
 from tnpeft.adapters.dense import DenseLinear, wide
+from tnpeft.adapters.direct import Direct
 from tnpeft.adapters.guard import refuse_reentrant
 from tnpeft.adapters.prepared import Prepared, may_keep
 from tnpeft.adapters.update import Update
+from tnpeft.counting.layout import Piece
 from tnpeft.networks import NetworkError
 from tnpeft.nn.together import may_join
 
@@ -30,15 +32,27 @@ class TensorNetworkLinear(DenseLinear):
         super().__init__(base_layer, bank, **kwargs)
         self._prepared = Prepared()
 
-    def _run(self, adapter: str, item: Update, x: Tensor, result: Tensor | None) -> Tensor:
-        """``result`` plus one site's update of ``x``; without gradients, what needs the factors only is kept."""
+    def values(self, adapter: str, item: Update, x: Tensor) -> list[Tensor]:
+        """All but ``x`` that one site's update needs; without gradients, what is computed from factors is kept."""
         keeps = not self.training and item.keeps
         if keeps and may_keep(arrays := self._arrays(adapter, item), x.device.type):
             key = adapter, item.start, x.dtype, x.device
-            values = self._prepared.get(key, arrays, lambda: item.run.prepare(self.operands(adapter, item, x)))
-        else:
-            values = item.run.prepare(self.operands(adapter, item, x))
-        return item.run.apply(x, values, result, item.scale)
+            return self._prepared.get(key, arrays, lambda: item.run.prepare(self.operands(adapter, item, x)))
+        return item.run.prepare(self.operands(adapter, item, x))
+
+    def _run(self, adapter: str, item: Update, x: Tensor, result: Tensor | None) -> Tensor:
+        """``result`` plus one site's update of ``x``."""
+        return item.run.apply(x, self.values(adapter, item, x), result, item.scale)
+
+    def own(self, adapter: str, pieces: Mapping[Piece, Tensor], kept: bool) -> None:
+        """Own the arrays of an adapter, and forget what inference has kept of one of that name."""
+        self._prepared.clear()
+        super().own(adapter, pieces, kept)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, and what inference has kept of it."""
+        self._prepared.clear()
+        super().delete_adapter(adapter_name)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode, and forget what inference has kept."""
@@ -117,6 +131,10 @@ class TensorNetworkLinear(DenseLinear):
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
         """The base linear's output plus the updates of the active adapters, or of each row's own adapter."""
+        eager = adapter_names is None and not args and not kwargs and not torch.compiler.is_compiling()
+        if eager and self._prepared.direct is not None and (kept := self._prepared.direct(self, x)) is not None:
+            result: Tensor = kept
+            return result
         if self.disable_adapters or (self.merged and adapter_names is None):
             return self.base_layer(x, *args, **kwargs)
         if self.merged:
@@ -127,7 +145,11 @@ class TensorNetworkLinear(DenseLinear):
             item = self.updates[active[0]][0]
             operands = self.operands(active[0], item, x)
             return item.run.with_linear(x, operands, self.base_layer.weight, self.base_layer.bias, item.scale)
-        result: Tensor = self.base_layer(x, *args, **kwargs)
+        if eager and not self.training and len(active) == 1:
+            self._prepared.direct = direct = Direct.of(self, active[0], x)
+            if direct is not None and (kept := direct(self, x)) is not None:
+                return kept
+        result = self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             return self._mixed(x, result, adapter_names)
         for adapter in active:

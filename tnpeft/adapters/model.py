@@ -56,7 +56,11 @@ class TensorNetworkModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Place an adapter. Its configuration names its modules, so a state dict is not asked for them."""
         kwargs["state_dict"] = None
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except NetworkError:
+            self.peft_config.pop(adapter_name, None)  # it may be the model's own table, which transformers leaves so
+            raise
 
     def _create_and_replace(
         self,

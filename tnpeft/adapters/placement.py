@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from tnpeft.adapters.sites import select
 from tnpeft.counting.layout import Layout, Piece, layout
-from tnpeft.networks import Factorization, NetworkError, Site
+from tnpeft.networks import Factorization, Line, NetworkError, Site
 from tnpeft.nn.init import Starter, factor_hash
 from tnpeft.registration import PREFIX
 
@@ -39,7 +39,8 @@ def place(model: nn.Module, modules: Mapping[str, nn.Module], config: TensorNetw
     The order of layers and projections is written into the configuration; if a file fixed it, it has to agree.
 
     Raises:
-        NetworkError: the network does not fit a linear, needs absurdly many elements, or differs from the file's.
+        NetworkError: the network does not fit a linear, needs absurdly many elements, or differs from the file's, or
+            the rank pattern has an entry for none of the linears.
     """
     saved = config.loaded
     places = config.projections or {}
@@ -52,6 +53,7 @@ def place(model: nn.Module, modules: Mapping[str, nn.Module], config: TensorNetw
             remedy="load it onto the model class that it was trained on",
         )
     found = layout(config.factorization, chosen.sites, [*chosen.projections])
+    check_patterns(config.factorization, config.patterns, [placement.site for placement in found.placements])
     count = found.count(frozen=True)
     most = max(_LEAST, _MOST * sum(p.numel() for p in model.parameters()))
     if count > most:
@@ -64,6 +66,34 @@ def place(model: nn.Module, modules: Mapping[str, nn.Module], config: TensorNetw
         check_stored(config, found)
     config.layers, config.projections = dict(chosen.layers), dict(chosen.projections)
     return found
+
+
+def check_patterns(f: Factorization, patterns: Sequence[str], sites: Sequence[Site]) -> None:
+    """Raise if an entry of a rank pattern, or one of the names in it, decides the ranks of no site.
+
+    Raises:
+        NetworkError: there is one.
+
+    >>> f = Factorization.of("B[out r] A[r inp] -> out inp", ranks={"r": 2})
+    >>> check_patterns(f, ["v"], [Site(0, "q", 2, 3)])
+    Traceback (most recent call last):
+    tnpeft.networks.errors.NetworkError: the rank pattern names 'v', and no adapted projection is called so
+    the adapted projections are q
+    """
+    projs = ", ".join(dict.fromkeys(site.proj for site in sites))
+    used = {f.line_for(site).sites for site in sites}
+    for pattern in patterns:
+        for name in map(str.strip, pattern.split("|")):
+            if not any(Line(f.network, name).serves(site) for site in sites):
+                raise NetworkError(
+                    f"the rank pattern names {name!r}, and no adapted projection is called so",
+                    remedy=f"the adapted projections are {projs}",
+                )
+        if pattern not in used:
+            raise NetworkError(
+                f"the rank pattern's entry {pattern!r} is never used: earlier entries take all its projections",
+                remedy="put it before them, or leave it out",
+            )
 
 
 def check_stored(config: TensorNetworkConfig, found: Layout) -> None:

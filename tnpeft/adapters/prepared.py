@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 _Values = list[Tensor]
-_Stamp = tuple[Tensor, int]  # an alias that keeps the memory from being given to another tensor, and the version
-_Entry = tuple[int, list[_Stamp], _Values]
 
 
 class _Steps:
@@ -27,12 +25,37 @@ class _Steps:
 register_optimizer_step_post_hook(_Steps.note)
 
 
+class Stamps:
+    """What tensors were like: their memory and version counters, so that any change of them shows.
+
+    Every in-place operation, loading, moving and replacing shows, and any step of an optimizer counts: torch's fused
+    ones leave the counter as it was. Only an edit in place through ``.data`` does not show.
+
+    >>> factor = torch.ones(1)
+    >>> stamps = Stamps([factor])
+    >>> stamps.hold([factor]), stamps.hold([factor.add_(1)])
+    (True, False)
+    """
+
+    def __init__(self, sources: Sequence[Tensor]) -> None:
+        self._stamps = [(source.data_ptr(), source._version, source.dtype) for source in sources]
+        self._taken = _Steps.taken
+        self._aliases = [source.detach() for source in sources]  # they keep the memory from other tensors
+
+    def hold(self, sources: Sequence[Tensor]) -> bool:
+        """Whether these are the tensors, unchanged."""
+        if self._taken != _Steps.taken or len(sources) != len(self._stamps):
+            return False
+        for (pointer, version, dtype), source in zip(self._stamps, sources, strict=True):
+            if pointer != source.data_ptr() or version != source._version or dtype != source.dtype:
+                return False
+        return True
+
+
 class Prepared:
     """Results by key, each with stamps of the tensors that it was computed from. A copy of it is empty.
 
-    A stamp is the memory and the version counter: every in-place operation, loading, moving and replacing shows. An
-    step of an optimizer ends all that is kept: torch's fused ones leave the counter as it was. Only an edit in place
-    through ``.data`` does not show.
+    ``direct`` is a place for what a linear keeps of its one active adapter, see :mod:`tnpeft.adapters.direct`.
 
     >>> kept, factor = Prepared(), torch.ones(1)
     >>> [kept.get("key", [factor], lambda: [factor * 2])[0].item() for _ in range(2)]
@@ -42,7 +65,8 @@ class Prepared:
     """
 
     def __init__(self) -> None:
-        self._entries: dict[Hashable, _Entry] = {}
+        self._entries: dict[Hashable, tuple[Stamps, _Values]] = {}
+        self.direct: Any = None
 
     def __reduce__(self) -> tuple[type[Prepared], tuple[()]]:
         return Prepared, ()
@@ -50,14 +74,14 @@ class Prepared:
     def get(self, key: Hashable, sources: Sequence[Tensor], make: Callable[[], _Values]) -> _Values:
         """What ``make`` gives, or gave for the same sources."""
         entry = self._entries.get(key)
-        if entry is None or entry[0] != _Steps.taken or not _unchanged(entry[1], sources):
-            entry = _Steps.taken, [(source.detach(), source._version) for source in sources], make()
-            self._entries[key] = entry
-        return entry[2]
+        if entry is None or not entry[0].hold(sources):
+            entry = self._entries[key] = Stamps(sources), make()
+        return entry[1]
 
     def clear(self) -> None:
         """Forget everything."""
         self._entries.clear()
+        self.direct = None
 
 
 def may_keep(sources: Sequence[Tensor], device: str) -> bool:
@@ -72,20 +96,24 @@ def may_keep(sources: Sequence[Tensor], device: str) -> bool:
     ...     may_keep([torch.ones(1)], "cpu")
     True
     """
-    return not (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or torch.is_inference_mode_enabled()
-        or torch.is_autocast_enabled(device)
-        or torch._C._are_functorch_transforms_active()
-        or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
-        or (torch.distributed.is_available() and torch.distributed.is_initialized())
-        or any(type(source) not in (Tensor, nn.Parameter) or source.is_inference() for source in sources)
+    return (
+        not torch.compiler.is_compiling()
+        and quiet(device)
+        and all(type(source) in (Tensor, nn.Parameter) and not source.is_inference() for source in sources)
     )
 
 
-def _unchanged(stamps: Sequence[_Stamp], sources: Sequence[Tensor]) -> bool:
-    return len(stamps) == len(sources) and all(
-        alias.data_ptr() == source.data_ptr() and version == source._version and alias.dtype == source.dtype
-        for (alias, version), source in zip(stamps, sources, strict=True)
+def quiet(device: str) -> bool:
+    """Whether an eager forward here is plain: without gradients, and no mode that sees or changes its operations.
+
+    >>> quiet("cpu")
+    False
+    """
+    return not (
+        torch.is_grad_enabled()
+        or torch.is_inference_mode_enabled()
+        or torch.is_autocast_enabled(device)
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or (torch.distributed.is_available() and torch.distributed.is_initialized())
     )

@@ -77,7 +77,8 @@ class Program:
         self.cols = prod(sizes[index] for index in net.cols)
         self._dense = dense
         self._stages = stages(lower(plan, self.labels), len(self.labels))
-        self.paired = self._stages.pair is not None
+        self.pair = self._stages.pair
+        self.paired = self.pair is not None
         self.prepares = bool(self._stages.weights)
 
     def __call__(
@@ -108,10 +109,9 @@ class Program:
         self, x: Tensor, operands: Sequence[Tensor], weight: Tensor, bias: Tensor | None, scale: float = 1.0
     ) -> Tensor:
         """``linear(x, weight, bias) + scale * x @ dW.T`` as one operation, of a program that is ``paired``."""
-        pair = self._stages.pair
-        assert pair is not None  # the caller has asked
-        first, last = pair.matrices(self.prepare(operands))
-        return together(x, weight, bias, first, last, pair.sign * scale)
+        assert self.pair is not None  # the caller has asked
+        first, last = self.pair.matrices(self.prepare(operands))
+        return together(x, weight, bias, first, last, self.pair.sign * scale)
 
     def delta(self, operands: Sequence[Tensor], scale: float = 1.0) -> Tensor:
         """``scale * dW``, ``[rows, cols]``."""

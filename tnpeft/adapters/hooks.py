@@ -1,0 +1,54 @@
+"""What is set on PEFT's own classes when the tuner registers, where they leave no other place for it.
+
+Each is one attribute of one class; every other kind of adapter meets what was there before.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from peft.config import PeftConfigMixin
+from peft.tuners.lora import conversion
+from transformers.utils.hub import PushToHubMixin
+
+from tnpeft.adapters.bank import ConvertedLayer
+from tnpeft.adapters.config import TensorNetworkConfig
+from tnpeft.adapters.files import describe
+
+_read = PeftConfigMixin.from_pretrained.__func__
+_upload = PushToHubMixin._upload_modified_files
+
+
+def hook() -> None:
+    """Set them. Doing it again changes nothing.
+
+    >>> hook()
+    """
+    # The conversion asks every tuner layer for a dense update. The bank has to be one, for all else that PEFT does
+    # to tuner layers, and has no update; the conversion's own name for them is the one place to tell the two apart.
+    conversion.BaseTunerLayer = ConvertedLayer  # type: ignore[misc, assignment]
+    PeftConfig.from_pretrained = classmethod(_from_pretrained)
+    PeftModel._upload_modified_files = _upload_with_card
+
+
+def _from_pretrained(cls: type[PeftConfig], path: Any, subfolder: str | None = None, **kwargs: Any) -> PeftConfig:
+    """Read a configuration as its own class does: transformers asks the common one, and it would check no file."""
+    config: PeftConfig = _read(cls, path, subfolder, **kwargs)
+    if isinstance(config, TensorNetworkConfig) and not issubclass(cls, TensorNetworkConfig):
+        return type(config).from_pretrained(path, subfolder, **kwargs)
+    return config
+
+
+def _upload_with_card(model: PeftModel, working_dir: str, *args: Any, **kwargs: Any) -> Any:
+    """Upload a folder once its model card says again what PEFT and the adapters had written into it."""
+    adapters = {
+        "" if name == "default" else name: config.factorization
+        for name, config in model.peft_config.items()
+        if isinstance(config, TensorNetworkConfig)
+    }
+    if adapters and os.path.isfile(os.path.join(working_dir, "README.md")):
+        model.create_or_update_model_card(working_dir)
+        describe(working_dir, adapters)
+    return _upload(model, working_dir, *args, **kwargs)

@@ -36,9 +36,8 @@ class TensorNetworkLinear(DenseLinear):
         if keeps and may_keep(arrays := self._arrays(adapter, item), x.device.type):
             key = adapter, item.start, x.dtype, x.device
             values = self._prepared.get(key, arrays, lambda: item.run.prepare(self.operands(adapter, item, x)))
-        else:
-            values = item.run.prepare(self.operands(adapter, item, x))
-        return item.run.apply(x, values, result, item.scale)
+            return item.run.apply(x, values, result, item.scale)
+        return item.run(x, self.operands(adapter, item, x), result, item.scale)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode, and forget what inference has kept."""
@@ -138,8 +137,7 @@ class TensorNetworkLinear(DenseLinear):
         """Whether the base linear and the update can be one operation here, with nothing in between."""
         item = self.updates[adapter][0]
         return (
-            item.run.paired
-            and not item.side
+            not item.side
             and not (self.training and self.dropouts[adapter])
             and adapter not in self.tnpeft_magnitude
             and may_join(self.base_layer, x)

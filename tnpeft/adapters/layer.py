@@ -32,17 +32,25 @@ class TensorNetworkLinear(DenseLinear):
         super().__init__(base_layer, bank, **kwargs)
         self._prepared = Prepared()
 
-    def values(self, adapter: str, item: Update, x: Tensor) -> list[Tensor]:
-        """All but ``x`` that one site's update needs; without gradients, what is computed from factors is kept."""
+    def _ready(self, adapter: str, item: Update, x: Tensor) -> list[Tensor] | None:
+        """What inference keeps of one site's update, computed from factors alone; None where nothing may be kept."""
         keeps = not self.training and item.keeps
         if keeps and may_keep(arrays := self._arrays(adapter, item), x.device.type):
             key = adapter, item.start, x.dtype, x.device
             return self._prepared.get(key, arrays, lambda: item.run.prepare(self.operands(adapter, item, x)))
-        return item.run.prepare(self.operands(adapter, item, x))
+        return None
+
+    def values(self, adapter: str, item: Update, x: Tensor) -> list[Tensor]:
+        """All but ``x`` that one site's update needs."""
+        kept = self._ready(adapter, item, x)
+        return item.run.prepare(self.operands(adapter, item, x)) if kept is None else kept
 
     def _run(self, adapter: str, item: Update, x: Tensor, result: Tensor | None) -> Tensor:
         """``result`` plus one site's update of ``x``."""
-        return item.run.apply(x, self.values(adapter, item, x), result, item.scale)
+        kept = self._ready(adapter, item, x)
+        if kept is None:
+            return item.run(x, self.operands(adapter, item, x), result, item.scale)
+        return item.run.apply(x, kept, result, item.scale)
 
     def own(self, adapter: str, pieces: Mapping[Piece, Tensor], kept: bool) -> None:
         """Own the arrays of an adapter, and forget what inference has kept of one of that name."""
@@ -160,8 +168,7 @@ class TensorNetworkLinear(DenseLinear):
         """Whether the base linear and the update can be one operation here, with nothing in between."""
         item = self.updates[adapter][0]
         return (
-            item.run.paired
-            and not item.side
+            not item.side
             and not (self.training and self.dropouts[adapter])
             and adapter not in self.tnpeft_magnitude
             and may_join(self.base_layer, x)

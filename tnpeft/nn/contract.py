@@ -81,6 +81,16 @@ def pairwise(left: Group, right: Group, result: Group) -> Callable[[Array, Array
     if not summed:
         spread_left, spread_right = aligned(left, result), aligned(right, result)
         return lambda a, b: spread_left(a) * spread_right(b)
+    return matmul(left, right, result)
+
+
+def matmul(left: Group, right: Group, result: Group) -> Callable[[Array, Array], Array]:
+    """As :func:`pairwise`, by a product of (stacks of) matrices even where nothing is summed.
+
+    >>> matmul(("a",), ("b",), ("b", "a"))(np.ones(2), np.ones(3)).shape
+    (3, 2)
+    """
+    summed = tuple(index for index in left if index in right and index not in result)
     batch = tuple(index for index in result if index in left and index in right)
     rows = tuple(index for index in result if index in left and index not in right)
     cols = tuple(index for index in result if index in right and index not in left)

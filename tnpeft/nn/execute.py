@@ -11,9 +11,10 @@ from torch import Tensor
 from tnpeft.networks import Network, NetworkError
 from tnpeft.networks.sizes import Size, bind, integers
 from tnpeft.nn.contract import run
+from tnpeft.nn.flow import Flow
 from tnpeft.nn.lower import lower
 from tnpeft.nn.stages import stages
-from tnpeft.nn.together import together
+from tnpeft.nn.together import apart, may_reverse, together
 from tnpeft.planning.planner import planned
 from tnpeft.planning.steps import Plan
 
@@ -57,10 +58,10 @@ def _program(net: Network, dims: tuple[tuple[str, int], ...], tokens: int, minim
 class Program:
     """One site's update of its output, compiled from a plan.
 
-    ``labels`` is the order in which the factors' tensors are passed; ``paired`` says that all activations pass
-    between two matrices (most families' do), ``prepares`` that something is computed from the factors alone. A call
-    is a pure function of them, of the activations and of the base output: no state, so checkpointing, compiling and
-    double differentiation work.
+    ``labels`` is the order in which the factors' tensors are passed; ``prepares`` says that something is computed
+    from the factors alone, ``again`` names the steps that the backward pass takes again instead of keeping what they
+    gave. A call is a pure function of factors, activations and base output: no state, so checkpointing, compiling
+    and double differentiation work.
 
     >>> import torch
     >>> from tnpeft.networks import network
@@ -76,42 +77,42 @@ class Program:
         self.rows = prod(sizes[index] for index in net.rows)
         self.cols = prod(sizes[index] for index in net.cols)
         self._dense = dense
-        self._stages = stages(lower(plan, self.labels), len(self.labels))
-        self.pair = self._stages.pair
-        self.paired = self.pair is not None
-        self.prepares = bool(self._stages.weights)
+        trainable = [
+            prod(sizes[index] for index in factor.indices) if factor.kind == "trainable" else 0
+            for factor in net.factors
+        ]
+        found = stages(lower(plan, self.labels), trainable)
+        self.flow = Flow(found, self.rows, [size > 0 for size in trainable])
+        self.prepares = bool(found.weights)
+        self.again = found.again_names
 
     def __call__(
         self, x: Tensor, operands: Sequence[Tensor], base: Tensor | None = None, scale: float = 1.0
     ) -> Tensor:
         """``base + scale * x @ dW.T``, out of place; ``x [..., inp]``, ``base [..., out]`` or None for zero."""
-        return self.apply(x, self.prepare(operands), base, scale)
+        if not self.again or not may_reverse(x):
+            return self.apply(x, self.prepare(operands), base, scale)
+        flat = None if base is None else base.reshape(-1, self.rows)
+        result = apart(self.flow, scale, x.reshape(-1, self.cols), flat, operands)
+        return result.reshape(*x.shape[:-1], self.rows)
 
     def prepare(self, operands: Sequence[Tensor]) -> list[Tensor]:
         """The factors and all that is computed from them alone: what :meth:`apply` needs besides activations."""
-        values = [*operands]
-        for function, a, b in self._stages.weights:
-            values.append(function(values[a], values[b]))
-        return values
+        return self.flow.prepare(operands)
 
     def apply(self, x: Tensor, prepared: Sequence[Tensor], base: Tensor | None = None, scale: float = 1.0) -> Tensor:
-        """What a call gives, from the prepared factors."""
-        values = [*prepared, x.reshape(-1, self.cols)]
-        for function, a, b in self._stages.through:
-            values.append(function(values[a], values[b]))
-        total = None if base is None else base.reshape(-1, self.rows)
-        for accumulate, a, b, sign in self._stages.tail:
-            total = accumulate(total, values[a], values[b], sign * scale)
-        assert total is not None  # a network has at least one term
+        """What a call gives, from the prepared factors; what autograd keeps then is up to it."""
+        entered = self.flow.enter(x.reshape(-1, self.cols), self.flow.gates(prepared))
+        values = self.flow.values(prepared, entered)
+        total = self.flow.add(None if base is None else base.reshape(-1, self.rows), values, scale)
         return total.reshape(*x.shape[:-1], self.rows)
 
     def with_linear(
         self, x: Tensor, operands: Sequence[Tensor], weight: Tensor, bias: Tensor | None, scale: float = 1.0
     ) -> Tensor:
-        """``linear(x, weight, bias) + scale * x @ dW.T`` as one operation, of a program that is ``paired``."""
-        assert self.pair is not None  # the caller has asked
-        first, last = self.pair.matrices(self.prepare(operands))
-        return together(x, weight, bias, first, last, self.pair.sign * scale)
+        """``linear(x, weight, bias) + scale * x @ dW.T`` as one operation, if :func:`tnpeft.nn.together.may_join`."""
+        result = together(self.flow, scale, x.reshape(-1, self.cols), weight, bias, operands)
+        return result.reshape(*x.shape[:-1], self.rows)
 
     def delta(self, operands: Sequence[Tensor], scale: float = 1.0) -> Tensor:
         """``scale * dW``, ``[rows, cols]``."""

@@ -1,70 +1,141 @@
-"""A program in two stages: what needs the factors only, and what carries the activations."""
+"""A program in stages, what needs the factors only and what carries the activations, and what it keeps.
+
+Activations that enter through a frozen factor alone are not kept: no gradient reads them. Of the results that a
+gradient reads, the backward pass computes again, instead of keeping them,
+
+- from factors alone: elementwise products, and those larger than the trainable factors that they are computed from;
+- on the activations, if those are kept: those as wide as they are, and those whose elements take no more
+  multiply-adds than the planner pays for keeping one.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-from torch import Tensor
-
-from tnpeft.nn.lower import Body, Lowered, Tail, View
-
-
-@dataclass(frozen=True)
-class Pair:
-    """The two matrices between which all activations pass, ``x @ first.T @ last.T``, by place and view."""
-
-    first: int
-    first_view: View | None
-    last: int
-    last_view: View | None
-    sign: int
-
-    def matrices(self, values: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """``first [narrow, inp]`` and ``last [out, narrow]`` among a program's values."""
-        first, last = values[self.first], values[self.last]
-        return (
-            first if self.first_view is None else self.first_view(first),
-            last if self.last_view is None else self.last_view(last),
-        )
+from tnpeft.nn.lower import Body, Fact, Lowered, Tail
+from tnpeft.nn.operations import Operation
+from tnpeft.planning.planner import TRAFFIC
 
 
 @dataclass(frozen=True)
 class Stages:
     """Operations in order: ``weights`` appends to the factors, then come the activations, ``through``, the ``tail``.
 
-    ``pair`` is there if the activations meet two matrices and nothing else.
+    Places count the factors, the results of ``weights``, the activations (``x``) and the results of ``through``.
+    What stands for the activations is what the ``entry`` makes of them, operations with frozen factors at a place.
+    ``keep``
+    are those of results to keep for the backward pass, ``again`` those of results to compute again in it, and
+    ``again_names`` names their steps. ``merges``: the update is the activations times one matrix, ``[out, inp]``.
     """
 
+    entry: tuple[tuple[Operation, int], ...]
     weights: Body
     through: Body
     tail: Tail
-    pair: Pair | None
+    x: int
+    keep: tuple[int, ...]
+    again: tuple[int, ...]
+    again_names: tuple[str, ...]
+    merges: bool
 
 
-def stages(lowered: Lowered, factors: int) -> Stages:
-    """The operations of a program on so many factors, those that do not need the activations first.
+def stages(lowered: Lowered, factors: Sequence[int]) -> Stages:
+    """The operations of a program, those that do not need the activations first.
+
+    ``factors`` has the elements of each trainable factor, 0 for the others; the activations' width is in ``lowered``.
 
     >>> from tnpeft import network, plan
     >>> from tnpeft.nn.lower import lower
     >>> net = network("w[r] B[out r] A[r inp] -> out inp")
-    >>> found = stages(lower(plan(net, out=64, inp=32, r=2, tokens=99, base=None), ("w", "B", "A")), 3)
-    >>> len(found.weights), len(found.through), found.pair.sign
-    (1, 1, 1)
+    >>> found = stages(lower(plan(net, out=64, inp=99, r=2, tokens=99, base=None), ("w", "B", "A")), (2, 128, 198))
+    >>> len(found.weights), len(found.through), found.keep, found.again
+    (1, 1, (5,), (3,))
     """
-    early, late = [*range(factors)], [factors]
-    for place, (_, a, b) in enumerate(lowered.body, start=factors + 1):
+    count = len(factors)
+    early, late = [*range(count)], [count]
+    for place, (_, a, b) in enumerate(lowered.body, start=count + 1):
         (late if a in late or b in late else early).append(place)
+    entry = _entry(lowered, late, factors)
+    dropped, late = late[: len(entry)], late[len(entry) :]
     new = {old: place for place, old in enumerate([*early, *late])}
-    moved = {old: (function, new[a], new[b]) for old, (function, a, b) in enumerate(lowered.body, start=factors + 1)}
+    facts = {new[old]: fact for old, fact in enumerate(lowered.facts, start=count + 1) if old in new}
+    width = facts.pop(new[late[0]]).elements if entry else lowered.width
+    moved = {
+        old: (function, new[a], new[b])
+        for old, (function, a, b) in enumerate(lowered.body, start=count + 1)
+        if old != late[0] and old not in dropped
+    }
+    weights = tuple(moved[old] for old in early[count:])
     through = tuple(moved[old] for old in late[1:])
-    tail = tuple((function, new[a], new[b], sign) for function, a, b, sign in lowered.tail)
-    return Stages(tuple(moved[old] for old in early[factors:]), through, tail, _pair(lowered, late, through, tail))
+    tail = tuple((function, new[a], new[b]) for function, a, b in lowered.tail)
+    kept = _Kept(weights, through, tail, facts, factors, width, width >= lowered.width)
+    again = kept.again()
+    keep = tuple(sorted(kept.needed - kept.inputs - again))
+    names = tuple(dict.fromkeys(facts[place].name for place in sorted(again)))
+    return Stages(entry, weights, through, tail, kept.x, keep, tuple(sorted(again)), names, lowered.merges)
 
 
-def _pair(lowered: Lowered, late: list[int], through: Body, tail: Tail) -> Pair | None:
-    into, out = lowered.views.get(late[-1]), lowered.views.get(-1)
-    if len(through) != 1 or len(tail) != 1 or into is None or out is None:
-        return None
-    (_, x, first), (_, narrow, last, sign) = through[0], tail[0]
-    chained = narrow == x + 1 and first < x and last < x
-    return Pair(first, into[1], last, out[1], sign) if chained and into[0] is None is out[0] else None
+def _entry(lowered: Lowered, late: Sequence[int], factors: Sequence[int]) -> tuple[tuple[Operation, int], ...]:
+    """The operations through which alone the activations go at first, each with a frozen factor."""
+    entry: list[tuple[Operation, int]] = []
+    for place, result in pairwise(late):
+        operation, a, b = lowered.body[result - len(factors) - 1]
+        users = [item for item in [*lowered.body, *lowered.tail] if place in item[1:]]
+        if len(users) != 1 or a != place or b >= len(factors) or factors[b]:
+            break
+        entry.append((operation, b))
+    return tuple(entry)
+
+
+class _Kept:
+    """What the gradients of a program read."""
+
+    def __init__(
+        self,
+        weights: Body,
+        through: Body,
+        tail: Tail,
+        facts: dict[int, Fact],
+        factors: Sequence[int],
+        width: int,
+        full: bool,
+    ) -> None:
+        self.facts, self.width, self.full = facts, width, full
+        self.x = len(factors) + len(weights)
+        self.inputs = {*range(len(factors)), self.x}
+        self.results = {k: (a, b) for k, (_, a, b) in enumerate(weights, start=len(factors))}
+        self.results |= {k: (a, b) for k, (_, a, b) in enumerate(through, start=self.x + 1)}
+        self.below = {k: {k} for k in self.inputs}
+        for place in sorted(self.results):
+            a, b = self.results[place]
+            self.below[place] = self.below[a] | self.below[b]
+        self.trainable = {k: size for k, size in enumerate(factors) if size} | {self.x: 0}
+        self.needed: set[int] = set()
+        for function, a, b in [*weights, *through, *((added.operation, a, b) for added, a, b in tail)]:
+            if function.reads:
+                self.needed |= {a} if self._live(b) else set()
+                self.needed |= {b} if self._live(a) else set()
+
+    def _live(self, place: int) -> bool:
+        return not self.below[place].isdisjoint(self.trainable)
+
+    def again(self) -> set[int]:
+        """Places of the results that are computed again, and of those that this takes."""
+        found = {place for place in sorted(self.results) if place in self.needed and self._cheap(place)}
+        pending = [*found]
+        while pending:
+            for operand in self.results[pending.pop()]:
+                if operand in self.results and operand not in found and operand not in self.needed:
+                    found.add(operand)
+                    pending.append(operand)
+        return found
+
+    def _cheap(self, place: int) -> bool:
+        fact = self.facts[place]
+        if self.x not in self.below[place]:
+            return fact.macs == 1 or fact.elements > sum(self.trainable.get(k, 0) for k in self.below[place])
+        at_hand = all(k in self.inputs | self.needed or self.x not in self.below[k] for k in self.results[place])
+        wide = self.full and fact.elements >= self.width
+        return self.x in self.needed and (wide or (fact.macs <= TRAFFIC and at_hand))

@@ -1,67 +1,182 @@
-"""A frozen linear and a narrow update of it as one operation, so that no full-width result is written twice.
+"""A frozen linear and an update of it as one operation, whose backward pass is the update's own program reversed.
 
 Forward, the update is accumulated into the linear's own output; backward, the update's input gradient into the
-linear's. Every narrow product has its narrow side as rows: the other way round takes two to four times as long on
-a CPU.
+linear's: no full-width result is written twice. What is cheap to compute again is not kept (see
+:mod:`tnpeft.nn.stages`). An update that is one matrix is added to the weight itself where that loses nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from tnpeft.nn.flow import Flow
+
 _Grads = tuple[Tensor | None, ...]
 
 
 class _Together(torch.autograd.Function):
+    """The update of ``x``, added to a linear of it or, without a weight, to ``base``; in place if that is ``new``."""
+
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, first: Tensor, last: Tensor, scale: float
+        ctx: Any,
+        flow: Flow,
+        scale: float,
+        new: bool,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        base: Tensor | None,
+        *factors: Tensor,
     ) -> Tensor:
-        narrow = first @ x.t()
-        ctx.scale = scale
-        ctx.save_for_backward(x, weight, first, last, narrow)
-        return linear(x, weight, bias).addmm_(narrow.t(), last.t(), alpha=scale)
+        values = flow.values(flow.prepare(factors), x)
+        ctx.flow, ctx.scale, ctx.autocast = flow, scale, _autocast(x)
+        ctx.save_for_backward(x, weight, *factors, *flow.kept(values))
+        if weight is not None:
+            if _merges(flow, weight):
+                return linear(x, _merged(flow, weight, values, scale), bias)
+            return flow.add(linear(x, weight, bias), values, scale, new=True)
+        if not new or base is None:
+            return flow.add(base, values, scale)
+        ctx.mark_dirty(base)
+        flow.add(base, values, scale, new=True)
+        return base
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> _Grads:  # type: ignore[override]
-        x, weight, first, last, narrow = ctx.saved_tensors
-        on_x, on_weight, on_bias, on_first, on_last, _scale = ctx.needs_input_grad
+        flow, scale = ctx.flow, ctx.scale
+        x, weight, *saved = ctx.saved_tensors
+        on_x, on_weight, on_bias, on_base, *on_factors = ctx.needs_input_grad[3:]
+        factors, kept = saved[: flow.factors], saved[flow.factors :]
         twice = torch.is_grad_enabled()  # then what is computed here is differentiated in its turn
-        inner = last.t() @ grad.t() * ctx.scale
-        to_x = grad @ weight if on_x else None
-        if to_x is not None:
-            to_x = to_x.addmm(inner.t(), first) if twice else to_x.addmm_(inner.t(), first)
-        to_last = None
-        if on_last:
-            outer = first @ x.t() if twice else narrow
-            to_last = (outer * ctx.scale @ grad).t()
+        with _same(ctx.autocast):
+            thawed = any(on and frozen for on, frozen in zip(on_factors, flow.frozen, strict=True))
+            values = flow.restored(factors, x, kept, everything=twice or thawed)
+            merged = weight is not None and _merges(flow, weight)
+            to_x = None
+            if on_x and weight is not None:
+                to_x = grad @ (_merged(flow, weight, values, scale) if merged else weight)
+            needs = [*on_factors, on_x]
+            *to_factors, to_x = flow.gradients(grad, values, scale, needs, to_x, merged, twice)
         return (
+            None,
+            None,
+            None,
             to_x,
             grad.t() @ x if on_weight else None,
             grad.sum(0) if on_bias else None,
-            inner @ x if on_first else None,
-            to_last,
-            None,
+            grad if on_base else None,
+            *to_factors,
         )
 
 
-def together(x: Tensor, weight: Tensor, bias: Tensor | None, first: Tensor, last: Tensor, scale: float) -> Tensor:
-    """``linear(x, weight, bias) + scale * x @ first.T @ last.T``, for any number of leading axes of ``x``.
+class _Enter(torch.autograd.Function):
+    """A linear of ``x``, and operations on ``x`` with one frozen factor after the other: ``x`` itself is not kept."""
 
-    ``weight`` is ``[out, inp]``, ``first`` ``[narrow, inp]``, ``last`` ``[out, narrow]``, all of one dtype. It is
-    differentiable twice and keeps ``x`` and the narrow product for the backward pass. Autocast and transforms of
-    ``torch.func`` are for plain operations: see :func:`may_join`.
+    @staticmethod
+    def forward(
+        ctx: Any, flow: Flow, x: Tensor, weight: Tensor, bias: Tensor | None, *gates: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.flow = flow
+        read = any(tensor.requires_grad for tensor in (weight, *gates))
+        ctx.save_for_backward(x if read else None, weight, *gates)
+        return linear(x, weight, bias), flow.enter(x, gates)
 
-    >>> x, weight = torch.ones(2, 3, 4), torch.zeros(5, 4)
-    >>> together(x, weight, None, torch.ones(1, 4), torch.ones(5, 1), 0.5).unique()
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, entered: Tensor) -> _Grads:  # type: ignore[override]
+        x, weight, *gates = ctx.saved_tensors
+        _, on_x, on_weight, on_bias, *on_gates = ctx.needs_input_grad
+        to_x = grad @ weight if on_x else None
+        fresh = not torch.is_grad_enabled()
+        *to_gates, to_x = ctx.flow.leave(entered, x, gates, [*on_gates, on_x], to_x, fresh)
+        return (
+            None,
+            to_x,
+            grad.t() @ x if on_weight else None,
+            grad.sum(0) if on_bias else None,
+            *to_gates,
+        )
+
+
+def _merges(flow: Flow, weight: Tensor) -> bool:
+    """Whether the update is added to the weight: it is a matrix, and the sum is as precise as the two products."""
+    return flow.stages.merges and torch.finfo(weight.dtype).bits >= 32
+
+
+def _merged(flow: Flow, weight: Tensor, values: Sequence[Tensor], scale: float) -> Tensor:
+    matrix, sign = flow.matrix(values)
+    return weight.add(matrix, alpha=sign * scale)
+
+
+def _autocast(x: Tensor) -> tuple[str, torch.dtype] | None:
+    kind = x.device.type
+    return (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+
+
+def _same(autocast: tuple[str, torch.dtype] | None) -> AbstractContextManager[Any]:
+    return nullcontext() if autocast is None else torch.autocast(*autocast)
+
+
+def together(
+    flow: Flow, scale: float, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Sequence[Tensor]
+) -> Tensor:
+    """``linear(x, weight, bias)`` plus the scaled update of ``x``, ``[tokens, out]``.
+
+    ``x`` is ``[tokens, inp]``, ``weight [out, inp]``, all of one dtype. It is differentiable twice. Autocast and
+    transforms of ``torch.func`` are for plain operations: see :func:`may_join`.
+
+    >>> from tnpeft import network
+    >>> from tnpeft.nn.execute import program
+    >>> flow = program(network("B[out r] A[r inp] -> out inp"), {"out": 5, "r": 1, "inp": 4}).flow
+    >>> together(flow, 0.5, torch.ones(3, 4), torch.zeros(5, 4), None, (torch.ones(5, 1), torch.ones(1, 4))).unique()
     tensor([2.])
     """
-    result: Tensor = _Together.apply(x.reshape(-1, x.shape[-1]), weight, bias, first, last, scale)
-    return result.reshape(*x.shape[:-1], result.shape[-1])
+    result: Tensor
+    if not flow.stages.entry:
+        result = _Together.apply(flow, scale, True, x, weight, bias, None, *factors)
+        return result
+    base, entered = _Enter.apply(flow, x, weight, bias, *flow.gates(factors))
+    new = not torch.compiler.is_compiling()  # the compiler decides by itself what is done in place
+    result = _Together.apply(flow, scale, new, entered, None, None, base, *factors)
+    return result
+
+
+def apart(flow: Flow, scale: float, x: Tensor, base: Tensor | None, factors: Sequence[Tensor]) -> Tensor:
+    """``base`` (None: zero) plus the scaled update of ``x``, ``[tokens, out]``, with the program's own backward pass.
+
+    >>> from tnpeft import network
+    >>> from tnpeft.nn.execute import program
+    >>> flow = program(network("B[out r] A[r inp] -> out inp"), {"out": 5, "r": 1, "inp": 4}).flow
+    >>> apart(flow, 0.5, torch.ones(3, 4), None, (torch.ones(5, 1), torch.ones(1, 4))).unique()
+    tensor([2.])
+    """
+    entered = flow.enter(x, flow.gates(factors))
+    result: Tensor = _Together.apply(flow, scale, False, entered, None, None, base, *factors)
+    return result
+
+
+def may_reverse(x: Tensor) -> bool:
+    """Whether a program may bring its own backward pass: there is one, and no transform of ``torch.func`` is active.
+
+    Nor is it compiled under autocast, where the compiler decides what is kept.
+
+    >>> may_reverse(torch.ones(1))
+    True
+    >>> with torch.no_grad():
+    ...     may_reverse(torch.ones(1))
+    False
+    """
+    if not torch.is_grad_enabled():
+        return False
+    if torch.compiler.is_compiling():
+        return not torch.is_autocast_enabled(x.device.type)
+    return not torch._C._are_functorch_transforms_active()
 
 
 def may_join(linear: nn.Module, x: Tensor) -> bool:
@@ -76,12 +191,11 @@ def may_join(linear: nn.Module, x: Tensor) -> bool:
     """
     hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
     return (
-        torch.is_grad_enabled()
-        and type(linear) is nn.Linear
+        type(linear) is nn.Linear
         and not hooks
         and "forward" not in vars(linear)
         and type(linear.weight) in (nn.Parameter, Tensor)
         and x.dtype == linear.weight.dtype
         and not torch.is_autocast_enabled(x.device.type)
-        and (torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active())
+        and may_reverse(x)
     )

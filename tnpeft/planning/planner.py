@@ -16,7 +16,7 @@ from tnpeft.planning.steps import Plan, fresh
 OBJECTIVES = ("time", "macs", "written", "saved")
 
 _TIE = 1 << 128  # what is minimised comes first, "time" breaks ties
-_TRAFFIC = 64  # multiply-adds that moving one element is worth (cotengra's default ratio)
+TRAFFIC = 64  # multiply-adds that moving one element is worth (cotengra's default ratio)
 _FEW = 4  # terms up to which every choice of terms to rebuild is tried
 
 
@@ -29,7 +29,7 @@ def weights(minimize: str, training: bool) -> Weights:
     >>> weights("time", training=False)
     Weights(macs=1, backward=0, written=64, saved=64)
     """
-    time = {"macs": 1, "backward": int(training), "written": _TRAFFIC, "saved": _TRAFFIC}
+    time = {"macs": 1, "backward": int(training), "written": TRAFFIC, "saved": TRAFFIC}
     if minimize == "time":
         return Weights(**time)
     if minimize not in OBJECTIVES:

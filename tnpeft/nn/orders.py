@@ -1,0 +1,80 @@
+"""How the tensors of a program are stored: the order of their indices, and which of them are fused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tnpeft.networks.factor import Group
+from tnpeft.planning.steps import Step
+
+
+@dataclass(frozen=True)
+class Value:
+    """Where a tensor is and how it is stored: its indices in order, the first ``cut`` of them fused to rows and the
+    others to columns; ``cut`` None: every index has its axis."""
+
+    place: int
+    order: Group
+    cut: int | None
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The indices of a product of two operands by where they stand."""
+
+    batch: Group
+    left: Group
+    right: Group
+    summed: Group
+
+    @staticmethod
+    def of(left: Group, right: Group, result: Group) -> Roles:
+        """The roles in the product of ``left`` and ``right`` that leaves ``result``.
+
+        >>> Roles.of(("token", "inp"), ("r", "inp"), ("token", "r"))
+        Roles(batch=(), left=('token',), right=('r',), summed=('inp',))
+        """
+        return Roles(
+            tuple(index for index in result if index in left and index in right),
+            tuple(index for index in result if index in left and index not in right),
+            tuple(index for index in result if index in right and index not in left),
+            tuple(index for index in right if index in left and index not in result),
+        )
+
+
+def unfused(place: int, order: Group) -> Value:
+    """A tensor with one axis per index.
+
+    >>> unfused(0, ("a", "b", "c")).cut, unfused(0, ("a", "b")).cut
+    (None, 1)
+    """
+    return Value(place, order, 1 if len(order) == 2 else None)
+
+
+def wanted(steps: Sequence[Step], given: Mapping[str, Group]) -> dict[str, Group]:
+    """The order in which every result should keep its indices: what its consumer sums comes last.
+
+    ``given`` holds the orders of what is no result.
+
+    >>> from tnpeft import network, plan
+    >>> p = plan(network("A[out a] B[a b] C[b inp] -> out inp"), out=64, a=8, b=4, inp=64, tokens=9, base=None)
+    >>> wanted(p.steps, {"x": ("token", "inp"), "A": ("out", "a"), "B": ("a", "b"), "C": ("b", "inp")})["t1"]
+    ('token', 'b')
+    """
+    orders: dict[str, Group] = {}
+    for step in reversed(steps):
+        order = orders.setdefault(step.result, step.indices)
+        for k, (name, use) in enumerate(zip(step.operands, step.uses, strict=True)):
+            if name in given:
+                continue
+            kept = tuple(index for index in order if index in use)
+            summed = [index for index in use if index not in kept]
+            if step.kind == "contract" and summed:
+                other = step.uses[1 - k]
+                batch = tuple(index for index in kept if index in other)
+                kept = batch + tuple(index for index in kept if index not in other)
+                if step.operands[1 - k] in given:
+                    summed.sort(key=other.index)
+            orders[name] = kept + tuple(summed)
+    return orders

@@ -71,7 +71,7 @@ class _Lowering:
         self.values = {name: _unfused(k, plan.network.factor(name).indices) for k, name in enumerate(labels)}
         self.x, self.places = fresh("x", labels), len(labels) + 1
         self.values[self.x] = _Value(len(labels), (self.token, *plan.network.cols), 1)
-        self.wanted = _wanted(self.steps, {**{name: v.order for name, v in self.values.items()}})
+        self.wanted = wanted(self.steps, {**{name: v.order for name, v in self.values.items()}})
         self.body: list[tuple[Function, int, int]] = []
         self.tail: list[tuple[Accumulate, int, int, int]] = []
         self.views: dict[int, Views] = {}
@@ -219,11 +219,11 @@ def _unfused(place: int, order: Group) -> _Value:
     return _Value(place, order, 1 if len(order) == 2 else None)
 
 
-def _wanted(steps: list[Step], given: Mapping[str, Group]) -> dict[str, Group]:
+def wanted(steps: list[Step], given: Mapping[str, Group]) -> dict[str, Group]:
     """The order in which every result should keep its indices: what its consumer sums comes last."""
-    wanted: dict[str, Group] = {}
+    found: dict[str, Group] = {}
     for step in reversed(steps):
-        order = wanted.setdefault(step.result, step.indices)
+        order = found.setdefault(step.result, step.indices)
         for k, (name, use) in enumerate(zip(step.operands, step.uses, strict=True)):
             if name in given:
                 continue
@@ -235,8 +235,8 @@ def _wanted(steps: list[Step], given: Mapping[str, Group]) -> dict[str, Group]:
                 kept = batch + tuple(index for index in kept if index not in other)
                 if step.operands[1 - k] in given:
                     summed.sort(key=other.index)
-            wanted[name] = kept + tuple(summed)
-    return wanted
+            found[name] = kept + tuple(summed)
+    return found
 
 
 # ---- the operations; those that need no view are torch's own

@@ -55,7 +55,7 @@ def drawn(many: ReplicaProgram, placement: Any, seed: int = 0) -> list[Tensor]:
 
 def blocks(run: Any, x: Tensor, values: list[Tensor], placement: Any, base: Tensor) -> Tensor:
     """The oracle: every block through the program of one adapter."""
-    own = [["replica" in placement.pieces[label].indices for label in run.labels]][0]
+    own = ["replica" in placement.pieces[label].indices for label in run.labels]
     parts = []
     for k, (rows, under) in enumerate(zip(x.chunk(K), base.chunk(K), strict=True)):
         parts.append(run(rows, [v[k] if mine else v for v, mine in zip(values, own, strict=True)], under, 0.5))
@@ -102,7 +102,9 @@ def test_every_block_meets_its_own_replica(name: str, tokens: int) -> None:
             agree(a, b)
     deltas = many.delta([value.detach() for value in values], 0.5)
     for k in range(K):
-        own = [v[k] if "replica" in placement.pieces[m].indices else v for v, m in zip(values, many.labels, strict=True)]
+        own = [
+            v[k] if "replica" in placement.pieces[m].indices else v for v, m in zip(values, many.labels, strict=True)
+        ]
         agree(deltas[k], one.delta([value.detach() for value in own], 0.5))
 
 

@@ -44,9 +44,7 @@ class _SideBySide(torch.autograd.Function):
         )
 
 
-def side_by_side(
-    x: Tensor, weight: Tensor, bias: Tensor | None, first: Tensor, last: Tensor, scale: float
-) -> Tensor:
+def side_by_side(x: Tensor, weight: Tensor, bias: Tensor | None, first: Tensor, last: Tensor, scale: float) -> Tensor:
     """``linear(x, weight, bias)`` plus, for block k of the rows, ``scale * x @ first[k].T @ last[k].T``.
 
     ``x [rows, ..., inp]`` is as many equal contiguous blocks as there are ``first [k, narrow, inp]`` and

@@ -145,5 +145,5 @@ def test_a_line_with_a_replica_is_not_replicated_again() -> None:
 
 @pytest.mark.parametrize("line", LINES.values())
 def test_selecting_a_replica_gives_the_line_back(line: str) -> None:
-    f = Factorization.of(line, ranks={bond: 2 for bond in network(line).bonds})
+    f = Factorization.of(line, ranks=dict.fromkeys(network(line).bonds, 2))
     assert replicated(f).network.select("replica") == f.network

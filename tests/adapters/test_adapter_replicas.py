@@ -1,4 +1,4 @@
-"""Replicas: K adapters in one pass are K runs, step for step; each is an ordinary adapter again; what breaks is refused."""
+"""Replicas: K adapters in one pass are K runs, step for step; each is an ordinary adapter again; errors."""
 
 from __future__ import annotations
 

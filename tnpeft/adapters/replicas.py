@@ -177,7 +177,7 @@ def attach(model: nn.Module, k: int, name: str, adapter: str = "default") -> Non
     <class 'torch.nn.modules.linear.Linear'>
     """
     config = _config(model, k, adapter)
-    tuner = model.base_model if hasattr(model, "base_model") else model
+    tuner: Any = model.base_model if hasattr(model, "base_model") else model
     if name in tuner.peft_config:
         raise NetworkError(f"the adapter {name!r} exists already", remedy="choose another name")
     values = replica(model, k, adapter)
@@ -238,7 +238,8 @@ def _trained(model: nn.Module, adapter: str) -> dict[Piece, Tensor]:
 def _config(model: nn.Module, k: int, adapter: str) -> Any:
     """The configuration of replica k as an adapter of its own, as if read from a file."""
     bank_of(model, adapter)
-    config = copy.deepcopy(model.peft_config[adapter])  # type: ignore[index, union-attr]
+    configs: Any = model.peft_config
+    config = copy.deepcopy(configs[adapter])
     if config.replicas == 1 or isinstance(k, bool) or not isinstance(k, int) or not 0 <= k < config.replicas:
         raise NetworkError(f"there is no replica {k!r}", remedy=f"{adapter!r} has {config.replicas}, from 0 on")
     ending = f"/{k}"

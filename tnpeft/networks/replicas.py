@@ -1,4 +1,4 @@
-"""Many adapters of one factorization as one: every factor that training or a seed makes gets the index ``replica``."""
+"""Many adapters of one factorization as one: every factor but the constants gets the index ``replica``."""
 
 from __future__ import annotations
 

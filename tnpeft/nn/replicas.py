@@ -209,7 +209,7 @@ class _Lowering:
 
 
 def _is_batched(left: Group, right: Group, result: Group) -> bool:
-    """Whether the product is one of matrices for every replica, its axes those of the left one, then the right one."""
+    """Whether the product is one of matrices for each replica, the left one's axes before the right one's."""
     batch = {index for index in result if index in left and index in right}
     own = tuple(index for index in result if index in left), tuple(index for index in result if index not in left)
     summed = any(index in right and index not in result for index in left)

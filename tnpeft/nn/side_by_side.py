@@ -1,4 +1,4 @@
-"""A frozen linear and narrow updates of its blocks of rows as one operation: :mod:`tnpeft.nn.together` for replicas."""
+"""A frozen linear and narrow updates of its blocks of rows as one operation, as :mod:`tnpeft.nn.together`."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ def fit(
             scorer=scorer,
             judge=judge,
             model=model,
-            args=_arguments(where, protocol, lr, seed, keep=folder is not None),
+            args=arguments(where, protocol, lr, seed, keep=folder is not None),
             train_dataset=scorer.encode(splits.train),
             optimizers=(optimizer(model, protocol, lr), None),
         )
@@ -169,7 +169,12 @@ def fit(
     return judge.best, seconds
 
 
-def _arguments(where: Path, protocol: Protocol, lr: float, seed: int, *, keep: bool) -> TrainingArguments:
+def arguments(where: Path, protocol: Protocol, lr: float, seed: int, *, keep: bool) -> TrainingArguments:
+    """What the Trainer is told of a run; with ``keep`` it writes a checkpoint at every evaluation.
+
+    >>> arguments(Path("runs"), Protocol(steps=50, batch=4), 0.1, seed=3, keep=False).max_steps
+    50
+    """
     return TrainingArguments(
         output_dir=str(where),
         max_steps=max(1, protocol.steps),

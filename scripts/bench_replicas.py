@@ -1,8 +1,9 @@
 """K adapters trained in one pass against K runs in turn: training steps per second, by tokens of each replica.
 
-A step is forward, backward, clipping and AdamW; the runs in turn take theirs one after the other. All cases of one size
-are interleaved, and the gain is the median of (K steps of one run) over (one step of K replicas) in the same turn.
-Writes ``replicas.json``, ``replicas.md`` and the figure ``replicas.svg``.
+A step is forward, backward, clipping and AdamW; the runs in turn take theirs one after the other. All cases of one
+size are interleaved, and the gain is the median of (K steps of one run) over (one step of K replicas) in the same
+turn. The frozen backbone alone, on K batches at once, says what there is to gain. Writes ``replicas.json``,
+``replicas.md`` and ``replicas.svg``.
 
     python scripts/bench_replicas.py --clock cpu
     python scripts/bench_replicas.py --device cuda --dtype bfloat16 --shapes opt-1.3b
@@ -28,25 +29,29 @@ import tnpeft
 from tnpeft.networks import Factorization
 
 TARGETS = ("q_proj", "v_proj")
-FAMILIES: Mapping[str, Factorization] = {
+FAMILIES: Mapping[str, Factorization | None] = {
+    "none": None,
     "lora r=8": tnpeft.families.lora(rank=8),
     "cp r=16": tnpeft.families.cp(rank=16),
     "tenslora r=8": tnpeft.families.tenslora(ranks=8),
 }
-BATCHES = ((1, 8), (4, 8), (4, 32), (16, 32), (16, 128))  # rows and tokens of each replica; SST-2's are 16 x 32
+BATCHES = ((1, 8), (4, 8), (4, 32), (16, 32), (16, 64))  # rows and tokens of each replica; SST-2's are 16 x 32
 
 
-def trainer(base: nn.Module, f: Factorization, replicas: int, rows: int, length: int) -> Callable[[], None]:
-    """One training step of so many replicas; of an ordinary adapter for 1."""
+def trainer(base: nn.Module, f: Factorization | None, replicas: int, rows: int, length: int) -> Callable[[], None]:
+    """One training step of so many replicas; of an ordinary adapter for 1; without one, forward and backward."""
     import peft
 
+    weight = next(base.parameters())
+    x = torch.randn(replicas * rows, length, base.config.hidden_size, device=weight.device, dtype=weight.dtype)
+    target = torch.randn_like(x) / (rows * length)
+    if f is None:
+        base.train()
+        return lambda: (base(inputs_embeds=x.requires_grad_(), use_cache=False)[0] * target).sum().backward()
     config = tnpeft.TensorNetworkConfig(
         network=f, target_modules=list(TARGETS), tokens=rows * length, replicas=replicas
     )
     model: Any = peft.get_peft_model(copy.deepcopy(base, {id(p): p for p in base.parameters()}), config).train()
-    weight = next(base.parameters())
-    x = torch.randn(replicas * rows, length, model.config.hidden_size, device=weight.device, dtype=weight.dtype)
-    target = torch.randn_like(x) / (rows * length)
     optimizer = torch.optim.AdamW(tnpeft.parameter_groups(model, lr=1e-3), fused=True)
     trained = [p for p in model.parameters() if p.requires_grad]
     if replicas > 1:
@@ -74,7 +79,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             for size, length in options.batches:
                 make = partial(trainer, base, FAMILIES[family], rows=size, length=length)
                 runs = {str(k): make(replicas=k) for k in (1, *options.replicas)}
-                times = _bench.interleaved(runs, options.samples, options.clock, options.device, warm=2)
+                times = _bench.interleaved(runs, options.samples, options.clock, options.device)
                 row = {"shape": shape, "layers": layers, "family": family, "rows": size, "length": length}
                 row["milliseconds"] = 1e3 * median(times["1"])
                 row["gain"] = {k: k * _bench.ratio(times["1"], times[str(k)]) for k in options.replicas}
@@ -101,12 +106,13 @@ def report(data: Mapping[str, Any]) -> str:
     ]
     return (
         "# K adapters in one pass\n\n"
-        "Steps of K adapters trained in one pass over one frozen backbone, over those of K runs in turn in the same time: "
-        "above 1 the pass is faster. A step is forward, backward, clipping and AdamW of an adapter on "
-        f"{', '.join(TARGETS)}. {s['dtype']}, {s['device']}, {m['threads']} threads, {s['samples']} interleaved samples by "
-        f"the {s['clock']} clock, load {m['load']} on {m['cores']} cores ({m['gpu'] or m['processor']}; torch {m['torch']}). "
-        "What is gained is what a step costs however few rows it has: calls, small products, the optimizer.\n\n"
-        + _bench.markdown(rows)
+        "Steps of K adapters trained in one pass over one frozen backbone, over those of K runs in turn in the same "
+        "time: above 1 the pass is faster. A step is forward, backward, clipping and AdamW of an adapter on "
+        f"{', '.join(TARGETS)}. Without an adapter it is forward and backward of the frozen backbone, on K batches "
+        "at once or one by one: no adapter gains more than its own share beyond that. "
+        f"{s['dtype']}, {s['device']}, {m['threads']} threads, {s['samples']} interleaved samples by the "
+        f"{s['clock']} clock, load {m['load']} on {m['cores']} cores ({m['gpu'] or m['processor']}; "
+        f"torch {m['torch']}).\n\n" + _bench.markdown(rows)
     )
 
 
@@ -159,7 +165,7 @@ def main() -> None:
     torch.manual_seed(0)
     data = measure(options)
     _bench.write(options.out, "replicas", data, report(data))
-    plot(data, options.out.parent / "figures" / "replicas.svg")
+    plot(data, options.out / "replicas.svg")
     print(report(data))
 
 

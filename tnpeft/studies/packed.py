@@ -90,7 +90,7 @@ def fit(
     """Train the replicas of a model, one on each of ``splits``, and leave each at its best checkpoint on dev.
 
     Returns:
-        As :func:`tnpeft.studies.training.fit`: each replica's best checkpoint with its course, and the seconds of all.
+        Each replica's best checkpoint with its course, and the seconds spent in training them all.
 
     Raises:
         StudyError: the runs' data differ in size, so that their batches cannot stand side by side.

@@ -19,7 +19,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from tnpeft.studies import Engine, Study, report, sweep
 
 ROOT = Path(__file__).resolve().parent.parent
-STUDIES = ("cp_steps_small_opt", "cp_steps_smollm2", "tenslora_small_opt", "families_small_opt")
+STUDIES = (
+    "cp_steps_small_opt_rates",
+    "cp_steps_small_opt",
+    "cp_steps_smollm2_rates",
+    "cp_steps_smollm2",
+    "tenslora_small_opt",
+    "families_small_opt",
+)
 
 
 def main() -> None:
@@ -28,17 +35,27 @@ def main() -> None:
         "studies", nargs="*", default=STUDIES, help=f"names of presets (default: {' '.join(STUDIES)})"
     )
     parser.add_argument("--data", required=True, help="folder with the tasks' files, or hub")
+    parser.add_argument("--report", action="store_true", help="report what is there, run nothing")
     parser.add_argument("--workers", type=int, default=0, help="runs side by side (default: one for each core)")
     args = parser.parse_args()
     for name in args.studies:
         study, runs = Study.read(ROOT / "presets" / f"{name}.toml", data=args.data), ROOT / "runs" / name
-        sweep(study, runs, Engine(workers=args.workers), say=lambda line: print(line, flush=True))
-        made = runs / "report"
-        report(study, runs, made)
-        for path in made.iterdir():
-            folder = "figures" if path.suffix in (".png", ".pdf", ".svg") else "tables"
-            (ROOT / "paper" / folder).mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, ROOT / "paper" / folder / path.name)
+        if not args.report:
+            sweep(study, runs, Engine(workers=args.workers), say=lambda line: print(line, flush=True))
+        publish(study, runs, runs / "report")
+
+
+def publish(study: Study, runs: Path, made: Path) -> None:
+    """Report a study and copy what the report shows to paper/; of a search for learning rates only its table."""
+    report(study, runs, made)
+    wanted = [made / f"{study.name}{end}" for end in (".md", ".csv", ".json")]
+    wanted = wanted if study.name.endswith("_rates") else sorted(made.iterdir())
+    record = Path(study.places["model"]) / "pretraining.json"
+    for path, name in [*((path, path.name) for path in wanted), (record, "small_opt.json")]:
+        if path.exists():
+            folder = ROOT / "paper" / ("figures" if path.suffix in (".png", ".pdf", ".svg") else "tables")
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / name)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,8 @@ class Stop(Exception):
     pass
 
 
-def test_train_resumes_bit_for_bit_and_keeps_its_adapter(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("by_length", [False, True])
+def test_train_resumes_bit_for_bit_and_keeps_its_adapter(tiny: Path, tmp_path: Path, by_length: bool) -> None:
     def go(out: Path, progress: Any = None) -> dict[str, Any]:
         return train(
             out,
@@ -114,8 +115,9 @@ def test_train_resumes_bit_for_bit_and_keeps_its_adapter(tiny: Path, tmp_path: P
             dev=32,
             eval=64,
             steps=8,
-            batch=8,
+            batch=16,
             evaluate_every=2,
+            by_length=by_length,
         )
 
     def stop(step: int, *_: Any) -> None:

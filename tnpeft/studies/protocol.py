@@ -34,6 +34,7 @@ class Protocol:
         head: words (scores of the label words) or classifier (a new classification head, trained too).
         max_length: tokens; longer examples lose their beginning.
         dtype: of the frozen backbone; adapters are kept in float32.
+        by_length: batches of examples of about equal length, which wastes less on padding.
 
     >>> Protocol(steps=100).digest == Protocol(steps=200).digest
     False
@@ -58,6 +59,7 @@ class Protocol:
     head: str = "words"
     max_length: int = 256
     dtype: str = "float32"
+    by_length: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -102,8 +104,12 @@ class Protocol:
 
     @property
     def training(self) -> dict[str, Any]:
-        """The settings that determine a single run: all but the grid, which each run picks from."""
-        return {k: v for k, v in asdict(self).items() if k not in ("learning_rates", "tune_seeds")}
+        """The settings that determine a single run: all but the grid, which each run picks from.
+
+        A setting that came later is left out where it is off, so that the runs made before it keep their names.
+        """
+        later = () if self.by_length else ("by_length",)
+        return {k: v for k, v in asdict(self).items() if k not in ("learning_rates", "tune_seeds", *later)}
 
     @property
     def digest(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 from tnpeft.studies import figures, tables
@@ -49,6 +50,12 @@ def report(study: Study, folder: str | Path, out: str | Path, reference: str = "
         {
             "name": study.name,
             "protocol": study.protocol.digest,
+            "settings": asdict(study.protocol),
+            "backbone": str(study.table["backbone"]),
+            "source": str(study.table.get("source", "")),
+            "ours": list(study.table.get("ours", [])),
+            "tasks": {task.name: {"prompt": task.prompt, "words": dict(task.words)} for task in study.tasks},
+            "seeds": list(study.table["seeds"]),
             "points": [
                 {
                     "task": p.task,
@@ -57,6 +64,7 @@ def report(study: Study, folder: str | Path, out: str | Path, reference: str = "
                     "parameters": p.parameters,
                     "head": p.head,
                     "lr": p.lr,
+                    "edge": p.edge,
                     "scores": {str(seed): score for seed, score in p.scores.items()},
                     "dev": {str(seed): score for seed, score in p.dev.items()},
                 }

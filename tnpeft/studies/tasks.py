@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from string import Formatter
 from typing import Any
 
@@ -128,6 +128,8 @@ TASKS |= {task.name: task for task in map(_digits, ("upright", "inverted", "tran
 def task(given: str | Mapping[str, Any]) -> Task:
     """A task by its name, or one of your own from a table with the attributes of :class:`Task`.
 
+    A table with the name of a known task changes that one, such as the words that stand for its labels.
+
     Raises:
         StudyError: the name or a key is unknown, or something is missing.
 
@@ -135,11 +137,14 @@ def task(given: str | Mapping[str, Any]) -> Task:
     ...              "prompt": "{text} It was", "words": {"neg": " bad", "pos": " good"}})
     >>> mine.labels
     ('neg', 'pos')
+    >>> task({"name": "sst2", "words": {"0": " bad", "1": " good"}}).prompt
+    '{sentence} It was'
     """
     if isinstance(given, str):
         if given not in TASKS:
             raise StudyError(f"no task is called {given!r}", remedy=f"the tasks are {', '.join(TASKS)}")
         return TASKS[given]
+    given = {**asdict(TASKS[given["name"]]), **given} if given.get("name") in TASKS else given
     unknown = sorted(set(given) - set(Task.__dataclass_fields__))
     missing = [key for key in ("name", "prompt", "words") if key not in given]
     if unknown or missing:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from typing import Any
 import torch
 import transformers
 from torch.nn.functional import cross_entropy
+from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from tnpeft.studies.data import Splits
 from tnpeft.studies.files import write_json
@@ -104,10 +106,34 @@ class _Scored(Trainer):
         self.scorer, self.judge = scorer, judge
         self.model_accepts_loss_kwargs = False
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if not self.judge.protocol.by_length:
+            return super()._get_train_sampler(train_dataset)
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        return _ByLength([len(row["ids"]) for row in rows], self.args.train_batch_size, self.args.data_seed)
+
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
         loss = cross_entropy(self.scorer.scores(model, inputs), inputs["labels"])
         self.judge.losses.append(loss.detach())
         return (loss, {}) if return_outputs else loss
+
+
+class _ByLength(Sampler[int]):
+    """Shuffled examples, neighbours of about equal length; the order depends on the seed and the epoch alone, so
+    that a resumed run sees it again."""
+
+    def __init__(self, lengths: list[int], batch: int, seed: int) -> None:
+        self.lengths, self.batch, self.seed, self.epoch = lengths, batch, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        draw = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch, generator=draw))
 
 
 def optimizer(model: torch.nn.Module, protocol: Protocol, lr: float) -> torch.optim.Optimizer:

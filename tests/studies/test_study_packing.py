@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, Trainer
+from transformers import AutoConfig
 
 from tnpeft.studies import packed, training
 from tnpeft.studies.files import StudyError, merged
@@ -38,6 +38,7 @@ def three(table: dict[str, Any], cell: str = "CP", **over: Any) -> tuple[Run, ..
         ("CP", {}),
         ("LoRA", {"accumulate": 2, "schedule": "cosine", "weight_decay": 0.1, "train": 60}),
         ("CP", {"clip": 0.0, "best_by": "loss", "patience": 1}),
+        ("CP", {"by_length": True}),
     ],
 )
 def test_a_pack_gives_the_results_of_its_runs(
@@ -62,29 +63,34 @@ def test_a_pack_gives_the_results_of_its_runs(
     assert execute_pack(runs, together) == ["kept"] * 3
 
 
-def test_the_order_is_the_trainers_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize("by_length", [False, True])
+def test_the_order_is_the_trainers_own(by_length: bool, tmp_path: Path) -> None:
     """What a training sees, batch by batch and rate by rate, with an epoch that ends in a small batch."""
     import torch
 
-    protocol = Protocol(steps=7, batch=4, accumulate=2, warmup=0.3, schedule="cosine")
+    protocol = Protocol(steps=7, batch=4, accumulate=2, warmup=0.3, schedule="cosine", by_length=by_length)
+    rows = [{"ids": [0] * (1 + k % 5)} for k in range(14)]
     seen: list[tuple[list[int], float]] = []
 
-    class Noting(Trainer):
+    class Noting(training.Ordered):
         def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
             seen.append((inputs["rows"].tolist(), self.optimizer.param_groups[0]["lr"]))
             return model(inputs["rows"][:, None].float()).mean() + torch.rand(())
 
     model = torch.nn.Linear(1, 1)
     trainer = Noting(
+        protocol=protocol,
         model=model,
         args=training.arguments(tmp_path, protocol, 0.2, 5, keep=False),
-        train_dataset=[{"row": k} for k in range(14)],
+        train_dataset=[{"row": k, **row} for k, row in enumerate(rows)],
         data_collator=lambda rows: {"rows": torch.tensor([row["row"] for row in rows])},
         optimizers=(torch.optim.AdamW(model.parameters(), lr=0.2), None),
     )
     trainer.train()
-    steps = packed.rehearse(14, protocol, 0.2, seed=5)
+    steps = packed.rehearse(rows, protocol, 0.2, seed=5)
     assert len(steps) == 7
+    other = packed.rehearse(rows, replace(protocol, by_length=not by_length), 0.2, seed=5)
+    assert [step.batches for step in other] != [step.batches for step in steps]
     assert [(batch, step.lr) for step in steps for batch in step.batches] == seen
 
 

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 import transformers
 from torch.nn.functional import cross_entropy
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 import tnpeft
 from tnpeft.studies.data import Splits
 from tnpeft.studies.files import StudyError
 from tnpeft.studies.protocol import Protocol
 from tnpeft.studies.scoring import Scorer, metric
-from tnpeft.studies.training import Best, arguments, optimizer
+from tnpeft.studies.training import Best, Ordered, arguments, optimizer
 
 Rows = Sequence[dict[str, Any]]
 
@@ -40,23 +40,26 @@ class _Rehearsal(TrainerCallback):
         self.steps.append(Step())
 
 
-class _Rehearsing(Trainer):
+class _Rehearsing(Ordered):
     """A Trainer that trains nothing and notes what it is given."""
 
-    rehearsal: _Rehearsal
+    def __init__(self, noted: _Rehearsal, **kwargs: Any) -> None:
+        super().__init__(callbacks=[noted], **kwargs)
+        self.noted = noted
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
-        step = self.rehearsal.steps[-1]
+        step = self.noted.steps[-1]
         step.batches.append(inputs["rows"].tolist())
         step.lr = self.optimizer.param_groups[0]["lr"]
         loss = 0.0 * model.weight.sum()
         return (loss, {}) if return_outputs else loss
 
 
-def rehearse(examples: int, protocol: Protocol, lr: float, seed: int) -> list[Step]:
-    """What Hugging Face's Trainer would train on at every step: asked of itself, so that a pack trains alike.
+def rehearse(rows: Rows, protocol: Protocol, lr: float, seed: int) -> list[Step]:
+    """What the Trainer of a run alone trains on at every step: asked of itself, so that a pack trains alike.
 
-    >>> steps = rehearse(5, Protocol(steps=3, batch=2, warmup=0.0, schedule="constant"), 0.1, seed=0)
+    >>> rows = [{"ids": [1, 2]}] * 5
+    >>> steps = rehearse(rows, Protocol(steps=3, batch=2, warmup=0.0, schedule="constant"), 0.1, seed=0)
     >>> [len(batch) for step in steps for batch in step.batches], steps[0].lr
     ([2, 2, 1], 0.1)
     """
@@ -65,14 +68,14 @@ def rehearse(examples: int, protocol: Protocol, lr: float, seed: int) -> list[St
         transformers.set_seed(seed)
         model = torch.nn.Linear(1, 1)
         trainer = _Rehearsing(
+            noted,
+            protocol=protocol,
             model=model,
             args=arguments(Path(folder), protocol, lr, seed, keep=False),
-            train_dataset=[{"row": k} for k in range(examples)],
+            train_dataset=[{"row": k, **row} for k, row in enumerate(rows)],
             data_collator=lambda rows: {"rows": torch.tensor([row["row"] for row in rows])},
             optimizers=(torch.optim.SGD(model.parameters(), lr=lr), None),
-            callbacks=[noted],
         )
-        trainer.rehearsal = noted
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return noted.steps[:-1]
@@ -96,8 +99,8 @@ def fit(
         StudyError: the runs' data differ in size, so that their batches cannot stand side by side.
     """
     top = max(lrs)
-    orders = [rehearse(len(its.train), protocol, top, seed) for its, seed in zip(splits, seeds, strict=True)]
     train, dev = [scorer.encode(its.train) for its in splits], [scorer.encode(its.dev) for its in splits]
+    orders = [rehearse(rows, protocol, top, seed) for rows, seed in zip(train, seeds, strict=True)]
     chosen = optimizer(model, protocol, top)
     tnpeft.replicas.learning_rates(chosen, model, [lr / top for lr in lrs])
     bases = [group["lr"] / top for group in chosen.param_groups]

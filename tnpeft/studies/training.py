@@ -98,19 +98,27 @@ class _Judge(TrainerCallback):
         self.best.curve = curve
 
 
-class _Scored(Trainer):
-    """A Trainer whose loss is the cross-entropy over the scorer's class scores."""
+class Ordered(Trainer):
+    """A Trainer that takes encoded examples in the order that the protocol says."""
 
-    def __init__(self, *, scorer: Scorer, judge: _Judge, **kwargs: Any) -> None:
-        super().__init__(data_collator=scorer.collate, callbacks=[judge], **kwargs)
-        self.scorer, self.judge = scorer, judge
+    def __init__(self, *, protocol: Protocol, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.protocol = protocol
         self.model_accepts_loss_kwargs = False
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if not self.judge.protocol.by_length:
+        if not self.protocol.by_length:
             return super()._get_train_sampler(train_dataset)
         rows = self.train_dataset if train_dataset is None else train_dataset
         return _ByLength([len(row["ids"]) for row in rows], self.args.train_batch_size, self.args.data_seed)
+
+
+class _Scored(Ordered):
+    """A Trainer whose loss is the cross-entropy over the scorer's class scores."""
+
+    def __init__(self, *, scorer: Scorer, judge: _Judge, **kwargs: Any) -> None:
+        super().__init__(protocol=judge.protocol, data_collator=scorer.collate, callbacks=[judge], **kwargs)
+        self.scorer, self.judge = scorer, judge
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
         loss = cross_entropy(self.scorer.scores(model, inputs), inputs["labels"])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tnpeft.adapters.bank import FactorBank
 from tnpeft.adapters.dense import DenseLinear, wide
 from tnpeft.adapters.guard import refuse_reentrant
+from tnpeft.adapters.mixed import in_blocks, lots, update_blocks
 from tnpeft.adapters.prepared import Prepared, may_keep
 from tnpeft.adapters.update import Update
 from tnpeft.networks import NetworkError
@@ -152,8 +153,10 @@ class TensorNetworkLinear(DenseLinear):
                 f"adapter_names has {len(names)} entries for {len(x)} rows", remedy="name one adapter per row"
             )
         result = result.clone()
-        for adapter in dict.fromkeys(names):
-            if adapter != BASE and adapter in self.updates:
-                rows = torch.tensor([k for k, name in enumerate(names) if name == adapter], device=x.device)
-                result[rows] = self._adapted(adapter, x[rows], result[rows])
+        for lot in lots(self, [adapter for adapter in dict.fromkeys(names) if adapter in self.updates]):
+            rows = torch.tensor(in_blocks(lot, names), device=x.device)
+            if len(lot) == 1:
+                result[rows] = self._adapted(lot[0], x[rows], result[rows])
+            else:
+                result[rows] = update_blocks(self, lot, x[rows], result[rows])
         return result

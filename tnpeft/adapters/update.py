@@ -30,7 +30,8 @@ class Update:
     """The update of one site: its program, its operands in the program's order, and its part of the linear.
 
     ``side`` is the side of the linear that the site is a slice of, from ``start`` on, or ``""`` for the whole;
-    ``keeps`` says that something is computed from the adapter's own factors alone.
+    ``keeps`` says that something is computed from the adapter's own factors alone, ``data`` that it has constants
+    besides the base weight.
     Copies and pickles hold the placement and build the program anew.
     """
 
@@ -45,6 +46,7 @@ class Update:
     start: int
     length: int
     keeps: bool
+    data: bool
 
     def __reduce__(self) -> tuple[object, ...]:
         return update, (self.placement, self.unit_norm, self.constants, self.scale, self.tokens)
@@ -84,6 +86,7 @@ def update(
         site.start,
         site.inp if side == "inp" else site.out,
         (run.prepares or any(operand.norm for operand in operands)) and not constants,
+        any(piece.kind == "constant" and label not in constants for label, piece in placement.pieces.items()),
     )
 
 

@@ -23,10 +23,16 @@ def replicated(f: Factorization) -> Factorization:
     >>> print(replicated(Factorization.of("d[out] ^W[out inp] -> out inp")).network)
     d[replica out] ^W[out inp] -> replica out inp
     """
-    return replace(f, lines=tuple(Line(_replicated(line.network), line.sites) for line in f.lines))
+    return replace(f, lines=tuple(Line(with_replicas(line.network), line.sites) for line in f.lines))
 
 
-def _replicated(net: Network) -> Network:
+def with_replicas(net: Network) -> Network:
+    """One line of :func:`replicated`.
+
+    >>> from tnpeft.networks.notation import network
+    >>> print(with_replicas(network("B[out r] A[r inp] -> out inp")))
+    B[replica out r] A[replica r inp] -> replica out inp
+    """
     if REPLICA in net.indices:
         raise NetworkError(
             f"the line carries {REPLICA!r} already",

@@ -75,6 +75,7 @@ class ReplicaProgram(Program):
         self._split = self.replicas, -1, *(int(sizes[index]) for index in net.cols)
         self._dense = dense
         self._stages = stages(_Lowering(plan, self.labels).lower(), len(self.labels))
+        self.pair = None  # two matrices for every replica are none for all rows
         self.paired = self._stages.pair is not None
         self.prepares = bool(self._stages.weights)
 

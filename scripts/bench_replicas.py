@@ -6,6 +6,7 @@ turn. The frozen backbone alone, on K batches at once, says what there is to gai
 ``replicas.md`` and ``replicas.svg``.
 
     python scripts/bench_replicas.py --clock cpu
+    MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 python scripts/bench_replicas.py --name replicas_kept
     python scripts/bench_replicas.py --device cuda --dtype bfloat16 --shapes opt-1.3b
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -88,6 +90,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     settings = {
         name: getattr(options, name) for name in ("replicas", "samples", "clock", "device", "dtype", "threads")
     }
+    settings["malloc"] = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
     return {"settings": settings, "machine": _bench.machine(options.threads), "cases": rows}
 
 
@@ -109,10 +112,11 @@ def report(data: Mapping[str, Any]) -> str:
         "Steps of K adapters trained in one pass over one frozen backbone, over those of K runs in turn in the same "
         "time: above 1 the pass is faster. A step is forward, backward, clipping and AdamW of an adapter on "
         f"{', '.join(TARGETS)}. Without an adapter it is forward and backward of the frozen backbone, on K batches "
-        "at once or one by one: no adapter gains more than its own share beyond that. "
+        "at once or one by one, which is most of what there is to gain. "
         f"{s['dtype']}, {s['device']}, {m['threads']} threads, {s['samples']} interleaved samples by the "
         f"{s['clock']} clock, load {m['load']} on {m['cores']} cores ({m['gpu'] or m['processor']}; "
-        f"torch {m['torch']}).\n\n" + _bench.markdown(rows)
+        f"torch {m['torch']}){'; freed memory is kept, not given back to the system' if s['malloc'] else ''}.\n\n"
+        + _bench.markdown(rows)
     )
 
 
@@ -155,6 +159,7 @@ def main() -> None:
     parser.add_argument(
         "--clock", choices=_bench.CLOCKS, default="wall", help="cpu: time that other work cannot add to"
     )
+    parser.add_argument("--name", default="replicas", help="name of the files (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=_bench.TABLES)
     options = parser.parse_args()
     options.shapes = [
@@ -164,8 +169,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     data = measure(options)
-    _bench.write(options.out, "replicas", data, report(data))
-    plot(data, options.out / "replicas.svg")
+    _bench.write(options.out, options.name, data, report(data))
+    plot(data, options.out / f"{options.name}.svg")
     print(report(data))
 
 

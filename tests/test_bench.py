@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import OPTConfig, OPTForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 import _bench
 import bench_attach
 import bench_decode
+import bench_packs
+import bench_replicas
 import bench_step
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -88,3 +91,38 @@ def test_runs_are_interleaved() -> None:
     assert [len(found) for found in times.values()] == [2, 2]
     slow = _bench.interleaved({"fast": lambda: None, "slow": lambda: time.sleep(0.01)}, 3, "wall")
     assert _bench.ratio(slow["slow"], slow["fast"]) > 1
+
+
+def test_replicas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = ["--shapes", "tiny:1", "--batches", "1x4", "2x4", "--replicas", "2", "3"]
+    call(bench_replicas, tmp_path, monkeypatch, *size, "--families", "none", "lora r=8")
+    data = json.loads((tmp_path / "replicas.json").read_text())
+    assert [(row["family"], row["rows"]) for row in data["cases"]] == [
+        ("none", 1), ("none", 2), ("lora r=8", 1), ("lora r=8", 2)
+    ]  # fmt: skip
+    assert all(set(row["gain"]) == {"2", "3"} and min(row["gain"].values()) > 0 for row in data["cases"])
+    assert "K=3" in (tmp_path / "replicas.md").read_text()
+    assert (tmp_path / "replicas.svg").stat().st_size > 0
+
+
+def test_packs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tnpeft.studies.digits import save_tokenizer
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "num_hidden_layers": 1}
+    ids = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2}
+    config = OPTConfig(vocab_size=95, num_attention_heads=2, max_position_embeddings=32, dropout=0.0, **sizes, **ids)
+    OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
+    save_tokenizer(tmp_path / "opt")
+    monkeypatch.setattr(bench_packs, "METHODS", bench_packs.METHODS[:1])
+    monkeypatch.setattr(bench_packs, "SEEDS", (0, 1))
+    monkeypatch.setattr(bench_packs, "PACKS", (4,))
+    options = ["--backbone", str(tmp_path / "opt"), "--steps", "2", "--out", str(tmp_path)]
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(sys, "argv", ["bench", *options, "--cache", str(tmp_path / "cache")])
+    bench_packs.main()
+    torch.set_num_threads(threads)
+    row = json.loads((tmp_path / "packs.json").read_text())["methods"][0]
+    assert row["runs"] == 4
+    assert row["packs"]["4"]["loss"] <= 1e-4
+    assert "lora" in (tmp_path / "packs.md").read_text()

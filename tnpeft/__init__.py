@@ -40,6 +40,8 @@ _HOME = {
     "export_lora": "adapters",
     "hotswap": "adapters",
     "parameter_groups": "adapters",
+    "replica": "adapters",
+    "replicas": "adapters",
 }
 _MODULES = (
     "networks",

@@ -19,6 +19,8 @@ _HOME = {
     "parameter_groups": "access",
     "hotswap": "files",
     "export_lora": "export",
+    "replica": "replicas",
+    "replicas": "replicas",
 }
 
 __all__ = [*_HOME]
@@ -27,6 +29,7 @@ __all__ = [*_HOME]
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'tnpeft.adapters' has no attribute {name!r}")
-    value = getattr(import_module(f"tnpeft.adapters.{_HOME[name]}"), name)
+    module = import_module(f"tnpeft.adapters.{_HOME[name]}")
+    value = module if name == _HOME[name] else getattr(module, name)
     globals()[name] = value
     return value

@@ -57,7 +57,7 @@ def factors(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
     held = arrays(model, bank, adapter)
     return {
         name: _stacked([held[piece].detach() for piece in pieces], pieces, bank.layouts[adapter], grid).clone()
-        for name, pieces, grid in _entries(bank.layouts[adapter])
+        for name, pieces, grid in entries(bank.layouts[adapter])
     }
 
 
@@ -79,13 +79,13 @@ def set_factors(model: nn.Module, values: Mapping[str, Tensor], adapter: str = "
     if bank.merged:
         raise NetworkError("a merged adapter cannot be changed", remedy="call unmerge_adapter() first")
     layout = bank.layouts[adapter]
-    entries = {name: (pieces, grid) for name, pieces, grid in _entries(layout)}
+    named = {name: (pieces, grid) for name, pieces, grid in entries(layout)}
     held = arrays(model, bank, adapter)
     changes: list[tuple[Tensor, Tensor]] = []
     for name, value in values.items():
-        if name not in entries:
-            raise NetworkError(f"the adapter has no factor {name!r}", remedy=f"its factors are {', '.join(entries)}")
-        pieces, grid = entries[name]
+        if name not in named:
+            raise NetworkError(f"the adapter has no factor {name!r}", remedy=f"its factors are {', '.join(named)}")
+        pieces, grid = named[name]
         own = [held[piece] for piece in pieces]
         shape = tuple(_stacked(own, pieces, layout, grid).shape)
         if tuple(value.shape) != shape or not torch.isfinite(value).all():
@@ -173,8 +173,15 @@ def arrays(
     return found
 
 
-def _entries(layout: Layout) -> Iterator[tuple[str, list[Piece], _Grid]]:
-    """Names, pieces in the order of the stack, and the stack's axes."""
+def entries(layout: Layout) -> Iterator[tuple[str, list[Piece], _Grid]]:
+    """Names of :func:`factors`, their pieces in the order of the stack, and whether it has a layer and a proj axis.
+
+    >>> from tnpeft.counting.layout import layout
+    >>> from tnpeft.networks import Factorization, Site
+    >>> f = Factorization.of("B[layer out r] A[r inp] -> layer out inp", ranks={"r": 2})
+    >>> [(name, len(pieces), grid) for name, pieces, grid in entries(layout(f, [Site(0, "q", 8, 4)]))]
+    [('B', 1, (True, False)), ('A', 1, (False, False))]
+    """
     labels: dict[str, dict[tuple[int, ...], list[Piece]]] = {}
     for piece in layout.pieces:
         labels.setdefault(piece.label, {}).setdefault(piece.shape, []).append(piece)

@@ -31,6 +31,36 @@ def check_fields(config: Any) -> None:
                 raise NetworkError(f"{name} is {str(value)[:80] if value != '' else repr(value)}", remedy=remedy)
 
 
+def check_replicas(config: Any) -> None:
+    """Raise if the configuration asks of several replicas what only one adapter can do.
+
+    Raises:
+        NetworkError: it does, or ``replica_seeds`` are not one for each.
+
+    >>> from types import SimpleNamespace
+    >>> check_replicas(SimpleNamespace(replicas=2, replica_seeds=[0]))
+    Traceback (most recent call last):
+    tnpeft.networks.errors.NetworkError: replica_seeds has 1 seeds for 2 replicas
+    give one seed for each, or None
+    """
+    seeds = config.replica_seeds
+    if seeds is not None and len(seeds) != config.replicas:
+        raise NetworkError(
+            f"replica_seeds has {len(seeds)} seeds for {config.replicas} replicas",
+            remedy="give one seed for each, or None",
+        )
+    if config.replicas == 1:
+        return
+    for field, idle in (("modules_to_save", not config.modules_to_save), ("bias", config.bias == "none")):
+        if not idle:
+            raise NetworkError(
+                f"{config.replicas} replicas would share what {field} trains",
+                remedy=f"train without {field} (score label words instead of a new head), or one adapter at a time",
+            )
+    if config.dora:
+        raise NetworkError("replicas have no magnitudes", remedy="train with dora one adapter at a time")
+
+
 def _whole(value: Any, least: int = 0) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= _MOST
 
@@ -88,7 +118,11 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "pass a number from 0 to below 1",
     ),
     "seed": (_whole, "pass a whole number from 0 on, below 2**63"),
-    "tokens": (lambda value: _whole(value, 1), "pass a whole number from 1 on, below 2**63"),
+    "tokens replicas": (lambda value: _whole(value, 1), "pass a whole number from 1 on, below 2**63"),
+    "replica_seeds": (
+        lambda value: value is None or (isinstance(value, list | tuple) and _listed(value, _whole)),
+        "pass a list of whole numbers from 0 on, or None",
+    ),
     "save_frozen dora": (lambda value: isinstance(value, bool), "pass True or False"),
     "layers projections": (_order, "check the file: it is a map from names to their places, from 0 on"),
     "frozen": (lambda value: value is None or _texts(value), "check the file: it is a map from factors to hashes"),

@@ -132,6 +132,10 @@ def _config(tuner: TensorNetworkModel, adapter: str) -> Any:
     if adapter not in tuner.peft_config:
         raise NetworkError(f"there is no adapter {adapter!r}", remedy=f"there are {', '.join(tuner.peft_config)}")
     config = tuner.peft_config[adapter]
+    if config.replicas > 1:
+        raise NetworkError(
+            f"{adapter!r} is {config.replicas} replicas", remedy="take them out with tnpeft.replicas.attach first"
+        )
     if config.dora:
         raise NetworkError(f"{adapter!r} has a magnitude vector and is no sum", remedy="leave it out of the sum")
     return config

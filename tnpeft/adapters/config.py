@@ -10,7 +10,7 @@ from peft.config import PeftConfig
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 
 from tnpeft import registration
-from tnpeft.adapters.checks import check_fields
+from tnpeft.adapters.checks import check_fields, check_replicas
 from tnpeft.adapters.files import describe, fetch, stored_shapes
 from tnpeft.adapters.plain import factorization, lower, with_rank_pattern
 from tnpeft.networks import Factorization, NetworkError
@@ -34,9 +34,11 @@ class TensorNetworkConfig(PeftConfig):
         bias: which biases are trained: none, all, or tensor_network_only (those of adapted linears).
         dropout: probability with which entries of an adapter's input are dropped in training.
         seed: of the start values and of the frozen random factors.
+        replicas: adapters that train side by side in one pass, see :mod:`tnpeft.adapters.replicas`.
+        replica_seeds: the seed of each; None for seed, seed + 1, and so on.
         save_frozen: write frozen factors to the file too, instead of regenerating them from the seed.
         dora: learn a magnitude per output feature and normalise the updated weight's rows (arXiv 2402.09353).
-        tokens: rows of activations per step that the contraction is planned for.
+        tokens: rows of activations per step (of each replica) that the contraction is planned for.
         layers: saved order of layers, path to position; filled in when the adapter is placed.
         projections: saved order of projections, name to position; filled in likewise.
         frozen: hash of every frozen factor; filled in likewise, and compared when the adapter is loaded.
@@ -66,6 +68,8 @@ class TensorNetworkConfig(PeftConfig):
     bias: str = "none"
     dropout: float = 0.0
     seed: int = 0
+    replicas: int = 1
+    replica_seeds: list[int] | None = None
     save_frozen: bool = False
     dora: bool = False
     tokens: int = 2048
@@ -98,6 +102,7 @@ class TensorNetworkConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(names := getattr(self, name), set | tuple | list):
                 setattr(self, name, [*dict.fromkeys(sorted(names) if isinstance(names, set) else names)])
+        self.replica_seeds = None if self.replica_seeds is None else [*self.replica_seeds]
         self._check()
         # What a file fixes, the model has to meet; what a model fixed, the next model may fix anew.
         self.loaded = self.layers is not None
@@ -112,11 +117,17 @@ class TensorNetworkConfig(PeftConfig):
                 "layers_to_transform does not go with a regular expression in target_modules",
                 remedy="write the layers into the expression, or pass a list of names",
             )
+        check_replicas(self)
 
     @property
     def factorization(self) -> Factorization:
         """The factorization that ``network`` holds as plain data."""
         return self._factorization
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seed of every replica."""
+        return tuple(self.replica_seeds or range(self.seed, self.seed + self.replicas))
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain data, sets sorted, so that saving it twice gives the same bytes."""

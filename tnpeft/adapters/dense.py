@@ -93,12 +93,17 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
     # ---- dense updates and merging
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """The update is additive; :func:`tnpeft.export_lora` writes it as a LoRA."""
-        return True
+        """The update is additive; :func:`tnpeft.export_lora` writes it as a LoRA. Replicas are no one update."""
+        return not (adapter_name in self.updates and self.updates[adapter_name][0].placement.network.stack)
 
     def _delta(self, adapter: str) -> Tensor:
         """The adapter's scaled update of the whole linear, ``[out, inp]``."""
         items = self.updates[adapter]
+        if items[0].placement.network.stack:
+            raise NetworkError(
+                f"{adapter!r} is several replicas and no one update",
+                remedy="take one out with tnpeft.replicas.attach(model, k, name), then use that",
+            )
         with torch.autocast(self.weight.device.type, enabled=False):
             deltas = [item.delta(self.operands(adapter, item)) for item in items]
         if not items[0].side:

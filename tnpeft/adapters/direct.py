@@ -38,7 +38,7 @@ class Direct:
         """What is kept for an adapter of a linear; None where nothing may be, or it is not that simple."""
         items = layer.updates[adapter]
         item = items[0]
-        if not item.run.flow.paired or item.side or adapter in layer.tnpeft_magnitude or not _plain(layer.base_layer):
+        if not item.run.direct or item.side or adapter in layer.tnpeft_magnitude or not _plain(layer.base_layer):
             return None
         if any(operand.source == "base" for operand in item.operands):
             return None
@@ -49,7 +49,7 @@ class Direct:
         arrays = tuple(array for _, _, array in sources)
         if not may_keep(arrays, x.device.type) or any(a.dtype != x.dtype or a.device != x.device for a in arrays):
             return None
-        first, last, sign = item.run.flow.pair(layer.values(adapter, item, x))
+        first, last, sign = item.run.matrices(layer.values(adapter, item, x))
         active, scale = layer._active_adapter, sign * item.scale
         active = active if isinstance(active, str) else [*active]
         return Direct(active, tuple(sources), arrays, Stamps(arrays), first.t(), last.t(), scale)

@@ -92,6 +92,11 @@ def export_lora(model: nn.Module, path: str | Path, adapter: str = "default", *,
     bank_of(model, adapter)
     configs: Any = model.peft_config
     own = configs[adapter]
+    if own.replicas > 1:
+        raise NetworkError(
+            f"{adapter!r} is {own.replicas} replicas",
+            remedy="take one out with tnpeft.replicas.attach(model, k, name), then export that",
+        )
     if own.bias != "none":
         raise NetworkError("an adapter with trained biases cannot be exported", remedy="train it with bias='none'")
     base = model.get_base_model() if isinstance(model, PeftModel) else model

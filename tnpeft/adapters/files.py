@@ -145,7 +145,7 @@ def hotswap(model: Any, folder: str, adapter: str = "default") -> None:
         )
     own = model.peft_config[adapter]
     new = type(own).from_pretrained(folder)
-    fixed = ("network", "dora", "layers", "projections", "save_frozen", "frozen")
+    fixed = ("network", "dora", "layers", "projections", "save_frozen", "frozen", "replicas")
     for name in fixed:
         if getattr(own, name) != getattr(new, name):
             raise NetworkError(

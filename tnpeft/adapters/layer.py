@@ -12,6 +12,7 @@ from tnpeft.adapters.bank import FactorBank
 from tnpeft.adapters.dense import DenseLinear, wide
 from tnpeft.adapters.direct import Direct
 from tnpeft.adapters.guard import refuse_reentrant
+from tnpeft.adapters.mixed import in_blocks, lots, update_blocks
 from tnpeft.adapters.prepared import Prepared, may_keep
 from tnpeft.adapters.update import Update
 from tnpeft.counting.layout import Piece
@@ -168,7 +169,8 @@ class TensorNetworkLinear(DenseLinear):
         """Whether the base linear and the update can be one operation here, with nothing in between."""
         item = self.updates[adapter][0]
         return (
-            not item.side
+            item.run.joins
+            and not item.side
             and not (self.training and self.dropouts[adapter])
             and adapter not in self.tnpeft_magnitude
             and may_join(self.base_layer, x)
@@ -181,8 +183,10 @@ class TensorNetworkLinear(DenseLinear):
                 f"adapter_names has {len(names)} entries for {len(x)} rows", remedy="name one adapter per row"
             )
         result = result.clone()
-        for adapter in dict.fromkeys(names):
-            if adapter != BASE and adapter in self.updates:
-                rows = torch.tensor([k for k, name in enumerate(names) if name == adapter], device=x.device)
-                result[rows] = self._adapted(adapter, x[rows], result[rows])
+        for lot in lots(self, [adapter for adapter in dict.fromkeys(names) if adapter in self.updates]):
+            rows = torch.tensor(in_blocks(lot, names), device=x.device)
+            if len(lot) == 1:
+                result[rows] = self._adapted(lot[0], x[rows], result[rows])
+            else:
+                result[rows] = update_blocks(self, lot, x[rows], result[rows])
         return result

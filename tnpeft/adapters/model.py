@@ -16,6 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from tnpeft import registration
 from tnpeft.adapters.bank import BANK, FactorBank, TensorNetworkLayer
+from tnpeft.adapters.blocks import check_blocks, expect_blocks
+from tnpeft.adapters.checks import check_replicas
 from tnpeft.adapters.combine import combine
 from tnpeft.adapters.config import TensorNetworkConfig
 from tnpeft.adapters.files import check_shapes
@@ -47,6 +49,7 @@ class TensorNetworkModel(BaseTuner):
         if peft_config.target_modules is None and (card := card_of(self.model)) is not None:
             peft_config.target_modules = list(card.default)
         peft_config = super()._prepare_adapter_config(peft_config, model_config)
+        check_replicas(peft_config)  # again: for a classifier PEFT has added its head to modules_to_save
         targets = peft_config.target_modules
         if isinstance(targets, list | set) and not peft_config.loaded:
             ordered = sorted(targets) if isinstance(targets, set) else targets
@@ -89,6 +92,8 @@ class TensorNetworkModel(BaseTuner):
         values = start_values(config, layout, partial(_weight, modules, bases))
         bank = self._bank(next(iter(bases.values())))
         bank.layouts[adapter] = layout
+        if config.replicas > 1:
+            expect_blocks(self.model)
         bank.own(adapter, {piece: value for piece, value in values.items() if not piece.home}, config.save_frozen)
         bank._move_adapter_to_device_of_base_layer(adapter)
         for name in dict.fromkeys(placement.site.module for placement in layout.placements):
@@ -199,7 +204,7 @@ class TensorNetworkModel(BaseTuner):
                     module.check_merge(adapter_names)
         model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         delattr(model, BANK)
-        for key in [key for key, hook in model._forward_pre_hooks.items() if hook is watch]:
+        for key in [key for key, hook in model._forward_pre_hooks.items() if hook in (watch, check_blocks)]:
             del model._forward_pre_hooks[key]
         return model
 
@@ -227,6 +232,12 @@ class TensorNetworkModel(BaseTuner):
             raise NetworkError(
                 f"there is no adapter {unknown[0]!r}", remedy=f"there are {', '.join(self.peft_config)}"
             )
+        for name in set(names) - {BASE}:
+            if self.peft_config[name].replicas > 1:
+                raise NetworkError(
+                    f"{name!r} is {self.peft_config[name].replicas} replicas, which take a batch in blocks",
+                    remedy="take them out with tnpeft.replicas.attach and name the one for each row",
+                )
         beams = kwargs.get("num_beams") or 1
         repeated = [name for name in names for _ in range(beams)]
         handles = [

@@ -6,11 +6,12 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters.sites import select
 from tnpeft.counting.layout import Layout, Piece, layout
-from tnpeft.networks import Factorization, Line, NetworkError, Site
+from tnpeft.networks import REPLICA, Factorization, Line, NetworkError, Site, replicated
 from tnpeft.nn.init import Starter, factor_hash
 from tnpeft.registration import PREFIX
 
@@ -54,6 +55,8 @@ def place(model: nn.Module, modules: Mapping[str, nn.Module], config: TensorNetw
         )
     found = layout(config.factorization, chosen.sites, [*chosen.projections])
     check_patterns(config.factorization, config.patterns, [placement.site for placement in found.placements])
+    if config.replicas > 1:
+        found = layout(replicated(config.factorization), chosen.sites, found.projs, stack={REPLICA: config.replicas})
     count = found.count(frozen=True)
     most = max(_LEAST, _MOST * sum(p.numel() for p in model.parameters()))
     if count > most:
@@ -126,10 +129,18 @@ def start_values(config: TensorNetworkConfig, found: Layout, weight: Callable[[S
     Raises:
         NetworkError: a frozen factor is not the one that the adapter was trained with.
     """
-    starter = Starter(found, config.seed, weight)
     constants = base_constants(config.factorization)
-    values = {piece: starter(piece) for piece in found.pieces if piece.label not in constants}
-    hashes = frozen_hashes(values)
+    one = alone(found, config.factorization)
+    started = []
+    for seed in config.seeds:
+        starter = Starter(one, seed, weight)
+        started.append({piece: starter(piece) for piece in one.pieces if piece.label not in constants})
+    hashes = frozen_hashes(started[0])
+    values = started[0]
+    if config.replicas > 1:
+        hashes = {f"{label}/{k}": its for k, own in enumerate(started) for label, its in frozen_hashes(own).items()}
+        pairs = zip(found.pieces, one.pieces, strict=True)
+        values = {many: _side_by_side(many, [own[p] for own in started]) for many, p in pairs if p in started[0]}
     if config.loaded and not config.save_frozen and (config.frozen or {}) != hashes:
         changed = sorted(label for label in hashes if (config.frozen or {}).get(label) != hashes[label])
         raise NetworkError(
@@ -139,6 +150,30 @@ def start_values(config: TensorNetworkConfig, found: Layout, weight: Callable[[S
         )
     config.frozen = hashes
     return values
+
+
+def alone(found: Layout, f: Factorization) -> Layout:
+    """The layout of one replica, ``f`` on the same sites: its pieces are those of ``found`` in the same order.
+
+    >>> f = Factorization.of("B[out r] A[r inp] -> out inp", ranks={"r": 2})
+    >>> many = layout(replicated(f), [Site(0, "q", 3, 4)], stack={"replica": 5})
+    >>> [piece.shape for piece in many.pieces], [piece.shape for piece in alone(many, f).pieces]
+    ([(5, 3, 2), (5, 2, 4)], [(3, 2), (2, 4)])
+    """
+    if REPLICA not in found.factorization.network.stack:
+        return found
+    return layout(f, [p.site for p in found.placements], found.projs)
+
+
+def _side_by_side(piece: Piece, values: list[Tensor]) -> Tensor:
+    if REPLICA in piece.indices:
+        return torch.stack(values)
+    if any(not torch.equal(value, values[0]) for value in values):
+        raise NetworkError(
+            f"the constant {piece.label!r} starts at random, and replicas share constants",
+            remedy=f"declare it frozen, ~{piece.label}: each replica then has its own",
+        )
+    return values[0]
 
 
 def frozen_hashes(values: Mapping[Piece, Tensor]) -> dict[str, str]:

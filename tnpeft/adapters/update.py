@@ -11,6 +11,7 @@ from torch import Tensor
 from tnpeft.counting.layout import Piece, Placement
 from tnpeft.nn.execute import Program, program
 from tnpeft.nn.patterns import base as as_factor
+from tnpeft.nn.replicas import replica_program
 
 Source = Literal["site", "bank", "base"]
 
@@ -29,7 +30,8 @@ class Update:
     """The update of one site: its program, its operands in the program's order, and its part of the linear.
 
     ``side`` is the side of the linear that the site is a slice of, from ``start`` on, or ``""`` for the whole;
-    ``keeps`` says that something is computed from the adapter's own factors alone.
+    ``keeps`` says that something is computed from the adapter's own factors alone, ``data`` that it has constants
+    besides the base weight.
     Copies and pickles hold the placement and build the program anew.
     """
 
@@ -44,6 +46,7 @@ class Update:
     start: int
     length: int
     keeps: bool
+    data: bool
 
     def __reduce__(self) -> tuple[object, ...]:
         return update, (self.placement, self.unit_norm, self.constants, self.scale, self.tokens)
@@ -65,7 +68,8 @@ def update(
     >>> [(operand.source, operand.key) for operand in update(place, (), (), 1.0, 64).operands]
     [('site', 'B'), ('bank', 'A')]
     """
-    run = program(placement.network, placement.sizes, tokens=tokens)
+    build = replica_program if placement.network.stack else program
+    run = build(placement.network, placement.sizes, tokens=tokens)
     site = placement.site
     last = site.proj.rpartition("/")[2]
     side: Literal["", "out", "inp"] = "out" if last.startswith("out:") else "inp" if last.startswith("inp:") else ""
@@ -82,6 +86,7 @@ def update(
         site.start,
         site.inp if side == "inp" else site.out,
         (run.prepares or any(operand.norm for operand in operands)) and not constants,
+        any(piece.kind == "constant" and label not in constants for label, piece in placement.pieces.items()),
     )
 
 

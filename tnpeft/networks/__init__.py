@@ -5,5 +5,18 @@ from tnpeft.networks.factor import Factor, Term
 from tnpeft.networks.factorization import STACK, Factorization, Line, Site
 from tnpeft.networks.network import Network
 from tnpeft.networks.notation import network
+from tnpeft.networks.replicas import REPLICA, replicated
 
-__all__ = ["STACK", "Factor", "Factorization", "Line", "Network", "NetworkError", "Site", "Term", "network"]
+__all__ = [
+    "REPLICA",
+    "STACK",
+    "Factor",
+    "Factorization",
+    "Line",
+    "Network",
+    "NetworkError",
+    "Site",
+    "Term",
+    "network",
+    "replicated",
+]

@@ -60,7 +60,8 @@ class Program:
 
     ``labels`` is the order in which the factors' tensors are passed; ``prepares`` says that something is computed
     from the factors alone, ``again`` names the steps that the backward pass takes again instead of keeping what they
-    gave. A call is a pure function of factors, activations and base output: no state, so checkpointing, compiling
+    gave; it ``joins`` if it can be one operation with a linear, and is ``direct`` if all activations pass between two
+    matrices (most families' do). A call is a pure function of factors, activations and base output: no state, so checkpointing, compiling
     and double differentiation work.
 
     >>> import torch
@@ -85,6 +86,8 @@ class Program:
         self.flow = Flow(found, self.rows, [size > 0 for size in trainable])
         self.prepares = bool(found.weights)
         self.again = found.again_names
+        self.joins = True
+        self.direct = self.flow.paired
 
     def __call__(
         self, x: Tensor, operands: Sequence[Tensor], base: Tensor | None = None, scale: float = 1.0
@@ -113,6 +116,10 @@ class Program:
         """``linear(x, weight, bias) + scale * x @ dW.T`` as one operation, if :func:`tnpeft.nn.together.may_join`."""
         result = together(self.flow, scale, x.reshape(-1, self.cols), weight, bias, operands)
         return result.reshape(*x.shape[:-1], self.rows)
+
+    def matrices(self, prepared: Sequence[Tensor]) -> tuple[Tensor, Tensor, int]:
+        """``first [narrow, inp]``, ``last [out, narrow]`` and the sign, of a program that is ``direct``."""
+        return self.flow.pair(prepared)
 
     def delta(self, operands: Sequence[Tensor], scale: float = 1.0) -> Tensor:
         """``scale * dW``, ``[rows, cols]``."""

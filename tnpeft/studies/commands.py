@@ -106,6 +106,7 @@ def sweep(
     workers: Annotated[int, typer.Option(help="Runs side by side; 0: one for each core.")] = 0,
     threads: Annotated[int, typer.Option(help="Threads of each run.")] = 1,
     retry: Annotated[bool, typer.Option(help="Make failed runs again.")] = False,
+    pack: Annotated[int, typer.Option(help="Runs of several seeds and learning rates trained in one pass.")] = 1,
 ) -> None:
     """Make every run of a study that is not there yet; stop it and start it again at any moment."""
     from tnpeft.studies.study import Study
@@ -116,7 +117,7 @@ def sweep(
         tally = make(
             Study.read(study, data=data, backbone=backbone),
             out,
-            Engine(engine, workers, threads, retry),
+            Engine(engine, workers, threads, retry, pack),
             say=lambda line: print(line, flush=True),
         )
     if tally.failed:

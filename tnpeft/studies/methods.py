@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -69,8 +69,18 @@ def count(method: Method, model: Any, targets: tuple[str, ...]) -> int | None:
     return int(tnpeft.parameters(factorization(method), model=model, targets=list(targets) or None))
 
 
-def attach(model: Any, method: Method, targets: tuple[str, ...], *, classifier: bool, seed: int) -> Any:
+def attach(
+    model: Any,
+    method: Method,
+    targets: tuple[str, ...],
+    *,
+    classifier: bool,
+    seed: int,
+    replica_seeds: Sequence[int] = (),
+) -> Any:
     """The model with the method's adapter on it, everything else frozen; ``full`` frees every weight.
+
+    With ``replica_seeds`` a family or line is attached once for each of them, to train in one pass.
 
     Raises:
         StudyError: a library that the method needs cannot do it.
@@ -93,6 +103,8 @@ def attach(model: Any, method: Method, targets: tuple[str, ...], *, classifier: 
     else:
         import tnpeft
 
+        if replica_seeds:
+            common |= {"replicas": len(replica_seeds), "replica_seeds": list(replica_seeds)}
         config = tnpeft.TensorNetworkConfig(network=factorization(method), seed=seed, **common)
     return peft.get_peft_model(model, config)
 

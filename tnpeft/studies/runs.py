@@ -13,9 +13,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tnpeft.studies.files import canonical, digest, write_json
+from tnpeft.studies.protocol import Protocol
+from tnpeft.studies.tasks import Task
+from tnpeft.studies.tasks import task as task_of
+
+if TYPE_CHECKING:
+    from tnpeft.studies.data import Splits
+    from tnpeft.studies.training import Best
 
 SCHEMA = 1  # raise it when a change makes results of old runs incomparable
 LIBRARIES = ("tnpeft", "torch", "transformers", "peft", "numpy", "scikit-learn")
@@ -102,6 +109,11 @@ class Store:
                 return
             yield True
 
+    def keep(self, run: Run, record: Mapping[str, Any]) -> None:
+        """Write the result of a run; it has not failed any more."""
+        write_json(self.folder / f"{run.key}.json", record)
+        (self.folder / f"{run.key}.failed.json").unlink(missing_ok=True)
+
     def fail(self, run: Run, cause: str, trace: str = "") -> None:
         """Record a failure with its cause."""
         record = {"run": run.identity, "cause": cause, "trace": trace}
@@ -111,20 +123,27 @@ class Store:
 def execute(run: Run, store: Store, *, retry: bool = False) -> str:
     """``done`` after making a run, ``kept`` if its result was there, ``failed``, or ``busy`` (made elsewhere)."""
     with store.claim(run.key) as ours:
-        if store.result(run.key):
-            return "kept"
-        if not ours:
-            return "busy"
-        if store.failure(run.key) and not retry:
-            return "failed"
-        try:
-            record = perform(run)
-        except Exception as error:
-            store.fail(run, f"{type(error).__name__}: {error}", traceback.format_exc())
-            return "failed"
-        write_json(store.folder / f"{run.key}.json", record)
-        (store.folder / f"{run.key}.failed.json").unlink(missing_ok=True)
-        return "done"
+        return settled(run, store, ours, retry) or make(run, store)
+
+
+def settled(run: Run, store: Store, ours: bool, retry: bool) -> str:
+    """What there is to say of a run that is not to be made now; nothing if it is."""
+    if store.result(run.key):
+        return "kept"
+    if not ours:
+        return "busy"
+    return "failed" if store.failure(run.key) and not retry else ""
+
+
+def make(run: Run, store: Store, **note: Any) -> str:
+    """Make a run that is claimed and write its result, with the ``note`` in it, or its failure."""
+    try:
+        record = perform(run)
+    except Exception as error:
+        store.fail(run, f"{type(error).__name__}: {error}", traceback.format_exc())
+        return "failed"
+    store.keep(run, {**record, **note})
+    return "done"
 
 
 def perform(run: Run, *, folder: Path | None = None, progress: Any = None, keep: Any = None) -> dict[str, Any]:
@@ -133,13 +152,10 @@ def perform(run: Run, *, folder: Path | None = None, progress: Any = None, keep:
 
     from tnpeft.studies import backbones, methods, training
     from tnpeft.studies.data import load
-    from tnpeft.studies.protocol import Protocol
     from tnpeft.studies.scoring import Scorer, evaluate
-    from tnpeft.studies.tasks import task as task_of
 
     quiet()
-    task = task_of({**run.task, "hub": tuple(run.task.get("hub", ()))})
-    protocol = Protocol.of({**run.protocol, "targets": list(run.protocol.get("targets", ()))})
+    task, protocol = terms(run)
     splits = load(task, run.places.get("data", "")).splits(run.seed, protocol.train, protocol.dev, protocol.eval)
     torch.manual_seed(run.seed)  # a new classification head draws from it
     model, tokenizer = backbones.load(
@@ -161,23 +177,44 @@ def perform(run: Run, *, folder: Path | None = None, progress: Any = None, keep:
     score, loss = evaluate(scorer, model, scorer.encode(splits.eval))
     if keep:
         keep(model, tokenizer)
+    return described(run, (adapter, head), splits, best, seconds, (score, loss), str(model.device))
+
+
+def terms(run: Run) -> tuple[Task, Protocol]:
+    """The task and the protocol of a run."""
+    task = task_of({**run.task, "hub": tuple(run.task.get("hub", ()))})
+    return task, Protocol.of({**run.protocol, "targets": list(run.protocol.get("targets", ()))})
+
+
+def described(
+    run: Run,
+    parameters: tuple[int, int],
+    splits: Splits,
+    best: Best,
+    seconds: float,
+    reached: tuple[float, float],
+    device: str,
+) -> dict[str, Any]:
+    """The record of a run: what its file holds; ``parameters`` of adapter and head, metric and loss on eval."""
+    import torch
+
     steps = best.curve[-1][0]
     return {
         "key": run.key,
         "run": run.identity,
-        "parameters": adapter,
-        "head_parameters": head,
+        "parameters": parameters[0],
+        "head_parameters": parameters[1],
         "examples": [len(splits.train), len(splits.dev), len(splits.eval)],
-        "metric": task.metric,
+        "metric": terms(run)[0].metric,
         "dev": best.dev,
-        "eval": score,
-        "eval_loss": loss,
+        "eval": reached[0],
+        "eval_loss": reached[1],
         "best_step": best.step,
         "steps": steps,
         "curve": [list(row) for row in best.curve],
         "timing": {"train_seconds": round(seconds, 3), "step_ms": round(1000 * seconds / max(1, steps), 3)},
         "versions": versions(),
-        "machine": {"device": str(model.device), "threads": torch.get_num_threads(), "cores": os.cpu_count()},
+        "machine": {"device": device, "threads": torch.get_num_threads(), "cores": os.cpu_count()},
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 

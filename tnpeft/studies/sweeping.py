@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from tnpeft.studies.files import StudyError
-from tnpeft.studies.runs import Run, Store, execute
+from tnpeft.studies.packing import Job, execute_pack, packs
+from tnpeft.studies.runs import Run, Store
 from tnpeft.studies.study import Study
 
 Say = Callable[[str], None]
@@ -24,16 +25,23 @@ ENGINES = ("processes", "serial", "ray")
 
 @dataclass(frozen=True)
 class Engine:
-    """Where runs are made: ``processes`` on this machine, ``serial`` in this process, or ``ray``."""
+    """Where runs are made: ``processes`` on this machine, ``serial`` in this process, or ``ray``.
+
+    ``pack`` runs that differ in seed and learning rate alone are trained in one pass (see
+    :mod:`tnpeft.studies.packing`): faster where a step's fixed costs count, and equal to rounding only.
+    """
 
     kind: str = "processes"
     workers: int = 0
     threads: int = 1
     retry: bool = False
+    pack: int = 1
 
     def __post_init__(self) -> None:
         if self.kind not in ENGINES:
             raise StudyError(f"unknown engine {self.kind!r}", remedy=f"use one of {', '.join(ENGINES)}")
+        if self.pack < 1:
+            raise StudyError(f"pack = {self.pack}", remedy="give 1 for runs one by one, or how many share a pass")
 
     @property
     def width(self) -> int:
@@ -42,15 +50,16 @@ class Engine:
 
     def map(self, runs: Sequence[Run], folder: Path) -> Iterator[Outcome]:
         """Outcomes of the runs as they come in."""
+        jobs = packs(runs, self.pack)
         if self.kind == "serial":
-            return (_work(run, str(folder), self.threads, self.retry) for run in runs)
-        return self._ray(runs, folder) if self.kind == "ray" else self._processes(runs, folder)
+            return (outcome for job in jobs for outcome in _work(job, str(folder), self.threads, self.retry))
+        return self._ray(jobs, folder) if self.kind == "ray" else self._processes(jobs, folder)
 
-    def _processes(self, runs: Sequence[Run], folder: Path) -> Iterator[Outcome]:
+    def _processes(self, jobs: Sequence[Job], folder: Path) -> Iterator[Outcome]:
         """A worker that dies (out of memory, killed) takes its pool along: what was under way is made again, one by
         one, and the run that dies alone is recorded as failed."""
-        alone: list[Run] = []
-        waiting = list(runs)
+        alone: list[Job] = []
+        waiting = list(jobs)
         while waiting or alone:
             batch, width = (waiting, self.width) if waiting else ([alone.pop(0)], 1)
             ended: set[str] = set()
@@ -60,30 +69,30 @@ class Engine:
                     yield outcome
                 waiting = [] if batch is waiting else waiting
             except BrokenProcessPool:
-                left = [run for run in batch if run.key not in ended]
+                left = [job for job in batch if job[0].key not in ended]
                 if batch is waiting:
-                    alone, waiting = left[: self.width], left[self.width :]
+                    alone, waiting = [(run,) for job in left[: self.width] for run in job], left[self.width :]
                 else:
-                    Store(folder).fail(batch[0], "its process died (killed, or out of memory)")
-                    yield batch[0], "failed", 0.0
+                    Store(folder).fail(batch[0][0], "its process died (killed, or out of memory)")
+                    yield batch[0][0], "failed", 0.0
 
-    def _pool(self, runs: Sequence[Run], folder: Path, width: int) -> Iterator[Outcome]:
+    def _pool(self, jobs: Sequence[Job], folder: Path, width: int) -> Iterator[Outcome]:
         spawn = get_context("spawn")
         with ProcessPoolExecutor(width, mp_context=spawn, initializer=_start, initargs=(os.getpid(),)) as pool:
-            queue = iter(runs)
-            pending: set[Future[Outcome]] = set()
+            queue = iter(jobs)
+            pending: set[Future[list[Outcome]]] = set()
             while True:
-                for run in queue:
-                    pending.add(pool.submit(_work, run, str(folder), self.threads, self.retry))
+                for job in queue:
+                    pending.add(pool.submit(_work, job, str(folder), self.threads, self.retry))
                     if len(pending) >= width:
                         break
                 if not pending:
                     return
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
                 for future in done:
-                    yield future.result()
+                    yield from future.result()
 
-    def _ray(self, runs: Sequence[Run], folder: Path) -> Iterator[Outcome]:
+    def _ray(self, jobs: Sequence[Job], folder: Path) -> Iterator[Outcome]:
         try:
             import ray
         except ImportError:
@@ -93,10 +102,10 @@ class Engine:
         if not ray.is_initialized():
             ray.init(log_to_driver=False)
         remote: Any = ray.remote(num_cpus=self.threads)(_work)
-        pending = [remote.remote(run, str(folder.resolve()), self.threads, self.retry) for run in runs]
+        pending = [remote.remote(job, str(folder.resolve()), self.threads, self.retry) for job in jobs]
         while pending:
             done, pending = ray.wait(pending)
-            yield ray.get(done[0])
+            yield from ray.get(done[0])
 
 
 def _start(parent: int) -> None:
@@ -110,12 +119,14 @@ def _start(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _work(run: Run, folder: str, threads: int, retry: bool) -> Outcome:
+def _work(job: Job, folder: str, threads: int, retry: bool) -> list[Outcome]:
     import torch
 
     torch.set_num_threads(threads)
     start = time.perf_counter()
-    return run, execute(run, Store(Path(folder)), retry=retry), time.perf_counter() - start
+    statuses = execute_pack(job, Store(Path(folder)), retry=retry)
+    seconds = (time.perf_counter() - start) / len(job)
+    return [(run, status, seconds) for run, status in zip(job, statuses, strict=True)]
 
 
 @dataclass

@@ -98,19 +98,27 @@ class _Judge(TrainerCallback):
         self.best.curve = curve
 
 
-class _Scored(Trainer):
-    """A Trainer whose loss is the cross-entropy over the scorer's class scores."""
+class Ordered(Trainer):
+    """A Trainer that takes encoded examples in the order that the protocol says."""
 
-    def __init__(self, *, scorer: Scorer, judge: _Judge, **kwargs: Any) -> None:
-        super().__init__(data_collator=scorer.collate, callbacks=[judge], **kwargs)
-        self.scorer, self.judge = scorer, judge
+    def __init__(self, *, protocol: Protocol, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.protocol = protocol
         self.model_accepts_loss_kwargs = False
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if not self.judge.protocol.by_length:
+        if not self.protocol.by_length:
             return super()._get_train_sampler(train_dataset)
         rows = self.train_dataset if train_dataset is None else train_dataset
         return _ByLength([len(row["ids"]) for row in rows], self.args.train_batch_size, self.args.data_seed)
+
+
+class _Scored(Ordered):
+    """A Trainer whose loss is the cross-entropy over the scorer's class scores."""
+
+    def __init__(self, *, scorer: Scorer, judge: _Judge, **kwargs: Any) -> None:
+        super().__init__(protocol=judge.protocol, data_collator=scorer.collate, callbacks=[judge], **kwargs)
+        self.scorer, self.judge = scorer, judge
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
         loss = cross_entropy(self.scorer.scores(model, inputs), inputs["labels"])
@@ -174,7 +182,7 @@ def fit(
             scorer=scorer,
             judge=judge,
             model=model,
-            args=_arguments(where, protocol, lr, seed, keep=folder is not None),
+            args=arguments(where, protocol, lr, seed, keep=folder is not None),
             train_dataset=scorer.encode(splits.train),
             optimizers=(optimizer(model, protocol, lr), None),
         )
@@ -195,7 +203,12 @@ def fit(
     return judge.best, seconds
 
 
-def _arguments(where: Path, protocol: Protocol, lr: float, seed: int, *, keep: bool) -> TrainingArguments:
+def arguments(where: Path, protocol: Protocol, lr: float, seed: int, *, keep: bool) -> TrainingArguments:
+    """What the Trainer is told of a run; with ``keep`` it writes a checkpoint at every evaluation.
+
+    >>> arguments(Path("runs"), Protocol(steps=50, batch=4), 0.1, seed=3, keep=False).max_steps
+    50
+    """
     return TrainingArguments(
         output_dir=str(where),
         max_steps=max(1, protocol.steps),

@@ -1,0 +1,88 @@
+"""Rows of one batch that go through several adapters of one network: one contraction for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tnpeft.adapters.prepared import may_keep
+from tnpeft.networks import REPLICA
+from tnpeft.networks.replicas import with_replicas
+from tnpeft.nn.execute import Program
+from tnpeft.nn.replicas import ReplicaProgram, replica_program
+
+if TYPE_CHECKING:
+    from tnpeft.adapters.layer import TensorNetworkLinear
+
+
+def lots(layer: TensorNetworkLinear, adapters: Sequence[str]) -> list[list[str]]:
+    """The adapters in lots of one network at this linear, which can be one contraction; any other is alone.
+
+    It takes one update of the whole linear, factors of one dtype, and no constants but the base weight.
+    """
+    found: dict[Hashable, list[str]] = {}
+    for adapter in adapters:
+        found.setdefault(_kind(layer, adapter), []).append(adapter)
+    return [*found.values()]
+
+
+def _kind(layer: TensorNetworkLinear, adapter: str) -> Hashable:
+    item = layer.updates[adapter][0]
+    if item.side or item.data or adapter in layer.tnpeft_magnitude:
+        return adapter
+    return (
+        item.run,
+        item.unit_norm,
+        item.constants,
+        item.scale,
+        layer._compute_dtype(adapter, layer.base_layer.weight),
+    )
+
+
+def in_blocks(lot: Sequence[str], names: Sequence[str]) -> list[int]:
+    """The rows of every adapter of the lot, block by block; a shorter block repeats its first row.
+
+    >>> in_blocks(["b", "a"], ["a", "b", "c", "a"])
+    [1, 1, 0, 3]
+    """
+    blocks = [[row for row, name in enumerate(names) if name == adapter] for adapter in lot]
+    longest = max(map(len, blocks))
+    return [row for block in blocks for row in block + block[:1] * (longest - len(block))]
+
+
+def update_blocks(layer: TensorNetworkLinear, lot: Sequence[str], x: Tensor, result: Tensor) -> Tensor:
+    """``result`` plus the updates of a lot's adapters, each of its own block of the rows of ``x``."""
+    items = [layer.updates[adapter][0] for adapter in lot]
+    first = items[0]
+    run = _beside(first.run, len(lot))
+    rows = x.to(layer._compute_dtype(lot[0], x))
+
+    def values() -> list[Tensor]:
+        own = [layer.operands(adapter, item, rows) for adapter, item in zip(lot, items, strict=True)]
+        stacked = [
+            arrays[0] if operand.source == "base" else torch.stack(arrays)
+            for operand, arrays in zip(first.operands, zip(*own, strict=True), strict=True)
+        ]
+        return run.prepare(stacked)
+
+    prepared = None
+    if not layer.training and not first.constants:
+        arrays = [array for adapter, item in zip(lot, items, strict=True) for array in layer._arrays(adapter, item)]
+        if may_keep(arrays, x.device.type):
+            prepared = layer._prepared.get((tuple(lot), rows.dtype, x.device), arrays, values)
+    prepared = values() if prepared is None else prepared
+    if rows.dtype == result.dtype:
+        return run.apply(rows, prepared, result, first.scale)
+    return result + run.apply(rows, prepared, None, first.scale).to(result.dtype)
+
+
+@lru_cache(maxsize=256)
+def _beside(run: Program, count: int) -> ReplicaProgram:
+    """The program of so many adapters of one network, block by block."""
+    plan = run.plan
+    sizes = {**plan.sizes, REPLICA: count}
+    return replica_program(with_replicas(plan.network), sizes, tokens=int(sizes[plan.activation]))

@@ -1,0 +1,206 @@
+"""The training of runs in one pass: every run sees its own examples in its own order at its own learning rate."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch.nn.functional import cross_entropy
+from transformers import PrinterCallback, TrainerCallback
+
+import tnpeft
+from tnpeft.studies.data import Splits
+from tnpeft.studies.files import StudyError
+from tnpeft.studies.protocol import Protocol
+from tnpeft.studies.scoring import Scorer, metric
+from tnpeft.studies.training import Best, Ordered, arguments, optimizer
+
+Rows = Sequence[dict[str, Any]]
+
+
+@dataclass
+class Step:
+    """One optimizer step: the examples of its batches, by place, and the learning rate."""
+
+    batches: list[list[int]] = field(default_factory=list)
+    lr: float = 0.0
+
+
+class _Rehearsal(TrainerCallback):
+    def __init__(self) -> None:
+        self.steps = [Step()]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps.append(Step())
+
+
+class _Rehearsing(Ordered):
+    """A Trainer that trains nothing and notes what it is given."""
+
+    def __init__(self, noted: _Rehearsal, **kwargs: Any) -> None:
+        super().__init__(callbacks=[noted], **kwargs)
+        self.noted = noted
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        step = self.noted.steps[-1]
+        step.batches.append(inputs["rows"].tolist())
+        step.lr = self.optimizer.param_groups[0]["lr"]
+        loss = 0.0 * model.weight.sum()
+        return (loss, {}) if return_outputs else loss
+
+
+def rehearse(rows: Rows, protocol: Protocol, lr: float, seed: int) -> list[Step]:
+    """What the Trainer of a run alone trains on at every step: asked of itself, so that a pack trains alike.
+
+    >>> rows = [{"ids": [1, 2]}] * 5
+    >>> steps = rehearse(rows, Protocol(steps=3, batch=2, warmup=0.0, schedule="constant"), 0.1, seed=0)
+    >>> [len(batch) for step in steps for batch in step.batches], steps[0].lr
+    ([2, 2, 1], 0.1)
+    """
+    noted = _Rehearsal()
+    with tempfile.TemporaryDirectory() as folder:
+        transformers.set_seed(seed)
+        model = torch.nn.Linear(1, 1)
+        trainer = _Rehearsing(
+            noted,
+            protocol=protocol,
+            model=model,
+            args=arguments(Path(folder), protocol, lr, seed, keep=False),
+            train_dataset=[{"row": k, **row} for k, row in enumerate(rows)],
+            data_collator=lambda rows: {"rows": torch.tensor([row["row"] for row in rows])},
+            optimizers=(torch.optim.SGD(model.parameters(), lr=lr), None),
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return noted.steps[:-1]
+
+
+def fit(
+    model: torch.nn.Module,
+    scorer: Scorer,
+    splits: Sequence[Splits],
+    protocol: Protocol,
+    *,
+    lrs: Sequence[float],
+    seeds: Sequence[int],
+) -> tuple[list[Best], float]:
+    """Train the replicas of a model, one on each of ``splits``, and leave each at its best checkpoint on dev.
+
+    Returns:
+        Each replica's best checkpoint with its course, and the seconds spent in training them all.
+
+    Raises:
+        StudyError: the runs' data differ in size, so that their batches cannot stand side by side.
+    """
+    top = max(lrs)
+    train, dev = [scorer.encode(its.train) for its in splits], [scorer.encode(its.dev) for its in splits]
+    orders = [rehearse(rows, protocol, top, seed) for rows, seed in zip(train, seeds, strict=True)]
+    chosen = optimizer(model, protocol, top)
+    tnpeft.replicas.learning_rates(chosen, model, [lr / top for lr in lrs])
+    bases = [group["lr"] / top for group in chosen.param_groups]
+    course = _Course(model, protocol, len(lrs))
+    start, judging = time.perf_counter(), 0.0
+    model.train()
+    for number, steps in enumerate(zip(*orders, strict=True), start=1):
+        for group, base in zip(chosen.param_groups, bases, strict=True):
+            group["lr"] = base * steps[0].lr
+        for blocks in zip(*(step.batches for step in steps), strict=True):
+            losses = _losses(scorer, model, [[train[k][i] for i in block] for k, block in enumerate(blocks)])
+            (losses.sum() / len(steps[0].batches)).backward()
+            course.losses.append(losses.detach())
+        if protocol.clip:
+            tnpeft.replicas.clip(model, protocol.clip)
+        chosen.step()
+        chosen.zero_grad()
+        if number % protocol.evaluate_every == 0 or number == protocol.steps:
+            begun = time.perf_counter()
+            course.judge(number, evaluate(scorer, model, dev))
+            judging += time.perf_counter() - begun
+            if not course.running:
+                break
+    seconds = time.perf_counter() - start - judging
+    course.restore()
+    return course.best, seconds
+
+
+def _losses(scorer: Scorer, model: torch.nn.Module, blocks: Sequence[Rows]) -> torch.Tensor:
+    """The mean loss of every block, ``[replicas]``."""
+    if len({len(block) for block in blocks}) > 1:
+        raise StudyError("the runs' batches differ in size", remedy="make these runs alone")
+    batch = _collated(scorer, model, blocks)
+    each = cross_entropy(scorer.scores(model, batch), batch["labels"], reduction="none")
+    return each.reshape(len(blocks), -1).mean(1)
+
+
+def _collated(scorer: Scorer, model: torch.nn.Module, blocks: Sequence[Rows]) -> dict[str, torch.Tensor]:
+    device = next(model.parameters()).device
+    batch = scorer.collate([row for block in blocks for row in block])
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+@torch.no_grad()
+def evaluate(
+    scorer: Scorer, model: torch.nn.Module, rows: Sequence[Rows], batch: int = 64
+) -> list[tuple[float, float]]:
+    """:func:`tnpeft.studies.scoring.evaluate` of every replica on its own rows, equally many for each.
+
+    Raises:
+        StudyError: they differ in number.
+    """
+    if len({len(its) for its in rows}) > 1:
+        raise StudyError("the runs are judged on sets of different sizes", remedy="make these runs alone")
+    was = model.training
+    model.eval()
+    ordered = [sorted(its, key=lambda row: len(row["ids"])) for its in rows]
+    guesses, labels = [list[int]() for _ in rows], [list[int]() for _ in rows]
+    loss = torch.zeros(len(rows))
+    for start in range(0, len(ordered[0]), batch):
+        part = _collated(scorer, model, [its[start : start + batch] for its in ordered])
+        scores = scorer.scores(model, part)
+        each = cross_entropy(scores, part["labels"], reduction="none")
+        loss += each.reshape(len(rows), -1).sum(1).cpu()
+        for k, (guess, label) in enumerate(
+            zip(scores.argmax(-1).chunk(len(rows)), part["labels"].chunk(len(rows)), strict=True)
+        ):
+            guesses[k] += guess.tolist()
+            labels[k] += label.tolist()
+    model.train(was)
+    scored = [metric(scorer.task.metric, *pair) for pair in zip(guesses, labels, strict=True)]
+    return list(zip(scored, (loss / len(ordered[0])).tolist(), strict=True))
+
+
+class _Course:
+    """Each replica's best checkpoint so far, and which of them its protocol lets go on."""
+
+    def __init__(self, model: torch.nn.Module, protocol: Protocol, count: int) -> None:
+        self.model, self.protocol = model, protocol
+        self.best = [Best() for _ in range(count)]
+        self.losses: list[torch.Tensor] = []
+        self.running = set(range(count))
+
+    def judge(self, step: int, found: Sequence[tuple[float, float]]) -> None:
+        trained = torch.stack(self.losses).mean(0).tolist()
+        self.losses.clear()
+        for k in sorted(self.running):
+            (dev, loss), best = found[k], self.best[k]
+            best.curve.append((step, trained[k], dev, loss))
+            if best.offer(step, dev, loss, self.protocol.best_by):
+                best.weights = {n: p.detach()[k].clone() for n, p in self._trained()}
+            waited = sum(row[0] > best.step for row in best.curve)
+            if self.protocol.patience and waited >= self.protocol.patience:
+                self.running.discard(k)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for name, parameter in self._trained():
+            for k, best in enumerate(self.best):
+                parameter[k].copy_(best.weights[name])
+
+    def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]

@@ -1,0 +1,124 @@
+"""Runs that differ in seed and learning rate alone, made in one pass over one frozen backbone."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tnpeft.studies.backbones import RANDOM
+from tnpeft.studies.files import StudyError, canonical
+from tnpeft.studies.runs import Run, Store, described, execute, make, quiet, settled, terms
+
+Job = tuple[Run, ...]  # runs that are made in one pass
+
+
+def packs(runs: Sequence[Run], size: int) -> list[Job]:
+    """The runs as jobs of up to ``size`` that can share a pass, in the order of their first runs.
+
+    They can if they train a family or a line and differ in nothing but seed and learning rate. A new head or a
+    backbone with random weights would come out of each run's own seed, so these are made alone.
+
+    >>> protocol = {"steps": 1, "head": "words"}
+    >>> three = [Run({"name": "a"}, "d", {"family": "lora"}, protocol, 1e-3, seed, "b") for seed in (0, 1, 2)]
+    >>> [len(job) for job in packs(three, 2)]
+    [2, 1]
+    """
+    jobs: list[list[Run]] = []
+    open_jobs: dict[str, list[Run]] = {}
+    for run in runs:
+        kind = _kind(run)
+        job = open_jobs.get(kind)
+        if job is None or len(job) >= size:
+            job = []
+            jobs.append(job)
+            if kind:
+                open_jobs[kind] = job
+        job.append(run)
+    return [tuple(job) for job in jobs]
+
+
+def _kind(run: Run) -> str:
+    """What runs of one pass have in common; nothing for a run that is made alone."""
+    adapter = "family" in run.method or "line" in run.method
+    words = run.protocol.get("head") == "words" and run.protocol.get("steps", 0) > 0
+    fixed = not run.places.get("model", run.backbone).startswith(RANDOM)
+    if not (adapter and words and fixed):
+        return ""
+    return canonical([{k: v for k, v in run.identity.items() if k not in ("lr", "seed")}, dict(run.places)])
+
+
+def execute_pack(runs: Job, store: Store, *, retry: bool = False) -> list[str]:
+    """What :func:`tnpeft.studies.runs.execute` says of each run; those that are still to be made share one pass.
+
+    Each has its own file as if it had been made alone, with their number under ``pack``. If the pass fails, they are
+    made one by one, and their files say why under ``unpacked``.
+    """
+    if len(runs) == 1:
+        return [execute(runs[0], store, retry=retry)]
+    with contextlib.ExitStack() as stack:
+        ours = [stack.enter_context(store.claim(run.key)) for run in runs]
+        found = {run.key: settled(run, store, mine, retry) for run, mine in zip(runs, ours, strict=True)}
+        fresh = tuple(run for run in runs if not found[run.key])
+        note: dict[str, Any] = {}
+        if len(fresh) > 1:
+            try:
+                for run, record in zip(fresh, perform_pack(fresh), strict=True):
+                    store.keep(run, record)
+                    found[run.key] = "done"
+            except Exception as error:
+                note = {"unpacked": f"{type(error).__name__}: {error}"}
+        for run in fresh:
+            found[run.key] = found[run.key] or make(run, store, **note)
+        return [found[run.key] for run in runs]
+
+
+def perform_pack(runs: Job) -> list[dict[str, Any]]:
+    """The records of the runs, trained in one pass.
+
+    Raises:
+        StudyError: the backbone drops out in training, which no two runs may share, or the data differ in size.
+    """
+    import torch
+
+    from tnpeft.studies import backbones, methods, packed
+    from tnpeft.studies.data import load
+    from tnpeft.studies.scoring import Scorer
+
+    quiet()
+    first = runs[0]
+    task, protocol = terms(first)
+    data = load(task, first.places.get("data", ""))
+    splits = [data.splits(run.seed, protocol.train, protocol.dev, protocol.eval) for run in runs]
+    model, tokenizer = backbones.load(
+        first.places.get("model", first.backbone),
+        head=protocol.head,
+        classes=len(task.labels),
+        dtype=protocol.dtype,
+        cache=Path(first.places.get("cache", "runs/cache")),
+        tokenizer=first.places.get("tokenizer", ""),
+    )
+    _refuse_dropout(model.config.to_dict())
+    seeds = [run.seed for run in runs]
+    model = methods.attach(
+        model, first.method, protocol.targets, classifier=False, seed=seeds[0], replica_seeds=seeds
+    )
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    scorer = Scorer(task, tokenizer, protocol.head, protocol.max_length)
+    best, seconds = packed.fit(model, scorer, splits, protocol, lrs=[run.lr for run in runs], seeds=seeds)
+    reached = packed.evaluate(scorer, model, [scorer.encode(its.eval) for its in splits])
+    parameters = methods.trainable(model)[0] // len(runs), 0
+    return [
+        {**described(run, parameters, its, own, seconds / len(runs), score, str(model.device)), "pack": len(runs)}
+        for run, its, own, score in zip(runs, splits, best, reached, strict=True)
+    ]
+
+
+def _refuse_dropout(config: dict[str, Any]) -> None:
+    found = [name for name, value in config.items() if "drop" in name and isinstance(value, float) and value > 0]
+    if found:
+        raise StudyError(
+            f"the backbone trains with {found[0]} = {config[found[0]]}",
+            remedy="make such runs alone: their masks would come out of one stream of random numbers",
+        )

@@ -60,9 +60,9 @@ class Program:
 
     ``labels`` is the order in which the factors' tensors are passed; ``prepares`` says that something is computed
     from the factors alone, ``again`` names the steps that the backward pass takes again instead of keeping what they
-    gave; it ``joins`` if it can be one operation with a linear, and is ``direct`` if all activations pass between two
-    matrices (most families' do). A call is a pure function of factors, activations and base output: no state, so checkpointing, compiling
-    and double differentiation work.
+    gave; a program ``joins`` if it can be one operation with a linear, and is ``direct`` if all activations pass
+    between two matrices (most families' do). A call is a pure function of factors, activations and base output: no
+    state, so checkpointing, compiling and double differentiation work.
 
     >>> import torch
     >>> from tnpeft.networks import network

@@ -67,6 +67,8 @@ def _point(study: Study, store: Store, cell: Cell, task: Task) -> Point | None:
     results: dict[int, dict[str, Any]] = {
         seed: result for seed in seeds if (result := store.result(study.run(cell, task, lr, seed).key))
     }
+    if not results:
+        return None
     first = next(iter(results.values()))
     rates = sorted(cell.learning_rates)
     times = sorted(r["timing"]["step_ms"] for r in results.values())

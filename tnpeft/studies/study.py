@@ -177,7 +177,10 @@ class Study:
         return [run for _, run in sorted(found, key=lambda pair: pair[0])]
 
     def best_rate(self, cell: Cell, task: Task, store: Store) -> float | None:
-        """The rate with the best mean dev score over the tuning seeds (ties: the smaller); None before the search."""
+        """The rate with the best mean dev score over the tuning seeds (ties: the smaller), or the only one there is;
+        None before the search."""
+        if len(cell.learning_rates) == 1:
+            return cell.learning_rates[0]
         scores = []
         for lr in sorted(cell.learning_rates):
             results = [store.result(self.run(cell, task, lr, seed).key) for seed in self.seeds_to_tune(cell)]

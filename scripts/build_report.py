@@ -113,7 +113,8 @@ class Facts:
     def difference(self, study: str, task: str, one: Sequence[str], other: Sequence[str]) -> str:
         """``one`` minus ``other`` (method, size) over shared seeds, in points, with its interval."""
         its = self._difference(study, task, one, other)
-        return f"{100 * its.mean:+.1f} points ({100 * its.low:+.1f} to {100 * its.high:+.1f}, {its.n} seeds)"
+        seeds = f"{its.n} seeds" if its.n > 1 else "1 seed"
+        return f"{100 * its.mean:+.1f} points ({100 * its.low:+.1f} to {100 * its.high:+.1f}, {its.n} seed{'s' * (its.n > 1)})"
 
     def _difference(self, study: str, task: str, one: Sequence[str], other: Sequence[str]) -> Summary:
         first, second = (self.point(study, task, *of)["scores"] for of in (one, other))
@@ -123,8 +124,10 @@ class Facts:
         return its
 
     def verdict(self, study: str, task: str, one: Sequence[str], other: Sequence[str]) -> str:
-        """``higher`` or ``lower`` if the interval of the difference leaves out zero, else ``not told apart``."""
+        """``higher`` or ``lower`` if the interval leaves out zero, else ``not told apart``; of one seed nothing."""
         its = self._difference(study, task, one, other)
+        if its.n == 1:
+            return "one seed only"
         return "higher" if its.low > 0 else "lower" if its.high < 0 else "not told apart"
 
     def best(self, study: str, task: str, method: str) -> dict[str, Any]:
@@ -148,7 +151,7 @@ class Facts:
                     "parameters": p["parameters"],
                     "learning rate": f"{p['lr']:g}{' (edge)' if p.get('edge') else ''}",
                     "mean ± sd, %": f"{100 * its.mean:.1f} ± {100 * its.sd:.1f}",
-                    f"minus {base['method']}, points": (
+                    f"minus {base['method']} {base['size']}, points": (
                         f"{100 * gap.mean:+.1f} ({100 * gap.low:+.1f} to {100 * gap.high:+.1f})"
                         if gap and p is not base
                         else ""

@@ -148,6 +148,50 @@ def _line(axis: Any, group: Sequence[Point], colour: str, marker: str) -> None:
     )
 
 
+def is_ladder(points: Sequence[Point]) -> bool:
+    """Whether some method has several sizes and all such sizes are numbers: a line may join them."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for p in points:
+        groups.setdefault((p.task, p.label), []).append(p.size.rpartition("=")[2])
+    several = [sizes for sizes in groups.values() if len(sizes) > 1]
+    return bool(several) and all(size.isdigit() for sizes in several for size in sizes)
+
+
+def ranked_figure(points: Sequence[Point], path: Path, *, title: str = "", reference: str = "") -> tuple[Path, ...]:
+    """Methods by their means, best on top, with their 95 % bootstrap intervals; the reference's lines go through."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    tasks = list(dict.fromkeys(p.task for p in points))
+    most = max(sum(p.task == task for p in points) for task in tasks)
+    with pyplot.rc_context(STYLE):
+        figure, panels = pyplot.subplots(
+            1, len(tasks), figsize=(6.4 * len(tasks), 0.8 + 0.19 * most), squeeze=False, layout="constrained"
+        )
+        for axis, task in zip(panels[0], tasks, strict=True):
+            group = sorted((p for p in points if p.task == task), key=lambda p: p.summary.mean)
+            for place, p in enumerate(group):
+                its, mine = p.summary, p.label == reference
+                bars = [[its.mean - its.low], [its.high - its.mean]]
+                colour, marker = (COLOURS[0], MARKERS[0]) if mine else (COLOURS[1], MARKERS[1])
+                axis.errorbar(its.mean, place, xerr=bars, color=colour, marker=marker, markersize=5, capsize=2)
+                if mine:
+                    axis.axvline(its.mean, color="0.8", linewidth=1, zorder=0)
+            axis.set_yticks(range(len(group)), [f"{p.name}, {p.parameters:,}" for p in group], fontsize=7)
+            axis.set_xlabel(f"{_metric(points)} on held-out examples ({_seeds(points)})")
+            axis.grid(axis="x", color="0.92", linewidth=0.6)
+            axis.set_axisbelow(True)
+            if len(tasks) > 1 or not title:
+                axis.set_title(TITLES.get(task, task))
+        if title:
+            figure.suptitle(title, fontsize=11)
+        written = tuple(save(figure, path.with_suffix(end)) for end in (".png", ".pdf", ".svg"))
+        pyplot.close(figure)
+    return written
+
+
 def curve_figure(points: Sequence[Point], path: Path, *, title: str = "") -> tuple[Path, ...]:
     """The best-under-budget curves U(B) as steps, a panel for each task; methods of one size are left out."""
     import matplotlib

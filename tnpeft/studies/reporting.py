@@ -42,8 +42,10 @@ def report(study: Study, folder: str | Path, out: str | Path, reference: str = "
     if failed:
         tables.write([{"run": run, "cause": cause} for run, cause in failed], out / f"{study.name}-failed.md")
     title = str(study.table.get("title", ""))
-    figures.budget_figure(points, out / study.name, title=title, reference=reference)
-    if any(len([p for p in points if (p.task, p.label) == (q.task, q.label)]) > 1 for q in points):
+    ladder = figures.is_ladder(points)
+    draw = figures.budget_figure if ladder else figures.ranked_figure
+    draw(points, out / study.name, title=title, reference=reference)
+    if ladder:
         figures.curve_figure(points, out / f"{study.name}-curve", title=title)
     write_json(
         out / f"{study.name}.json",

@@ -114,7 +114,7 @@ class Facts:
         """``one`` minus ``other`` (method, size) over shared seeds, in points, with its interval."""
         its = self._difference(study, task, one, other)
         seeds = f"{its.n} seeds" if its.n > 1 else "1 seed"
-        return f"{100 * its.mean:+.1f} points ({100 * its.low:+.1f} to {100 * its.high:+.1f}, {its.n} seed{'s' * (its.n > 1)})"
+        return f"{100 * its.mean:+.1f} points ({100 * its.low:+.1f} to {100 * its.high:+.1f}, {seeds})"
 
     def _difference(self, study: str, task: str, one: Sequence[str], other: Sequence[str]) -> Summary:
         first, second = (self.point(study, task, *of)["scores"] for of in (one, other))

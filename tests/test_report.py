@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("jinja2")
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-from build_report import Facts, Missing, build
-
 from tnpeft.studies.figures import is_ladder
 from tnpeft.studies.results import Point
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+from build_report import Facts, Missing, build
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_the_report_is_built_from_the_files_beside_it(tmp_path: Path) -> None:

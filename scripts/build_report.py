@@ -24,7 +24,6 @@ from tnpeft.studies.statistics import Summary, paired, summary
 from tnpeft.studies.tables import markdown
 
 PAPER = Path(__file__).resolve().parent.parent / "paper"
-MARKS = {"printed": "printed", "secondary": "second hand", "derived": "derived", "unknown": "unknown"}
 Row = Mapping[str, Any]
 
 
@@ -94,21 +93,12 @@ class Facts:
         """The mean score over seeds, in percent."""
         return f"{100 * self._summary(study, task, method, size).mean:.1f} %"
 
-    def spread(self, study: str, task: str, method: str, size: str = "") -> str:
-        """Mean and standard deviation over seeds, in percent."""
-        its = self._summary(study, task, method, size)
-        return f"{100 * its.mean:.1f} ± {100 * its.sd:.1f} %"
-
     def _summary(self, study: str, task: str, method: str, size: str) -> Summary:
         return summary(list(self.point(study, task, method, size)["scores"].values()))
 
     def seeds(self, study: str) -> int:
         """The least number of seeds behind a point."""
         return min(len(point["scores"]) for point in self.data(study)["points"])
-
-    def sizes(self, study: str, task: str, method: str) -> list[str]:
-        """The sizes of a method, in the study's order."""
-        return [p["size"] for p in self.data(study)["points"] if (p["task"], p["method"]) == (task, method)]
 
     def difference(self, study: str, task: str, one: Sequence[str], other: Sequence[str]) -> str:
         """``one`` minus ``other`` (method, size) over shared seeds, in points, with its interval."""
@@ -129,13 +119,6 @@ class Facts:
         if its.n == 1:
             return "one seed only"
         return "higher" if its.low > 0 else "lower" if its.high < 0 else "not told apart"
-
-    def best(self, study: str, task: str, method: str) -> dict[str, Any]:
-        """The size of a method with the best mean; several sizes have several chances."""
-        points = [p for p in self.data(study)["points"] if (p["task"], p["method"]) == (task, method)]
-        if not points:
-            raise Missing(f"{study} has no {method} on {task}")
-        return dict(max(points, key=lambda p: summary(list(p["scores"].values())).mean))
 
     def ranking(self, study: str, task: str) -> str:
         """All points of a task by their means, with the learning rate and the difference from the first method."""

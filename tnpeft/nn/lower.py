@@ -14,7 +14,7 @@ from torch import Tensor
 from tnpeft.networks.factor import Group
 from tnpeft.nn.contract import matmul
 from tnpeft.nn.operations import Elementwise, General, Operation, Product, Side, Sum, View
-from tnpeft.nn.orders import Roles, Value, unfused, wanted
+from tnpeft.nn.orders import Roles, Value, unfused, walk, wanted
 from tnpeft.planning.steps import Plan, Step, fresh
 
 Body = tuple[tuple[Operation, int, int], ...]  # an operation and the places of its two operands
@@ -92,16 +92,7 @@ class _Lowering:
         self.merges = False
 
     def lower(self) -> Lowered:
-        last = self.steps[-1]
-        parts = dict(zip(last.operands, last.signs, strict=True)) if last.kind == "add" else {last.result: 1}
-        for step in self.steps:
-            if step.kind == "add":
-                if step is not last:
-                    self._add(step)
-            elif step.result in parts:
-                self._accumulate(step, last.indices, parts[step.result])
-            else:
-                self._contract(step)
+        walk(self.steps, self._contract, self._add, self._accumulate)
         width = prod(self.sizes[index] for index in self.values[self.x].order[1:])
         merges = self.merges and len(self.tail) == 1
         return Lowered(tuple(self.body), tuple(self.tail), tuple(self.facts), width, merges)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tnpeft.networks.factor import Group
@@ -78,3 +78,30 @@ def wanted(steps: Sequence[Step], given: Mapping[str, Group]) -> dict[str, Group
                     summed.sort(key=other.index)
             orders[name] = kept + tuple(summed)
     return orders
+
+
+def walk(
+    steps: Sequence[Step],
+    contract: Callable[[Step], None],
+    add: Callable[[Step], None],
+    accumulate: Callable[[Step, Group, int], None],
+) -> None:
+    """Hand every step to what deals with it: a part of the output goes, with the output's order and the part's sign,
+    to ``accumulate``; the last sum is made of such parts and is no step of its own.
+
+    >>> from tnpeft import network, plan
+    >>> p = plan(network("B[out r] A[r inp] -> out inp"), out=64, inp=32, r=2, tokens=8)
+    >>> walk(p.steps, lambda step: print(step.kind), print, lambda step, order, sign: print(order, sign))
+    contract
+    ('token', 'out') 1
+    """
+    last = steps[-1]
+    parts = dict(zip(last.operands, last.signs, strict=True)) if last.kind == "add" else {last.result: 1}
+    for step in steps:
+        if step.kind == "add":
+            if step is not last:
+                add(step)
+        elif step.result in parts:
+            accumulate(step, last.indices, parts[step.result])
+        else:
+            contract(step)

@@ -21,7 +21,7 @@ from tnpeft.nn.blocks import Accumulate, Function, Lowered, Views, stages
 from tnpeft.nn.contract import aligned, pairwise, permuted, run
 from tnpeft.nn.execute import Program
 from tnpeft.nn.operations import View
-from tnpeft.nn.orders import wanted
+from tnpeft.nn.orders import walk, wanted
 from tnpeft.nn.side_by_side import side_by_side
 from tnpeft.planning.planner import planned
 from tnpeft.planning.steps import Plan, Step, fresh
@@ -152,16 +152,7 @@ class _Lowering:
 
     def lower(self) -> Lowered:
         """The operations of the plan; the activations come as ``[replica, rows, *cols]``."""
-        last = self.steps[-1]
-        parts = dict(zip(last.operands, last.signs, strict=True)) if last.kind == "add" else {last.result: 1}
-        for step in self.steps:
-            if step.kind == "add":
-                if step is not last:
-                    self._add(step)
-            elif step.result in parts:
-                self._accumulate(step, parts[step.result], last.indices)
-            else:
-                self._contract(step)
+        walk(self.steps, self._contract, self._add, self._accumulate)
         return Lowered(tuple(self.body), tuple(self.tail), self.views)
 
     def _operand(self, step: Step, k: int) -> _Value:
@@ -190,7 +181,7 @@ class _Lowering:
         if len(operands) == 1:
             self._append(step, _sum(first.order, first.order, order, sign, 0), first, first)
 
-    def _accumulate(self, step: Step, sign: int, output: Group) -> None:
+    def _accumulate(self, step: Step, output: Group, sign: int) -> None:
         """What adds the product of two operands to the output ``[replica, rows, out]``."""
         left, right = self._operand(step, 0), self._operand(step, 1)
         wide = prod(self.sizes[index] for index in output[2:])

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from tnpeft.studies.backbones import RANDOM
 from tnpeft.studies.files import StudyError, canonical
-from tnpeft.studies.runs import Run, Store, described, execute, make, quiet, settled, terms
+from tnpeft.studies.runs import Run, Store, backbone, described, execute, make, quiet, settled, terms
 
 Job = tuple[Run, ...]  # runs that are made in one pass
 
@@ -82,7 +81,7 @@ def perform_pack(runs: Job) -> list[dict[str, Any]]:
     """
     import torch
 
-    from tnpeft.studies import backbones, methods, packed
+    from tnpeft.studies import methods, packed
     from tnpeft.studies.data import load
     from tnpeft.studies.scoring import Scorer
 
@@ -91,14 +90,7 @@ def perform_pack(runs: Job) -> list[dict[str, Any]]:
     task, protocol = terms(first)
     data = load(task, first.places.get("data", ""))
     splits = [data.splits(run.seed, protocol.train, protocol.dev, protocol.eval) for run in runs]
-    model, tokenizer = backbones.load(
-        first.places.get("model", first.backbone),
-        head=protocol.head,
-        classes=len(task.labels),
-        dtype=protocol.dtype,
-        cache=Path(first.places.get("cache", "runs/cache")),
-        tokenizer=first.places.get("tokenizer", ""),
-    )
+    model, tokenizer = backbone(first, task, protocol)
     _refuse_dropout(model.config.to_dict())
     seeds = [run.seed for run in runs]
     model = methods.attach(

@@ -146,19 +146,11 @@ def make(run: Run, store: Store, **note: Any) -> str:
     return "done"
 
 
-def perform(run: Run, *, folder: Path | None = None, progress: Any = None, keep: Any = None) -> dict[str, Any]:
-    """Train, judge and describe a run; ``keep(model, tokenizer)`` gets the model at its best checkpoint."""
-    import torch
+def backbone(run: Run, task: Task, protocol: Protocol) -> tuple[Any, Any]:
+    """The frozen model of a run, and its tokenizer."""
+    from tnpeft.studies import backbones
 
-    from tnpeft.studies import backbones, methods, training
-    from tnpeft.studies.data import load
-    from tnpeft.studies.scoring import Scorer, evaluate
-
-    quiet()
-    task, protocol = terms(run)
-    splits = load(task, run.places.get("data", "")).splits(run.seed, protocol.train, protocol.dev, protocol.eval)
-    torch.manual_seed(run.seed)  # a new classification head draws from it
-    model, tokenizer = backbones.load(
+    return backbones.load(
         run.places.get("model", run.backbone),
         head=protocol.head,
         classes=len(task.labels),
@@ -166,6 +158,21 @@ def perform(run: Run, *, folder: Path | None = None, progress: Any = None, keep:
         cache=Path(run.places.get("cache", "runs/cache")),
         tokenizer=run.places.get("tokenizer", ""),
     )
+
+
+def perform(run: Run, *, folder: Path | None = None, progress: Any = None, keep: Any = None) -> dict[str, Any]:
+    """Train, judge and describe a run; ``keep(model, tokenizer)`` gets the model at its best checkpoint."""
+    import torch
+
+    from tnpeft.studies import methods, training
+    from tnpeft.studies.data import load
+    from tnpeft.studies.scoring import Scorer, evaluate
+
+    quiet()
+    task, protocol = terms(run)
+    splits = load(task, run.places.get("data", "")).splits(run.seed, protocol.train, protocol.dev, protocol.eval)
+    torch.manual_seed(run.seed)  # a new classification head draws from it
+    model, tokenizer = backbone(run, task, protocol)
     classifier = protocol.head == "classifier"
     model = methods.attach(model, run.method, protocol.targets, classifier=classifier, seed=run.seed)
     model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
@@ -15,8 +15,12 @@ from transformers.pytorch_utils import Conv1D
 from tnpeft.adapters.bank import FactorBank, TensorNetworkLayer
 from tnpeft.adapters.kept import Kept
 from tnpeft.adapters.sites import features
-from tnpeft.adapters.update import Operand, Update, base_factor, normalised
+from tnpeft.adapters.update import Operand, Update, base_factor
 from tnpeft.networks import NetworkError
+from tnpeft.nn.units import all_normalised
+
+if TYPE_CHECKING:
+    from tnpeft.adapters.siblings import Siblings
 
 
 class DenseLinear(nn.Module, TensorNetworkLayer):
@@ -26,7 +30,7 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
     """
 
     adapter_layer_names = ("tnpeft_factors", "tnpeft_magnitude")
-    other_param_names = ("updates", "dropouts")
+    other_param_names = ("updates", "dropouts", "siblings")
 
     def __init__(self, base_layer: nn.Module, bank: FactorBank, **kwargs: Any) -> None:
         super().__init__()
@@ -36,6 +40,7 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
         self.tnpeft_magnitude = nn.ParameterDict()
         self.updates: dict[str, tuple[Update, ...]] = {}
         self.dropouts: dict[str, float] = {}
+        self.siblings: dict[str, Siblings] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._bank = (bank,)
@@ -68,14 +73,15 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
 
     # ---- the update
 
-    def operands(self, adapter: str, item: Update, like: Tensor | None = None) -> list[Tensor]:
-        """The arrays of one site's update in the program's order, on the device and in the dtype of ``like``."""
-        found = []
-        for operand, array in zip(item.operands, self._arrays(adapter, item), strict=True):
-            if operand.norm:
-                array = normalised(array, operand.norm)
-            found.append(array if like is None else array.to(like.device, like.dtype))
-        return found
+    def operands(self, adapter: str, item: Update, like: Tensor | None = None, raw: bool = False) -> list[Tensor]:
+        """The arrays of one site's update in the program's order, on the device and in the dtype of ``like``.
+
+        They are normalised where they are to be, unless ``raw`` says that the program does it.
+        """
+        found = self._arrays(adapter, item)
+        if item.norms is not None and not raw:
+            found = all_normalised(found, item.norms)
+        return found if like is None else [array.to(like.device, like.dtype) for array in found]
 
     def owner(self, operand: Operand) -> TensorNetworkLayer:
         """Who owns an operand's array: this linear or the bank."""

@@ -151,9 +151,13 @@ class TensorNetworkLinear(DenseLinear):
         refuse_reentrant(self.bank)
         active = [adapter for adapter in self.active_adapters if adapter in self.updates]
         if adapter_names is None and len(active) == 1 and not args and not kwargs and self._joins(active[0], x):
+            siblings = None if torch.compiler.is_compiling() else self.siblings.get(active[0])
+            if siblings is not None and (shared := siblings.forward(self, x)) is not None:
+                return shared
             item = self.updates[active[0]][0]
-            operands = self.operands(active[0], item, x)
-            return item.run.with_linear(x, operands, self.base_layer.weight, self.base_layer.bias, item.scale)
+            operands = self.operands(active[0], item, x, raw=True)
+            weight, bias = self.base_layer.weight, self.base_layer.bias
+            return item.run.with_linear(x, operands, weight, bias, item.scale, item.norms)
         if eager and not self.training and len(active) == 1:
             self._prepared.direct = direct = Direct.of(self, active[0], x)
             if direct is not None and (kept := direct(self, x)) is not None:
@@ -176,6 +180,12 @@ class TensorNetworkLinear(DenseLinear):
             and may_join(self.base_layer, x)
             and x.dtype == self._compute_dtype(adapter, x)
         )
+
+    def shares(self, adapter: str, x: Tensor) -> bool:
+        """Whether the linear, called with ``x``, would have this one adapter join its base linear."""
+        on = not self.disable_adapters and not self.merged and adapter in self.updates
+        active = self._active_adapter
+        return on and active in (adapter, [adapter]) and self._joins(adapter, x)
 
     def _mixed(self, x: Tensor, result: Tensor, names: Sequence[str]) -> Tensor:
         if len(names) != len(x):

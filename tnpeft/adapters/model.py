@@ -24,7 +24,8 @@ from tnpeft.adapters.files import check_shapes
 from tnpeft.adapters.guard import watch
 from tnpeft.adapters.layer import BASE, TensorNetworkLinear
 from tnpeft.adapters.placement import base_constants, expected_shapes, place, start_values
-from tnpeft.adapters.sites import card_of, resolve
+from tnpeft.adapters.siblings import join
+from tnpeft.adapters.sites import beside, card_of, resolve
 from tnpeft.adapters.update import update
 from tnpeft.counting.layout import Layout, Piece
 from tnpeft.networks import NetworkError, Site
@@ -98,6 +99,8 @@ class TensorNetworkModel(BaseTuner):
         bank._move_adapter_to_device_of_base_layer(adapter)
         for name in dict.fromkeys(placement.site.module for placement in layout.placements):
             self._dress(name, bank, adapter, config, values)
+        for names in beside(self.model, [placement.site for placement in layout.placements]):
+            join(adapter, map(self.model.get_submodule, names))
 
     def _bank(self, first: nn.Module) -> FactorBank:
         bank: FactorBank | None = getattr(self.model, BANK, None)

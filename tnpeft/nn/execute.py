@@ -11,10 +11,12 @@ from torch import Tensor
 from tnpeft.networks import Network, NetworkError
 from tnpeft.networks.sizes import Size, bind, integers
 from tnpeft.nn.contract import run
+from tnpeft.nn.first import First, first
 from tnpeft.nn.flow import Flow
 from tnpeft.nn.lower import lower
 from tnpeft.nn.stages import stages
 from tnpeft.nn.together import apart, may_reverse, together
+from tnpeft.nn.units import Norms
 from tnpeft.planning.planner import planned
 from tnpeft.planning.steps import Plan
 
@@ -61,8 +63,9 @@ class Program:
     ``labels`` is the order in which the factors' tensors are passed; ``prepares`` says that something is computed
     from the factors alone, ``again`` names the steps that the backward pass takes again instead of keeping what they
     gave; a program ``joins`` if it can be one operation with a linear, and is ``direct`` if all activations pass
-    between two matrices (most families' do). A call is a pure function of factors, activations and base output: no
-    state, so checkpointing, compiling and double differentiation work.
+    between two matrices (most families' do); ``first`` is its first step, if that can be taken elsewhere. A call is a
+    pure function of factors, activations and base output: no state, so checkpointing, compiling and double
+    differentiation work.
 
     >>> import torch
     >>> from tnpeft.networks import network
@@ -70,6 +73,8 @@ class Program:
     >>> run(torch.ones(5, 3), [torch.ones(4, 2), torch.ones(2, 3)], base=torch.ones(5, 4), scale=0.5).unique()
     tensor([4.])
     """
+
+    first: First | None = None
 
     def __init__(self, plan: Plan, dense: Plan) -> None:
         net, sizes = plan.network, plan.sizes
@@ -82,11 +87,13 @@ class Program:
             prod(sizes[index] for index in factor.indices) if factor.kind == "trainable" else 0
             for factor in net.factors
         ]
-        found = stages(lower(plan, self.labels), trainable)
+        lowered = lower(plan, self.labels)
+        found = stages(lowered, trainable)
         self.flow = Flow(found, self.rows, [size > 0 for size in trainable])
         self.prepares = bool(found.weights)
         self.again = found.again_names
         self.joins = True
+        self.first = first(lowered, trainable, self.rows)
         self.direct = self.flow.paired
 
     def __call__(
@@ -111,10 +118,19 @@ class Program:
         return total.reshape(*x.shape[:-1], self.rows)
 
     def with_linear(
-        self, x: Tensor, operands: Sequence[Tensor], weight: Tensor, bias: Tensor | None, scale: float = 1.0
+        self,
+        x: Tensor,
+        operands: Sequence[Tensor],
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: float = 1.0,
+        norms: Norms | None = None,
     ) -> Tensor:
-        """``linear(x, weight, bias) + scale * x @ dW.T`` as one operation, if :func:`tnpeft.nn.together.may_join`."""
-        result = together(self.flow, scale, x.reshape(-1, self.cols), weight, bias, operands)
+        """``linear(x, weight, bias) + scale * x @ dW.T`` as one operation, if :func:`tnpeft.nn.together.may_join`.
+
+        Along the axes in ``norms`` the operands are normalised first.
+        """
+        result = together(self.flow, scale, x.reshape(-1, self.cols), weight, bias, operands, norms)
         return result.reshape(*x.shape[:-1], self.rows)
 
     def matrices(self, prepared: Sequence[Tensor]) -> tuple[Tensor, Tensor, int]:

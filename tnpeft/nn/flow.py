@@ -30,6 +30,8 @@ class Flow:
             **dict(enumerate(stages.weights, start=self.factors)),
             **dict(enumerate(stages.through, start=stages.x + 1)),
         }
+        used = {k for _, a, b in [*stages.weights, *stages.through, *stages.tail] for k in (a, b)}
+        self.reads = frozenset(place for place in used if place < self.factors)
         self._back = [(place, *self._operations[place]) for place in sorted(self._operations, reverse=True)]
         self._again = [(place, *self._operations[place]) for place in stages.again]
 
@@ -130,11 +132,12 @@ class Flow:
         for added, a, b in self.stages.tail:
             both = wanted[a] and not merged, wanted[b]
             part, factor = grad.reshape(added.shape), added.sign * scale
-            self._pull(grads, added.operation, a, b, part, factor, values, both, not twice)
+            pull(grads, added.operation, a, b, part, factor, values, both, not twice and a == self.stages.x)
         for place, operation, a, b in self._back:
             part, grads[place] = grads[place], None
             if part is not None:
-                self._pull(grads, operation, a, b, part, 1.0, values, (wanted[a], wanted[b]), not twice)
+                fresh = not twice and a == self.stages.x
+                pull(grads, operation, a, b, part, 1.0, values, (wanted[a], wanted[b]), fresh)
         return [*grads[: self.factors], grads[self.stages.x]]
 
     def leave(
@@ -166,27 +169,6 @@ class Flow:
                 to_x = operation.to_left(grad, gates[k], to_x, fresh)
         return [*found, to_x]
 
-    def _pull(
-        self,
-        grads: list[Tensor | None],
-        operation: Operation,
-        a: int,
-        b: int,
-        grad: Tensor,
-        scale: float,
-        values: Sequence[Any],
-        wanted: tuple[bool, bool],
-        fresh: bool,
-    ) -> None:
-        """Add an operation's gradients to those of its operands; its result was scaled."""
-        if wanted[0]:
-            other = values[b] if scale == 1.0 else values[b] * scale
-            grads[a] = operation.to_left(grad, other, grads[a], fresh and a == self.stages.x)
-        if wanted[1]:
-            part, before = operation.to_right(grad, values[a]), grads[b]
-            part = part if scale == 1.0 else part * scale
-            grads[b] = part if before is None else before + part
-
     def _wanted(self, needs: Sequence[bool]) -> list[bool]:
         """Which values need a gradient so that the factors and activations get theirs."""
         wanted = [*needs[: self.factors]]
@@ -196,3 +178,34 @@ class Flow:
         for _, a, b in self.stages.through:
             wanted.append(wanted[a] or wanted[b])
         return wanted
+
+
+def pull(
+    grads: list[Tensor | None],
+    operation: Operation,
+    a: int,
+    b: int,
+    grad: Tensor,
+    scale: float,
+    values: Sequence[Any],
+    wanted: tuple[bool, bool],
+    fresh: bool = False,
+) -> None:
+    """Add an operation's gradients to those of its operands, at ``a`` and ``b``; its result was scaled.
+
+    ``wanted`` says which are; the left one's is added to in place if it is ``fresh``.
+
+    >>> import torch
+    >>> from tnpeft.nn.operations import Elementwise, Side
+    >>> grads = [None, None]
+    >>> pull(grads, Elementwise(Side(), Side()), 0, 1, torch.ones(1), 2.0, torch.tensor([[3.0], [5.0]]), (True, True))
+    >>> grads
+    [tensor([10.]), tensor([6.])]
+    """
+    if wanted[0]:
+        other = values[b] if scale == 1.0 else values[b] * scale
+        grads[a] = operation.to_left(grad, other, grads[a], fresh)
+    if wanted[1]:
+        part, before = operation.to_right(grad, values[a]), grads[b]
+        part = part if scale == 1.0 else part * scale
+        grads[b] = part if before is None else before + part

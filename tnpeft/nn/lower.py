@@ -166,7 +166,8 @@ class _Lowering:
         summed = tuple(index for index in left.order if index in parts.summed)
         if left.order != parts.left + summed:
             summed = tuple(index for index in right.order if index in parts.summed)
-        return Product(self._matrix(left, parts.left, summed), self._matrix(right, parts.right, summed))
+        rows = parts.left == (self.token,) and len(parts.right) == 1  # more indices would be copied into order again
+        return Product(self._matrix(left, parts.left, summed), self._matrix(right, parts.right, summed), rows)
 
     def _matrix(self, value: Value, rows: Group, cols: Group) -> Side:
         """A tensor as a matrix."""

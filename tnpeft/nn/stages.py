@@ -41,10 +41,11 @@ class Stages:
     merges: bool
 
 
-def stages(lowered: Lowered, factors: Sequence[int]) -> Stages:
+def stages(lowered: Lowered, factors: Sequence[int], *, whole: bool = True) -> Stages:
     """The operations of a program, those that do not need the activations first.
 
     ``factors`` has the elements of each trainable factor, 0 for the others; the activations' width is in ``lowered``.
+    They are those of a linear unless it is not the ``whole`` program: what is as wide as they are is kept then.
 
     >>> from tnpeft import network, plan
     >>> from tnpeft.nn.lower import lower
@@ -57,7 +58,7 @@ def stages(lowered: Lowered, factors: Sequence[int]) -> Stages:
     early, late = [*range(count)], [count]
     for place, (_, a, b) in enumerate(lowered.body, start=count + 1):
         (late if a in late or b in late else early).append(place)
-    entry = _entry(lowered, late, factors)
+    entry = _entry(lowered, late, factors) if whole else ()
     dropped, late = late[: len(entry)], late[len(entry) :]
     new = {old: place for place, old in enumerate([*early, *late])}
     facts = {new[old]: fact for old, fact in enumerate(lowered.facts, start=count + 1) if old in new}
@@ -70,7 +71,7 @@ def stages(lowered: Lowered, factors: Sequence[int]) -> Stages:
     weights = tuple(moved[old] for old in early[count:])
     through = tuple(moved[old] for old in late[1:])
     tail = tuple((function, new[a], new[b]) for function, a, b in lowered.tail)
-    kept = _Kept(weights, through, tail, facts, factors, width, width >= lowered.width)
+    kept = _Kept(weights, through, tail, facts, factors, width, whole and width >= lowered.width)
     again = kept.again()
     keep = tuple(sorted(kept.needed - kept.inputs - again))
     names = tuple(dict.fromkeys(facts[place].name for place in sorted(again)))

@@ -22,7 +22,8 @@ from tnpeft.adapters.combine import combine
 from tnpeft.adapters.config import TensorNetworkConfig
 from tnpeft.adapters.files import check_shapes
 from tnpeft.adapters.guard import watch
-from tnpeft.adapters.layer import BASE, TensorNetworkLinear
+from tnpeft.adapters.layer import TensorNetworkLinear
+from tnpeft.adapters.mixed import BASE, Named, expanded
 from tnpeft.adapters.placement import base_constants, expected_shapes, place, start_values
 from tnpeft.adapters.sites import card_of, resolve
 from tnpeft.adapters.update import update
@@ -227,6 +228,8 @@ class TensorNetworkModel(BaseTuner):
             return
         if self.model.training:
             raise NetworkError("adapter_names is for inference", remedy="call model.eval() first")
+        if not names:
+            raise NetworkError("adapter_names is empty", remedy="name one adapter per row")
         unknown = sorted(set(names) - {BASE, *self.peft_config})
         if unknown:
             raise NetworkError(
@@ -238,13 +241,11 @@ class TensorNetworkModel(BaseTuner):
                     f"{name!r} is {self.peft_config[name].replicas} replicas, which take a batch in blocks",
                     remedy="take them out with tnpeft.replicas.attach and name the one for each row",
                 )
-        beams = kwargs.get("num_beams") or 1
-        repeated = [name for name in names for _ in range(beams)]
-        handles = [
-            module.register_forward_pre_hook(partial(_pass_names, names=repeated), with_kwargs=True)
-            for module in self.modules()
-            if isinstance(module, TensorNetworkLinear | AuxiliaryTrainingWrapper)
-        ]
+        named = Named(expanded(names, kwargs))
+        handles = [self.model.register_forward_pre_hook(named.enter, with_kwargs=True)]
+        for module in self.modules():
+            if isinstance(module, TensorNetworkLinear | AuxiliaryTrainingWrapper):
+                handles.append(module.register_forward_pre_hook(named.hand, with_kwargs=True))
         try:
             yield
         finally:
@@ -286,7 +287,3 @@ def _weight(modules: dict[str, nn.Module], bases: dict[str, nn.Module], site: Si
     rows = slice(site.start, site.start + site.out) if "/out:" in site.proj else slice(None)
     cols = slice(site.start, site.start + site.inp) if "/inp:" in site.proj else slice(None)
     return module.base_matrix()[rows, cols]
-
-
-def _pass_names(module: nn.Module, args: Any, kwargs: dict[str, Any], names: list[str]) -> Any:
-    return args, {**kwargs, "adapter_names": names}

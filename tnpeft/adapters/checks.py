@@ -89,11 +89,16 @@ def _modules(value: Any) -> bool:
 
 def _order(value: Any) -> bool:
     """A map from names to the numbers from 0 on."""
+    return value is None or (_places(value) and all(value))
+
+
+def _places(value: Any) -> bool:
+    """The same of paths: that of the model itself, whose own linears are a layer as well, is empty."""
     if value is None:
         return True
-    if not isinstance(value, Mapping) or not all(map(_name, value)) or not all(map(_whole, value.values())):
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
         return False
-    return bool(value) and sorted(value.values()) == [*range(len(value))]
+    return bool(value) and all(map(_whole, value.values())) and sorted(value.values()) == [*range(len(value))]
 
 
 def _texts(value: Any) -> bool:
@@ -124,6 +129,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "pass a list of whole numbers from 0 on, or None",
     ),
     "save_frozen dora": (lambda value: isinstance(value, bool), "pass True or False"),
-    "layers projections": (_order, "check the file: it is a map from names to their places, from 0 on"),
+    "layers": (_places, "check the file: it is a map from paths to their places, from 0 on"),
+    "projections": (_order, "check the file: it is a map from names to their places, from 0 on"),
     "frozen": (lambda value: value is None or _texts(value), "check the file: it is a map from factors to hashes"),
 }

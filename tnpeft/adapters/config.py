@@ -160,10 +160,11 @@ class TensorNetworkConfig(PeftConfig):
         """
         config: TensorNetworkConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         file = fetch(pretrained_model_name_or_path, subfolder, **cls._split_kwargs(kwargs)[0])
-        config.stored = stored_shapes(file, [*(config.modules_to_save or ()), *_beside(config.bias)])
+        config.stored = stored_shapes(file, config.beside)
         return config
 
-
-def _beside(bias: str) -> tuple[str, ...]:
-    """What PEFT may write beside the factors: embeddings that were resized, and biases that were trained."""
-    return (*EMBEDDING_LAYER_NAMES, *((".bias",) if bias != "none" else ()))
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """Parts of the names that PEFT may write beside the factors: whole modules, trained biases, and embeddings,
+        which may have been resized."""
+        return (*(self.modules_to_save or ()), *((".bias",) if self.bias != "none" else ()), *EMBEDDING_LAYER_NAMES)

@@ -126,15 +126,19 @@ class Flow:
         """
         wanted = self._wanted(needs)
         grads: list[Tensor | None] = [None] * len(values)
+        columns: dict[int, Tensor] = {}
         grads[self.stages.x] = to_x
         for added, a, b in self.stages.tail:
             both = wanted[a] and not merged, wanted[b]
             part, factor = grad.reshape(added.shape), added.sign * scale
-            self._pull(grads, added.operation, a, b, part, factor, values, both, not twice)
+            self._pull(grads, columns, added.operation, a, b, part, factor, values, both, not twice)
         for place, operation, a, b in self._back:
             part, grads[place] = grads[place], None
-            if part is not None:
-                self._pull(grads, operation, a, b, part, 1.0, values, (wanted[a], wanted[b]), not twice)
+            if part is None:
+                continue
+            if place in columns and isinstance(operation, Product):
+                operation = operation.scaled(columns[place])
+            self._pull(grads, columns, operation, a, b, part, 1.0, values, (wanted[a], wanted[b]), not twice)
         return [*grads[: self.factors], grads[self.stages.x]]
 
     def leave(
@@ -169,6 +173,7 @@ class Flow:
     def _pull(
         self,
         grads: list[Tensor | None],
+        columns: dict[int, Tensor],
         operation: Operation,
         a: int,
         b: int,
@@ -178,10 +183,16 @@ class Flow:
         wanted: tuple[bool, bool],
         fresh: bool,
     ) -> None:
-        """Add an operation's gradients to those of its operands; its result was scaled."""
+        """Add an operation's gradients to those of its operands; its result was scaled.
+
+        The gradient of a product that is folded is left as it is, beside the columns that multiply it.
+        """
         if wanted[0]:
             other = values[b] if scale == 1.0 else values[b] * scale
-            grads[a] = operation.to_left(grad, other, grads[a], fresh and a == self.stages.x)
+            if a in self.stages.folded:
+                grads[a], columns[a] = grad, operation.right.see(other)
+            else:
+                grads[a] = operation.to_left(grad, other, grads[a], fresh and a == self.stages.x)
         if wanted[1]:
             part, before = operation.to_right(grad, values[a]), grads[b]
             part = part if scale == 1.0 else part * scale

@@ -53,14 +53,15 @@ Tail = tuple[tuple[Added, int, int], ...]
 class Lowered:
     """The operations of a plan: the body computes intermediate results, the tail adds to ``[tokens, out]``.
 
-    ``facts`` belong to the body; ``width`` is that of the activations. ``merges`` says that the update is the
-    activations times one matrix, ``[out, inp]``.
+    ``facts`` belong to the body; ``width`` is that of the activations, ``tokens`` the rows that were planned for.
+    ``merges`` says that the update is the activations times one matrix, ``[out, inp]``.
     """
 
     body: Body
     tail: Tail
     facts: tuple[Fact, ...]
     width: int
+    tokens: int
     merges: bool
 
 
@@ -79,7 +80,7 @@ def lower(plan: Plan, labels: tuple[str, ...]) -> Lowered:
 
 class _Lowering:
     def __init__(self, plan: Plan, labels: tuple[str, ...]) -> None:
-        self.token = plan.activation
+        self.token, self.tokens = plan.activation, plan.sizes[plan.activation]
         self.sizes: dict[str, int] = {**plan.sizes, self.token: -1}  # the number of rows is whatever comes
         self.steps = [step for step in plan.steps if step.kind != "reshape"]
         self.values = {name: unfused(k, plan.network.factor(name).indices) for k, name in enumerate(labels)}
@@ -95,7 +96,7 @@ class _Lowering:
         walk(self.steps, self._contract, self._add, self._accumulate)
         width = prod(self.sizes[index] for index in self.values[self.x].order[1:])
         merges = self.merges and len(self.tail) == 1
-        return Lowered(tuple(self.body), tuple(self.tail), tuple(self.facts), width, merges)
+        return Lowered(tuple(self.body), tuple(self.tail), tuple(self.facts), width, self.tokens, merges)
 
     # ---- steps
 

@@ -38,12 +38,19 @@ class Side:
         """A gradient in the operation's shape as one in the operand's."""
         return grad if self.back is None else self.back(grad)
 
+    def scaled(self, weights: Tensor) -> Side:
+        """The operand times something of the operation's shape."""
+        return Side(lambda tensor: self.see(tensor) * weights, lambda grad: self.give(grad * weights))
+
 
 class Operation(Protocol):
     """A function of two operands that is linear in each; ``reads`` says that a gradient needs the other operand."""
 
     @property
     def reads(self) -> bool: ...
+
+    @property
+    def right(self) -> Side: ...
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor: ...
 
@@ -104,6 +111,14 @@ class Product:
     def to_right(self, grad: Tensor, a: Tensor) -> Tensor:
         """The gradient of the right operand."""
         return self.right.give(times(grad.t(), self.left.see(a)))
+
+    def scaled(self, columns: Tensor) -> Product:
+        """The product with its result times ``columns [1, width]``, which never meet more than the right operand.
+
+        >>> Product(Side(), Side()).scaled(torch.tensor([[2.0]]))(torch.ones(1, 3), torch.ones(1, 3))
+        tensor([[6.]])
+        """
+        return Product(self.left, self.right.scaled(columns.t()))
 
 
 @dataclass(frozen=True)

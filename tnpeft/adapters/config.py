@@ -117,6 +117,15 @@ class TensorNetworkConfig(PeftConfig):
                 "layers_to_transform does not go with a regular expression in target_modules",
                 remedy="write the layers into the expression, or pass a list of names",
             )
+        for line in self._factorization.lines:
+            if "task" in line.network.indices:
+                raise NetworkError(
+                    "no row of a batch says which task it belongs to",
+                    line=str(line.network),
+                    position=str(line.network).index("task"),
+                    remedy="attach one adapter for each task and name them row by row (adapter_names), or train them "
+                    "side by side (replicas)",
+                )
         check_replicas(self)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -146,3 +147,25 @@ def test_a_line_with_a_replica_is_not_replicated_again() -> None:
 def test_selecting_a_replica_gives_the_line_back(line: str) -> None:
     f = Factorization.of(line, ranks=dict.fromkeys(network(line).bonds, 2))
     assert replicated(f).network.select("replica") == f.network
+
+
+def test_ranks_and_scales_become_constants_where_they_differ() -> None:
+    f = Factorization.of("U[out a] G[a b] V[b inp] + c[out] d[inp] -> out inp", ranks={"a": 2, "b": 3}, scale=3.0)
+    both = replicated(f, replace(f.with_ranks(a=1), scale=2.0))
+    assert str(both.network) == (
+        "U[replica out a] G[replica a b] V[replica b inp] ^mask_a[replica a] ^scales[replica] "
+        "+ c[replica out] d[replica inp] ^scales[replica] -> replica out inp"
+    )
+    assert (both.ranks, both.scale) == ({"a": 2, "b": 3}, 1.0)
+    assert both.init == {"mask_a": [[1, 1], [1, 0]], "scales": [3.0, 2.0]}
+    assert replicated(f, f) == replicated(f)
+    with pytest.raises(NetworkError, match="have the same lines"):
+        replicated(f, Factorization.of("A[out inp] -> out inp"))
+    g = replace(f, ranks={"a": 2, "b": "min(a, inp)"})
+    with pytest.raises(NetworkError, match="rank of 'a', which a rule gives or derives"):
+        replicated(g, g.with_ranks(a=3))
+
+
+def test_a_factor_may_be_called_as_a_mask() -> None:
+    f = Factorization.of("mask_r[out r] A[r inp] -> out inp", ranks={"r": 2})
+    assert "^mask_r_[replica r]" in str(replicated(f, f.with_ranks(r=1)).network)

@@ -163,7 +163,17 @@ def hotswap(model: Any, folder: str, adapter: str = "default") -> None:
         )
     own = model.peft_config[adapter]
     new = type(own).from_pretrained(folder)
-    fixed = ("network", "dora", "layers", "projections", "save_frozen", "frozen", "replicas")
+    fixed = (
+        "network",
+        "dora",
+        "layers",
+        "projections",
+        "save_frozen",
+        "frozen",
+        "replicas",
+        "replica_ranks",
+        "replica_scales",
+    )
     for name in fixed:
         if getattr(own, name) != getattr(new, name):
             raise NetworkError(

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from tnpeft.adapters.prepared import may_keep
 from tnpeft.networks import REPLICA
 from tnpeft.networks.replicas import with_replicas
-from tnpeft.nn.execute import Program
-from tnpeft.nn.replicas import ReplicaProgram, replica_program
+from tnpeft.nn.execute import Program, program
 
 if TYPE_CHECKING:
     from tnpeft.adapters.layer import TensorNetworkLinear
@@ -132,8 +131,8 @@ def update_blocks(layer: TensorNetworkLinear, lot: Sequence[str], x: Tensor, res
 
 
 @lru_cache(maxsize=256)
-def _beside(run: Program, count: int) -> ReplicaProgram:
+def _beside(run: Program, count: int) -> Program:
     """The program of so many adapters of one network, block by block."""
     plan = run.plan
     sizes = {**plan.sizes, REPLICA: count}
-    return replica_program(with_replicas(plan.network), sizes, tokens=int(sizes[plan.activation]))
+    return program(with_replicas(plan.network), sizes, tokens=int(sizes[plan.activation]))

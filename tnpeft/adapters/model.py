@@ -120,7 +120,7 @@ class TensorNetworkModel(BaseTuner):
             new.train(target.training)
             self._replace_module(parent, child, new, target)
             target = new
-        f = config.factorization
+        f = bank.layouts[adapter].factorization
         placements = sorted(
             (p for p in bank.layouts[adapter].placements if p.site.module == name), key=lambda p: p.site.start
         )

@@ -119,7 +119,7 @@ class Product:
         return self.right.give(times(grad.mT, self.left.see(a)))
 
     def scaled(self, columns: Tensor) -> Product:
-        """The product with its result times ``columns [..., 1, width]``, which never meet more than the right operand.
+        """The product with its result times ``columns [..., 1, width]``; only the right operand meets them.
 
         >>> Product(Side(), Side()).scaled(torch.tensor([[2.0]]))(torch.ones(1, 3), torch.ones(1, 3))
         tensor([[6.]])

@@ -163,6 +163,38 @@ def test_transformers_refuses_a_bad_folder_as_well(case: str, good: Path, tmp_pa
     assert [*busy.peft_config] == ["first", "second"]
 
 
+_TENSORS = ("nan", "infinite", "integers", "complex", "shapes", "an array less", "a factor more", "a base weight")
+STATES = {name: FILES[name] for name in _TENSORS}
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+@pytest.mark.parametrize("from_folder", [True, False])
+@pytest.mark.parametrize("case", STATES)
+def test_transformers_refuses_a_bad_state_dict_as_well(
+    case: str, from_folder: bool, good: Path, tmp_path: Path
+) -> None:
+    """The configuration is in a folder whose file is good, or an object."""
+    folder = tmp_path / "bad"
+    shutil.copytree(good, folder)
+    edit, message = STATES[case]
+    edit(folder)
+    bad, held = (load_file(its / "adapter_model.safetensors") for its in (folder, good))
+    config = peft.PeftConfig.from_pretrained(good)
+    where = {"peft_model_id": str(good)} if from_folder else {"peft_config": config}
+    stored = config.stored
+    model = opt()
+    before = snapshot(model)
+    with pytest.raises(NetworkError, match=message):
+        model.load_adapter(adapter_state_dict=bad, **where)
+    assert same(snapshot(model), before)
+    assert config.stored == stored
+    model.load_adapter(adapter_state_dict=held, **where)
+    wanted = opt()
+    wanted.load_adapter(str(good))
+    assert same(snapshot(model), snapshot(wanted))
+    assert not same(snapshot(model), before)
+
+
 # ---- the hub's cache
 
 

@@ -52,9 +52,26 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
         """The bank of the model."""
         return self._bank[0]
 
-    def home_device(self) -> torch.device | None:
-        """The device of the base weight."""
-        return self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+    def home_device(self) -> torch.device:
+        """The device of the base weight, under whatever name a quantised linear keeps it."""
+        base = self.get_base_layer()
+        held = (getattr(base, "weight", None), *base.parameters(), *base.buffers())
+        return next((array.device for array in held if isinstance(array, Tensor)), torch.device("cpu"))
+
+    @torch.no_grad()
+    def get_base_weight(self) -> Tensor:
+        """The weight that the linear holds, as its back end reads it.
+
+        On some processors bitsandbytes repacks 4-bit weights in place for inference, and neither its own function nor
+        the back end can read them then: they are read off what the linear makes of the unit vectors.
+        """
+        base = self.get_base_layer()
+        weight = getattr(base, "weight", None)
+        if not getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+            return super().get_base_weight()  # type: ignore[no-any-return]
+        units = torch.eye(self.in_features, device=self.home_device())
+        rows = base(units)
+        return (rows if base.bias is None else rows - base.bias).t()
 
     def base_matrix(self) -> Tensor:
         """The base weight as it was before any merge, in fp32 or wider, ``[out, inp]``.
@@ -110,7 +127,7 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
                 f"{adapter!r} is several replicas and no one update",
                 remedy="take one out with tnpeft.replicas.attach(model, k, name), then use that",
             )
-        with torch.autocast(self.weight.device.type, enabled=False):
+        with torch.autocast(self.home_device().type, enabled=False):
             deltas = [item.delta(self.operands(adapter, item)) for item in items]
         if not items[0].side:
             return deltas[0]

@@ -19,8 +19,6 @@ from tnpeft.counting.layout import Piece
 from tnpeft.networks import NetworkError
 from tnpeft.nn.together import may_join
 
-BASE = "__base__"  # PEFT's name for "no adapter" in mixed batches
-
 
 class TensorNetworkLinear(DenseLinear):
     """A linear (``nn.Linear``, ``Conv1D`` or quantised) with the updates of its adapters.
@@ -190,7 +188,8 @@ class TensorNetworkLinear(DenseLinear):
     def _mixed(self, x: Tensor, result: Tensor, names: Sequence[str]) -> Tensor:
         if len(names) != len(x):
             raise NetworkError(
-                f"adapter_names has {len(names)} entries for {len(x)} rows", remedy="name one adapter per row"
+                f"adapter_names has {len(names)} entries for {len(x)} rows",
+                remedy="name one adapter per row; linears that see other rows than the batch's take one adapter only",
             )
         result = result.clone()
         for lot in lots(self, [adapter for adapter in dict.fromkeys(names) if adapter in self.updates]):

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters.prepared import Stamps
-from tnpeft.nn.execute import Program
 from tnpeft.nn.first import Link, Source, start
 from tnpeft.nn.together import rest
 
@@ -35,8 +34,7 @@ def may_share(item: Update) -> bool:
     >>> may_share(update(layout(f, [Site(0, "q_proj", 8, 9, module="q")]).placements[0], (), (), 1.0, 64))
     True
     """
-    known = isinstance(item.run, Program) and item.run.first is not None
-    return known and not item.side and all(operand.source != "base" for operand in item.operands)
+    return item.run.first is not None and not item.side and all(operand.source != "base" for operand in item.operands)
 
 
 def join(adapter: str, linears: Iterable[Any]) -> None:

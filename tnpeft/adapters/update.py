@@ -10,7 +10,6 @@ from torch import Tensor
 from tnpeft.counting.layout import Piece, Placement
 from tnpeft.nn.execute import Program, program
 from tnpeft.nn.patterns import base as as_factor
-from tnpeft.nn.replicas import replica_program
 from tnpeft.nn.units import Norms
 
 Source = Literal["site", "bank", "base"]
@@ -69,8 +68,7 @@ def update(
     >>> [(operand.source, operand.key) for operand in update(place, (), (), 1.0, 64).operands]
     [('site', 'B'), ('bank', 'A')]
     """
-    build = replica_program if placement.network.stack else program
-    run = build(placement.network, placement.sizes, tokens=tokens)
+    run = program(placement.network, placement.sizes, tokens=tokens)
     site = placement.site
     last = site.proj.rpartition("/")[2]
     side: Literal["", "out", "inp"] = "out" if last.startswith("out:") else "inp" if last.startswith("inp:") else ""

@@ -82,7 +82,7 @@ def first(lowered: Lowered, factors: Sequence[int], rows: int) -> First | None:
     (at,) = uses
     operation, left, matrix = body[at]
     narrow = lowered.facts[at - x - 1].elements
-    if not isinstance(operation, Product) or left != x or operation.left.width != lowered.width:
+    if not isinstance(operation, Product) or left != x or operation.left.shape != (-1, lowered.width):
         return None
     if _NARROW * narrow > lowered.width:
         return None
@@ -95,6 +95,7 @@ def first(lowered: Lowered, factors: Sequence[int], rows: int) -> First | None:
         tuple((f, then[a], then[b]) for f, a, b in lowered.tail),
         tuple(fact for place, fact in zip(body, lowered.facts, strict=True) if place in after and place != at),
         narrow,
+        lowered.tokens,
         False,
     )
     steps = tuple((f, before[a], before[b]) for place, (f, a, b) in body.items() if place in own)

@@ -128,16 +128,19 @@ class Flow:
         """
         wanted = self._wanted(needs)
         grads: list[Tensor | None] = [None] * len(values)
+        columns: dict[int, Tensor] = {}
         grads[self.stages.x] = to_x
         for added, a, b in self.stages.tail:
             both = wanted[a] and not merged, wanted[b]
             part, factor = grad.reshape(added.shape), added.sign * scale
-            pull(grads, added.operation, a, b, part, factor, values, both, not twice and a == self.stages.x)
+            self._pull(grads, columns, added.operation, a, b, part, factor, values, both, not twice)
         for place, operation, a, b in self._back:
             part, grads[place] = grads[place], None
-            if part is not None:
-                fresh = not twice and a == self.stages.x
-                pull(grads, operation, a, b, part, 1.0, values, (wanted[a], wanted[b]), fresh)
+            if part is None:
+                continue
+            if place in columns and isinstance(operation, Product):
+                operation = operation.scaled(columns[place])
+            self._pull(grads, columns, operation, a, b, part, 1.0, values, (wanted[a], wanted[b]), not twice)
         return [*grads[: self.factors], grads[self.stages.x]]
 
     def leave(
@@ -168,6 +171,28 @@ class Flow:
             elif on_x:
                 to_x = operation.to_left(grad, gates[k], to_x, fresh)
         return [*found, to_x]
+
+    def _pull(
+        self,
+        grads: list[Tensor | None],
+        columns: dict[int, Tensor],
+        operation: Operation,
+        a: int,
+        b: int,
+        grad: Tensor,
+        scale: float,
+        values: Sequence[Any],
+        wanted: tuple[bool, bool],
+        fresh: bool,
+    ) -> None:
+        """As :func:`pull`; the gradient of a product that is folded is left as it is, beside the columns that
+        multiply it, and what is fresh is the activations' gradient.
+        """
+        if wanted[0] and a in self.stages.folded:
+            other = values[b] if scale == 1.0 else values[b] * scale
+            grads[a], columns[a] = grad, operation.right.see(other)
+            wanted = False, wanted[1]
+        pull(grads, operation, a, b, grad, scale, values, wanted, fresh and a == self.stages.x)
 
     def _wanted(self, needs: Sequence[bool]) -> list[bool]:
         """Which values need a gradient so that the factors and activations get theirs."""

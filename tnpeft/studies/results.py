@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from tnpeft.studies.runs import Store
@@ -25,8 +25,6 @@ class Point:
         edge: the chosen rate is the smallest or largest of several, so a wider grid might do better.
         scores: eval score by seed at that rate.
         dev: dev score by seed.
-        step_ms: median milliseconds of a training step over the seeds.
-        missing: seeds without a result.
     """
 
     task: str
@@ -39,8 +37,19 @@ class Point:
     edge: bool
     scores: dict[int, float]
     dev: dict[int, float]
-    step_ms: float
-    missing: tuple[int, ...]
+
+    @staticmethod
+    def of(table: Mapping[str, Any]) -> Point:
+        """The point in a report's JSON."""
+        scores, dev = ({int(seed): value for seed, value in table[key].items()} for key in ("scores", "dev"))
+        rest = {key: table[key] for key in ("task", "size", "kind", "parameters", "head", "lr", "edge")}
+        return Point(label=table["method"], scores=scores, dev=dev, **rest)
+
+    @property
+    def table(self) -> dict[str, Any]:
+        """The point as JSON has it."""
+        table = asdict(self)
+        return {"task": table.pop("task"), "method": table.pop("label"), **table}
 
     @property
     def name(self) -> str:
@@ -71,7 +80,6 @@ def _point(study: Study, store: Store, cell: Cell, task: Task) -> Point | None:
         return None
     first = next(iter(results.values()))
     rates = sorted(cell.learning_rates)
-    times = sorted(r["timing"]["step_ms"] for r in results.values())
     return Point(
         task=task.name,
         label=cell.label,
@@ -83,8 +91,6 @@ def _point(study: Study, store: Store, cell: Cell, task: Task) -> Point | None:
         edge=len(rates) > 1 and lr in (rates[0], rates[-1]),
         scores={seed: r["eval"] for seed, r in results.items()},
         dev={seed: r["dev"] for seed, r in results.items()},
-        step_ms=times[len(times) // 2],
-        missing=tuple(seed for seed in seeds if seed not in results),
     )
 
 

@@ -18,7 +18,7 @@ from tnpeft.nn.flow import Flow, pull
 from tnpeft.nn.lower import Body, Lowered
 from tnpeft.nn.operations import Product, Side, times, times_rows
 from tnpeft.nn.stages import stages
-from tnpeft.nn.units import Norms, all_from_normalised, all_normalised
+from tnpeft.nn.units import Norms, Units
 
 _NARROW = 2  # how many times narrower than the input a result is that is worth sharing
 
@@ -124,20 +124,36 @@ class Step:
     norms: Norms | None
     own: slice
 
-    def values(self, own: Sequence[Tensor]) -> list[Tensor]:
-        """The factors that the matrix is made of, normalised, and what is made of them."""
-        return self.first.values(own if self.norms is None else all_normalised(own, self.norms))
-
-    def gradients(
-        self, grad: Tensor, own: Sequence[Tensor], values: Sequence[Tensor], needs: Sequence[bool]
-    ) -> list[Tensor | None]:
-        """Their gradients from that of the matrix."""
-        found = self.first.gradients(grad, values, needs)
-        return found if self.norms is None else all_from_normalised(found, own, self.norms)
+    def made(self, operands: Sequence[Tensor]) -> Made:
+        """The matrix, made of its factors among all operands."""
+        own = operands[self.own]
+        units = None if self.norms is None else Units(own, self.norms)
+        return Made(self, units, self.first.values(own if units is None else units.factors))
 
     def again(self, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
-        """The narrow result computed again, from all factors."""
-        return times_rows(x, self.first.matrix(self.values([factors[k] for k in self.first.reads])))
+        """The narrow result computed again, from all factors of the program."""
+        own = [factors[k] for k in self.first.reads]
+        values = self.first.values(own if self.norms is None else Units(own, self.norms).factors)
+        return times_rows(x, self.first.matrix(values))
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """The matrix of a step, with all that it was made from."""
+
+    step: Step
+    units: Units | None
+    values: list[Tensor]
+
+    @property
+    def matrix(self) -> Tensor:
+        """The matrix itself."""
+        return self.step.first.matrix(self.values)
+
+    def gradients(self, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
+        """The gradients of the factors from that of the matrix."""
+        found = self.step.first.gradients(grad, self.values, needs)
+        return found if self.units is None else self.units.gradients(found)
 
 
 @dataclass(eq=False)
@@ -161,7 +177,7 @@ class _Start(torch.autograd.Function):
     def forward(ctx: Any, steps: Sequence[Step], brought: Any, x: Tensor, *operands: Tensor) -> tuple[Tensor, ...]:
         ctx.steps, ctx.brought, ctx.operands = steps, brought, operands  # the operands are small, and there anyway
         ctx.set_materialize_grads(False)
-        matrices = [step.first.matrix(step.values(operands[step.own])) for step in steps]
+        matrices = [step.made(operands).matrix for step in steps]
         if len(matrices) == 1:
             parts = [times_rows(x, matrices[0])]
         else:
@@ -176,14 +192,14 @@ class _Start(torch.autograd.Function):
         live = [(step, grad) for step, grad in zip(ctx.steps, grads, strict=False) if grad is not None]
         found: list[Tensor | None] = [None] * len(operands)
         if live:
-            values = [step.values(operands[step.own]) for step, _ in live]
+            made = [step.made(operands) for step, _ in live]
             inner = _side_by_side([grad for _, grad in live])
             if brought:
                 parts = times(inner.t(), brought.pop()).split_with_sizes([grad.shape[1] for _, grad in live])
-                for (step, _), part, its in zip(live, parts, values, strict=True):
-                    found[step.own] = step.gradients(part, operands[step.own], its, on_operands[step.own])
+                for its, part in zip(made, parts, strict=True):
+                    found[its.step.own] = its.gradients(part, on_operands[its.step.own])
             if on_x:
-                matrix = _rows([step.first.matrix(its) for (step, _), its in zip(live, values, strict=True)])
+                matrix = _rows([its.matrix for its in made])
                 if to_x is None:
                     to_x = inner @ matrix
                 else:  # it comes from linears that keep nothing of it

@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 
 from tnpeft.nn.first import Link
 from tnpeft.nn.flow import Flow
-from tnpeft.nn.units import Norms, all_from_normalised, all_normalised
+from tnpeft.nn.units import Norms, Units
 
 _Grads = tuple[Tensor | None, ...]
 
@@ -43,7 +43,7 @@ class _Together(torch.autograd.Function):
         base: Tensor | None,
         *factors: Tensor,
     ) -> Tensor:
-        ready = factors if norms is None else all_normalised(factors, norms, flow.reads)
+        ready = factors if norms is None else Units(factors, norms, flow.reads).factors
         values = flow.values(flow.prepare(ready), x if narrow is None else narrow)
         ctx.flow, ctx.scale, ctx.link, ctx.norms, ctx.autocast = flow, scale, link, norms, _autocast(x)
         read = link is None or link.reads or (weight is not None and weight.requires_grad)
@@ -70,7 +70,8 @@ class _Together(torch.autograd.Function):
             thawed = any(on_factors[place] for place in flow.frozen)
             if link is not None and link.reads and twice:
                 narrow = link.step.again(x, factors)
-            ready = factors if norms is None else all_normalised(factors, norms, flow.reads)
+            units = None if norms is None else Units(factors, norms, flow.reads)
+            ready = factors if units is None else units.factors
             values = flow.restored(ready, x if link is None else narrow, kept, everything=twice or thawed)
             merged = weight is not None and _merges(flow, weight)
             to_x = None
@@ -83,8 +84,8 @@ class _Together(torch.autograd.Function):
                 *to_factors, to_narrow = flow.gradients(grad, values, scale, needs, None, merged, twice)
                 if link.reads:
                     link.brought[:] = [x]
-            if norms is not None:
-                to_factors = all_from_normalised(to_factors, factors, norms)
+            if units is not None:
+                to_factors = units.gradients(to_factors)
         return (
             None,
             None,

@@ -24,7 +24,7 @@ class Flow:
     """
 
     def __init__(self, stages: Stages, rows: int, trainable: Sequence[bool]) -> None:
-        self.frozen = [not yes for yes in trainable]
+        self.frozen = [place for place, yes in enumerate(trainable) if not yes]
         self.stages, self.rows, self.factors = stages, rows, len(trainable)
         self._operations = {
             **dict(enumerate(stages.weights, start=self.factors)),
@@ -33,7 +33,18 @@ class Flow:
         used = {k for _, a, b in [*stages.weights, *stages.through, *stages.tail] for k in (a, b)}
         self.reads = frozenset(place for place in used if place < self.factors)
         self._back = [(place, *self._operations[place]) for place in sorted(self._operations, reverse=True)]
+        self._below = self._inputs()
         self._again = [(place, *self._operations[place]) for place in stages.again]
+
+    def _inputs(self) -> list[int]:
+        """What each value is computed from, factors and activations, as bits."""
+        below = [1 << k for k in range(self.factors)]
+        for _, a, b in self.stages.weights:
+            below.append(below[a] | below[b])
+        below.append(1 << self.factors)
+        for _, a, b in self.stages.through:
+            below.append(below[a] | below[b])
+        return below
 
     # ---- forward
 
@@ -132,7 +143,8 @@ class Flow:
         grads[self.stages.x] = to_x
         for added, a, b in self.stages.tail:
             both = wanted[a] and not merged, wanted[b]
-            part, factor = grad.reshape(added.shape), added.sign * scale
+            part = grad if added.shape == (-1, self.rows) else grad.reshape(added.shape)
+            factor = added.sign * scale
             self._pull(grads, columns, added.operation, a, b, part, factor, values, both, not twice)
         for place, operation, a, b in self._back:
             part, grads[place] = grads[place], None
@@ -196,13 +208,8 @@ class Flow:
 
     def _wanted(self, needs: Sequence[bool]) -> list[bool]:
         """Which values need a gradient so that the factors and activations get theirs."""
-        wanted = [*needs[: self.factors]]
-        for _, a, b in self.stages.weights:
-            wanted.append(wanted[a] or wanted[b])
-        wanted.append(needs[self.factors])
-        for _, a, b in self.stages.through:
-            wanted.append(wanted[a] or wanted[b])
-        return wanted
+        given = sum(1 << k for k, on in enumerate(needs) if on)
+        return [bool(below & given) for below in self._below]
 
 
 def pull(

@@ -44,6 +44,8 @@ class Added:
         scale = self.sign * scale
         if total is None:
             return self.operation(a, b if scale == 1.0 else b * scale).reshape(-1, wide)
+        if self.shape == (-1, wide):
+            return self.operation.add_to(total, a, b, scale, new)
         return self.operation.add_to(total.reshape(self.shape), a, b, scale, new).reshape(-1, wide)
 
 

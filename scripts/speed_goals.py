@@ -182,9 +182,9 @@ def replicas(results: Results) -> Iterator[Goal]:
     """Eight adapters in one pass against eight runs in turn, at SST-2's sizes: 128 to 512 tokens for each."""
     for case in results["replicas"]["cases"]:
         if case["family"] == "lora" and 128 <= case["rows"] * case["length"] <= 512 and "8" in case["gain"]:
-            gain = case["gain"]["8"]
+            gain, size = case["gain"]["8"], f"{case['rows']} x {case['length']} tokens each"
             yield Goal(
-                f"K = 8 replicas, {case['shape']}, {case['layers']} layers, {case['rows']} x {case['length']} tokens each",
+                f"K = 8 replicas, {case['shape']}, {case['layers']} layers, {size}",
                 "at least 1.1 times 8 runs in turn",
                 f"{gain:.2f} times",
                 gain >= 1.1,

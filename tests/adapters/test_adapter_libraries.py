@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from adapter_models import config, inputs, logits, shake
+from adapter_models import config, inputs, library, logits, shake
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, OPTConfig, OPTForCausalLM, TorchAoConfig
 
@@ -28,13 +26,6 @@ WIDTH = 64  # of which the 4-bit kernels take multiples
 _FP32 = torch.finfo(torch.float32).eps
 
 
-def need(library: str) -> Any:
-    """Skip the test where the library is missing; fail where ``TNPEFT_CI=1`` promises that it is there."""
-    if find_spec(library) is None:
-        (pytest.fail if os.environ.get("TNPEFT_CI") == "1" else pytest.skip)(f"pip install --no-deps {library}")
-    return pytest.importorskip(library)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny OPT on disk, which transformers quantises as it loads it."""
@@ -48,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def bitsandbytes(packs: bool = False, **options: Any) -> Callable[[Path], nn.Module]:
     def load(folder: Path) -> nn.Module:
-        need("bitsandbytes")
+        library("bitsandbytes")
         model = loaded(folder, quantization_config=BitsAndBytesConfig(**options))
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):  # after inference such a linear cannot be trained
@@ -59,7 +50,7 @@ def bitsandbytes(packs: bool = False, **options: Any) -> Callable[[Path], nn.Mod
 
 
 def torchao(folder: Path) -> nn.Module:
-    need("torchao")
+    library("torchao")
     from torchao.quantization import Int8WeightOnlyConfig
 
     return loaded(folder, quantization_config=TorchAoConfig(Int8WeightOnlyConfig()))
@@ -67,7 +58,7 @@ def torchao(folder: Path) -> nn.Module:
 
 def hqq(bits: int) -> Callable[[Path], nn.Module]:
     def load(folder: Path) -> nn.Module:
-        need("hqq")
+        library("hqq")
         from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
         model = loaded(folder)
@@ -240,7 +231,7 @@ def test_what_reads_the_weight(kind: str, folder: Path) -> None:
 
 def test_weights_that_bitsandbytes_has_repacked_for_inference(folder: Path) -> None:
     """Some processors have the kernel; PEFT's own back end then reads the weight wrongly."""
-    need("bitsandbytes")
+    library("bitsandbytes")
     from bitsandbytes.functional import has_avx512bf16
 
     if not has_avx512bf16():

@@ -54,7 +54,11 @@ def check_replicas(config: Any) -> None:
             raise NetworkError(f"{name} is for several replicas", remedy="give the one adapter its own network")
     if config.replicas == 1:
         return
-    for field, idle in (("modules_to_save", not config.modules_to_save), ("bias", config.bias == "none")):
+    for field, idle in (
+        ("modules_to_save", not config.modules_to_save),
+        ("trainable_token_indices", config.trainable_token_indices is None),
+        ("bias", config.bias == "none"),
+    ):
         if not idle:
             raise NetworkError(
                 f"{config.replicas} replicas would share what {field} trains",
@@ -128,6 +132,14 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "layers_pattern": (lambda value: value is None or _name(value) or _listed(value, _name), "pass names, or None"),
     "modules_to_save": (lambda value: value is None or _listed(value, _name), "pass a list of names, or None"),
+    "trainable_token_indices": (
+        lambda value: (
+            value is None
+            or _listed(value, _whole)
+            or (isinstance(value, Mapping) and all(_name(n) and _listed(v, _whole) for n, v in value.items()))
+        ),
+        "pass numbers of tokens, from 0 on, or such lists by the embedding's name, or None",
+    ),
     "bias": _one_of(_BIAS),
     "dropout": (
         lambda value: isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1,

@@ -142,8 +142,8 @@ def hotswap(model: Any, folder: str, adapter: str = "default") -> None:
         adapter: name of the adapter whose values change.
 
     Raises:
-        NetworkError: the two adapters differ in network, seed of frozen factors, sites or shapes; nothing is
-            changed then.
+        NetworkError: the two adapters differ in network, seed of frozen factors, sites, shapes, or what they train
+            besides; nothing is changed then.
 
     >>> hotswap(None, "no/such/folder")
     Traceback (most recent call last):
@@ -163,17 +163,8 @@ def hotswap(model: Any, folder: str, adapter: str = "default") -> None:
         )
     own = model.peft_config[adapter]
     new = type(own).from_pretrained(folder)
-    fixed = (
-        "network",
-        "dora",
-        "layers",
-        "projections",
-        "save_frozen",
-        "frozen",
-        "replicas",
-        "replica_ranks",
-        "replica_scales",
-    )
+    fixed = ("network", "dora", "bias", "layers", "projections", "save_frozen", "frozen")
+    fixed += ("replicas", "replica_ranks", "replica_scales")
     for name in fixed:
         if getattr(own, name) != getattr(new, name):
             raise NetworkError(
@@ -188,10 +179,15 @@ def hotswap(model: Any, folder: str, adapter: str = "default") -> None:
         {name: tuple(value.shape) for name, value in values.items()},
         {n.removeprefix("base_model.model."): tuple(v.shape) for n, v in state.items() if f".{PREFIX}" in n},
     )
+    for name, array in state.items():
+        if name not in values or values[name].shape != array.shape:
+            raise NetworkError(
+                f"the adapter in {folder!r} has no {name} of shape {tuple(array.shape)}",
+                remedy="load it with load_adapter instead of swapping it in",
+            )
     with torch.no_grad():
-        for name, parameter in state.items():
-            if name in values:
-                parameter.copy_(values[name])
+        for name, array in state.items():
+            array.copy_(values[name])
 
 
 def describe(folder: str, adapters: Mapping[str, Factorization]) -> None:

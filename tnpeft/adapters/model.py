@@ -214,11 +214,8 @@ class TensorNetworkModel(BaseTuner):
         return model
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """Put one module in the place of another; a linear that is unwrapped needs nothing of its wrapper."""
-        if isinstance(child, TensorNetworkLinear):
-            setattr(parent, child_name, new_module)
-        else:
-            super()._replace_module(parent, child_name, new_module, child)
+        """Put one module in the place of another and leave both as they are, wherever they hold their weights."""
+        setattr(parent, child_name, new_module)
 
     # ---- several adapters
 

@@ -96,7 +96,7 @@ def first(lowered: Lowered, factors: Sequence[int], rows: int) -> First | None:
         tuple(fact for place, fact in zip(body, lowered.facts, strict=True) if place in after and place != at),
         narrow,
         lowered.tokens,
-        False,
+        None,
     )
     steps = tuple((f, before[a], before[b]) for place, (f, a, b) in body.items() if place in own)
     flow = Flow(stages(rest, factors, whole=False), rows, [size > 0 for size in factors])

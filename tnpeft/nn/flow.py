@@ -72,16 +72,23 @@ class Flow:
             values.append(operation(values[a], values[b]))
         return values
 
-    def add(self, total: Tensor | None, values: Sequence[Tensor], scale: float, new: bool = False) -> Tensor:
-        """``total`` plus the scaled update, ``[tokens, out]``; in place if the total is a new tensor."""
-        for added, a, b in self.stages.tail:
-            total = added(total, values[a], values[b], scale, self.rows, new)
+    def add(
+        self, total: Tensor | None, values: Sequence[Tensor], scale: float, new: bool = False, merged: bool = False
+    ) -> Tensor:
+        """``total`` plus the scaled update, ``[tokens, out]``; in place if the total is a new tensor.
+
+        What is ``merged`` is in it already.
+        """
+        for k, (added, a, b) in enumerate(self.stages.tail):
+            if not merged or k != self.stages.merges:
+                total = added(total, values[a], values[b], scale, self.rows, new)
         assert total is not None  # a network has at least one term
         return total
 
     def matrix(self, values: Sequence[Tensor]) -> tuple[Tensor, int]:
-        """The update itself, ``[out, inp]``, and its sign, of a program that merges."""
-        ((added, _, b),) = self.stages.tail
+        """The matrix ``[out, inp]`` that is added to the base weight, and its sign; of a program that merges."""
+        assert self.stages.merges is not None  # the caller has asked
+        added, _, b = self.stages.tail[self.stages.merges]
         return added.operation.right.see(values[b]), added.sign
 
     @property
@@ -135,14 +142,14 @@ class Flow:
         """The gradients of the factors, then of the activations, from the output's, ``[tokens, out]``.
 
         ``needs`` says which are wanted, in the same order. ``to_x`` is what the activations get from elsewhere, and
-        ``merged`` that the update is in it already; unless it is differentiated ``twice`` it is added to in place.
+        ``merged`` that what merges is in it already; unless it is differentiated ``twice`` it is added to in place.
         """
         wanted = self._wanted(needs)
         grads: list[Tensor | None] = [None] * len(values)
         columns: dict[int, Tensor] = {}
         grads[self.stages.x] = to_x
-        for added, a, b in self.stages.tail:
-            both = wanted[a] and not merged, wanted[b]
+        for k, (added, a, b) in enumerate(self.stages.tail):
+            both = wanted[a] and not (merged and k == self.stages.merges), wanted[b]
             part = grad if added.shape == (-1, self.rows) else grad.reshape(added.shape)
             factor = added.sign * scale
             self._pull(grads, columns, added.operation, a, b, part, factor, values, both, not twice)

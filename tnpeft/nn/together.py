@@ -49,9 +49,9 @@ class _Together(torch.autograd.Function):
         read = link is None or link.reads or (weight is not None and weight.requires_grad)
         ctx.save_for_backward(x if read else None, weight, *factors, narrow, *flow.kept(values))
         if weight is not None:
-            if _merges(flow, weight):
-                return linear(x, _merged(flow, weight, values, scale), bias)
-            return flow.add(linear(x, weight, bias), values, scale, new=True)
+            merged = flow.stages.merges is not None
+            total = linear(x, _merged(flow, weight, values, scale) if merged else weight, bias)
+            return flow.add(total, values, scale, new=True, merged=merged)
         if not new or base is None:
             return flow.add(base, values, scale)
         ctx.mark_dirty(base)
@@ -73,7 +73,7 @@ class _Together(torch.autograd.Function):
             units = None if norms is None else Units(factors, norms, flow.reads)
             ready = factors if units is None else units.factors
             values = flow.restored(ready, x if link is None else narrow, kept, everything=twice or thawed)
-            merged = weight is not None and _merges(flow, weight)
+            merged = weight is not None and flow.stages.merges is not None
             to_x = None
             if on_x and weight is not None:
                 to_x = grad @ (_merged(flow, weight, values, scale) if merged else weight)
@@ -127,11 +127,6 @@ class _Enter(torch.autograd.Function):
             grad.sum(0) if on_bias else None,
             *to_gates,
         )
-
-
-def _merges(flow: Flow, weight: Tensor) -> bool:
-    """Whether the update is added to the weight: it is a matrix, and the sum is as precise as the two products."""
-    return flow.stages.merges and torch.finfo(weight.dtype).bits >= 32
 
 
 def _merged(flow: Flow, weight: Tensor, values: Sequence[Tensor], scale: float) -> Tensor:
@@ -217,6 +212,15 @@ def apart(flow: Flow, scale: float, x: Tensor, base: Tensor | None, factors: Seq
     entered = flow.enter(x, flow.gates(factors))
     result: Tensor = _Together.apply(flow, scale, False, None, None, entered, None, None, None, base, *factors)
     return result
+
+
+def takes(weight: Tensor) -> bool:
+    """Whether a weight can take an update without losing it: in half precision it would.
+
+    >>> takes(torch.ones(1)), takes(torch.ones(1, dtype=torch.bfloat16))
+    (True, False)
+    """
+    return torch.finfo(weight.dtype).bits >= 32
 
 
 def may_reverse(x: Tensor) -> bool:

@@ -97,7 +97,7 @@ def test_wrong_encoding_missing_and_truncated_files_are_named(folder: Path) -> N
         load(task(MINE), folder)
     with pytest.raises(StudyError, match=r"absent\.csv: cannot be read \(No such file"):
         load(task({**MINE, "train": "absent.csv"}), folder)
-    with pytest.raises(StudyError, match=r"train\.txt: is neither"):
+    with pytest.raises(StudyError, match=r"train\.txt: is none of"):
         load(task({**MINE, "train": "train.txt"}), folder)
     whole = gzip.compress(b'{"text": "a", "label": 0}\n' * 500)
     (folder / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])

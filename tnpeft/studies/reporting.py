@@ -15,9 +15,9 @@ from tnpeft.studies.study import Study
 def report(study: Study, folder: str | Path, out: str | Path, reference: str = "") -> tuple[Point, ...]:
     """The study's points, after its tables and figures were written below ``out``.
 
-    Files: the tables ``<name>`` (all points), ``<name>-matched`` and ``<name>-curve`` (.md, .csv, .tex), the figures
-    ``<name>`` and ``<name>-curve``, and ``<name>.json`` with every score. Nothing in them depends on when or how
-    often a sweep was interrupted.
+    Files: the tables ``<name>`` (all points), ``<name>-matched``, ``<name>-curve`` and, if a task has further
+    metrics, ``<name>-metrics`` (.md, .csv, .tex), the figures ``<name>`` and ``<name>-curve``, and ``<name>.json``
+    with every score. Nothing in them depends on when or how often a sweep was interrupted.
 
     Args:
         study: the study.
@@ -35,7 +35,8 @@ def report(study: Study, folder: str | Path, out: str | Path, reference: str = "
     reference = reference or points[0].label
     caption = f"{study.table.get('title', study.name)}: {_missing(points)}."
     tables.write(tables.results_table(points), out / f"{study.name}.md", caption)
-    for name, rows in (("matched", tables.matched_table(points, reference)), ("curve", tables.curve_table(points))):
+    further = {"matched": tables.matched_table(points, reference), "curve": tables.curve_table(points)}
+    for name, rows in {**further, "metrics": tables.metrics_table(points)}.items():
         if rows:
             tables.write(rows, out / f"{study.name}-{name}.md")
     failed = failures(study, store)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from tnpeft.studies.runs import Store
@@ -25,6 +25,7 @@ class Point:
         edge: the chosen rate is the smallest or largest of several, so a wider grid might do better.
         scores: eval score by seed at that rate.
         dev: dev score by seed.
+        also: scores by seed of further metrics that the task names, where the results hold them.
         step_ms: median milliseconds of a training step over the seeds.
         missing: seeds without a result.
     """
@@ -41,6 +42,7 @@ class Point:
     dev: dict[int, float]
     step_ms: float
     missing: tuple[int, ...]
+    also: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -70,7 +72,7 @@ def _point(study: Study, store: Store, cell: Cell, task: Task) -> Point | None:
     if not results:
         return None
     first = next(iter(results.values()))
-    rates = sorted(cell.learning_rates)
+    rates = sorted(study.terms(cell, task).learning_rates)
     times = sorted(r["timing"]["step_ms"] for r in results.values())
     return Point(
         task=task.name,
@@ -85,7 +87,12 @@ def _point(study: Study, store: Store, cell: Cell, task: Task) -> Point | None:
         dev={seed: r["dev"] for seed, r in results.items()},
         step_ms=times[len(times) // 2],
         missing=tuple(seed for seed in seeds if seed not in results),
+        also={name: found for name in task.also if (found := _also(results, name))},
     )
+
+
+def _also(results: Mapping[int, Mapping[str, Any]], name: str) -> dict[int, float]:
+    return {seed: r["scores"][name] for seed, r in results.items() if name in r.get("scores", {})}
 
 
 def failures(study: Study, store: Store) -> list[tuple[str, str]]:

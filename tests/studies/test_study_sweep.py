@@ -142,6 +142,16 @@ def test_the_rate_is_chosen_on_dev_alone(table: dict[str, Any], swept: Path) -> 
         ({"protocol": {"steps": "many"}}, "is no int"),
         ({"protocol": {"head": "tail"}}, "head = 'tail' is unknown"),
         ({"tasks": ["sst9"]}, "no task is called"),
+        ({"tasks": "sst2"}, "tasks = 'sst2' is no list of name or tables"),
+        ({"seeds": 3}, "seeds = 3 is no list of whole numbers"),
+        ({"seeds": [0, 1, 0]}, "a seed stands twice"),
+        ({"methods": {"family": "lora"}}, "is no list of tables"),
+        ({"methods": [{"family": "lora", "grid": {"rank": 3}}]}, "rank = 3 is no list of values"),
+        ({"methods": [{"family": "lora", "learning_rates": 0.1}]}, "learning_rates = 0.1 is no list of numbers"),
+        ({"methods": [{"family": ["lora"]}]}, "is no text"),
+        ({"backbone": 5}, "backbone = 5 is no text"),
+        ({"protocol": {"steps": -2}}, "steps = -2; give 0 or more"),
+        ({"protocol": {"learning_rates": [0.0]}}, "must be positive"),
     ],
 )
 def test_wrong_studies_are_refused_before_anything_runs(

@@ -92,13 +92,14 @@ def load(name: str, *, head: str, classes: int, dtype: str, cache: Path, tokeniz
     return model, words
 
 
-def reach(name: str, tokenizer: str = "") -> None:
-    """See that a model and its tokenizer can be had, without reading weights.
+def reach(name: str, tokenizer: str = "") -> Any:
+    """The tokenizer of a model (None if only reading its weights can tell), after a look whether both can be had.
 
     Raises:
         StudyError: one cannot; the message names it.
 
-    >>> reach("random:facebook/opt-125m", "bytes")
+    >>> len(reach("random:facebook/opt-125m", "bytes"))
+    259
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -110,11 +111,10 @@ def reach(name: str, tokenizer: str = "") -> None:
         except (OSError, ValueError) as error:
             raise _unreachable("model", name, error) from None
     words = tokenizer or ("" if gguf else where.removeprefix(RANDOM))
-    if words and words != BYTES:
-        try:
-            AutoTokenizer.from_pretrained(words)
-        except (OSError, ValueError) as error:
-            raise _unreachable("tokenizer", words, error) from None
+    try:
+        return byte_tokenizer() if words == BYTES else AutoTokenizer.from_pretrained(words) if words else None
+    except (OSError, ValueError) as error:
+        raise _unreachable("tokenizer", words, error) from None
 
 
 def _unreachable(what: str, name: str, error: Exception) -> StudyError:

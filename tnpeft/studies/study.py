@@ -18,6 +18,23 @@ from tnpeft.studies.tasks import Task, task
 
 _KEYS = ("name", "title", "source", "ours", "backbone", "tokenizer", "data", "cache", "tasks", "seeds")
 _METHOD_KEYS = (*methods.KINDS, "label", "args", "change", "grid", "budgets", "learning_rates", "protocol")
+_CALLED = {str: "text", int: "whole number", float | int: "number", Mapping: "table", object: "value"}
+_CALLED |= {str | Mapping: "name or table"}
+_KINDS = dict.fromkeys(("name", "title", "source", "backbone", "tokenizer", "data", "cache"), str) | {
+    "ours": [str],
+    "tasks": [str | Mapping],
+    "seeds": [int],
+    "protocol": Mapping,
+    "methods": [Mapping],
+}
+_METHOD_KINDS = dict.fromkeys(("family", "line", "peft", "label"), str) | {
+    "args": Mapping,
+    "change": Mapping,
+    "grid": Mapping,
+    "budgets": [int],
+    "learning_rates": [float | int],
+    "protocol": Mapping,
+}
 
 
 @dataclass(frozen=True)
@@ -65,6 +82,9 @@ class Study:
         for key in ("backbone", "tasks", "seeds", "methods"):
             if not table.get(key):
                 raise StudyError(f"no {key}", where=where, remedy=f"add {key}")
+        _kinds(table, _KINDS, where)
+        if len(set(table["seeds"])) < len(table["seeds"]):
+            raise StudyError("a seed stands twice", where=where, remedy="name each once")
         places = {}
         for key, name in (("model", "backbone"), ("tokenizer", "tokenizer"), ("data", "data"), ("cache", "cache")):
             value = str(table.get(name, "runs/cache" if name == "cache" else ""))
@@ -125,6 +145,9 @@ class Study:
             raise StudyError(
                 f"unknown key {unknown[0]!r} in a method", where=self.name, remedy=f"the keys are {keys}"
             )
+        _kinds(given, _METHOD_KINDS, f"{self.name}, a method")
+        grid = given.get("grid", {})
+        _kinds(grid, {key: [object] for key in grid}, f"{self.name}, a grid")
         kind = next((kind for kind in methods.KINDS if kind in given), "")
         own = dict(given.get("protocol", {}))
         own |= {"learning_rates": list(map(float, given["learning_rates"]))} if "learning_rates" in given else {}
@@ -214,6 +237,16 @@ class Study:
             for task in self.tasks
             if (lr := self.best_rate(cell, task, store)) is not None
         ]
+
+
+def _kinds(table: Mapping[str, Any], kinds: Mapping[str, Any], where: str) -> None:
+    """Refuse values of the wrong kind; ``[int]`` is a list of whole numbers."""
+    for key, value in table.items():
+        kind = kinds.get(key, object)
+        fits = isinstance(value, list | tuple) if isinstance(kind, list) else isinstance(value, kind)
+        if not fits or (isinstance(kind, list) and not all(isinstance(item, kind[0]) for item in value)):
+            called = f"list of {_CALLED[kind[0]]}s" if isinstance(kind, list) else _CALLED[kind]
+            raise StudyError(f"{key} = {value!r} is no {called}", where=where, remedy=f"give a {called}")
 
 
 def _without(table: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -62,21 +62,23 @@ def sweep(study: Study, folder: str | Path, engine: Engine | None = None, say: S
 
 
 def prepare(study: Study, say: Say = print) -> None:
-    """Make the backbone that a study needs, if it is one that is made here, before workers ask for it; of any other
-    see that it can be had.
+    """Make the backbone that a study needs, if it is one that is made here, before workers ask for it; see that any
+    other can be had, and that the tokenizer tells the label words apart.
 
     Raises:
-        StudyError: it cannot.
+        StudyError: it cannot, or does not.
     """
     from tnpeft.studies import backbones
+    from tnpeft.studies.scoring import Scorer
 
-    if study.places["model"] != backbones.DIGITS:
-        backbones.reach(study.places["model"], study.places["tokenizer"])
-        return
-    cache = Path(study.places["cache"])
-    if not (cache / f"digits-{backbones.digits_key()}" / "config.json").exists():
-        say("pretraining the small OPT on upright digits")
-    backbones.digits_backbone(cache)
+    model, cache = study.places["model"], Path(study.places["cache"])
+    if model == backbones.DIGITS:
+        if not (cache / f"digits-{backbones.digits_key()}" / "config.json").exists():
+            say("pretraining the small OPT on upright digits")
+        model = str(backbones.digits_backbone(cache))
+    words = backbones.reach(model, study.places["tokenizer"])
+    for its in study.tasks if words else ():
+        Scorer(its, words, study.protocol.head)
 
 
 def _make(runs: Sequence[Run], store: Store, engine: Engine, tally: Tally, say: Say) -> None:

@@ -61,28 +61,33 @@ def results(folder: Path) -> dict[str, Any]:
 def test_killed_at_random_moments_the_results_are_the_same(
     table: dict[str, Any], tmp_path: Path, kind: str, request: pytest.FixtureRequest
 ) -> None:
-    """TNPEFT_KILLS=20 kills twenty times; by default three, each after the first line of the sweep."""
+    """TNPEFT_KILLS=20 kills twenty times, by default three: while it starts, or soon after a run or two came in."""
     if kind == "ray":
         request.getfixturevalue("ray")
     engines, script, runs, draw = KINDS[kind], tmp_path / "go.py", tmp_path / "runs", random.Random(5)
-    table["seeds"] = [0, 1, 2]
+    table["seeds"] = list(range(2 + KILLS // 2))
     study = Study.of(table, Path("."))
     whole = Engine("serial", pack=engines[0].get("pack", 1))
     sweep(study, tmp_path / "whole", whole, lambda _: None)
     report(study, tmp_path / "whole", tmp_path / "whole-report")
     script.write_text(SCRIPT)
-    kills, found = 0, set[int]()
+    kills, there = 0, list[int]()
     for attempt in range(KILLS):
-        process = start(table, runs, script, engines[attempt % len(engines)])
+        process = start(table, runs, script, engines[attempt // 2 % len(engines)])
         assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(draw.uniform(0, 8))
+        line, wanted = process.stdout.readline(), draw.randint(1, 2) if attempt % 2 == 0 else 0
+        while wanted and line:
+            line = process.stdout.readline()
+            wanted -= " left" in line
+        time.sleep(draw.uniform(0, 8 if attempt % 2 else 0.5))
         kills += process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
-        found.add(len(list(runs.glob("*.json"))))
-    assert kills
+        there.append(len(list(runs.glob("*.json"))))
+    print(f"{kills} kills, results after each: {there}")
+    assert kills > KILLS // 2
+    assert there[-1] > 0
     process = start(table, runs, script, engines[0])
     said, _ = process.communicate(timeout=600)
     assert process.returncode == 0, said

@@ -9,6 +9,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -110,11 +111,12 @@ def saved_bytes(module: nn.Module, forward: Callable[[], Any]) -> int:
 
 def flop_counter() -> FlopCounterMode:
     """Torch's flop counter, which by itself passes over a product accumulated in place."""
-    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _accumulated})
+    in_place = torch.ops.aten.addmm_, torch.ops.aten.baddbmm_
+    return FlopCounterMode(display=False, custom_mapping=dict.fromkeys(in_place, _accumulated))
 
 
 def _accumulated(total: Sequence[int], left: Sequence[int], right: Sequence[int], **_: Any) -> int:
-    return 2 * left[0] * left[1] * right[1]
+    return 2 * prod(left) * right[-1]
 
 
 def meters(module: nn.Module, forward: Callable[[], Tensor], device: str = "cpu") -> Meters:

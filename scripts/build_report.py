@@ -1,4 +1,4 @@
-"""Build paper/report.md from paper/report.in.md: every number in it comes from a file below paper/.
+"""Build the studies' tables and figures, then paper/report.md from paper/report.in.md, all from files below paper/.
 
 The template's expressions are those of Jinja; :class:`Facts` lists what they can ask for. A number that no file
 holds ends the build with the name of what is missing.
@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import sys
+import tempfile
 import tomllib
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -20,6 +22,7 @@ from typing import Any
 import jinja2
 
 from tnpeft.studies.files import write_text
+from tnpeft.studies.reporting import render
 from tnpeft.studies.statistics import Summary, paired, summary
 from tnpeft.studies.tables import markdown
 
@@ -120,6 +123,10 @@ class Facts:
             return "one seed only"
         return "higher" if its.low > 0 else "lower" if its.high < 0 else "not told apart"
 
+    def finding(self, study: str, task: str, one: Sequence[str], other: Sequence[str]) -> str:
+        """The verdict and the difference."""
+        return f"{self.verdict(study, task, one, other)}: {self.difference(study, task, one, other)}"
+
     def ranking(self, study: str, task: str) -> str:
         """All points of a task by their means, with the learning rate and the difference from the first method."""
         points = [p for p in self.data(study)["points"] if p["task"] == task]
@@ -172,6 +179,26 @@ class Facts:
         return markdown(rows)
 
 
+def show(paper: Path, name: str) -> None:
+    """Make the tables and figures of one study from its results; of a search for learning rates only its table."""
+    facts = json.loads((paper / "tables" / f"{name}.json").read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as made:
+        render(facts, made)
+        for path in sorted(Path(made).iterdir()):
+            if not name.endswith("_rates") or (path.stem == name and path.suffix in (".md", ".csv")):
+                folder = paper / ("figures" if path.suffix in (".png", ".pdf", ".svg") else "tables")
+                folder.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, folder / path.name)
+
+
+def studies(paper: Path) -> list[str]:
+    """The names of the studies whose results are there."""
+    found = {
+        path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((paper / "tables").glob("*.json"))
+    }
+    return [name for name, facts in found.items() if isinstance(facts, dict) and "points" in facts]
+
+
 def build(paper: Path) -> None:
     """Write ``report.md`` beside ``report.in.md``.
 
@@ -187,6 +214,8 @@ def build(paper: Path) -> None:
 
 if __name__ == "__main__":
     try:
+        for study in studies(PAPER):
+            show(PAPER, study)
         build(PAPER)
     except Missing as error:
         sys.exit(str(error))

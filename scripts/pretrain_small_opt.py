@@ -5,7 +5,7 @@ The vocabulary (byte-level BPE) is learned from the training text. Every file th
 are what the loss is measured on; dev and test files are not read. The run stops at a budget of CPU time or of
 steps, goes on where it was when it is started again, and writes every file atomically.
 
-    python scripts/pretrain_small_opt.py --data ../shared/data --out runs/small_opt --cpu-minutes 40
+    python scripts/pretrain_small_opt.py --data ../shared/data --out runs/small_opt --cpu-minutes 50
 """
 
 from __future__ import annotations
@@ -104,6 +104,18 @@ def build(args: argparse.Namespace, vocabulary: int) -> OPTForCausalLM:
     return model
 
 
+def make_optimizers(model: OPTForCausalLM, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, at AdamW's scale of learning rates, and AdamW for all the rest."""
+    named = dict(model.named_parameters())
+    inner = {name for name, p in named.items() if p.ndim == 2 and ".layers." in name} if args.muon else set()
+    rest = [p for name, p in named.items() if name not in inner]
+    adamw = torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
+    if not inner:
+        return [adamw]
+    matrices = [named[name] for name in sorted(inner)]
+    return [adamw, torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")]
+
+
 def batch_at(ids: np.ndarray, step: int, args: argparse.Namespace, device: torch.device) -> torch.Tensor:
     """The batch of a step: windows at places that depend on the seed and the step alone."""
     places = np.random.default_rng((args.seed, step)).integers(0, len(ids) - args.context, args.batch)
@@ -149,12 +161,13 @@ def train(args: argparse.Namespace) -> None:
     ids, held_out = encode(train_files, tokenizer), encode(held_out_files, tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build(args, len(tokenizer)).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
+    optimizers = make_optimizers(model, args)
     state = {"step": 0, "cpu_seconds": 0.0, "losses": []}
     if (out / "state.pt").exists():
         saved = torch.load(out / "state.pt", map_location=device, weights_only=True)
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, values in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(values)
         state = saved["state"]
     print(
         f"{len(ids):,} training tokens, {model.num_parameters():,} parameters, from step {state['step']}", flush=True
@@ -165,7 +178,8 @@ def train(args: argparse.Namespace) -> None:
 
     def save() -> None:
         saved = {**state, "cpu_seconds": spent()}
-        checkpoint = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": saved}
+        states = [optimizer.state_dict() for optimizer in optimizers]
+        checkpoint = {"model": model.state_dict(), "optimizers": states, "state": saved}
         write_atomic(out / "state.pt", lambda part: torch.save(checkpoint, part))
 
     start, running = time.process_time(), math.nan
@@ -173,14 +187,16 @@ def train(args: argparse.Namespace) -> None:
         progress = state["step"] / args.steps if args.steps else spent() / (60 * args.cpu_minutes)
         if progress >= 1:
             break
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(progress, args.lr)
         rows = batch_at(ids, state["step"], args, device)
-        loss = model(input_ids=rows, labels=rows).loss
+        with torch.autocast(device.type, torch.bfloat16, enabled=not args.float32):
+            loss = model(input_ids=rows, labels=rows).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(progress, args.lr)
+            optimizer.step()
+            optimizer.zero_grad()
         state["step"] += 1
         running = loss.item() if math.isnan(running) else 0.98 * running + 0.02 * loss.item()
         if state["step"] % 100 == 0:
@@ -221,7 +237,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder with text files")
     parser.add_argument("--out", default="runs/small_opt", help="folder for the model (default: %(default)s)")
-    parser.add_argument("--cpu-minutes", type=float, default=40.0, help="budget of CPU time (default: %(default)s)")
+    parser.add_argument("--cpu-minutes", type=float, default=50.0, help="budget of CPU time (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=0, help="a fixed number of steps instead of a budget of time")
     parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--width", type=int, default=256)
@@ -229,7 +245,9 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=5e-3)
+    parser.add_argument("--muon", action=argparse.BooleanOptionalAction, default=True, help="Muon inside the layers")
+    parser.add_argument("--float32", action="store_true", help="no bfloat16 autocast")
     parser.add_argument("--seed", type=int, default=0)
     train(parser.parse_args())
 

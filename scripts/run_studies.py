@@ -16,6 +16,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from build_report import show
+
 from tnpeft.studies import Engine, Study, report, sweep
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,6 +26,7 @@ STUDIES = (
     "cp_steps_small_opt",
     "cp_steps_small_opt_pairs",
     "cp_steps_smollm2_rates",
+    "cp_steps_smollm2_larger_rates",
     "cp_steps_smollm2",
     "families_digits",
     "tenslora_digits",
@@ -45,20 +48,18 @@ def main() -> None:
         study, runs = Study.read(ROOT / "presets" / f"{name}.toml", data=args.data), ROOT / "runs" / name
         if not args.report:
             sweep(study, runs, Engine(workers=args.workers), say=lambda line: print(line, flush=True))
-        publish(study, runs, runs / "report")
+        publish(study, runs)
 
 
-def publish(study: Study, runs: Path, made: Path) -> None:
-    """Report a study and copy what the report shows to paper/; of a search for learning rates only its table."""
-    report(study, runs, made)
-    wanted = [made / f"{study.name}{end}" for end in (".md", ".csv", ".json")]
-    wanted = wanted if study.name.endswith("_rates") else sorted(made.iterdir())
+def publish(study: Study, runs: Path) -> None:
+    """Report a study in paper/, with the record of the backbone that was pretrained for it."""
+    report(study, runs, runs / "report")
+    tables = ROOT / "paper" / "tables"
+    shutil.copyfile(runs / "report" / f"{study.name}.json", tables / f"{study.name}.json")
     record = Path(study.places["model"]) / "pretraining.json"
-    for path, name in [*((path, path.name) for path in wanted), (record, "small_opt.json")]:
-        if path.exists():
-            folder = ROOT / "paper" / ("figures" if path.suffix in (".png", ".pdf", ".svg") else "tables")
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, folder / name)
+    if record.exists():
+        shutil.copyfile(record, tables / "small_opt.json")
+    show(ROOT / "paper", study.name)
 
 
 if __name__ == "__main__":

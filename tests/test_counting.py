@@ -11,7 +11,7 @@ import sympy
 
 import tnpeft
 from tnpeft.counting import layout, optimizer_megabytes, sites, stored_megabytes
-from tnpeft.networks import Factorization, NetworkError, Site
+from tnpeft.networks import Factorization, Line, NetworkError, Site
 
 LORA = "B[layer proj out r] A[layer proj r inp] -> layer proj out inp"
 CP = "w[layer proj r] A[layer proj o1 r] B[layer proj o2 r] C[layer proj i1 r] D[layer proj i2 r] "
@@ -150,6 +150,14 @@ def test_layout_tells_shared_pieces_of_several_shapes_apart() -> None:
     its = layout(f, [Site(0, "q", 8, 8), Site(0, "v", 4, 8), Site(1, "q", 8, 8), Site(1, "v", 4, 8)])
     assert {p.key for p in its.pieces if p.label == "U"} == {"U#8x2", "U#4x2"}
     assert its.by_factor() == {"U": 24, "G": 24, "V": 24}
+
+
+def test_what_two_lines_share_is_one_piece_whatever_they_call_its_indices() -> None:
+    line = tnpeft.network("B[layer proj out r] A[r inp] -> layer proj out inp")
+    lines = (Line(line, "q"), Line(line.rename(r="s"), "v"))
+    two = [Site(0, "q", 4, 6), Site(0, "v", 4, 6)]
+    counts = [layout(Factorization("both", lines, {"r": 2, "s": s}), two).by_factor() for s in (2, 1)]
+    assert counts == [{"B": 16, "A": 12}, {"B": 12, "A": 18}]
 
 
 def test_megabytes_are_mebibytes() -> None:

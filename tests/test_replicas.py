@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +12,7 @@ from torch import Tensor
 from tnpeft import families
 from tnpeft.counting.layout import layout
 from tnpeft.networks import Factorization, NetworkError, Site, network, replicated
-from tnpeft.nn.execute import program
-from tnpeft.nn.replicas import ReplicaProgram, replica_program
+from tnpeft.nn.execute import Program, program
 
 K = 3
 SITE = Site(0, "q_proj", 12, 12, heads=3, module="q")
@@ -47,7 +47,7 @@ def placed(f: Factorization) -> tuple[Any, Any]:
     return alone, layout(replicated(f), [SITE], stack={"replica": K}).placements[0]
 
 
-def drawn(many: ReplicaProgram, placement: Any, seed: int = 0) -> list[Tensor]:
+def drawn(many: Program, placement: Any, seed: int = 0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shapes = [placement.pieces[label].shape for label in many.labels]
     return [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
@@ -72,7 +72,7 @@ def agree(found: Tensor, wanted: Tensor) -> None:
 @pytest.mark.parametrize("name", FACTORIZATIONS)
 def test_every_block_meets_its_own_replica(name: str, tokens: int) -> None:
     alone, placement = placed(FACTORIZATIONS[name])
-    many = replica_program(placement.network, placement.sizes, tokens=tokens)
+    many = program(placement.network, placement.sizes, tokens=tokens)
     one = program(alone.network, alone.sizes, tokens=tokens)
     assert many.labels == one.labels
     values = drawn(many, placement)
@@ -90,16 +90,14 @@ def test_every_block_meets_its_own_replica(name: str, tokens: int) -> None:
         assert (a is None) == (b is None)
         if a is not None:
             agree(a, b)
-    if many.joins:
-        weight = torch.randn(alone.site.out, alone.site.inp, generator=generator, dtype=torch.float64)
-        bias = torch.randn(alone.site.out, generator=generator, dtype=torch.float64)
-        joined = many.with_linear(x, values, weight, bias, 0.5)
-        agree(joined, many(x, values, torch.nn.functional.linear(x, weight, bias), 0.5))
-        both = [torch.autograd.grad((joined * cotangent).sum(), variables)]
-        plain = many(x, values, torch.nn.functional.linear(x, weight, bias), 0.5)
-        both.append(torch.autograd.grad((plain * cotangent).sum(), variables))
-        for a, b in zip(*both, strict=True):
-            agree(a, b)
+    weight = torch.randn(alone.site.out, alone.site.inp, generator=generator, dtype=torch.float64)
+    bias = torch.randn(alone.site.out, generator=generator, dtype=torch.float64)
+    joined = many.with_linear(x, values, weight, bias, 0.5)
+    plain = many.apply(x, many.prepare(values), torch.nn.functional.linear(x, weight, bias), 0.5)
+    agree(joined, plain)
+    mine, theirs = (torch.autograd.grad((found * cotangent).sum(), variables) for found in (joined, plain))
+    for a, b in zip(mine, theirs, strict=True):
+        agree(a, b)
     deltas = many.delta([value.detach() for value in values], 0.5)
     for k in range(K):
         own = [
@@ -108,32 +106,34 @@ def test_every_block_meets_its_own_replica(name: str, tokens: int) -> None:
         agree(deltas[k], one.delta([value.detach() for value in own], 0.5))
 
 
-def test_lora_is_paired_and_costs_what_its_replicas_cost() -> None:
-    alone, placement = placed(families.lora(rank=1))
-    many = replica_program(placement.network, placement.sizes, tokens=64)
+@pytest.mark.parametrize("name", ["own", "split", "hyper"])
+def test_a_pass_costs_what_its_replicas_cost(name: str) -> None:
+    alone, placement = placed(FACTORIZATIONS[name])
+    many = program(placement.network, placement.sizes, tokens=64)
     one = program(alone.network, alone.sizes, tokens=64)
-    assert many.joins
-    assert one.joins
     for cost in ("macs", "backward_macs", "written", "saved"):
         assert getattr(many.plan, cost) == K * getattr(one.plan, cost)
+    assert len(many.again) == len(one.again)
+    assert len(many.flow.stages.keep) == len(one.flow.stages.keep)
 
 
-def test_the_second_derivative_of_the_joined_operation() -> None:
-    _, placement = placed(families.lora(rank=1))
-    many = replica_program(placement.network, placement.sizes, tokens=64)
+@pytest.mark.parametrize("name", ["lora", "signed", "stretched", "hyper"])
+def test_the_second_derivative_of_the_joined_operation(name: str) -> None:
+    _, placement = placed(FACTORIZATIONS[name])
+    many = program(placement.network, placement.sizes, tokens=64)
     weight = torch.randn(12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     x = torch.randn(K, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(4), requires_grad=True)
 
     def run(x: Tensor, *values: Tensor) -> Tensor:
         return many.with_linear(x, list(values), weight, None, 0.5).square()
 
-    assert torch.autograd.gradcheck(run, (x, *drawn(many, placement)))
-    assert torch.autograd.gradgradcheck(run, (x, *drawn(many, placement)))
+    assert torch.autograd.gradcheck(run, (x, *drawn(many, placement)), fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, (x, *drawn(many, placement)), fast_mode=True)
 
 
 def test_rows_that_are_no_equal_blocks_are_refused() -> None:
     _, placement = placed(families.lora(rank=1))
-    many = replica_program(placement.network, placement.sizes)
+    many = program(placement.network, placement.sizes)
     with pytest.raises(NetworkError, match="4 rows are no 3 equal blocks"):
         many(torch.ones(4, 12, dtype=torch.float64), drawn(many, placement))
 
@@ -147,3 +147,25 @@ def test_a_line_with_a_replica_is_not_replicated_again() -> None:
 def test_selecting_a_replica_gives_the_line_back(line: str) -> None:
     f = Factorization.of(line, ranks=dict.fromkeys(network(line).bonds, 2))
     assert replicated(f).network.select("replica") == f.network
+
+
+def test_ranks_and_scales_become_constants_where_they_differ() -> None:
+    f = Factorization.of("U[out a] G[a b] V[b inp] + c[out] d[inp] -> out inp", ranks={"a": 2, "b": 3}, scale=3.0)
+    both = replicated(f, replace(f.with_ranks(a=1), scale=2.0))
+    assert str(both.network) == (
+        "U[replica out a] G[replica a b] V[replica b inp] ^mask_a[replica a] ^scales[replica] "
+        "+ c[replica out] d[replica inp] ^scales[replica] -> replica out inp"
+    )
+    assert (both.ranks, both.scale) == ({"a": 2, "b": 3}, 1.0)
+    assert both.init == {"mask_a": [[1, 1], [1, 0]], "scales": [3.0, 2.0]}
+    assert replicated(f, f) == replicated(f)
+    with pytest.raises(NetworkError, match="have the same lines"):
+        replicated(f, Factorization.of("A[out inp] -> out inp"))
+    g = replace(f, ranks={"a": 2, "b": "min(a, inp)"})
+    with pytest.raises(NetworkError, match="rank of 'a', which a rule gives or derives"):
+        replicated(g, g.with_ranks(a=3))
+
+
+def test_a_factor_may_be_called_as_a_mask() -> None:
+    f = Factorization.of("mask_r[out r] A[r inp] -> out inp", ranks={"r": 2})
+    assert "^mask_r_[replica r]" in str(replicated(f, f.with_ranks(r=1)).network)

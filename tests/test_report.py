@@ -43,7 +43,7 @@ def test_figures_named_in_the_report_are_there() -> None:
 
 def test_a_line_joins_sizes_that_are_numbers_only() -> None:
     def point(label: str, size: str) -> Point:
-        return Point("t", label, size, "family", 1, 0, 0.1, False, {0: 0.5}, {0: 0.5}, 1.0, ())
+        return Point("t", label, size, "family", 1, 0, 0.1, False, {0: 0.5}, {0: 0.5})
 
     assert is_ladder([point("LoRA", "rank=1"), point("LoRA", "rank=2"), point("IA3", "")])
     assert not is_ladder([point("LoRA", "rank=1"), point("CP", "rank=2")])

@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tnpeft
 from tnpeft.adapters.update import Update
@@ -20,7 +21,7 @@ from tnpeft.adapters.update import Update
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 import _bench
 
-WIDE, TOKENS, MANY, BYTES = 2048, 64, 1024, 4
+WIDE, TOKENS, MANY, BYTES, REPLICAS = 2048, 64, 1024, 4, 3
 MATRIX = WIDE * WIDE * BYTES
 FAMILIES = [name for name in tnpeft.families.names() if name != "lotra"]  # which has an index that no model has
 CONSTRUCTIONS = ("att", "qkv", "depth", "att_qkv", "att_depth", "qkv_depth", "att_qkv_depth")
@@ -54,8 +55,8 @@ def activations(tokens: int = TOKENS) -> Tensor:
     return torch.randn(tokens, WIDE, generator=torch.Generator().manual_seed(0)).requires_grad_()
 
 
-def site(f: Any, tokens: int = TOKENS) -> tuple[nn.Module, Update]:
-    config = tnpeft.TensorNetworkConfig(network=f, target_modules=["q_proj"], tokens=tokens)
+def site(f: Any, tokens: int = TOKENS, replicas: int = 1) -> tuple[nn.Module, Update]:
+    config = tnpeft.TensorNetworkConfig(network=f, target_modules=["q_proj"], tokens=tokens, replicas=replicas)
     model = peft.get_peft_model(Site(), config)
     return model, model.base_model.model.q_proj.updates["default"][0]
 
@@ -66,8 +67,8 @@ def family(name: str) -> Any:
     return replace(f, init={"U": "kaiming", "V": "kaiming"}) if name == "lora_xs" else f  # no SVD of a large weight
 
 
-def loss(model: nn.Module) -> Tensor:
-    return model(activations()).sum()
+def loss(model: nn.Module, tokens: int = TOKENS) -> Tensor:
+    return model(activations(tokens)).sum()
 
 
 def saved(model: nn.Module, tokens: int = TOKENS) -> int:
@@ -89,6 +90,14 @@ def test_no_family_keeps_a_matrix(name: str, tokens: int) -> None:
     kept = saved(model, tokens)
     assert kept < BYTES * tokens * WIDE + MATRIX
     assert 2 * kept <= 3 * BYTES * tokens * WIDE
+
+
+@pytest.mark.parametrize("name", ["lora", "cp", "tenslora", "tensor_train", "loha", "lokr", "randlora", "quanta"])
+def test_replicas_keep_what_as_many_adapters_keep(name: str) -> None:
+    """So no family keeps a matrix there either."""
+    kept = saved(site(family(name), TOKENS, REPLICAS)[0], REPLICAS * TOKENS)
+    assert kept < BYTES * REPLICAS * TOKENS * WIDE + MATRIX
+    assert kept <= REPLICAS * saved(site(family(name))[0])
 
 
 @pytest.mark.parametrize("tokens", [TOKENS, MANY])
@@ -134,14 +143,15 @@ def test_tenslora_keeps_a_hundredth_of_a_rebuilt_tensor(construction: str) -> No
     assert update.run.plan.largest < MATRIX // BYTES
 
 
+@pytest.mark.parametrize("replicas", [1, REPLICAS])
 @pytest.mark.parametrize("name", ["lora", "cp", "lorta", "tenslora", "lotr", "tensor_train", "loha", "lokr"])
-def test_flops_are_the_plan_s_beside_the_linear_s(name: str) -> None:
-    model, update = site(tnpeft.families.get(name)())
+def test_flops_are_the_plan_s_beside_the_linear_s(name: str, replicas: int) -> None:
+    model, update = site(tnpeft.families.get(name)(), TOKENS, replicas)
     plan = update.run.plan.resized(tokens=TOKENS)
     summed = [s for s in plan.steps if s.kind == "contract" and set(s.uses[0]) & set(s.uses[1]) - set(s.indices)]
-    frozen = 2 * TOKENS * WIDE * WIDE
+    frozen = 2 * replicas * TOKENS * WIDE * WIDE
     with _bench.flop_counter() as counter:
-        result = loss(model)
+        result = loss(model, replicas * TOKENS)
         forward = counter.get_total_flops()
         result.backward()
     assert forward == frozen + 2 * sum(step.macs for step in summed)
@@ -153,11 +163,37 @@ def test_a_lora_step_launches_fewer_operations_than_peft_s() -> None:
     floor = _bench.meters(bare := Site().requires_grad_(False), partial(loss, bare))
     ours = _bench.meters(model := site("lora")[0], partial(loss, model))
     theirs = _bench.meters(model := peft.get_peft_model(Site(), PEFT["lora"]), partial(loss, model))
-    # forward two products; backward four, and B's gradient put into B's layout (two)
+    # forward two products; backward four, and B's gradient put into B's layout (two); replicas as one adapter
     assert ours.kernels - floor.kernels == 8
+    many = _bench.meters(model := site("lora", TOKENS, REPLICAS)[0], partial(loss, model, REPLICAS * TOKENS))
+    assert many.kernels == ours.kernels
     assert ours.kernels < theirs.kernels
     assert ours.peak <= theirs.peak
     assert ours.saved <= theirs.saved
+
+
+class Products(TorchDispatchMode):
+    """The sizes of the results of elementwise products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func._opname in ("mul", "mul_", "addcmul", "addcmul_"):
+            self.sizes.append(result.numel())
+        return result
+
+
+def test_a_vera_step_multiplies_full_width_twice_and_peft_s_three_times() -> None:
+    """Forward the row times the output; backward the row's own gradient, but not the output's."""
+    counts = []
+    for model in (site(family("vera"), MANY)[0], peft.get_peft_model(Site(), PEFT["vera"])):
+        with Products() as found:
+            model(activations(MANY)).sum().backward()
+        counts.append(sum(size >= MANY * WIDE for size in found.sizes))
+    assert counts == [2, 3]
 
 
 def test_the_meter_sees_what_is_kept() -> None:

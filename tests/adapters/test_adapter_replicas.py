@@ -31,6 +31,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "scale": 0.5,
     },
 }  # fmt: skip
+RANKS: dict[str, list[dict[str, int]]] = {  # of the replicas of a family, its own apart
+    "lora": [{"r": 1}, {"r": 4}, {"r": 2}],
+    "cp": [{"r": 3}, {"r": 2}, {"r": 7}],
+    "tenslora": [{"a": 2, "b": 4}, {"b": 2, "c": 1}, {"a": 5, "d": 2}],
+    "vera": [{"r": 6}, {"r": 3}, {"r": 9}],
+    "custom": [{"a": 1}, {"a": 4, "b": 3}, {"b": 1}],
+}
+SCALES = [2.0, 0.5, 1.5]
 MODELS = {"opt": opt, "llama": llama}
 
 
@@ -48,6 +56,13 @@ def together(key: str = "lora", name: str = "opt", **changes: Any) -> Any:
     return attached(key, name, replicas=len(SEEDS), replica_seeds=list(SEEDS), **changes)
 
 
+def of_ranks(key: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Changes that give replicas ranks and scales of their own, and those that make each of them alone."""
+    ranks = FAMILIES[key].get("ranks", {})
+    each = [{"ranks": {**ranks, **own}, "scale": scale} for own, scale in zip(RANKS[key], SCALES, strict=True)]
+    return {"replica_ranks": RANKS[key], "replica_scales": SCALES}, each
+
+
 def batches(seed: int, steps: int = 5, rows: int = 2) -> list[Tensor]:
     generator = torch.Generator().manual_seed(100 + seed)
     return [torch.randint(2, 60, (rows, 7), generator=generator) for _ in range(steps)]
@@ -57,8 +72,8 @@ def adamw(model: Any, lr: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(tnpeft.parameter_groups(model, lr=lr), weight_decay=0.1)
 
 
-def run_alone(key: str, name: str, k: int) -> tuple[Any, list[float]]:
-    model = attached(key, name, seed=SEEDS[k])
+def run_alone(key: str, name: str, k: int, **changes: Any) -> tuple[Any, list[float]]:
+    model = attached(key, name, seed=SEEDS[k], **changes)
     optimizer, found = adamw(model, RATES[k]), []
     for ids in batches(k):
         out = model(input_ids=ids).logits[:, :-1]  # transformers' own loss rounds to fp32
@@ -71,8 +86,8 @@ def run_alone(key: str, name: str, k: int) -> tuple[Any, list[float]]:
     return model, found
 
 
-def run_together(key: str, name: str) -> tuple[Any, list[list[float]]]:
-    model = together(key, name)
+def run_together(key: str, name: str, **changes: Any) -> tuple[Any, list[list[float]]]:
+    model = together(key, name, **changes)
     optimizer, found = adamw(model, max(RATES)), []
     tnpeft.replicas.learning_rates(optimizer, model, [rate / max(RATES) for rate in RATES])
     for blocks in zip(*map(batches, range(len(SEEDS))), strict=True):
@@ -91,27 +106,83 @@ def near(found: Tensor, wanted: Tensor, tolerance: float = 1e-10) -> None:
     assert float((found - wanted).abs().max()) <= tolerance * max(1.0, float(wanted.abs().max()))
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("key", FAMILIES)
-def test_five_steps_are_those_of_separate_runs(key: str, name: str) -> None:
-    model, losses = run_together(key, name)
+def agree(key: str, name: str, model: Any, losses: list[list[float]], each: list[dict[str, Any]]) -> None:
+    """Every replica after the steps is the adapter that was trained alone."""
     for k in range(len(SEEDS)):
-        alone, wanted = run_alone(key, name, k)
+        alone, wanted = run_alone(key, name, k, **each[k])
         near(*(torch.tensor(values, dtype=torch.float64) for values in ([row[k] for row in losses], wanted)))
         mine, theirs = tnpeft.replica(model, k), tnpeft.factors(alone)
         assert list(mine) == list(theirs)
-        start = tnpeft.factors(attached(key, name, seed=SEEDS[k]))
+        start = tnpeft.factors(attached(key, name, seed=SEEDS[k], **each[k]))
         kinds = {f.name: f.kind for f in alone.peft_config["default"].factorization.network.factors}
         for label, value in theirs.items():
             near(mine[label], value)
             assert (kinds[label.partition("#")[0]] == "trainable") != torch.equal(value, start[label])
+        assert tnpeft.replicas.parameters(model, k) == alone.get_nb_trainable_parameters()[0]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("key", FAMILIES)
+def test_five_steps_are_those_of_separate_runs(key: str, name: str) -> None:
+    agree(key, name, *run_together(key, name), [{}] * len(SEEDS))
+
+
+@pytest.mark.parametrize("key", RANKS)
+def test_five_steps_at_other_ranks_and_scales_are_those_of_separate_runs(key: str) -> None:
+    changes, each = of_ranks(key)
+    model, losses = run_together(key, "opt", **changes)
+    agree(key, "opt", model, losses, each)
+    padding(model)
+
+
+def padding(model: Any) -> None:
+    """What pads the arrays of a model is zero, and so are its gradients."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    inside = {name: torch.zeros_like(p) for name, p in trained.items()}
+    config = model.peft_config["default"]
+    for k in range(config.replicas):
+        one = peft.get_peft_model(opt(), config.alone(k))
+        shapes = {n: p.shape for n, p in one.named_parameters() if p.requires_grad}
+        assert set(shapes) == set(trained)
+        for name, shape in shapes.items():
+            inside[name][(k, *map(slice, shape))] = 1
+    assert any(not bool(mask.all()) for mask in inside.values())
+    ids = torch.cat([batches(k)[0] for k in range(config.replicas)])
+    tnpeft.replicas.losses(model(input_ids=ids).logits, ids, config.replicas).sum().backward()
+    for name, p in trained.items():
+        assert not bool(p[inside[name] == 0].any())
+        assert not bool(p.grad[inside[name] == 0].any())
+    model.zero_grad()
+
+
+def test_padding_never_counts_whatever_it_holds() -> None:
+    model = together("tenslora", **of_ranks("tenslora")[0])
+    shake(model)
+    ids = torch.cat([batches(k)[0] for k in range(3)])
+    wanted = model(input_ids=ids).logits.detach()
+    mine = [tnpeft.replica(model, k) for k in range(3)]
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(1.0)
+    for k in range(3):
+        for name, value in mine[k].items():
+            if "~" not in name:
+                its = tnpeft.factors(model)[name]
+                its[(k, *map(slice, value.shape))] = value
+                tnpeft.set_factors(model, {name: its})
+    near(model(input_ids=ids).logits.detach(), wanted, 1e-12)
 
 
 @pytest.mark.parametrize("key", FAMILIES)
-def test_each_starts_as_it_would_alone(key: str) -> None:
-    model = together(key, dtype=torch.float32)
+@pytest.mark.parametrize("own", [False, True])
+def test_each_starts_as_it_would_alone(key: str, own: bool) -> None:
+    if own and key not in RANKS:
+        pytest.skip("no ranks of its own")
+    changes, each = of_ranks(key) if own else ({}, [{}] * len(SEEDS))
+    model = together(key, dtype=torch.float32, **changes)
     for k, seed in enumerate(SEEDS):
-        wanted = tnpeft.factors(attached(key, dtype=torch.float32, seed=seed))
+        wanted = tnpeft.factors(attached(key, dtype=torch.float32, seed=seed, **each[k]))
         for label, value in tnpeft.replica(model, k).items():
             assert torch.equal(value, wanted[label])
     by_default = attached(key, dtype=torch.float32, seed=5, replicas=2)
@@ -130,6 +201,14 @@ def test_starts_from_the_base_weight_and_from_arrays() -> None:
         one = peft.get_peft_model(opt(), tnpeft.TensorNetworkConfig(**its, seed=1))
         wanted = tnpeft.factors(one)
         assert all(torch.equal(value, wanted[label]) for label, value in tnpeft.replica(many, 1).items())
+    its = {"network": line, "init": starts, "target_modules": ["q_proj", "v_proj"]}
+    ranks = [{"r": 4}, {"r": 2}]
+    many = peft.get_peft_model(
+        opt(), tnpeft.TensorNetworkConfig(**its, ranks=ranks[0], replicas=2, replica_ranks=ranks)
+    )
+    for k in range(2):
+        wanted = tnpeft.factors(peft.get_peft_model(opt(), tnpeft.TensorNetworkConfig(**its, ranks=ranks[k], seed=k)))
+        assert all(torch.equal(value, wanted[label]) for label, value in tnpeft.replica(many, k).items())
 
 
 def test_factors_show_the_replica_first() -> None:
@@ -177,9 +256,11 @@ def test_generation_and_padding_go_block_by_block() -> None:
         model.set_adapter("default")
 
 
+@pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("key", ["lora", "cp", "vera", "custom"])
-def test_saved_and_loaded_as_replicas_and_as_one(key: str, tmp_path: Path) -> None:
-    model = together(key, dtype=torch.float32).eval()
+def test_saved_and_loaded_as_replicas_and_as_one(key: str, own: bool, tmp_path: Path) -> None:
+    changes, each = of_ranks(key) if own else ({}, [{}] * len(SEEDS))
+    model = together(key, dtype=torch.float32, **changes).eval()
     shake(model)
     ids = torch.cat([batches(k)[0] for k in range(3)])
     with torch.no_grad():
@@ -192,10 +273,14 @@ def test_saved_and_loaded_as_replicas_and_as_one(key: str, tmp_path: Path) -> No
         tnpeft.replicas.save(again, k, tmp_path / f"{k}")
         one = peft.PeftModel.from_pretrained(opt(), tmp_path / f"{k}").eval()
         assert one.peft_config["default"].replicas == 1
+        assert one.peft_config["default"].factorization == config(key, **each[k]).factorization
         for name, value in tnpeft.factors(one).items():
             assert torch.equal(value, tnpeft.replica(model, k)[name])
         with torch.no_grad():
             near(one(input_ids=ids[2 * k : 2 * k + 2]).logits, wanted[2 * k : 2 * k + 2], 1e-5)
+        tnpeft.replicas.attach(again, k, f"only{k}")
+        mine = tnpeft.factors(again, f"only{k}")
+        assert all(torch.equal(value, mine[name]) for name, value in tnpeft.factors(one).items())
 
 
 def test_one_of_them_merges_and_exports(tmp_path: Path) -> None:
@@ -295,7 +380,16 @@ def test_batches_that_are_no_blocks() -> None:
     [
         ({"replicas": 0}, "replicas is 0"),
         ({"replicas": True}, "replicas is True"),
-        ({"replicas": 2, "replica_seeds": [1]}, "1 seeds for 2 replicas"),
+        ({"replicas": 2, "replica_seeds": [1]}, "1 entries for 2 replicas"),
+        ({"replicas": 2, "replica_ranks": [{"r": 1}]}, "replica_ranks has 1 entries for 2 replicas"),
+        ({"replica_ranks": [{"r": 1}]}, "replica_ranks is for several replicas"),
+        ({"replicas": 2, "replica_ranks": [{"r": 1}, {"r": 0}]}, "replica_ranks is"),
+        ({"replicas": 2, "replica_ranks": [{"r": 1}, {"s": 2}]}, "names 's', which is none of the bonds"),
+        ({"replicas": 2, "replica_scales": [1.0, float("inf")]}, "replica_scales is"),
+        (
+            {"replicas": 2, "replica_ranks": [{"r": 1}, {}], "ranks": {"r": "min(out, 4)"}},
+            "rank of 'r', which a rule gives",
+        ),
         ({"replicas": 2, "replica_seeds": [1, -1]}, "replica_seeds is"),
         ({"replicas": 2, "dora": True}, "no magnitudes"),
         ({"replicas": 2, "bias": "all"}, "would share what bias trains"),
@@ -313,6 +407,14 @@ def test_a_classifier_is_refused() -> None:
     its = OPTConfig(hidden_size=16, ffn_dim=16, num_attention_heads=2, num_hidden_layers=1, vocab_size=32)
     with pytest.raises(NetworkError, match="would share what modules_to_save trains"):
         peft.get_peft_model(OPTForSequenceClassification(its), config("lora", replicas=2, task_type="SEQ_CLS"))
+
+
+def test_ranks_that_tie_what_others_keep_apart_are_refused() -> None:
+    its = {"network": "B[layer proj out r] A[r inp] -> layer proj out inp", "ranks": {"r": 4}}
+    its |= {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": {"r": 2}}, "replicas": 2}
+    peft.get_peft_model(opt(), tnpeft.TensorNetworkConfig(**its, replica_ranks=[{"r": 3}, {"r": 4, "r_1": 1}]))
+    with pytest.raises(NetworkError, match="let projections share a factor"):
+        peft.get_peft_model(opt(), tnpeft.TensorNetworkConfig(**its, replica_ranks=[{"r": 2}, {"r": 4}]))
 
 
 def test_a_random_constant_is_refused() -> None:

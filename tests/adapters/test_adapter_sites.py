@@ -125,3 +125,9 @@ def test_start_values_do_not_depend_on_order_dtype_or_depth() -> None:
         assert all(torch.equal(value, other[name]) for name, value in one.items())
     two = start(opt(layers=2), ["q_proj"])
     assert all(torch.equal(value, one[name]) for name, value in two.items())
+
+
+def test_a_task_index_is_refused_with_the_remedy() -> None:
+    line = "A[out r] B[r inp] T[task r] L[layer r] -> task layer out inp"
+    with pytest.raises(NetworkError, match=r"which task it belongs to[\s\S]*adapter_names"):
+        tnpeft.TensorNetworkConfig(network=line, ranks={"r": 4}, target_modules=["q_proj"])

@@ -19,7 +19,7 @@ from tnpeft.studies.statistics import best_under, interval, paired, summary
 
 
 def point(label: str, parameters: int, scores: dict[int, float], task: str = "sst2", kind: str = "family") -> Point:
-    return Point(task, label, f"rank={parameters}", kind, parameters, 0, 1e-3, False, scores, scores, 1.0, ())
+    return Point(task, label, f"rank={parameters}", kind, parameters, 0, 1e-3, False, scores, scores)
 
 
 def test_summary_is_numpys() -> None:

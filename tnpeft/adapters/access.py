@@ -54,10 +54,21 @@ def factors(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
     {'B': (1, 1, 8, 2), 'A': (1, 1, 2, 4)}
     """
     bank = bank_of(model, adapter)
-    held = arrays(model, bank, adapter)
+    return stacked(bank.layouts[adapter], arrays(model, bank, adapter))
+
+
+def stacked(layout: Layout, held: Mapping[Piece, Tensor]) -> dict[str, Tensor]:
+    """Copies of the arrays of a layout's pieces, as :func:`factors` gives them.
+
+    >>> from tnpeft.counting.layout import layout
+    >>> from tnpeft.networks import Factorization, Site
+    >>> two = layout(Factorization.of("A[layer out inp] -> layer out inp"), [Site(k, "q", 3, 4) for k in (0, 1)])
+    >>> stacked(two, {piece: torch.ones(piece.shape) for piece in two.pieces})["A"].shape
+    torch.Size([2, 3, 4])
+    """
     return {
-        name: _stacked([held[piece].detach() for piece in pieces], pieces, bank.layouts[adapter], grid).clone()
-        for name, pieces, grid in entries(bank.layouts[adapter])
+        name: _stacked([held[piece].detach() for piece in pieces], pieces, layout, grid).clone()
+        for name, pieces, grid in entries(layout)
     }
 
 

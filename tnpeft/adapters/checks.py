@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
+from math import isfinite
 from typing import Any
 
 from tnpeft.networks import NetworkError
@@ -35,23 +36,29 @@ def check_replicas(config: Any) -> None:
     """Raise if the configuration asks of several replicas what only one adapter can do.
 
     Raises:
-        NetworkError: it does, or ``replica_seeds`` are not one for each.
+        NetworkError: it does, or the seeds, ranks or scales of replicas are not one for each.
 
     >>> from types import SimpleNamespace
     >>> check_replicas(SimpleNamespace(replicas=2, replica_seeds=[0]))
     Traceback (most recent call last):
-    tnpeft.networks.errors.NetworkError: replica_seeds has 1 seeds for 2 replicas
-    give one seed for each, or None
+    tnpeft.networks.errors.NetworkError: replica_seeds has 1 entries for 2 replicas
+    give one for each, or None
     """
-    seeds = config.replica_seeds
-    if seeds is not None and len(seeds) != config.replicas:
-        raise NetworkError(
-            f"replica_seeds has {len(seeds)} seeds for {config.replicas} replicas",
-            remedy="give one seed for each, or None",
-        )
+    for name in ("replica_seeds", "replica_ranks", "replica_scales"):
+        given = getattr(config, name, None)
+        if given is not None and len(given) != config.replicas:
+            raise NetworkError(
+                f"{name} has {len(given)} entries for {config.replicas} replicas", remedy="give one for each, or None"
+            )
+        if given is not None and config.replicas == 1 and name != "replica_seeds":
+            raise NetworkError(f"{name} is for several replicas", remedy="give the one adapter its own network")
     if config.replicas == 1:
         return
-    for field, idle in (("modules_to_save", not config.modules_to_save), ("bias", config.bias == "none")):
+    for field, idle in (
+        ("modules_to_save", not config.modules_to_save),
+        ("trainable_token_indices", config.trainable_token_indices is None),
+        ("bias", config.bias == "none"),
+    ):
         if not idle:
             raise NetworkError(
                 f"{config.replicas} replicas would share what {field} trains",
@@ -63,6 +70,14 @@ def check_replicas(config: Any) -> None:
 
 def _whole(value: Any, least: int = 0) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= _MOST
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+
+
+def _ranks(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(map(_name, value)) and all(_whole(rank, 1) for rank in value.values())
 
 
 def _listed(value: Any, fits: Callable[[Any], bool]) -> bool:
@@ -89,11 +104,16 @@ def _modules(value: Any) -> bool:
 
 def _order(value: Any) -> bool:
     """A map from names to the numbers from 0 on."""
+    return value is None or (_places(value) and all(value))
+
+
+def _places(value: Any) -> bool:
+    """The same of paths: that of the model itself, whose own linears are a layer as well, is empty."""
     if value is None:
         return True
-    if not isinstance(value, Mapping) or not all(map(_name, value)) or not all(map(_whole, value.values())):
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
         return False
-    return bool(value) and sorted(value.values()) == [*range(len(value))]
+    return bool(value) and all(map(_whole, value.values())) and sorted(value.values()) == [*range(len(value))]
 
 
 def _texts(value: Any) -> bool:
@@ -112,6 +132,14 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "layers_pattern": (lambda value: value is None or _name(value) or _listed(value, _name), "pass names, or None"),
     "modules_to_save": (lambda value: value is None or _listed(value, _name), "pass a list of names, or None"),
+    "trainable_token_indices": (
+        lambda value: (
+            value is None
+            or _listed(value, _whole)
+            or (isinstance(value, Mapping) and all(_name(n) and _listed(v, _whole) for n, v in value.items()))
+        ),
+        "pass numbers of tokens, from 0 on, or such lists by the embedding's name, or None",
+    ),
     "bias": _one_of(_BIAS),
     "dropout": (
         lambda value: isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1,
@@ -123,7 +151,16 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: value is None or (isinstance(value, list | tuple) and _listed(value, _whole)),
         "pass a list of whole numbers from 0 on, or None",
     ),
+    "replica_ranks": (
+        lambda value: value is None or (isinstance(value, list | tuple) and _listed(value, _ranks)),
+        'pass a list of ranks by bond, [{"r": 2}, {"r": 4}], or None',
+    ),
+    "replica_scales": (
+        lambda value: value is None or (isinstance(value, list | tuple) and _listed(value, _finite)),
+        "pass a list of finite numbers, or None",
+    ),
     "save_frozen dora": (lambda value: isinstance(value, bool), "pass True or False"),
-    "layers projections": (_order, "check the file: it is a map from names to their places, from 0 on"),
+    "layers": (_places, "check the file: it is a map from paths to their places, from 0 on"),
+    "projections": (_order, "check the file: it is a map from names to their places, from 0 on"),
     "frozen": (lambda value: value is None or _texts(value), "check the file: it is a map from factors to hashes"),
 }

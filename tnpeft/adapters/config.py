@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass, field, replace
 from typing import Any
 
 from peft.config import PeftConfig
@@ -13,7 +14,7 @@ from tnpeft import registration
 from tnpeft.adapters.checks import check_fields, check_replicas
 from tnpeft.adapters.files import describe, fetch, stored_shapes
 from tnpeft.adapters.plain import factorization, lower, with_rank_pattern
-from tnpeft.networks import Factorization, NetworkError
+from tnpeft.networks import Factorization, NetworkError, replicated
 
 _CHANGES = ("ranks", "splits", "init", "scale", "unit_norm", "lr_multiplier", "square")  # in the order of the fields
 
@@ -31,11 +32,15 @@ class TensorNetworkConfig(PeftConfig):
         layers_to_transform: numbers of the layers to adapt; None for all.
         layers_pattern: name of the list of layers, where it is not obvious.
         modules_to_save: modules that are trained and saved in full, such as a classifier.
+        trainable_token_indices: tokens whose embeddings are trained besides: their numbers, or numbers by the name of
+            the embedding module.
         bias: which biases are trained: none, all, or tensor_network_only (those of adapted linears).
         dropout: probability with which entries of an adapter's input are dropped in training.
         seed: of the start values and of the frozen random factors.
         replicas: adapters that train side by side in one pass, see :mod:`tnpeft.adapters.replicas`.
         replica_seeds: the seed of each; None for seed, seed + 1, and so on.
+        replica_ranks: the ranks in which each differs from ``network``, ``[{"r": 2}, {"r": 4}]``; None for none.
+        replica_scales: the effective scale of each; None for that of ``network``.
         save_frozen: write frozen factors to the file too, instead of regenerating them from the seed.
         dora: learn a magnitude per output feature and normalise the updated weight's rows (arXiv 2402.09353).
         tokens: rows of activations per step (of each replica) that the contraction is planned for.
@@ -65,11 +70,14 @@ class TensorNetworkConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     bias: str = "none"
     dropout: float = 0.0
     seed: int = 0
     replicas: int = 1
     replica_seeds: list[int] | None = None
+    replica_ranks: list[dict[str, int]] | None = None
+    replica_scales: list[float] | None = None
     save_frozen: bool = False
     dora: bool = False
     tokens: int = 2048
@@ -102,7 +110,8 @@ class TensorNetworkConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(names := getattr(self, name), set | tuple | list):
                 setattr(self, name, [*dict.fromkeys(sorted(names) if isinstance(names, set) else names)])
-        self.replica_seeds = None if self.replica_seeds is None else [*self.replica_seeds]
+        for name in ("replica_seeds", "replica_ranks", "replica_scales"):
+            setattr(self, name, None if getattr(self, name) is None else [*getattr(self, name)])
         self._check()
         # What a file fixes, the model has to meet; what a model fixed, the next model may fix anew.
         self.loaded = self.layers is not None
@@ -117,12 +126,48 @@ class TensorNetworkConfig(PeftConfig):
                 "layers_to_transform does not go with a regular expression in target_modules",
                 remedy="write the layers into the expression, or pass a list of names",
             )
+        for line in self._factorization.lines:
+            if "task" in line.network.indices:
+                raise NetworkError(
+                    "no row of a batch says which task it belongs to",
+                    line=str(line.network),
+                    position=str(line.network).index("task"),
+                    remedy="attach one adapter for each task and name them row by row (adapter_names), or train them "
+                    "side by side (replicas)",
+                )
         check_replicas(self)
+        if self.replicas > 1:
+            _ = self.side_by_side  # that it can be
 
     @property
     def factorization(self) -> Factorization:
         """The factorization that ``network`` holds as plain data."""
         return self._factorization
+
+    def own(self, k: int) -> Factorization:
+        """The factorization of replica k, at its own ranks and scale."""
+        f = self._factorization
+        ranks = {} if self.replica_ranks is None else self.replica_ranks[k]
+        scale = f.scale if self.replica_scales is None else self.replica_scales[k]
+        return replace(f.with_ranks(**ranks), scale=scale)
+
+    @property
+    def side_by_side(self) -> Factorization:
+        """The factorization of all replicas in one."""
+        differing = self.replica_ranks or self.replica_scales or [None]
+        return replicated(*(self.own(k) for k in range(len(differing))))
+
+    def alone(self, k: int) -> TensorNetworkConfig:
+        """The configuration of replica k as that of an adapter of its own, as if read from a file."""
+        config = copy.deepcopy(self)
+        config._factorization = self.own(k)
+        config.network = lower(config._factorization)
+        named = {name.rpartition("/"): its for name, its in (self.frozen or {}).items()}
+        config.frozen = {name: its for (name, _, number), its in named.items() if number == str(k)}
+        config.seed, config.replicas = self.seeds[k], 1
+        config.replica_seeds = config.replica_ranks = config.replica_scales = None
+        config.loaded, config.stored = True, None
+        return config
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -151,10 +196,13 @@ class TensorNetworkConfig(PeftConfig):
         """
         config: TensorNetworkConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         file = fetch(pretrained_model_name_or_path, subfolder, **cls._split_kwargs(kwargs)[0])
-        config.stored = stored_shapes(file, [*(config.modules_to_save or ()), *_beside(config.bias)])
+        config.stored = stored_shapes(file, config.beside)
         return config
 
-
-def _beside(bias: str) -> tuple[str, ...]:
-    """What PEFT may write beside the factors: embeddings that were resized, and biases that were trained."""
-    return (*EMBEDDING_LAYER_NAMES, *((".bias",) if bias != "none" else ()))
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """Parts of the names that PEFT may write beside the factors: whole modules, tokens, trained biases, and
+        embeddings, which may have been resized."""
+        biases = (".bias",) if self.bias != "none" else ()
+        tokens = (".token_adapter.",) if self.trainable_token_indices is not None else ()
+        return (*(self.modules_to_save or ()), *tokens, *biases, *EMBEDDING_LAYER_NAMES)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters.sites import select
 from tnpeft.counting.layout import Layout, Piece, layout
-from tnpeft.networks import REPLICA, Factorization, Line, NetworkError, Site, replicated
+from tnpeft.networks import REPLICA, Factorization, Line, NetworkError, Site
 from tnpeft.nn.init import Starter, factor_hash
 from tnpeft.registration import PREFIX
 
@@ -56,7 +56,7 @@ def place(model: nn.Module, modules: Mapping[str, nn.Module], config: TensorNetw
     found = layout(config.factorization, chosen.sites, [*chosen.projections])
     check_patterns(config.factorization, config.patterns, [placement.site for placement in found.placements])
     if config.replicas > 1:
-        found = layout(replicated(config.factorization), chosen.sites, found.projs, stack={REPLICA: config.replicas})
+        found = layout(config.side_by_side, chosen.sites, found.projs, stack={REPLICA: config.replicas})
     count = found.count(frozen=True)
     most = max(_LEAST, _MOST * sum(p.numel() for p in model.parameters()))
     if count > most:
@@ -65,6 +65,7 @@ def place(model: nn.Module, modules: Mapping[str, nn.Module], config: TensorNetw
             line=str(config.factorization.network),
             remedy="choose smaller ranks",
         )
+    check_beside(model, config)
     if config.stored is not None:
         check_stored(config, found)
     config.layers, config.projections = dict(chosen.layers), dict(chosen.projections)
@@ -106,6 +107,62 @@ def check_stored(config: TensorNetworkConfig, found: Layout) -> None:
     check_shapes(config.stored or {}, expected_shapes(config, found))
 
 
+def check_beside(model: nn.Module, config: TensorNetworkConfig) -> None:
+    """Raise unless what an adapter trains or stores beside factors fits the model; PEFT would find out halfway.
+
+    Raises:
+        NetworkError: a token is in no embedding, or an array of the file has no counterpart of its shape.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, tokens in _embeddings(model, config.trainable_token_indices).items():
+        rows, width = model.get_submodule(path).weight.shape  # type: ignore[union-attr]
+        if not tokens or max(tokens) >= rows:
+            raise NetworkError(
+                f"trainable_token_indices names {f'token {max(tokens)}' if tokens else 'no token'} of {path}",
+                remedy=f"it has the tokens 0 to {rows - 1}; resize the embeddings first if there are to be more",
+            )
+        shapes[f"{path}.token_adapter.trainable_tokens_delta"] = len(tokens), width
+    for stored, shape in (config.stored or {}).items():
+        name = stored.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        wanted = shape if f".{PREFIX}" in name else shapes.get(name) or _shape(model, name)
+        if wanted not in (shape, ()):
+            raise NetworkError(
+                f"{name} is stored with shape {shape}, and the model's is {wanted or 'missing'}",
+                remedy="load it onto the model class and size that it was trained on, embeddings resized alike",
+            )
+
+
+def _embeddings(model: nn.Module, tokens: Any) -> dict[str, list[int]]:
+    """The tokens by the path of their embedding; given without a name they are the model's input."""
+    if tokens is None:
+        return {}
+    paths = [name for name, module in model.named_modules() if getattr(module, "weight", None) is not None]
+    if isinstance(tokens, Mapping):
+        found = {name: [path for path in paths if f".{path}".endswith(f".{name}")] for name in tokens}
+        pairs = {path: [*tokens[name]] for name, its in found.items() for path in its}
+        missing = next((name for name, its in found.items() if not its), None)
+    else:
+        inputs = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+        pairs = {path: [*tokens] for path, module in model.named_modules() if module is inputs}
+        missing = None if pairs else "input embeddings"
+    if missing:
+        raise NetworkError(
+            f"trainable_token_indices: the model has no {missing}",
+            remedy="name the embedding: {'embed_tokens': [...]}",
+        )
+    return pairs
+
+
+def _shape(model: nn.Module, name: str) -> tuple[int, ...] | None:
+    """The shape of a model's array, None if there is none; () where it is quantised or elsewhere and says nothing."""
+    parent, _, leaf = name.rpartition(".")
+    try:
+        array = getattr(model.get_submodule(parent), leaf)
+    except AttributeError:
+        return None
+    return tuple(array.shape) if array.is_floating_point() and array.numel() else ()
+
+
 def expected_shapes(config: TensorNetworkConfig, found: Layout) -> dict[str, tuple[int, ...]]:
     """Shape of every array that a file of this adapter holds, by its name in the model."""
     kinds = ("trainable", "frozen") if config.save_frozen else ("trainable",)
@@ -130,17 +187,23 @@ def start_values(config: TensorNetworkConfig, found: Layout, weight: Callable[[S
         NetworkError: a frozen factor is not the one that the adapter was trained with.
     """
     constants = base_constants(config.factorization)
-    one = alone(found, config.factorization)
+    layouts = [alone(found, config.own(k)) for k in range(config.replicas)]
     started = []
-    for seed in config.seeds:
+    for one, seed in zip(layouts, config.seeds, strict=True):
         starter = Starter(one, seed, weight)
         started.append({piece: starter(piece) for piece in one.pieces if piece.label not in constants})
     hashes = frozen_hashes(started[0])
     values = started[0]
     if config.replicas > 1:
         hashes = {f"{label}/{k}": its for k, own in enumerate(started) for label, its in frozen_hashes(own).items()}
-        pairs = zip(found.pieces, one.pieces, strict=True)
-        values = {many: _side_by_side(many, [own[p] for own in started]) for many, p in pairs if p in started[0]}
+        pairs = [dict(paired(found, one)) for one in layouts]
+        values = {
+            many: _side_by_side(many, [own[its[many]] for own, its in zip(started, pairs, strict=True)])
+            if many in pairs[0]
+            else torch.tensor(found.factorization.init[many.label], dtype=torch.float32)
+            for many in found.pieces
+            if many.label not in constants
+        }
     if config.loaded and not config.save_frozen and (config.frozen or {}) != hashes:
         changed = sorted(label for label in hashes if (config.frozen or {}).get(label) != hashes[label])
         raise NetworkError(
@@ -153,8 +216,9 @@ def start_values(config: TensorNetworkConfig, found: Layout, weight: Callable[[S
 
 
 def alone(found: Layout, f: Factorization) -> Layout:
-    """The layout of one replica, ``f`` on the same sites: its pieces are those of ``found`` in the same order.
+    """The layout of one replica, ``f`` on the same sites.
 
+    >>> from tnpeft.networks import replicated
     >>> f = Factorization.of("B[out r] A[r inp] -> out inp", ranks={"r": 2})
     >>> many = layout(replicated(f), [Site(0, "q", 3, 4)], stack={"replica": 5})
     >>> [piece.shape for piece in many.pieces], [piece.shape for piece in alone(many, f).pieces]
@@ -165,15 +229,43 @@ def alone(found: Layout, f: Factorization) -> Layout:
     return layout(f, [p.site for p in found.placements], found.projs)
 
 
-def _side_by_side(piece: Piece, values: list[Tensor]) -> Tensor:
-    if REPLICA in piece.indices:
-        return torch.stack(values)
-    if any(not torch.equal(value, values[0]) for value in values):
+def paired(found: Layout, one: Layout) -> list[tuple[Piece, Piece]]:
+    """The pieces of replicas, but for masks and scales, each with that of one of them.
+
+    Raises:
+        NetworkError: they are not the same, as its ranks let projections share what those of others do not.
+
+    >>> from tnpeft.networks import replicated
+    >>> f = Factorization.of("B[out r] A[r inp] -> out inp", ranks={"r": 2})
+    >>> many = layout(replicated(f, f.with_ranks(r=1)), [Site(0, "q", 3, 4)], stack={"replica": 2})
+    >>> [(a.label, a.shape, b.shape) for a, b in paired(many, alone(many, f))]
+    [('B', (2, 3, 2), (3, 2)), ('A', (2, 2, 4), (2, 4))]
+    """
+    labels = {piece.label for piece in one.pieces}
+    pieces = [piece for piece in found.pieces if piece.label in labels]
+    kinds = [[(p.label, p.layer, p.proj, p.home) for p in its] for its in (pieces, one.pieces)]
+    if kinds[0] != kinds[1]:
         raise NetworkError(
-            f"the constant {piece.label!r} starts at random, and replicas share constants",
+            "the ranks of one replica let projections share a factor, and those of others do not",
+            remedy="give all replicas equal ranks at the same projections, or train them apart",
+        )
+    return list(zip(pieces, one.pieces, strict=True))
+
+
+def _side_by_side(piece: Piece, values: list[Tensor]) -> Tensor:
+    """The values of all replicas in one array, padded with zeros; of a constant the one that all have."""
+    if REPLICA in piece.indices:
+        array = torch.zeros(piece.shape)
+        for k, value in enumerate(values):
+            array[(k, *map(slice, value.shape))] = value
+        return array
+    whole = max(values, key=Tensor.numel)
+    if any(not torch.equal(value, whole[tuple(map(slice, value.shape))]) for value in values):
+        raise NetworkError(
+            f"the constant {piece.label!r} differs from seed to seed or rank to rank, and replicas share constants",
             remedy=f"declare it frozen, ~{piece.label}: each replica then has its own",
         )
-    return values[0]
+    return whole
 
 
 def frozen_hashes(values: Mapping[Piece, Tensor]) -> dict[str, str]:

@@ -8,7 +8,6 @@ clipping all at once, and :func:`learning_rates`, K runs are one.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.optimizer import Optimizer
 
-from tnpeft.adapters.access import arrays, bank_of, entries, factors, set_factors
-from tnpeft.adapters.placement import alone, expected_shapes
-from tnpeft.counting.layout import Piece
+from tnpeft.adapters.access import arrays, bank_of, set_factors, stacked
+from tnpeft.adapters.placement import alone, expected_shapes, paired
+from tnpeft.counting.layout import Layout, Piece
 from tnpeft.networks import REPLICA, NetworkError
 
 _IGNORED = -100  # the label that transformers leaves out of a loss
@@ -148,16 +147,22 @@ def replica(model: nn.Module, k: int, adapter: str = "default") -> dict[str, Ten
     >>> {name: tuple(value.shape) for name, value in replica(model, 2).items()}
     {'B': (1, 1, 8, 2), 'A': (1, 1, 2, 4)}
     """
-    layout = bank_of(model, adapter).layouts[adapter]
-    _config(model, k, adapter)
-    whole = factors(model, adapter)
-    found = {}
-    for name, pieces, _ in entries(layout):
-        stacked = REPLICA in pieces[0].indices
-        shape = pieces[0].shape
-        its = name.replace(f"#{_times(shape)}", f"#{_times(shape[1:])}") if stacked else name
-        found[its] = whole[name][k].clone() if stacked else whole[name]
-    return found
+    return stacked(*_own(model, k, adapter, ("trainable", "frozen", "constant")))
+
+
+def parameters(model: nn.Module, k: int, adapter: str = "default") -> int:
+    """Elements that replica k trains: what an adapter of its ranks would train alone.
+
+    Raises:
+        NetworkError: the model has no such adapter or replica.
+
+    >>> import peft, tnpeft
+    >>> its = {"network": "lora", "target_modules": ["0"], "replicas": 2, "replica_ranks": [{"r": 1}, {"r": 3}]}
+    >>> model = peft.get_peft_model(nn.Sequential(nn.Linear(4, 8)), tnpeft.TensorNetworkConfig(**its))
+    >>> parameters(model, 0), parameters(model, 1)
+    (12, 36)
+    """
+    return _own(model, k, adapter, ())[0].count()
 
 
 def attach(model: nn.Module, k: int, name: str, adapter: str = "default") -> None:
@@ -211,15 +216,11 @@ def save(model: nn.Module, k: int, folder: str | Path, adapter: str = "default")
     from safetensors.torch import save_file
 
     config = _config(model, k, adapter)
-    bank = bank_of(model, adapter)
-    held = arrays(model, bank, adapter, kinds=("trainable", "frozen") if config.save_frozen else ("trainable",))
-    one = alone(bank.layouts[adapter], config.factorization)
-    pairs = dict(zip(one.pieces, bank.layouts[adapter].pieces, strict=True))
-    values = [held[pairs[piece]].detach()[k].cpu().contiguous() for piece in one.pieces if pairs[piece] in held]
-    names = expected_shapes(config, one)
+    one, values = _own(model, k, adapter, ("trainable", "frozen") if config.save_frozen else ("trainable",))
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    tensors = {f"base_model.model.{name}": value for name, value in zip(names, values, strict=True)}
+    named = zip(expected_shapes(config, one), values.values(), strict=True)
+    tensors = {f"base_model.model.{name}": value.detach().cpu().contiguous() for name, value in named}
     save_file(tensors, path / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     config.save_pretrained(str(path))
 
@@ -239,24 +240,26 @@ def _config(model: nn.Module, k: int, adapter: str) -> Any:
     """The configuration of replica k as an adapter of its own, as if read from a file."""
     bank_of(model, adapter)
     configs: Any = model.peft_config
-    config = copy.deepcopy(configs[adapter])
+    config = configs[adapter]
     if config.replicas == 1 or isinstance(k, bool) or not isinstance(k, int) or not 0 <= k < config.replicas:
         raise NetworkError(f"there is no replica {k!r}", remedy=f"{adapter!r} has {config.replicas}, from 0 on")
-    ending = f"/{k}"
-    config.frozen = {
-        name.removesuffix(ending): its for name, its in (config.frozen or {}).items() if name.endswith(ending)
-    }
-    config.seed, config.replica_seeds, config.replicas = config.seeds[k], None, 1
-    config.loaded, config.stored = True, None
-    return config
+    return config.alone(k)
+
+
+def _own(model: nn.Module, k: int, adapter: str, kinds: tuple[str, ...]) -> tuple[Layout, dict[Piece, Tensor]]:
+    """The layout of replica k alone, and its arrays without what pads them to the ranks of others."""
+    config, bank = _config(model, k, adapter), bank_of(model, adapter)
+    held, one = arrays(model, bank, adapter, kinds=kinds), alone(bank.layouts[adapter], config.factorization)
+    found = {}
+    for many, piece in paired(bank.layouts[adapter], one):
+        if many in held:
+            array = held[many][k] if REPLICA in many.indices else held[many]
+            found[piece] = array[tuple(map(slice, piece.shape))]
+    return one, found
 
 
 def _spread(values: Tensor, array: Tensor) -> Tensor:
     return values.to(array.dtype).reshape(-1, *(1,) * (array.dim() - 1))
-
-
-def _times(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
 
 
 def _label(name: str) -> str:

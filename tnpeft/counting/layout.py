@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 from tnpeft.networks import Factorization, Line, Network, NetworkError, Site
@@ -28,11 +28,12 @@ class Piece:
 
     ``layer`` and ``proj`` say which value of these indices the piece belongs to, None where the factor is shared
     over them. ``home`` is the module that owns it, ``""`` for one shared by several sites; ``key`` is unique there.
+    What two lines share is one piece, however they call its indices.
     """
 
     label: str
     kind: Kind
-    indices: Group
+    indices: Group = field(compare=False)
     shape: tuple[int, ...]
     layer: int | None
     proj: str | None

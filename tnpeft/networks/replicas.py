@@ -1,8 +1,10 @@
-"""Many adapters of one factorization as one: every factor but the constants gets the index ``replica``."""
+"""Many adapters of one network as one: every factor but the constants gets the index ``replica``."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from typing import Any
 
 from tnpeft.networks.errors import NetworkError
 from tnpeft.networks.factor import Factor, Term
@@ -12,22 +14,45 @@ from tnpeft.networks.network import Network
 REPLICA = "replica"
 
 
-def replicated(f: Factorization) -> Factorization:
+def replicated(*each: Factorization) -> Factorization:
     """The factorization of several adapters side by side, ``replica`` the first index of factors and output.
 
-    Constant factors are data and shared by all. Selecting ``replica`` gives the factorization back.
+    Constant factors are data and shared by all. Selecting ``replica`` gives the factorization back. The adapters may
+    differ in ranks and scale: a bond is then as wide as the widest, a constant masks it with ones and zeros, and
+    another holds the scales. One factorization stands for any number of adapters that do not differ.
 
     Raises:
-        NetworkError: a line carries the index already.
+        NetworkError: a line carries the index already, the lines differ, or a rule derives a size from a rank that
+            differs.
 
     >>> print(replicated(Factorization.of("d[out] ^W[out inp] -> out inp")).network)
     d[replica out] ^W[out inp] -> replica out inp
+    >>> f = Factorization.of("B[out r] A[r inp] -> out inp", ranks={"r": 3})
+    >>> both = replicated(f, f.with_ranks(r=1))
+    >>> print(both.network, both.init)
+    B[replica out r] A[replica r inp] ^mask_r[replica r] -> replica out inp {'mask_r': [[1, 1, 1], [1, 0, 0]]}
     """
-    return replace(f, lines=tuple(Line(with_replicas(line.network), line.sites) for line in f.lines))
+    first = each[0]
+    if any(f.lines != first.lines for f in each):
+        raise NetworkError("replicas have the same lines", remedy="train adapters of other networks apart")
+    taken = {factor.name for line in first.lines for factor in line.network.factors}
+    ranks, scale, constants = dict(first.ranks), first.scale, list[Factor]()
+    values: dict[str, Any] = {}
+    for bond in _differing(each):
+        own = [int(f.ranks[bond]) for f in each]
+        ranks[bond] = max(own)
+        constants.append(Factor(_free(f"mask_{bond}", taken), (REPLICA, bond), "constant"))
+        values[constants[-1].name] = [[int(k < rank) for k in range(max(own))] for rank in own]
+    if any(f.scale != scale for f in each):
+        scale = 1.0
+        constants.append(Factor(_free("scales", taken), (REPLICA,), "constant"))
+        values[constants[-1].name] = [f.scale for f in each]
+    lines = tuple(Line(with_replicas(line.network, *constants), line.sites) for line in first.lines)
+    return replace(first, lines=lines, ranks=ranks, init={**first.init, **values}, scale=scale)
 
 
-def with_replicas(net: Network) -> Network:
-    """One line of :func:`replicated`.
+def with_replicas(net: Network, *constants: Factor) -> Network:
+    """One line of :func:`replicated`; the constants go into every term that has their bonds.
 
     >>> from tnpeft.networks.notation import network
     >>> print(with_replicas(network("B[out r] A[r inp] -> out inp")))
@@ -40,9 +65,38 @@ def with_replicas(net: Network) -> Network:
             position=str(net).index(REPLICA),
             remedy="write the line of one adapter: the index is added to it",
         )
-    terms = tuple(Term(tuple(map(_factor, term.factors)), term.sign) for term in net.terms)
-    return Network(terms, ((REPLICA,), *net.output))
+    terms = []
+    for term in net.terms:
+        own = [c for c in constants if term.places().keys() >= {*c.indices} - {REPLICA}]
+        terms.append(Term((*map(_factor, term.factors), *own), term.sign))
+    return Network(tuple(terms), ((REPLICA,), *net.output))
 
 
 def _factor(factor: Factor) -> Factor:
     return factor if factor.kind == "constant" else replace(factor, indices=(REPLICA, *factor.indices))
+
+
+def _differing(each: tuple[Factorization, ...]) -> list[str]:
+    """The bonds of several ranks: numbers, from which no rule derives anything."""
+    first = each[0]
+    found = [bond for bond, rank in first.ranks.items() if any(f.ranks[bond] != rank for f in each)]
+    rules = [*first.ranks.values(), *(part for parts in first.splits.values() for part in parts)]
+    for bond in found:
+        if any(isinstance(f.ranks[bond], str) for f in each) or bond in _words(rules):
+            raise NetworkError(
+                f"replicas differ in the rank of {bond!r}, which a rule gives or derives sizes from",
+                line=str(first.network),
+                remedy="train adapters of other ranks apart",
+            )
+    return found
+
+
+def _words(rules: list[int | str | None]) -> set[str]:
+    """The names in rules of sizes."""
+    return {word for rule in rules if isinstance(rule, str) for word in re.findall(r"\w+", rule)}
+
+
+def _free(name: str, taken: set[str]) -> str:
+    while name in taken:
+        name += "_"
+    return name

@@ -8,13 +8,15 @@ from math import prod
 
 from torch import Tensor
 
-from tnpeft.networks import Network, NetworkError
+from tnpeft.networks import REPLICA, Network, NetworkError
 from tnpeft.networks.sizes import Size, bind, integers
 from tnpeft.nn.contract import run
+from tnpeft.nn.first import First, first
 from tnpeft.nn.flow import Flow
 from tnpeft.nn.lower import lower
 from tnpeft.nn.stages import stages
 from tnpeft.nn.together import apart, may_reverse, together
+from tnpeft.nn.units import Norms
 from tnpeft.planning.planner import planned
 from tnpeft.planning.steps import Plan
 
@@ -29,10 +31,11 @@ def program(
 ) -> Program:
     """The program of one site's network, best at about ``tokens`` rows of activations; kept by value.
 
-    It runs on any number of rows. ``minimize`` and ``training`` are those of :func:`tnpeft.plan`.
+    It runs on any number of rows. ``minimize`` and ``training`` are those of :func:`tnpeft.plan`. If ``replica`` is
+    open, ``tokens`` are those of each replica.
 
     Raises:
-        NetworkError: a stack index is still open, or a size is missing or no whole number.
+        NetworkError: another stack index is still open, or a size is missing or no whole number.
 
     >>> from tnpeft.networks import network
     >>> run = program(network("B[out r] A[r inp] -> out inp"), {"out": 4, "r": 2, "inp": 3})
@@ -46,12 +49,13 @@ def program(
 @lru_cache(maxsize=1024)
 def _program(net: Network, dims: tuple[tuple[str, int], ...], tokens: int, minimize: str, training: bool) -> Program:
     net.require_matrix()
-    if net.stack:
-        raise NetworkError(
-            f"the stack index {net.stack[0]!r} is still open",
-            line=str(net),
-            remedy=f"select one site first: net.select({net.stack[0]!r})",
-        )
+    for index in net.stack:
+        if index != REPLICA:
+            raise NetworkError(
+                f"the stack index {index!r} is still open",
+                line=str(net),
+                remedy=f"select one site first: net.select({index!r})",
+            )
     return Program(planned(net, dims, tokens, minimize, training), planned(net, dims, None, minimize, training))
 
 
@@ -61,19 +65,29 @@ class Program:
     ``labels`` is the order in which the factors' tensors are passed; ``prepares`` says that something is computed
     from the factors alone, ``again`` names the steps that the backward pass takes again instead of keeping what they
     gave; a program ``joins`` if it can be one operation with a linear, and is ``direct`` if all activations pass
-    between two matrices (most families' do). A call is a pure function of factors, activations and base output: no
-    state, so checkpointing, compiling and double differentiation work.
+    between two matrices (most families' do); ``first`` is its first step, if that can be taken elsewhere. A call is a
+    pure function of factors, activations and base output: no state, so checkpointing, compiling and double
+    differentiation work.
+
+    With ``replicas``, the activations are as many equal contiguous blocks of rows, and block k meets slice k of the
+    factors that carry the index ``replica``.
 
     >>> import torch
     >>> from tnpeft.networks import network
     >>> run = program(network("B[out r] A[r inp] -> out inp"), {"out": 4, "r": 2, "inp": 3})
     >>> run(torch.ones(5, 3), [torch.ones(4, 2), torch.ones(2, 3)], base=torch.ones(5, 4), scale=0.5).unique()
     tensor([4.])
+    >>> run = program(network("d[replica out] ^A[out inp] -> replica out inp"), {"replica": 2, "out": 1, "inp": 3})
+    >>> run(torch.ones(4, 3), [torch.tensor([[1.0], [10.0]]), torch.ones(1, 3)]).T
+    tensor([[ 3.,  3., 30., 30.]])
     """
+
+    first: First | None = None
 
     def __init__(self, plan: Plan, dense: Plan) -> None:
         net, sizes = plan.network, plan.sizes
         self.plan = plan
+        self.replicas = int(sizes.get(REPLICA, 1)) if net.stack else 1
         self.labels = tuple(net.label(factor) for factor in net.factors)
         self.rows = prod(sizes[index] for index in net.rows)
         self.cols = prod(sizes[index] for index in net.cols)
@@ -82,11 +96,13 @@ class Program:
             prod(sizes[index] for index in factor.indices) if factor.kind == "trainable" else 0
             for factor in net.factors
         ]
-        found = stages(lower(plan, self.labels), trainable)
+        lowered = lower(plan, self.labels)
+        found = stages(lowered, trainable)
         self.flow = Flow(found, self.rows, [size > 0 for size in trainable])
         self.prepares = bool(found.weights)
         self.again = found.again_names
         self.joins = True
+        self.first = first(lowered, trainable, self.rows)
         self.direct = self.flow.paired
 
     def __call__(
@@ -96,7 +112,7 @@ class Program:
         if not self.again or not may_reverse(x):
             return self.apply(x, self.prepare(operands), base, scale)
         flat = None if base is None else base.reshape(-1, self.rows)
-        result = apart(self.flow, scale, x.reshape(-1, self.cols), flat, operands)
+        result = apart(self.flow, scale, self._flat(x), flat, operands)
         return result.reshape(*x.shape[:-1], self.rows)
 
     def prepare(self, operands: Sequence[Tensor]) -> list[Tensor]:
@@ -105,16 +121,25 @@ class Program:
 
     def apply(self, x: Tensor, prepared: Sequence[Tensor], base: Tensor | None = None, scale: float = 1.0) -> Tensor:
         """What a call gives, from the prepared factors; what autograd keeps then is up to it."""
-        entered = self.flow.enter(x.reshape(-1, self.cols), self.flow.gates(prepared))
+        entered = self.flow.enter(self._flat(x), self.flow.gates(prepared))
         values = self.flow.values(prepared, entered)
         total = self.flow.add(None if base is None else base.reshape(-1, self.rows), values, scale)
         return total.reshape(*x.shape[:-1], self.rows)
 
     def with_linear(
-        self, x: Tensor, operands: Sequence[Tensor], weight: Tensor, bias: Tensor | None, scale: float = 1.0
+        self,
+        x: Tensor,
+        operands: Sequence[Tensor],
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: float = 1.0,
+        norms: Norms | None = None,
     ) -> Tensor:
-        """``linear(x, weight, bias) + scale * x @ dW.T`` as one operation, if :func:`tnpeft.nn.together.may_join`."""
-        result = together(self.flow, scale, x.reshape(-1, self.cols), weight, bias, operands)
+        """``linear(x, weight, bias) + scale * x @ dW.T`` as one operation, if :func:`tnpeft.nn.together.may_join`.
+
+        Along the axes in ``norms`` the operands are normalised first.
+        """
+        result = together(self.flow, scale, self._flat(x), weight, bias, operands, norms)
         return result.reshape(*x.shape[:-1], self.rows)
 
     def matrices(self, prepared: Sequence[Tensor]) -> tuple[Tensor, Tensor, int]:
@@ -122,7 +147,18 @@ class Program:
         return self.flow.pair(prepared)
 
     def delta(self, operands: Sequence[Tensor], scale: float = 1.0) -> Tensor:
-        """``scale * dW``, ``[rows, cols]``."""
+        """``scale * dW``, ``[rows, cols]``; with replicas ``[replica, rows, cols]``."""
         matrix: Tensor = run(self._dense, dict(zip(self.labels, operands, strict=True)))
-        matrix = matrix.reshape(self.rows, self.cols)
+        if self.plan.network.stack:
+            matrix = matrix.expand(self.replicas, *matrix.shape[1:])
+        matrix = matrix.reshape(*matrix.shape[: len(self.plan.network.stack)], self.rows, self.cols)
         return matrix if scale == 1.0 else matrix * scale
+
+    def _flat(self, x: Tensor) -> Tensor:
+        """The activations as rows."""
+        if self.replicas > 1 and (x.dim() < 2 or x.shape[0] % self.replicas):
+            raise NetworkError(
+                f"{x.shape[0] if x.dim() > 1 else 1} rows are no {self.replicas} equal blocks",
+                remedy="let the batch be one block of equally many rows for each replica, in their order",
+            )
+        return x.reshape(-1, self.cols)

@@ -1,12 +1,13 @@
 """A plan's steps as torch operations: every choice of layout is made here, once, before anything runs.
 
 Intermediate results are stored as matrices whose columns are what their consumer sums, so that a step on activations
-is one ``linear`` on views and the last one accumulates into the base output.
+is one ``linear`` on views and the last one accumulates into the base output. Where the stack index ``replica`` is
+open, the rows of the activations are a block for each of its values, and a step is a product of as many matrices.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from tnpeft.networks.factor import Group
 from tnpeft.nn.contract import matmul
 from tnpeft.nn.operations import Elementwise, General, Operation, Product, Side, Sum, View
-from tnpeft.nn.orders import Roles, Value, unfused, walk, wanted
+from tnpeft.nn.orders import Roles, Value, singly, walk, wanted
 from tnpeft.planning.steps import Plan, Step, fresh
 
 Body = tuple[tuple[Operation, int, int], ...]  # an operation and the places of its two operands
@@ -22,8 +23,8 @@ Body = tuple[tuple[Operation, int, int], ...]  # an operation and the places of 
 
 @dataclass(frozen=True)
 class Fact:
-    """What the result of an operation is: the name of its step, its elements (for each row of activations, if it has
-    such rows) and the multiply-adds that an element takes."""
+    """What the result of an operation is: the name of its step, its elements (for one row of activations, of every
+    block, if it has such rows) and the multiply-adds that an element takes."""
 
     name: str
     elements: int
@@ -43,6 +44,8 @@ class Added:
         scale = self.sign * scale
         if total is None:
             return self.operation(a, b if scale == 1.0 else b * scale).reshape(-1, wide)
+        if self.shape == (-1, wide):
+            return self.operation.add_to(total, a, b, scale, new)
         return self.operation.add_to(total.reshape(self.shape), a, b, scale, new).reshape(-1, wide)
 
 
@@ -53,14 +56,15 @@ Tail = tuple[tuple[Added, int, int], ...]
 class Lowered:
     """The operations of a plan: the body computes intermediate results, the tail adds to ``[tokens, out]``.
 
-    ``facts`` belong to the body; ``width`` is that of the activations. ``merges`` says that the update is the
-    activations times one matrix, ``[out, inp]``.
+    ``facts`` belong to the body; ``width`` is that of the activations, ``tokens`` the rows that were planned for.
+    ``merges`` says that the update is the activations times one matrix, ``[out, inp]``.
     """
 
     body: Body
     tail: Tail
     facts: tuple[Fact, ...]
     width: int
+    tokens: int
     merges: bool
 
 
@@ -79,12 +83,13 @@ def lower(plan: Plan, labels: tuple[str, ...]) -> Lowered:
 
 class _Lowering:
     def __init__(self, plan: Plan, labels: tuple[str, ...]) -> None:
-        self.token = plan.activation
+        self.token, self.tokens = plan.activation, plan.sizes[plan.activation]
+        self.stack = plan.network.stack
         self.sizes: dict[str, int] = {**plan.sizes, self.token: -1}  # the number of rows is whatever comes
         self.steps = [step for step in plan.steps if step.kind != "reshape"]
-        self.values = {name: unfused(k, plan.network.factor(name).indices) for k, name in enumerate(labels)}
+        self.values = {name: Value(k, singly(plan.network.factor(name).indices)) for k, name in enumerate(labels)}
         self.x, self.places = fresh("x", labels), len(labels) + 1
-        self.values[self.x] = Value(len(labels), (self.token, *plan.network.cols), 1)
+        self.values[self.x] = Value(len(labels), ((*self.stack, self.token), plan.network.cols))
         self.wanted = wanted(self.steps, {**{name: v.order for name, v in self.values.items()}})
         self.body: list[tuple[Operation, int, int]] = []
         self.facts: list[Fact] = []
@@ -93,42 +98,48 @@ class _Lowering:
 
     def lower(self) -> Lowered:
         walk(self.steps, self._contract, self._add, self._accumulate)
-        width = prod(self.sizes[index] for index in self.values[self.x].order[1:])
         merges = self.merges and len(self.tail) == 1
-        return Lowered(tuple(self.body), tuple(self.tail), tuple(self.facts), width, merges)
+        width = abs(self._size(self.values[self.x].order))
+        return Lowered(tuple(self.body), tuple(self.tail), tuple(self.facts), width, self.tokens, merges)
+
+    def _size(self, indices: Group) -> int:
+        """Elements of an axis; with the activations' rows less than zero, and minus one if it is they alone."""
+        return prod(self.sizes[index] for index in indices)
+
+    def _shape(self, axes: tuple[Group, ...]) -> tuple[int, ...]:
+        return tuple(max(self._size(axis), -1) for axis in axes)
 
     # ---- steps
 
     def _operand(self, step: Step, k: int) -> Value:
         """An operand; a factor takes the names that its indices have in this use."""
         value = self.values[step.operands[k]]
-        return replace(value, order=step.uses[k]) if value.place < self.places else value
+        return Value(value.place, singly(step.uses[k])) if value.place < self.places - 1 else value
 
     def _append(
-        self, name: str, operation: Operation, left: Value, right: Value, order: Group, cut: int | None, summed: Group
+        self, name: str, operation: Operation, left: Value, right: Value, axes: tuple[Group, ...], summed: Group
     ) -> None:
+        value = self.values[name] = Value(self.places + len(self.body), axes)
         self.body.append((operation, left.place, right.place))
-        elements = abs(prod(self.sizes[index] for index in order))
-        self.facts.append(Fact(name, elements, prod(self.sizes[index] for index in summed)))
-        place = self.places + len(self.body) - 1
-        self.values[name] = unfused(place, order) if cut is None else Value(place, order, cut)
+        self.facts.append(Fact(name, abs(self._size(value.order)), self._size(summed)))
 
     def _contract(self, step: Step) -> None:
         left, right = self._operand(step, 0), self._operand(step, 1)
         order = self.wanted[step.result]
-        if self.token not in left.order and order[:1] and order[0] not in left.order:
+        rows = [index for index in order if index not in self.stack]
+        if self.token not in left.order and rows and rows[0] not in left.order:
             left, right = right, left
         parts = Roles.of(left.order, right.order, order)
-        cut = None
+        axes = singly(order)
         operation: Operation
         if not parts.summed:
             operation = Elementwise(self._compact(left, order), self._compact(right, order))
-        elif parts.batch:
+        elif parts.batch not in ((), self.stack):
             operation = self._general(left, right, order)
         else:
             operation = self._matrices(left, right, parts)
-            order, cut = parts.left + parts.right, len(parts.left)
-        self._append(step.result, operation, left, right, order, cut, parts.summed)
+            axes = (*singly(parts.batch), parts.left, parts.right)
+        self._append(step.result, operation, left, right, axes, parts.summed)
 
     def _add(self, step: Step) -> None:
         """A chain of sums of weights; one part alone is added to nothing."""
@@ -138,51 +149,51 @@ class _Lowering:
         rest = [*zip(operands[1:], step.signs[1:], strict=True)] or [(first, 0)]
         for other, second in rest:
             operation = Sum(self._spread(first, order), self._spread(other, order), sign, second)
-            self._append(step.result, operation, first, other, order, None, ())
+            self._append(step.result, operation, first, other, singly(order), ())
             first, sign = self.values[step.result], 1
 
     def _accumulate(self, step: Step, output: Group, sign: int) -> None:
         """Adds the product of two operands to the output ``[tokens, out]``."""
         left, right = self._operand(step, 0), self._operand(step, 1)
         parts = Roles.of(left.order, right.order, output)
-        shape = tuple(self.sizes[index] for index in output)
+        axes = singly(output)
         operation: Operation
         if not parts.summed:
             operation = Elementwise(self._spread(left, output), self._spread(right, output))
-        elif not parts.batch and parts.left + parts.right == output:
+        elif parts.batch in ((), self.stack) and parts.batch + parts.left + parts.right == output:
             operation = self._matrices(left, right, parts)
-            shape = (-1, prod(self.sizes[index] for index in parts.right))
+            axes = (*axes[: len(parts.batch)], parts.left, parts.right)
             self.merges = (
                 left.place == self.places - 1 and parts.left == (self.token,) and operation.left.view is None
             )
         else:
             operation = self._general(left, right, output)
-        self.tail.append((Added(operation, shape, sign), left.place, right.place))
+        self.tail.append((Added(operation, self._shape(axes), sign), left.place, right.place))
 
     # ---- how an operation sees its operands
 
     def _matrices(self, left: Value, right: Value, parts: Roles) -> Product:
         """Both operands as matrices with the same columns: in the left one's order if it needs no copy so."""
         summed = tuple(index for index in left.order if index in parts.summed)
-        if left.order != parts.left + summed:
+        if left.order != parts.batch + parts.left + summed:
             summed = tuple(index for index in right.order if index in parts.summed)
-        return Product(self._matrix(left, parts.left, summed), self._matrix(right, parts.right, summed))
-
-    def _matrix(self, value: Value, rows: Group, cols: Group) -> Side:
-        """A tensor as a matrix."""
-        width = prod(self.sizes[index] for index in cols)
-        if value.order == rows + cols and value.cut == len(rows):
-            return Side(width=width)
-        spread = self._spread(value, rows + cols)
-        if len(rows) == len(cols) == 1:
-            return spread
-        shape = tuple(self.sizes[index] for index in rows + cols)
-        plain = value.order == rows + cols  # then a single reshape does
-        return Side(
-            lambda tensor: (tensor if plain else spread.see(tensor)).reshape(-1, width),
-            lambda grad: spread.give(grad.reshape(shape)),
-            width if plain else None,
+        batch = singly(parts.batch)
+        rows = parts.left == (self.token,) and len(parts.right) == 1  # more indices would be copied into order again
+        return Product(
+            self._fused(left, (*batch, parts.left, summed)), self._fused(right, (*batch, parts.right, summed)), rows
         )
+
+    def _fused(self, value: Value, axes: tuple[Group, ...]) -> Side:
+        """A tensor with axes of several indices."""
+        order, shape, own = sum(axes, ()), self._shape(axes), self._shape(value.axes)
+        if value.axes == axes:
+            return Side(shape=shape)
+        if value.order == order:
+            return Side(lambda tensor: tensor.reshape(shape), lambda grad: grad.reshape(own), shape)
+        spread, full = self._spread(value, order), self._shape(singly(order))
+        if axes == singly(order):
+            return spread
+        return Side(lambda tensor: spread.see(tensor).reshape(shape), lambda grad: spread.give(grad.reshape(full)))
 
     def _spread(self, value: Value, order: Group) -> Side:
         """A tensor with one axis per index of ``order``, of size 1 where it lacks the index."""
@@ -192,11 +203,10 @@ class _Lowering:
         full = tuple(self.sizes[index] for index in value.order)
         axes = tuple(value.order.index(index) for index in order if index in value.order)
         shape = tuple(self.sizes[index] if index in value.order else 1 for index in order)
-        fused = value.cut is not None and (value.cut, len(full)) != (1, 2)
         moved = axes != tuple(range(len(axes)))
         if not moved:
-            return (lambda tensor: tensor.reshape(shape)) if fused or len(shape) != len(full) else None
-        if not fused and len(shape) == len(full):
+            return (lambda tensor: tensor.reshape(shape)) if value.fused or len(shape) != len(full) else None
+        if not value.fused and len(shape) == len(full):
             return lambda tensor: tensor.permute(axes)
         return lambda tensor: tensor.reshape(full).permute(axes).reshape(shape)
 
@@ -210,9 +220,8 @@ class _Lowering:
             steps.append(lambda grad: grad.sum(missing))
         if axes != tuple(range(len(axes))):
             steps.append(lambda grad: grad.permute(axes))
-        if value.cut is not None and (value.cut, len(axes)) != (1, 2):
-            rows, cols = (prod(self.sizes[i] for i in part) for part in _halves(value.order, value.cut))
-            shape = (-1 if rows < 0 else rows, cols)
+        if value.fused:
+            shape = self._shape(value.axes)
             steps.append(lambda grad: grad.reshape(shape))
         return _chained(steps)
 
@@ -232,10 +241,6 @@ class _Lowering:
             matmul(order, right.order, left.order),
             matmul(order, left.order, right.order),
         )
-
-
-def _halves(order: Group, cut: int) -> tuple[Group, Group]:
-    return order[:cut], order[cut:]
 
 
 def _chained(steps: list[View]) -> View | None:

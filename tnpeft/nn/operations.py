@@ -16,19 +16,19 @@ from torch.nn.functional import linear
 
 View = Callable[[Tensor], Tensor]
 
-_SKINNY = 32  # columns up to which a product is computed the other way round: twice to five times as fast on a CPU
+_SKINNY = 64  # columns up to which a product is computed the other way round: up to five times as fast on a CPU
 
 
 @dataclass(frozen=True)
 class Side:
     """One operand as an operation sees it, and its gradient as it is stored; None: as they are.
 
-    ``width`` is there if the operand is seen as a matrix of that width with its elements in their own order.
+    ``shape`` is there if the operand is seen in that shape with its elements in their own order.
     """
 
     view: View | None = None
     back: View | None = None
-    width: int | None = None
+    shape: tuple[int, ...] | None = None
 
     def see(self, tensor: Tensor) -> Tensor:
         """The operand in the operation's shape."""
@@ -38,12 +38,19 @@ class Side:
         """A gradient in the operation's shape as one in the operand's."""
         return grad if self.back is None else self.back(grad)
 
+    def scaled(self, weights: Tensor) -> Side:
+        """The operand times something of the operation's shape."""
+        return Side(lambda tensor: self.see(tensor) * weights, lambda grad: self.give(grad * weights))
+
 
 class Operation(Protocol):
     """A function of two operands that is linear in each; ``reads`` says that a gradient needs the other operand."""
 
     @property
     def reads(self) -> bool: ...
+
+    @property
+    def right(self) -> Side: ...
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor: ...
 
@@ -63,7 +70,32 @@ def times(a: Tensor, b: Tensor) -> Tensor:
     >>> times(torch.ones(3, 2), torch.ones(2, 1)).stride()
     (1, 3)
     """
-    return (b.t() @ a.t()).t() if b.shape[1] <= _SKINNY else a @ b
+    return (b.mT @ a.mT).mT if b.shape[-1] <= _SKINNY else a @ b
+
+
+def times_rows(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b.T`` as :func:`times` gives it.
+
+    >>> times_rows(torch.ones(3, 2), torch.ones(1, 2)).stride()
+    (1, 3)
+    """
+    return (b @ a.mT).mT if b.shape[-2] <= _SKINNY else a @ b.mT
+
+
+def rows_times(a: Tensor, b: Tensor) -> Tensor:
+    """``a.T @ b`` as :func:`times` gives it.
+
+    >>> rows_times(torch.ones(2, 3), torch.ones(2, 1)).stride()
+    (1, 3)
+    """
+    return (b.mT @ a).mT if b.shape[-1] <= _SKINNY else a.mT @ b
+
+
+def _accumulated(total: Tensor, a: Tensor, b: Tensor, scale: float, fresh: bool) -> Tensor:
+    """``total + scale * a @ b``, in place if the total is fresh."""
+    if a.dim() == 2:
+        return (total.addmm_ if fresh else total.addmm)(a, b, alpha=scale)
+    return (total.baddbmm_ if fresh else total.baddbmm)(a, b, alpha=scale)
 
 
 def _plus(part: Tensor, total: Tensor | None, fresh: bool) -> Tensor:
@@ -74,7 +106,9 @@ def _plus(part: Tensor, total: Tensor | None, fresh: bool) -> Tensor:
 
 @dataclass(frozen=True)
 class Product:
-    """``a @ b.T`` of two matrices with the same columns.
+    """``a @ b.T`` of two matrices with the same columns, or of each two of two stacks of them.
+
+    ``rows``: a narrow result has its narrow side as rows.
 
     >>> both = Product(Side(), Side())
     >>> both(torch.ones(3, 2), torch.ones(4, 2)).shape, both.to_right(torch.ones(3, 4), torch.ones(3, 2)).shape
@@ -83,27 +117,35 @@ class Product:
 
     left: Side
     right: Side
+    rows: bool = False
     reads = True
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        return linear(self.left.see(a), self.right.see(b))
+        a, b = self.left.see(a), self.right.see(b)
+        return times_rows(a, b) if self.rows or b.dim() > 2 else linear(a, b)
 
     def add_to(self, total: Tensor, a: Tensor, b: Tensor, scale: float, fresh: bool) -> Tensor:
         """``total + scale * self(a, b)``."""
-        add = total.addmm_ if fresh else total.addmm
-        return add(self.left.see(a), self.right.see(b).t(), alpha=scale)
+        return _accumulated(total, self.left.see(a), self.right.see(b).mT, scale, fresh)
 
     def to_left(self, grad: Tensor, b: Tensor, total: Tensor | None = None, fresh: bool = False) -> Tensor:
         """The gradient of the left operand, added to the total if there is one."""
         b = self.right.see(b)
-        if total is None or self.left.width is None:
+        if total is None or self.left.shape is None:
             return _plus(self.left.give(times(grad, b)), total, fresh)
-        matrix = total.reshape(-1, self.left.width)
-        return (matrix.addmm_ if fresh else matrix.addmm)(grad, b).reshape(total.shape)
+        return _accumulated(total.reshape(self.left.shape), grad, b, 1.0, fresh).reshape(total.shape)
 
     def to_right(self, grad: Tensor, a: Tensor) -> Tensor:
         """The gradient of the right operand."""
-        return self.right.give(times(grad.t(), self.left.see(a)))
+        return self.right.give(rows_times(grad, self.left.see(a)))
+
+    def scaled(self, columns: Tensor) -> Product:
+        """The product with its result times ``columns [..., 1, width]``; only the right operand meets them.
+
+        >>> Product(Side(), Side()).scaled(torch.tensor([[2.0]]))(torch.ones(1, 3), torch.ones(1, 3))
+        tensor([[6.]])
+        """
+        return Product(self.left, self.right.scaled(columns.mT), self.rows)
 
 
 @dataclass(frozen=True)

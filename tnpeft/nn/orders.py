@@ -11,12 +11,24 @@ from tnpeft.planning.steps import Step
 
 @dataclass(frozen=True)
 class Value:
-    """Where a tensor is and how it is stored: its indices in order, the first ``cut`` of them fused to rows and the
-    others to columns; ``cut`` None: every index has its axis."""
+    """Where a tensor is and how it is stored: each of its axes is one index or several, fused.
+
+    >>> Value(0, (("replica", "token"), ("i1", "i2"))).order
+    ('replica', 'token', 'i1', 'i2')
+    """
 
     place: int
-    order: Group
-    cut: int | None
+    axes: tuple[Group, ...]
+
+    @property
+    def order(self) -> Group:
+        """Its indices."""
+        return tuple(index for axis in self.axes for index in axis)
+
+    @property
+    def fused(self) -> bool:
+        """Whether it has other axes than its indices."""
+        return self.axes != singly(self.order)
 
 
 @dataclass(frozen=True)
@@ -43,13 +55,13 @@ class Roles:
         )
 
 
-def unfused(place: int, order: Group) -> Value:
-    """A tensor with one axis per index.
+def singly(order: Group) -> tuple[Group, ...]:
+    """One axis per index.
 
-    >>> unfused(0, ("a", "b", "c")).cut, unfused(0, ("a", "b")).cut
-    (None, 1)
+    >>> singly(("a", "b"))
+    (('a',), ('b',))
     """
-    return Value(place, order, 1 if len(order) == 2 else None)
+    return tuple((index,) for index in order)
 
 
 def wanted(steps: Sequence[Step], given: Mapping[str, Group]) -> dict[str, Group]:

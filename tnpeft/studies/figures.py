@@ -180,11 +180,11 @@ def ranked_figure(points: Sequence[Point], path: Path, *, title: str = "", refer
                 if mine:
                     axis.axvline(its.mean, color="0.8", linewidth=1, zorder=0)
             axis.set_yticks(range(len(group)), [f"{p.name}, {p.parameters:,}" for p in group], fontsize=7)
-            axis.set_xlabel(f"{_metric(points)} on held-out examples ({_seeds(points)})")
             axis.grid(axis="x", color="0.92", linewidth=0.6)
             axis.set_axisbelow(True)
             if len(tasks) > 1 or not title:
                 axis.set_title(TITLES.get(task, task))
+        figure.supxlabel(f"{_metric(points)} on held-out examples ({_seeds(points)})", fontsize=9)
         if title:
             figure.suptitle(title, fontsize=11)
         written = tuple(save(figure, path.with_suffix(end)) for end in (".png", ".pdf", ".svg"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tnpeft.studies.runs import Store
@@ -25,9 +25,7 @@ class Point:
         edge: the chosen rate is the smallest or largest of several, so a wider grid might do better.
         scores: eval score by seed at that rate.
         dev: dev score by seed.
-        also: scores by seed of further metrics that the task names, where the results hold them.
-        step_ms: median milliseconds of a training step over the seeds.
-        missing: seeds without a result.
+        also: eval scores by seed of further metrics that the task names.
     """
 
     task: str
@@ -40,9 +38,21 @@ class Point:
     edge: bool
     scores: dict[int, float]
     dev: dict[int, float]
-    step_ms: float
-    missing: tuple[int, ...]
     also: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+
+    @staticmethod
+    def of(table: Mapping[str, Any]) -> Point:
+        """The point in a report's JSON."""
+        rest = {key: table[key] for key in ("task", "size", "kind", "parameters", "head", "lr", "edge")}
+        also = {name: _by_seed(scores) for name, scores in table.get("also", {}).items()}
+        by_seed = {"scores": _by_seed(table["scores"]), "dev": _by_seed(table["dev"]), "also": also}
+        return Point(label=table["method"], **by_seed, **rest)
+
+    @property
+    def table(self) -> dict[str, Any]:
+        """The point as JSON has it; further metrics are there if there are some."""
+        table = {key: value for key, value in asdict(self).items() if value or key != "also"}
+        return {"task": table.pop("task"), "method": table.pop("label"), **table}
 
     @property
     def name(self) -> str:
@@ -73,7 +83,6 @@ def _point(study: Study, store: Store, cell: Cell, task: Task) -> Point | None:
         return None
     first = next(iter(results.values()))
     rates = sorted(study.terms(cell, task).learning_rates)
-    times = sorted(r["timing"]["step_ms"] for r in results.values())
     return Point(
         task=task.name,
         label=cell.label,
@@ -85,13 +94,15 @@ def _point(study: Study, store: Store, cell: Cell, task: Task) -> Point | None:
         edge=len(rates) > 1 and lr in (rates[0], rates[-1]),
         scores={seed: r["eval"] for seed, r in results.items()},
         dev={seed: r["dev"] for seed, r in results.items()},
-        step_ms=times[len(times) // 2],
-        missing=tuple(seed for seed in seeds if seed not in results),
-        also={name: found for name in task.also if (found := _also(results, name))},
+        also={name: found for name in task.also if (found := _of_metric(results, name))},
     )
 
 
-def _also(results: Mapping[int, Mapping[str, Any]], name: str) -> dict[int, float]:
+def _by_seed(table: Mapping[str, float]) -> dict[int, float]:
+    return {int(seed): value for seed, value in table.items()}
+
+
+def _of_metric(results: Mapping[int, Mapping[str, Any]], name: str) -> dict[int, float]:
     return {seed: r["scores"][name] for seed, r in results.items() if name in r.get("scores", {})}
 
 

@@ -18,7 +18,7 @@ import tnpeft
 from tnpeft.studies.data import Splits
 from tnpeft.studies.files import StudyError
 from tnpeft.studies.protocol import Protocol
-from tnpeft.studies.scoring import Scorer, metric
+from tnpeft.studies.scoring import Judged, Scorer, metric
 from tnpeft.studies.training import Best, Ordered, arguments, optimizer
 
 Rows = Sequence[dict[str, Any]]
@@ -120,7 +120,9 @@ def fit(
         chosen.zero_grad()
         if number % protocol.evaluate_every == 0 or number == protocol.steps:
             begun = time.perf_counter()
-            course.judge(number, evaluate(scorer, model, dev))
+            found = judge(scorer, model, dev)
+            by = scorer.task.metric
+            course.judge(number, [(metric(by, its.guesses, its.labels), its.loss) for its in found])
             judging += time.perf_counter() - begun
             if not course.running:
                 break
@@ -145,10 +147,8 @@ def _collated(scorer: Scorer, model: torch.nn.Module, blocks: Sequence[Rows]) ->
 
 
 @torch.no_grad()
-def evaluate(
-    scorer: Scorer, model: torch.nn.Module, rows: Sequence[Rows], batch: int = 64
-) -> list[tuple[float, float]]:
-    """:func:`tnpeft.studies.scoring.evaluate` of every replica on its own rows, equally many for each.
+def judge(scorer: Scorer, model: torch.nn.Module, rows: Sequence[Rows], batch: int = 64) -> list[Judged]:
+    """:func:`tnpeft.studies.scoring.judge` of every replica on its own rows, equally many for each.
 
     Raises:
         StudyError: they differ in number.
@@ -171,8 +171,8 @@ def evaluate(
             guesses[k] += guess.tolist()
             labels[k] += label.tolist()
     model.train(was)
-    scored = [metric(scorer.task.metric, *pair) for pair in zip(guesses, labels, strict=True)]
-    return list(zip(scored, (loss / len(ordered[0])).tolist(), strict=True))
+    losses = (loss / len(ordered[0])).tolist()
+    return [Judged(*its) for its in zip(guesses, labels, losses, strict=True)]
 
 
 class _Course:
@@ -192,8 +192,7 @@ class _Course:
             best.curve.append((step, trained[k], dev, loss))
             if best.offer(step, dev, loss, self.protocol.best_by):
                 best.weights = {n: p.detach()[k].clone() for n, p in self._trained()}
-            waited = sum(row[0] > best.step for row in best.curve)
-            if self.protocol.patience and waited >= self.protocol.patience:
+            if best.hopeless(self.protocol.patience):
                 self.running.discard(k)
 
     @torch.no_grad()

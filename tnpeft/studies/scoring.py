@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from tnpeft.studies.data import Example
 from tnpeft.studies.files import StudyError
-from tnpeft.studies.tasks import Task
+from tnpeft.studies.tasks import METRICS, Task
 
 Batch = dict[str, torch.Tensor]
 
@@ -100,16 +101,41 @@ class Scorer:
 
 
 def _takes(model: Any, name: str) -> bool:
-    """Whether the forward of the transformer (inside PEFT's wrapper, if there is one) has that argument."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    """Whether the forward of the transformer (inside DDP's and PEFT's wrappers, if any) has that argument."""
+    inner = model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
+    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     return name in inspect.signature(inner.forward).parameters
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Judged:
+    """A model's guesses beside the labels, and its mean cross-entropy."""
+
+    guesses: list[int]
+    labels: list[int]
+    loss: float
+
+    def scores(self, classes: int) -> dict[str, float]:
+        """Every metric that so many classes have.
+
+        >>> Judged([1, 1], [0, 1], 0.5).scores(2)
+        {'accuracy': 0.5, 'matthews': 0.0, 'f1': 0.6666666666666666}
+        """
+        names = METRICS if classes == 2 else METRICS[:1]
+        return {name: metric(name, self.guesses, self.labels) for name in names}
+
+
 def evaluate(
     scorer: Scorer, model: torch.nn.Module, rows: Sequence[dict[str, Any]], batch: int = 64
 ) -> tuple[float, float]:
     """The task's metric and the mean cross-entropy over encoded examples, in evaluation mode."""
+    found = judge(scorer, model, rows, batch)
+    return metric(scorer.task.metric, found.guesses, found.labels), found.loss
+
+
+@torch.no_grad()
+def judge(scorer: Scorer, model: torch.nn.Module, rows: Sequence[dict[str, Any]], batch: int = 64) -> Judged:
+    """What a model guesses for encoded examples, in evaluation mode."""
     was, device = model.training, next(model.parameters()).device
     model.eval()
     order = sorted(range(len(rows)), key=lambda k: len(rows[k]["ids"]))  # batches of equal lengths waste no padding
@@ -122,7 +148,7 @@ def evaluate(
         guesses += scores.argmax(-1).tolist()
         labels += part["labels"].tolist()
     model.train(was)
-    return metric(scorer.task.metric, guesses, labels), loss / len(rows)
+    return Judged(guesses, labels, loss / len(rows))
 
 
 def metric(name: str, guesses: Sequence[int], labels: Sequence[int]) -> float:

@@ -1,4 +1,8 @@
-"""The training of runs in one pass: every run sees its own examples in its own order at its own learning rate."""
+"""The training of runs side by side: every run sees its own examples in its own order at its own learning rate.
+
+Examples of about equal length share a pass, equally many of each run: several runs have enough of them at each step,
+and little of a pass is padding.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +26,12 @@ from tnpeft.studies.scoring import Scorer, metric
 from tnpeft.studies.training import Best, Ordered, arguments, optimizer
 
 Rows = Sequence[dict[str, Any]]
+Lot = list[list[int]]  # places of examples, equally many of each run
+
+# Tokens that take as long as what a pass costs however few it has, and the most tokens of a pass. Measured on a CPU,
+# where larger ones leave its cache; elsewhere a guess.
+_COSTS = {"cpu": (50, 1024)}
+_ELSEWHERE = (4096, 65536)
 
 
 @dataclass
@@ -110,10 +120,7 @@ def fit(
     for number, steps in enumerate(zip(*orders, strict=True), start=1):
         for group, base in zip(chosen.param_groups, bases, strict=True):
             group["lr"] = base * steps[0].lr
-        for blocks in zip(*(step.batches for step in steps), strict=True):
-            losses = _losses(scorer, model, [[train[k][i] for i in block] for k, block in enumerate(blocks)])
-            (losses.sum() / len(steps[0].batches)).backward()
-            course.losses.append(losses.detach())
+        course.losses += backward(scorer, model, train, [step.batches for step in steps])
         if protocol.clip:
             tnpeft.replicas.clip(model, protocol.clip)
         chosen.step()
@@ -129,25 +136,84 @@ def fit(
     return course.best, seconds
 
 
-def _losses(scorer: Scorer, model: torch.nn.Module, blocks: Sequence[Rows]) -> torch.Tensor:
-    """The mean loss of every block, ``[replicas]``."""
-    if len({len(block) for block in blocks}) > 1:
+def lots(lengths: Sequence[Sequence[int]], device: str = "cpu") -> list[Lot]:
+    """All examples of some runs, in lots that cost least: of about equal length, and no more lots than they save.
+
+    Args:
+        lengths: of the examples of each run, equally many.
+        device: the kind of device that they go through.
+
+    >>> lots([[90, 9, 8], [7, 8, 80]])
+    [[[2, 1], [0, 1]], [[0], [2]]]
+    """
+    orders = [sorted(range(len(its)), key=its.__getitem__) for its in lengths]
+    tops = [max(row) for row in zip(*map(sorted, lengths), strict=True)]
+    fixed, most = _COSTS.get(device, _ELSEWHERE)
+    costs, starts = [0], [0]  # of what comes before each place, and where the last lot before it starts
+    for stop, top in enumerate(tops, start=1):
+        each = len(lengths) * top
+        choices = range(max(0, stop - max(1, most // each)), stop)
+        cost, start = min((costs[k] + fixed + each * (stop - k), k) for k in choices)
+        costs.append(cost)
+        starts.append(start)
+    found, stop = list[Lot](), len(tops)
+    while stop:
+        found.append([order[starts[stop] : stop] for order in orders])
+        stop = starts[stop]
+    return found[::-1]
+
+
+def backward(
+    scorer: Scorer, model: torch.nn.Module, rows: Sequence[Rows], batches: Sequence[Sequence[Sequence[int]]]
+) -> list[torch.Tensor]:
+    """Add up the gradients of a step: for each run of the mean, over its batches, of their mean losses.
+
+    Args:
+        scorer: what makes losses of examples.
+        model: a model with a replica for each run.
+        rows: the examples of each run.
+        batches: places among these, batch by batch, for each run.
+
+    Returns:
+        The loss of every batch, ``[runs]``.
+
+    Raises:
+        StudyError: the runs' batches differ in size.
+    """
+    sizes = [len(batch) for batch in batches[0]]
+    if any([len(batch) for batch in its] != sizes for its in batches):
         raise StudyError("the runs' batches differ in size", remedy="make these runs alone")
-    batch = _collated(scorer, model, blocks)
-    each = cross_entropy(scorer.scores(model, batch), batch["labels"], reduction="none")
-    return each.reshape(len(blocks), -1).mean(1)
+    owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    taken = [[its[k] for batch in own for k in batch] for its, own in zip(rows, batches, strict=True)]
+    losses = torch.zeros(len(rows), len(sizes))
+    for lot in _lots(taken, model):
+        owners = owner[torch.tensor(lot)]
+        _, _, each = _scored(scorer, model, taken, lot)
+        each = each / torch.tensor(sizes)[owners].to(each.device)
+        (each.sum() / len(sizes)).backward()
+        losses.scatter_add_(1, owners, each.detach().cpu())
+    return [*losses.T]
 
 
-def _collated(scorer: Scorer, model: torch.nn.Module, blocks: Sequence[Rows]) -> dict[str, torch.Tensor]:
+def _lots(rows: Sequence[Rows], model: torch.nn.Module) -> list[Lot]:
+    device = next(model.parameters()).device.type
+    return lots([[len(row["ids"]) for row in its] for its in rows], device)
+
+
+def _scored(
+    scorer: Scorer, model: torch.nn.Module, rows: Sequence[Rows], lot: Lot
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scores and labels of the examples of a lot, and their losses, ``[runs, examples of one]``."""
     device = next(model.parameters()).device
-    batch = scorer.collate([row for block in blocks for row in block])
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    batch = scorer.collate([its[k] for its, places in zip(rows, lot, strict=True) for k in places])
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    scores = scorer.scores(model, batch)
+    losses = cross_entropy(scores, batch["labels"], reduction="none")
+    return scores, batch["labels"], losses.reshape(len(rows), -1)
 
 
 @torch.no_grad()
-def evaluate(
-    scorer: Scorer, model: torch.nn.Module, rows: Sequence[Rows], batch: int = 64
-) -> list[tuple[float, float]]:
+def evaluate(scorer: Scorer, model: torch.nn.Module, rows: Sequence[Rows]) -> list[tuple[float, float]]:
     """:func:`tnpeft.studies.scoring.evaluate` of every replica on its own rows, equally many for each.
 
     Raises:
@@ -157,22 +223,19 @@ def evaluate(
         raise StudyError("the runs are judged on sets of different sizes", remedy="make these runs alone")
     was = model.training
     model.eval()
-    ordered = [sorted(its, key=lambda row: len(row["ids"])) for its in rows]
     guesses, labels = [list[int]() for _ in rows], [list[int]() for _ in rows]
     loss = torch.zeros(len(rows))
-    for start in range(0, len(ordered[0]), batch):
-        part = _collated(scorer, model, [its[start : start + batch] for its in ordered])
-        scores = scorer.scores(model, part)
-        each = cross_entropy(scores, part["labels"], reduction="none")
-        loss += each.reshape(len(rows), -1).sum(1).cpu()
+    for lot in _lots(rows, model):
+        scores, wanted, each = _scored(scorer, model, rows, lot)
+        loss += each.sum(1).cpu()
         for k, (guess, label) in enumerate(
-            zip(scores.argmax(-1).chunk(len(rows)), part["labels"].chunk(len(rows)), strict=True)
+            zip(scores.argmax(-1).chunk(len(rows)), wanted.chunk(len(rows)), strict=True)
         ):
             guesses[k] += guess.tolist()
             labels[k] += label.tolist()
     model.train(was)
     scored = [metric(scorer.task.metric, *pair) for pair in zip(guesses, labels, strict=True)]
-    return list(zip(scored, (loss / len(ordered[0])).tolist(), strict=True))
+    return list(zip(scored, (loss / len(rows[0])).tolist(), strict=True))
 
 
 class _Course:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from tnpeft.studies.data import Example
 from tnpeft.studies.files import StudyError
@@ -81,10 +83,12 @@ class Scorer:
             inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         if _takes(model, "logits_to_keep"):
             inputs["logits_to_keep"] = self.width
-        logits = model(**inputs).logits[:, -self.width :].float()
-        if self.width == 1:
-            return logits[:, -1, [ids[0] for ids in self.words]]
-        return self._mean_log_probabilities(logits)
+        if self.width > 1:
+            return self._mean_log_probabilities(model(**inputs).logits[:, -self.width :].float())
+        words = [ids[0] for ids in self.words]
+        with only(model, words) as alone:
+            logits = model(**inputs).logits[:, -1].float()
+        return logits if alone else logits[:, words]
 
     def _mean_log_probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """The rows are example by example, class by class; a word's tokens are predicted at its row's last places."""
@@ -97,6 +101,38 @@ class Scorer:
             for k, ids in enumerate(self.words)
         ]
         return torch.stack([column.squeeze(-1).mean(-1) for column in columns], dim=1)
+
+
+@contextmanager
+def only(model: Any, tokens: Sequence[int]) -> Iterator[bool]:
+    """Let a language model's head give the logits of a few tokens, of the last place alone, while this lasts.
+
+    The product with a whole vocabulary can take longer than all else in a small model. Yields False where the head is
+    more than a plain linear, and stays as it is.
+
+    >>> from transformers import OPTConfig, OPTForCausalLM
+    >>> sizes = dict(hidden_size=8, word_embed_proj_dim=8, num_attention_heads=1, num_hidden_layers=1, ffn_dim=8)
+    >>> model, ids = OPTForCausalLM(OPTConfig(vocab_size=9, **sizes)).eval(), torch.ones(2, 4, dtype=torch.long)
+    >>> with only(model, [3, 5]):
+    ...     few = model(ids).logits
+    >>> few.shape, torch.allclose(few[:, 0], model(ids).logits[:, -1, [3, 5]])
+    (torch.Size([2, 1, 2]), True)
+    """
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head):
+        yield False
+        return
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        bias = None if head.bias is None else head.bias[rows]
+        return nn.functional.linear(hidden[:, -1], head.weight[rows], bias)[:, None]
+
+    rows = torch.tensor(tokens, device=head.weight.device)
+    head.forward = forward
+    try:
+        yield True
+    finally:
+        del head.forward
 
 
 def _takes(model: Any, name: str) -> bool:

@@ -123,6 +123,10 @@ class Facts:
             return "one seed only"
         return "higher" if its.low > 0 else "lower" if its.high < 0 else "not told apart"
 
+    def finding(self, study: str, task: str, one: Sequence[str], other: Sequence[str]) -> str:
+        """The verdict and the difference."""
+        return f"{self.verdict(study, task, one, other)}: {self.difference(study, task, one, other)}"
+
     def ranking(self, study: str, task: str) -> str:
         """All points of a task by their means, with the learning rate and the difference from the first method."""
         points = [p for p in self.data(study)["points"] if p["task"] == task]

@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tnpeft
 from tnpeft.adapters.update import Update
@@ -169,6 +170,30 @@ def test_a_lora_step_launches_fewer_operations_than_peft_s() -> None:
     assert ours.kernels < theirs.kernels
     assert ours.peak <= theirs.peak
     assert ours.saved <= theirs.saved
+
+
+class Products(TorchDispatchMode):
+    """The sizes of the results of elementwise products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func._opname in ("mul", "mul_", "addcmul", "addcmul_"):
+            self.sizes.append(result.numel())
+        return result
+
+
+def test_a_vera_step_multiplies_full_width_twice_and_peft_s_three_times() -> None:
+    """Forward the row times the output; backward the row's own gradient, but not the output's."""
+    counts = []
+    for model in (site(family("vera"), MANY)[0], peft.get_peft_model(Site(), PEFT["vera"])):
+        with Products() as found:
+            model(activations(MANY)).sum().backward()
+        counts.append(sum(size >= MANY * WIDE for size in found.sizes))
+    assert counts == [2, 3]
 
 
 def test_the_meter_sees_what_is_kept() -> None:

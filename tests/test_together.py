@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import tnpeft
 from tnpeft import network
 from tnpeft.nn.execute import Program, program
+from tnpeft.nn.operations import Product, Side
 from tnpeft.nn.together import may_join
 
 ROWS, OUT, INP, SCALE = 5, 6, 8, -0.75
@@ -91,6 +92,44 @@ def test_outputs_and_gradients_are_those_of_two_operations(name: str, wanted: An
             assert (left is None) == (right is None)
             if left is not None and right is not None:
                 torch.testing.assert_close(right, left, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "b[out] ~B[out r] d[r] ~A[r inp] -> out inp",
+        "b[out] ~B[out r] A[r inp] -> out inp",
+        "-b[out] ~B[out r] d[r] ~A[r inp] -> out inp",
+    ],
+)
+def test_a_gradient_is_scaled_through_the_matrix_where_that_is_smaller(line: str) -> None:
+    """Planned for few rows or for many, the gradients are the same; only the latter multiply the matrix."""
+    net = network(line)
+    sizes = {"out": 384, "inp": 320, "r": 192}
+    few, many = (program(net, sizes, tokens=tokens) for tokens in (100, 400))
+    assert many.flow.stages.folded
+    assert not few.flow.stages.folded
+    generator = torch.Generator().manual_seed(0)
+    groups = [("out", "inp"), *(net.factor(label).indices for label in few.labels)]
+    shapes = [(ROWS, sizes["inp"]), *(tuple(sizes[index] for index in group) for group in groups)]
+    found = []
+    values = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    for run in (few, many):
+        x, weight, *factors = (value.clone().requires_grad_() for value in values)
+        joined(run, x, weight, None, *factors).square().sum().backward()
+        found.append([x.grad, weight.grad, *(factor.grad for factor in factors)])
+    for right, left in zip(*found, strict=True):
+        assert 0 < left.abs().max() * 1e-12 >= (right - left).abs().max()
+
+
+def test_a_scaled_product_has_the_gradients_of_both_operations() -> None:
+    a, b, columns = (torch.rand(shape, dtype=torch.float64, requires_grad=True) for shape in ((5, 3), (4, 3), (1, 4)))
+    scaled = Product(Side(), Side()).scaled(columns)
+    result = a @ b.t() * columns
+    torch.testing.assert_close(scaled(a, b), result)
+    grad = torch.rand(5, 4, dtype=torch.float64)
+    wanted = torch.autograd.grad(result, (a, b), grad)
+    torch.testing.assert_close((scaled.to_left(grad, b), scaled.to_right(grad, a)), wanted)
 
 
 @pytest.mark.parametrize("function", [joined, called])

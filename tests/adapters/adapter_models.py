@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import peft
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -39,6 +43,13 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "vera": {"network": VERA, "ranks": {"r": 4}},
 }
 _SMALL = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
+
+
+def library(name: str) -> Any:
+    """A library; a test is skipped where it is missing, and fails where ``TNPEFT_CI=1`` promises that it is there."""
+    if find_spec(name) is None:
+        (pytest.fail if os.environ.get("TNPEFT_CI") == "1" else pytest.skip)(f"pip install --no-deps {name}")
+    return import_module(name)
 
 
 def opt(layers: int = 2, **options: Any) -> nn.Module:

@@ -163,6 +163,96 @@ def test_transformers_refuses_a_bad_folder_as_well(case: str, good: Path, tmp_pa
     assert [*busy.peft_config] == ["first", "second"]
 
 
+_TENSORS = ("nan", "infinite", "integers", "complex", "shapes", "an array less", "a factor more", "a base weight")
+STATES = {name: FILES[name] for name in _TENSORS}
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+@pytest.mark.parametrize("from_folder", [True, False])
+@pytest.mark.parametrize("case", STATES)
+def test_transformers_refuses_a_bad_state_dict_as_well(
+    case: str, from_folder: bool, good: Path, tmp_path: Path
+) -> None:
+    """The configuration is in a folder whose file is good, or an object."""
+    folder = tmp_path / "bad"
+    shutil.copytree(good, folder)
+    edit, message = STATES[case]
+    edit(folder)
+    bad, held = (load_file(its / "adapter_model.safetensors") for its in (folder, good))
+    config = peft.PeftConfig.from_pretrained(good)
+    where = {"peft_model_id": str(good)} if from_folder else {"peft_config": config}
+    stored = config.stored
+    model = opt()
+    before = snapshot(model)
+    with pytest.raises(NetworkError, match=message):
+        model.load_adapter(adapter_state_dict=bad, **where)
+    assert same(snapshot(model), before)
+    assert config.stored == stored
+    model.load_adapter(adapter_state_dict=held, **where)
+    wanted = opt()
+    wanted.load_adapter(str(good))
+    assert same(snapshot(model), snapshot(wanted))
+    assert not same(snapshot(model), before)
+
+
+BESIDE: dict[str, tuple[dict[str, Any], Edit, str]] = {
+    "a whole module": (
+        {"modules_to_save": ["fc1"]},
+        weights(lambda held: {n: v[..., :-1].contiguous() if "fc1.weight" in n else v for n, v in held.items()}),
+        r"fc1.weight is stored with shape \(64, 31\), and the model's is \(64, 32\)",
+    ),
+    "a module that is not there": (
+        {"modules_to_save": ["fc1"]},
+        weights(lambda held: {n.replace(".0.fc1", ".7.fc1"): v for n, v in held.items()}),
+        "7.fc1.bias is stored with shape .*, and the model's is missing",
+    ),
+    "a bias": (
+        {"bias": "tensor_network_only"},
+        weights(lambda held: {n: v[:-1].contiguous() if n.endswith("bias") else v for n, v in held.items()}),
+        r"proj.bias is stored with shape \(31,\)",
+    ),
+    "fewer tokens": (
+        {"trainable_token_indices": [3, 5]},
+        weights(lambda held: {n: v[:1].contiguous() if "token" in n else v for n, v in held.items()}),
+        r"trainable_tokens_delta is stored with shape \(1, 32\), and the model's is \(2, 32\)",
+    ),
+    "a token that is not there": (
+        {"trainable_token_indices": [3, 5]},
+        setting("trainable_token_indices", value=[3, 64]),
+        "names token 64 of model.decoder.embed_tokens",
+    ),
+    "an embedding that is not there": (
+        {"trainable_token_indices": [3, 5]},
+        setting("trainable_token_indices", value={"nowhere": [3, 5]}),
+        "the model has no nowhere",
+    ),
+    "a negative token": (
+        {"trainable_token_indices": [3, 5]},
+        setting("trainable_token_indices", value=[3, -1]),
+        "trainable_token_indices",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+@pytest.mark.parametrize("case", BESIDE)
+def test_what_stands_beside_the_factors_is_checked_as_they_are(case: str, tmp_path: Path) -> None:
+    options, edit, message = BESIDE[case]
+    adapted("mixed", **options).save_pretrained(tmp_path)
+    peft.PeftModel.from_pretrained(opt(), tmp_path)
+    edit(tmp_path)
+    base, model = opt(), adapted("mixed")
+    for target, load in (
+        (base, lambda: peft.PeftModel.from_pretrained(base, tmp_path)),
+        (base, lambda: base.load_adapter(str(tmp_path))),
+        (model, lambda: model.load_adapter(tmp_path, "second")),
+    ):
+        before = snapshot(target)
+        with pytest.raises(NetworkError, match=message):
+            load()
+        assert same(snapshot(target), before)
+
+
 # ---- the hub's cache
 
 
@@ -238,9 +328,15 @@ def test_lower_precision_and_what_peft_writes_beside_factors_load(good: Path, tm
     weights(lambda held: {n: v.half() for n, v in held.items()})(folder)
     model = peft.PeftModel.from_pretrained(opt(), folder)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    for name, changes in {"head": {"modules_to_save": ["fc1"]}, "bias": {"bias": "tensor_network_only"}}.items():
+    for name, changes in {
+        "head": {"modules_to_save": ["fc1"]},
+        "bias": {"bias": "tensor_network_only"},
+        "tokens": {"trainable_token_indices": [1, 2]},
+    }.items():
         adapted("mixed", **changes).save_pretrained(tmp_path / name)
         peft.PeftModel.from_pretrained(opt(), tmp_path / name)
+        adapted("mixed").load_adapter(tmp_path / name, "second")
+        opt().load_adapter(str(tmp_path / name))
     resized = adapted("mixed")
     resized.save_pretrained(tmp_path / "embeddings", save_embedding_layers=True)
     assert any("embed_tokens" in name for name in load_file(tmp_path / "embeddings" / "adapter_model.safetensors"))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import peft
 import pytest
 import torch
 from adapter_models import NETWORKS, adapted, config, opt, shake
+from transformers import GenerationConfig
 
 from tnpeft.adapters.layer import TensorNetworkLinear
 from tnpeft.adapters.mixed import in_blocks, lots
+from tnpeft.networks import NetworkError
 
 NAMES = ["default", "second", "__base__", "third", "second", "other", "second", "default"]
 
@@ -63,6 +66,68 @@ def test_every_row_meets_its_own_adapter(key: str) -> None:
         found = model(input_ids=ids, adapter_names=NAMES).logits
     assert not torch.equal(again[3], wanted[3])
     assert float((found - again).abs().max()) <= 1e-12 * float(again.abs().max())
+
+
+@pytest.mark.parametrize("key", ["lora", "mixed"])
+@pytest.mark.parametrize("targets", [["fc1", "fc2"], ["q_proj", "fc1", "out_proj"]])
+def test_tokens_that_the_model_lays_out_as_rows(key: str, targets: list[str]) -> None:
+    """OPT's feed-forward linears see no batch, but all its tokens one after the other; whole modules do, too."""
+    model = family(key, target_modules=targets, modules_to_save=["fc2"] if "fc2" not in targets else None)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save.second" in name:
+                parameter.add_(0.1)
+    seen = []
+    fc1 = next(m for name, m in model.named_modules() if name.endswith("fc1"))
+    fc1.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    ids = tokens(len(NAMES))
+    wanted = row_by_row(model, ids, NAMES)
+    assert not torch.equal(wanted[0], wanted[1])
+    seen.clear()
+    for active in ("default", "other"):
+        model.set_adapter(active)
+        with torch.no_grad():
+            found = model(input_ids=ids, adapter_names=NAMES).logits
+        assert float((found - wanted).abs().max()) <= 1e-12 * float(wanted.abs().max())
+    assert seen == [(ids.numel(), 32)] * 2
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"num_return_sequences": 2, "num_beams": 3}])
+@pytest.mark.parametrize("as_config", [True, False])
+def test_generation_with_several_rows_for_one(options: dict[str, int], as_config: bool) -> None:
+    model = family("lora", target_modules=["v_proj", "fc1", "fc2"])
+    ids, names = tokens(3), ["second", "default", "third"]
+    fixed = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 1}
+    given = {"generation_config": GenerationConfig(**options, **fixed)} if as_config else {**options, **fixed}
+    mixed = model.generate(input_ids=ids, adapter_names=names, **given)
+    alone = []
+    for row, name in zip(ids, names, strict=True):
+        model.set_adapter(name)
+        alone.append(model.generate(input_ids=row[None], **given))
+    assert torch.equal(mixed, torch.cat(alone))
+    assert len({tuple(row[7:].tolist()) for row in mixed}) > 1
+
+
+def test_other_rows_than_the_batch_s_are_refused() -> None:
+    model = family("lora", target_modules=["fc1"])
+    for names in (["default"], ["default"] * 14, [], ["default"] * 3):
+        with pytest.raises(NetworkError, match="adapter_names"), torch.no_grad():
+            model(input_ids=tokens(2), adapter_names=names)
+
+    class Experts(torch.nn.Module):
+        """Half of all tokens go to one linear, the other half to another."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.left, self.right = (torch.nn.Linear(8, 8) for _ in "abc")
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.up(x).flatten(0, 1)
+            return torch.cat([self.left(x[::2]), self.right(x[1::2])])
+
+    experts = peft.get_peft_model(Experts(), config("lora", target_modules=["left", "right"])).eval()
+    with pytest.raises(NetworkError, match="2 entries for 4 rows"):
+        experts(torch.ones(2, 4, 8), adapter_names=["default", "__base__"])
 
 
 def test_other_dtypes_and_magnitudes() -> None:

@@ -80,6 +80,37 @@ def test_no_array_of_the_weights_size_is_kept_for_backward() -> None:
     assert all(torch.Size(shape).numel() != 32 * 32 for shape in kept)
 
 
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`")
+@pytest.mark.parametrize("tied", [True, False])
+def test_tokens_trained_beside_the_factors(tied: bool, tmp_path: Path) -> None:
+    """Their rows of the embedding move and no other; files, merging, export and mixed batches hold them."""
+    chosen, ids = [3, 7, 20], torch.arange(2, 58).reshape(4, 14)
+    plain = opt(tie_word_embeddings=tied)
+    model = adapted("mixed", opt(tie_word_embeddings=tied), trainable_token_indices=chosen)
+    optimizer = torch.optim.SGD(tnpeft.parameter_groups(model, lr=0.5))
+    for _ in range(2):
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = logits(model.eval())
+    model.save_pretrained(tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(opt(tie_word_embeddings=tied), tmp_path / "ours")
+    assert torch.equal(logits(again), found)
+    with again.disable_adapter():
+        assert torch.equal(logits(again), logits(plain))
+    mixed = logits(again, adapter_names=["default", "__base__"])
+    torch.testing.assert_close(mixed, torch.stack([found[0], logits(plain)[1]]))
+    tnpeft.export_lora(model, tmp_path / "lora")
+    lora = peft.PeftModel.from_pretrained(opt(tie_word_embeddings=tied), tmp_path / "lora")
+    torch.testing.assert_close(logits(lora), found)
+    merged = again.merge_and_unload()
+    torch.testing.assert_close(logits(merged), found)
+    assert [name for name, _ in merged.named_modules()] == [name for name, _ in plain.named_modules()]
+    rows = (merged.get_input_embeddings().weight != plain.get_input_embeddings().weight).any(dim=1)
+    assert rows.nonzero().flatten().tolist() == chosen
+    assert (merged.get_output_embeddings().weight is merged.get_input_embeddings().weight) == tied
+
+
 class _Data(torch.utils.data.Dataset):  # type: ignore[type-arg]
     def __len__(self) -> int:
         return 16

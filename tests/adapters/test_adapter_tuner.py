@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -423,6 +424,10 @@ def test_weighted_sum_refuses_what_is_none() -> None:
     model.add_adapter("second", config("lora", target_modules=["q_proj"]))
     with pytest.raises(NetworkError, match="other sites"):
         model.base_model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum")
+    for name, changes in {"head": {"modules_to_save": ["fc1"]}, "tokens": {"trainable_token_indices": [3]}}.items():
+        model.add_adapter(name, config("lora", **changes))
+        with pytest.raises(NetworkError, match=f"{name!r} trains modules, tokens or biases"):
+            model.base_model.add_weighted_adapter(["default", name], [1.0, 1.0], "sum")
     assert "sum" not in {*model.peft_config, *bank_of(model).layouts}
 
 
@@ -438,6 +443,26 @@ def test_hotswap_changes_values_and_nothing_else(tmp_path: Path) -> None:
     assert {n: id(p) for n, p in one.named_parameters()} == identities
     with pytest.raises(NetworkError, match="another network"):
         hotswap(adapted("lora"), str(tmp_path))
+
+
+def test_hotswap_takes_what_is_trained_besides_or_refuses(tmp_path: Path) -> None:
+    from tnpeft.adapters import hotswap
+
+    more: dict[str, Any] = {"modules_to_save": ["fc1"], "trainable_token_indices": [3, 5]}
+    one, two = adapted("mixed", **more), adapted("mixed", **more)
+    with torch.no_grad():
+        for seed, model in enumerate((one, two)):
+            shake(model, seed)
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.01 * (seed + 1))
+    two.save_pretrained(tmp_path)
+    hotswap(one, str(tmp_path))
+    assert torch.equal(logits(one), logits(two))
+    adapted("mixed").save_pretrained(tmp_path)
+    with pytest.raises(NetworkError, match=r"has no base_model.*of shape"):
+        hotswap(one, str(tmp_path))
+    assert torch.equal(logits(one), logits(two))
 
 
 def test_an_adapter_called_as_a_factor_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,64 @@ def test_a_hopeless_run_stops_by_its_rule(tiny: Path) -> None:
     best, _ = training.fit(model, scorer, splits(), protocol, lr=1e-9, seed=0)
     assert best.curve[-1][0] < 40
     assert sum(row[0] > best.step for row in best.curve) == 2
+
+
+def test_losses_that_are_no_numbers_end_a_run_and_win_nothing(tiny: Path, tmp_path: Path) -> None:
+    model, tokenizer = backbone(tiny)
+    model = methods.attach(model, {"family": "lora", "args": {"rank": 1}}, PROTOCOL.targets, classifier=False, seed=0)
+    scorer, protocol = Scorer(TASKS["digits_upright"], tokenizer), replace(PROTOCOL, steps=40, clip=0.0)
+    best, _ = training.fit(model, scorer, splits(), protocol, lr=1e30, seed=0)
+    assert best.curve[-1][0] < 40
+    assert not all(map(math.isfinite, best.curve[-1][1:]))
+    result = train(
+        tmp_path / "out",
+        model=str(tiny),
+        task="digits_upright",
+        method={"family": "lora", "args": {"rank": 1}},
+        lr=1e30,
+        targets=["q_proj"],
+        train=64,
+        dev=32,
+        eval=64,
+        steps=8,
+        evaluate_every=4,
+        clip=0.0,
+    )
+    assert None in result["curve"][-1]
+    assert "NaN" not in (tmp_path / "out" / "result.json").read_text()
+
+
+@pytest.mark.parametrize("by", ["metric", "loss"])
+def test_a_checkpoint_whose_loss_is_no_number_is_never_the_best(by: str) -> None:
+    best = training.Best()
+    assert best.offer(1, 0.5, 1.0, by)
+    assert not best.offer(2, 0.9, float("nan"), by)
+    assert best.offer(3, 0.6, 0.9, by)
+    best.curve = [(3, 0.9, 0.6, 0.9)]
+    assert not best.hopeless(0)
+    best.curve.append((4, float("nan"), 0.6, 0.9))
+    assert best.hopeless(0)
+    best.curve[-1] = (4, 0.9, 0.6, 0.9)
+    assert [best.hopeless(patience) for patience in (0, 1, 2)] == [False, True, False]
+
+
+def test_epochs_are_steps_and_the_head_has_its_own_rate(tiny: Path) -> None:
+    model, tokenizer = backbone(tiny, "classifier")
+    method = {"family": "lora", "args": {"rank": 1}, "change": {"lr_multiplier": {"B": 4.0}}}
+    model = methods.attach(model, method, PROTOCOL.targets, classifier=True, seed=0)
+    scorer = Scorer(TASKS["digits_upright"], tokenizer, "classifier")
+    protocol = replace(PROTOCOL, head="classifier", epochs=2, batch=12, head_lr=0.5).on(64)
+    assert (protocol.steps, protocol.evaluate_every) == (12, 6)
+    best, _ = training.fit(model, scorer, splits(), protocol, lr=1e-2, seed=0)
+    assert [row[0] for row in best.curve] == [6, 12]
+    groups = training.optimizer(model, protocol, 1e-2).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    rates = {names[id(p)]: group["lr"] for group in groups for p in group["params"]}
+    assert set(rates) == {name for name, p in model.named_parameters() if p.requires_grad}
+    for name, rate in rates.items():
+        assert rate == (0.5 if methods.of_head(name) else 0.04 if ".B" in name else 1e-2), name
+    plain = training.optimizer(model, replace(protocol, head_lr=0.0), 1e-2).param_groups
+    assert sorted({group["lr"] for group in plain}) == [1e-2, 0.04]
 
 
 class Stop(Exception):

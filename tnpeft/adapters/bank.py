@@ -129,13 +129,9 @@ class FactorBank(nn.Module, TensorNetworkLayer):
         """Note that the linears have restored their weights."""
         self.merged_adapters.clear()
 
-    def forward(self, *args: Any, **kwargs: Any) -> None:
-        """Raise: the bank owns factors and computes nothing.
-
-        Raises:
-            NetworkError: always.
-        """
-        raise NetworkError("the factor bank computes nothing", remedy="call the model it belongs to")
+    def forward(self, x: Any) -> Any:
+        """The input as it is: an ``nn.Sequential`` calls all its children, and the bank is the last of them."""
+        return x
 
 
 class _NotTheBank(type):

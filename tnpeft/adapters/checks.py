@@ -54,7 +54,11 @@ def check_replicas(config: Any) -> None:
             raise NetworkError(f"{name} is for several replicas", remedy="give the one adapter its own network")
     if config.replicas == 1:
         return
-    for field, idle in (("modules_to_save", not config.modules_to_save), ("bias", config.bias == "none")):
+    for field, idle in (
+        ("modules_to_save", not config.modules_to_save),
+        ("trainable_token_indices", config.trainable_token_indices is None),
+        ("bias", config.bias == "none"),
+    ):
         if not idle:
             raise NetworkError(
                 f"{config.replicas} replicas would share what {field} trains",
@@ -100,11 +104,16 @@ def _modules(value: Any) -> bool:
 
 def _order(value: Any) -> bool:
     """A map from names to the numbers from 0 on."""
+    return value is None or (_places(value) and all(value))
+
+
+def _places(value: Any) -> bool:
+    """The same of paths: that of the model itself, whose own linears are a layer as well, is empty."""
     if value is None:
         return True
-    if not isinstance(value, Mapping) or not all(map(_name, value)) or not all(map(_whole, value.values())):
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
         return False
-    return bool(value) and sorted(value.values()) == [*range(len(value))]
+    return bool(value) and all(map(_whole, value.values())) and sorted(value.values()) == [*range(len(value))]
 
 
 def _texts(value: Any) -> bool:
@@ -123,6 +132,14 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "layers_pattern": (lambda value: value is None or _name(value) or _listed(value, _name), "pass names, or None"),
     "modules_to_save": (lambda value: value is None or _listed(value, _name), "pass a list of names, or None"),
+    "trainable_token_indices": (
+        lambda value: (
+            value is None
+            or _listed(value, _whole)
+            or (isinstance(value, Mapping) and all(_name(n) and _listed(v, _whole) for n, v in value.items()))
+        ),
+        "pass numbers of tokens, from 0 on, or such lists by the embedding's name, or None",
+    ),
     "bias": _one_of(_BIAS),
     "dropout": (
         lambda value: isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1,
@@ -143,6 +160,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "pass a list of finite numbers, or None",
     ),
     "save_frozen dora": (lambda value: isinstance(value, bool), "pass True or False"),
-    "layers projections": (_order, "check the file: it is a map from names to their places, from 0 on"),
+    "layers": (_places, "check the file: it is a map from paths to their places, from 0 on"),
+    "projections": (_order, "check the file: it is a map from names to their places, from 0 on"),
     "frozen": (lambda value: value is None or _texts(value), "check the file: it is a map from factors to hashes"),
 }

@@ -24,8 +24,8 @@ def combine(tuner: TensorNetworkModel, adapters: Sequence[str], weights: Sequenc
     Weights and scales go into one factor of each term; the result holds its own copies of all factors.
 
     Raises:
-        NetworkError: the adapters differ in sites, splits or lines, one is a DoRA or normalises the only factors
-            that could take its weight, or the name is taken.
+        NetworkError: the adapters differ in sites, splits or lines, one is a DoRA, trains something besides, or
+            normalises the only factors that could take its weight, or the name is taken.
     """
     configs = [_config(tuner, adapter) for adapter in adapters]
     if len(weights) != len(adapters) or not adapters or not all(map(math.isfinite, weights)):
@@ -138,6 +138,11 @@ def _config(tuner: TensorNetworkModel, adapter: str) -> Any:
         )
     if config.dora:
         raise NetworkError(f"{adapter!r} has a magnitude vector and is no sum", remedy="leave it out of the sum")
+    if config.modules_to_save or config.trainable_token_indices or config.bias != "none":
+        raise NetworkError(
+            f"{adapter!r} trains modules, tokens or biases beside its factors, which are no sum",
+            remedy="keep such adapters apart: set_adapter, or adapter_names for each row",
+        )
     return config
 
 

@@ -32,6 +32,8 @@ class TensorNetworkConfig(PeftConfig):
         layers_to_transform: numbers of the layers to adapt; None for all.
         layers_pattern: name of the list of layers, where it is not obvious.
         modules_to_save: modules that are trained and saved in full, such as a classifier.
+        trainable_token_indices: tokens whose embeddings are trained besides: their numbers, or numbers by the name of
+            the embedding module.
         bias: which biases are trained: none, all, or tensor_network_only (those of adapted linears).
         dropout: probability with which entries of an adapter's input are dropped in training.
         seed: of the start values and of the frozen random factors.
@@ -68,6 +70,7 @@ class TensorNetworkConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     bias: str = "none"
     dropout: float = 0.0
     seed: int = 0
@@ -193,10 +196,13 @@ class TensorNetworkConfig(PeftConfig):
         """
         config: TensorNetworkConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         file = fetch(pretrained_model_name_or_path, subfolder, **cls._split_kwargs(kwargs)[0])
-        config.stored = stored_shapes(file, [*(config.modules_to_save or ()), *_beside(config.bias)])
+        config.stored = stored_shapes(file, config.beside)
         return config
 
-
-def _beside(bias: str) -> tuple[str, ...]:
-    """What PEFT may write beside the factors: embeddings that were resized, and biases that were trained."""
-    return (*EMBEDDING_LAYER_NAMES, *((".bias",) if bias != "none" else ()))
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """Parts of the names that PEFT may write beside the factors: whole modules, tokens, trained biases, and
+        embeddings, which may have been resized."""
+        biases = (".bias",) if self.bias != "none" else ()
+        tokens = (".token_adapter.",) if self.trainable_token_indices is not None else ()
+        return (*(self.modules_to_save or ()), *tokens, *biases, *EMBEDDING_LAYER_NAMES)

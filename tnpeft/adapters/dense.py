@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
@@ -15,8 +15,12 @@ from transformers.pytorch_utils import Conv1D
 from tnpeft.adapters.bank import FactorBank, TensorNetworkLayer
 from tnpeft.adapters.kept import Kept
 from tnpeft.adapters.sites import features
-from tnpeft.adapters.update import Operand, Update, base_factor, normalised
+from tnpeft.adapters.update import Operand, Update, base_factor
 from tnpeft.networks import NetworkError
+from tnpeft.nn.units import Units
+
+if TYPE_CHECKING:
+    from tnpeft.adapters.siblings import Siblings
 
 
 class DenseLinear(nn.Module, TensorNetworkLayer):
@@ -26,7 +30,7 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
     """
 
     adapter_layer_names = ("tnpeft_factors", "tnpeft_magnitude")
-    other_param_names = ("updates", "dropouts")
+    other_param_names = ("updates", "dropouts", "siblings")
 
     def __init__(self, base_layer: nn.Module, bank: FactorBank, **kwargs: Any) -> None:
         super().__init__()
@@ -36,6 +40,7 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
         self.tnpeft_magnitude = nn.ParameterDict()
         self.updates: dict[str, tuple[Update, ...]] = {}
         self.dropouts: dict[str, float] = {}
+        self.siblings: dict[str, Siblings] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._bank = (bank,)
@@ -47,9 +52,26 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
         """The bank of the model."""
         return self._bank[0]
 
-    def home_device(self) -> torch.device | None:
-        """The device of the base weight."""
-        return self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+    def home_device(self) -> torch.device:
+        """The device of the base weight, under whatever name a quantised linear keeps it."""
+        base = self.get_base_layer()
+        held = (getattr(base, "weight", None), *base.parameters(), *base.buffers())
+        return next((array.device for array in held if isinstance(array, Tensor)), torch.device("cpu"))
+
+    @torch.no_grad()
+    def get_base_weight(self) -> Tensor:
+        """The weight that the linear holds, as its back end reads it.
+
+        On some processors bitsandbytes repacks 4-bit weights in place for inference, and neither its own function nor
+        the back end can read them then: they are read off what the linear makes of the unit vectors.
+        """
+        base = self.get_base_layer()
+        weight = getattr(base, "weight", None)
+        if not getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+            return super().get_base_weight()  # type: ignore[no-any-return]
+        units = torch.eye(self.in_features, device=self.home_device())
+        rows = base(units)
+        return (rows if base.bias is None else rows - base.bias).t()
 
     def base_matrix(self) -> Tensor:
         """The base weight as it was before any merge, in fp32 or wider, ``[out, inp]``.
@@ -68,14 +90,15 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
 
     # ---- the update
 
-    def operands(self, adapter: str, item: Update, like: Tensor | None = None) -> list[Tensor]:
-        """The arrays of one site's update in the program's order, on the device and in the dtype of ``like``."""
-        found = []
-        for operand, array in zip(item.operands, self._arrays(adapter, item), strict=True):
-            if operand.norm:
-                array = normalised(array, operand.norm)
-            found.append(array if like is None else array.to(like.device, like.dtype))
-        return found
+    def operands(self, adapter: str, item: Update, like: Tensor | None = None, raw: bool = False) -> list[Tensor]:
+        """The arrays of one site's update in the program's order, on the device and in the dtype of ``like``.
+
+        They are normalised where they are to be, unless ``raw`` says that the program does it.
+        """
+        found = self._arrays(adapter, item)
+        if item.norms is not None and not raw:
+            found = Units(found, item.norms).factors
+        return found if like is None else [array.to(like.device, like.dtype) for array in found]
 
     def owner(self, operand: Operand) -> TensorNetworkLayer:
         """Who owns an operand's array: this linear or the bank."""
@@ -104,7 +127,7 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
                 f"{adapter!r} is several replicas and no one update",
                 remedy="take one out with tnpeft.replicas.attach(model, k, name), then use that",
             )
-        with torch.autocast(self.weight.device.type, enabled=False):
+        with torch.autocast(self.home_device().type, enabled=False):
             deltas = [item.delta(self.operands(adapter, item)) for item in items]
         if not items[0].side:
             return deltas[0]

@@ -188,6 +188,7 @@ def _config(
         alpha_pattern=dict(others),
         target_modules=_targets(base, linears),
         modules_to_save=own.modules_to_save,
+        trainable_token_indices=own.trainable_token_indices,
         fan_in_fan_out=any(isinstance(linear.get_base_layer(), Conv1D) for linear in linears.values()),
     )
 

@@ -74,15 +74,33 @@ def stored_shapes(path: Path, others: Collection[str] = ()) -> dict[str, tuple[i
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise NetworkError(f"{SAFETENSORS_WEIGHTS_NAME} is damaged: {error}", remedy=_AGAIN) from None
+    return checked_shapes(arrays, others, SAFETENSORS_WEIGHTS_NAME)
+
+
+def checked_shapes(arrays: Mapping[str, Any], others: Collection[str], where: str) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of an adapter, by name, once all are known to be finite and meant.
+
+    Args:
+        arrays: the tensors by name.
+        others: parts of names of tensors that may be among them beside the factors.
+        where: what holds them, for the message.
+
+    Raises:
+        NetworkError: one is neither a finite factor nor meant.
+
+    >>> checked_shapes({"fc1.weight": None}, (), "the file")
+    Traceback (most recent call last):
+    tnpeft.networks.errors.NetworkError: the file holds fc1.weight, which is no part of an adapter and would change...
+    """
     for name, array in arrays.items():
         if f".{PREFIX}" not in name and not any(part in name for part in others):
             raise NetworkError(
-                f"{SAFETENSORS_WEIGHTS_NAME} holds {name}, which is no part of an adapter and would change the model",
-                remedy="do not load this file, or take the array out of it",
+                f"{where} holds {name}, which is no part of an adapter and would change the model",
+                remedy="do not load it, or take that array out of it",
             )
         if not array.is_floating_point() or not array.isfinite().all():
             problem = "not finite" if array.is_floating_point() else f"of type {array.dtype}"
-            raise NetworkError(f"{name} in {SAFETENSORS_WEIGHTS_NAME} is {problem}", remedy=_AGAIN)
+            raise NetworkError(f"{name} in {where} is {problem}", remedy=_AGAIN)
     return {name: tuple(array.shape) for name, array in arrays.items()}
 
 
@@ -124,8 +142,8 @@ def hotswap(model: Any, folder: str, adapter: str = "default") -> None:
         adapter: name of the adapter whose values change.
 
     Raises:
-        NetworkError: the two adapters differ in network, seed of frozen factors, sites or shapes; nothing is
-            changed then.
+        NetworkError: the two adapters differ in network, seed of frozen factors, sites, shapes, or what they train
+            besides; nothing is changed then.
 
     >>> hotswap(None, "no/such/folder")
     Traceback (most recent call last):
@@ -145,17 +163,8 @@ def hotswap(model: Any, folder: str, adapter: str = "default") -> None:
         )
     own = model.peft_config[adapter]
     new = type(own).from_pretrained(folder)
-    fixed = (
-        "network",
-        "dora",
-        "layers",
-        "projections",
-        "save_frozen",
-        "frozen",
-        "replicas",
-        "replica_ranks",
-        "replica_scales",
-    )
+    fixed = ("network", "dora", "bias", "layers", "projections", "save_frozen", "frozen")
+    fixed += ("replicas", "replica_ranks", "replica_scales")
     for name in fixed:
         if getattr(own, name) != getattr(new, name):
             raise NetworkError(
@@ -170,10 +179,15 @@ def hotswap(model: Any, folder: str, adapter: str = "default") -> None:
         {name: tuple(value.shape) for name, value in values.items()},
         {n.removeprefix("base_model.model."): tuple(v.shape) for n, v in state.items() if f".{PREFIX}" in n},
     )
+    for name, array in state.items():
+        if name not in values or values[name].shape != array.shape:
+            raise NetworkError(
+                f"the adapter in {folder!r} has no {name} of shape {tuple(array.shape)}",
+                remedy="load it with load_adapter instead of swapping it in",
+            )
     with torch.no_grad():
-        for name, parameter in state.items():
-            if name in values:
-                parameter.copy_(values[name])
+        for name, array in state.items():
+            array.copy_(values[name])
 
 
 def describe(folder: str, adapters: Mapping[str, Factorization]) -> None:

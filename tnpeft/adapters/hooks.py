@@ -6,18 +6,22 @@ Each is one attribute of one class; every other kind of adapter meets what was t
 from __future__ import annotations
 
 import os
+from functools import wraps
 from typing import Any
 
 from peft import PeftConfig, PeftModel
 from peft.config import PeftConfigMixin
 from peft.tuners.lora import conversion
+from torch import Tensor
+from transformers.integrations.peft import PeftAdapterMixin
 from transformers.utils.hub import PushToHubMixin
 
 from tnpeft.adapters.bank import ConvertedLayer
 from tnpeft.adapters.config import TensorNetworkConfig
-from tnpeft.adapters.files import describe
+from tnpeft.adapters.files import checked_shapes, describe
 
 _read = PeftConfigMixin.from_pretrained.__func__
+_load = PeftAdapterMixin.load_adapter
 _upload = PushToHubMixin._upload_modified_files
 
 
@@ -31,6 +35,7 @@ def hook() -> None:
     conversion.BaseTunerLayer = ConvertedLayer  # type: ignore[misc, assignment]
     PeftConfig.from_pretrained = classmethod(_from_pretrained)
     PeftModel._upload_modified_files = _upload_with_card
+    PeftAdapterMixin.load_adapter = _load_checked
 
 
 def _from_pretrained(cls: type[PeftConfig], path: Any, subfolder: str | None = None, **kwargs: Any) -> PeftConfig:
@@ -39,6 +44,30 @@ def _from_pretrained(cls: type[PeftConfig], path: Any, subfolder: str | None = N
     if isinstance(config, TensorNetworkConfig) and not issubclass(cls, TensorNetworkConfig):
         return type(config).from_pretrained(path, subfolder, **kwargs)
     return config
+
+
+@wraps(_load)
+def _load_checked(
+    model: Any,
+    peft_model_id: str | None = None,
+    adapter_name: str | None = None,
+    peft_config: Any = None,
+    adapter_state_dict: dict[str, Tensor] | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Check a state dict as a file is checked: transformers attaches an adapter before it looks at either."""
+    found = peft_config
+    if adapter_state_dict is not None and peft_config is None and peft_model_id is not None:
+        found = PeftConfig.from_pretrained(peft_model_id, **(kwargs.get("adapter_kwargs") or {}))
+    if adapter_state_dict is None or not isinstance(found, TensorNetworkConfig):
+        return _load(model, peft_model_id, adapter_name, peft_config, adapter_state_dict, *args, **kwargs)
+    before = found.stored
+    found.stored = checked_shapes(adapter_state_dict, found.beside, "adapter_state_dict")
+    try:
+        return _load(model, peft_model_id, adapter_name, found, adapter_state_dict, *args, **kwargs)
+    finally:
+        found.stored = before
 
 
 def _upload_with_card(model: PeftModel, working_dir: str, *args: Any, **kwargs: Any) -> Any:

@@ -12,14 +12,13 @@ from tnpeft.adapters.bank import FactorBank
 from tnpeft.adapters.dense import DenseLinear, wide
 from tnpeft.adapters.direct import Direct
 from tnpeft.adapters.guard import refuse_reentrant
+from tnpeft.adapters.joined import Joined
 from tnpeft.adapters.mixed import in_blocks, lots, update_blocks
 from tnpeft.adapters.prepared import Prepared, may_keep
 from tnpeft.adapters.update import Update
 from tnpeft.counting.layout import Piece
 from tnpeft.networks import NetworkError
 from tnpeft.nn.together import may_join
-
-BASE = "__base__"  # PEFT's name for "no adapter" in mixed batches
 
 
 class TensorNetworkLinear(DenseLinear):
@@ -141,9 +140,14 @@ class TensorNetworkLinear(DenseLinear):
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
         """The base linear's output plus the updates of the active adapters, or of each row's own adapter."""
         eager = adapter_names is None and not args and not kwargs and not torch.compiler.is_compiling()
-        if eager and self._prepared.direct is not None and (kept := self._prepared.direct(self, x)) is not None:
-            result: Tensor = kept
-            return result
+        if eager:
+            if self._prepared.direct is not None and (kept := self._prepared.direct(self, x)) is not None:
+                result: Tensor = kept
+                return result
+            if torch.is_grad_enabled() and (joined := self.joined()) is not None:
+                together = joined(self, x)
+                if together is not None:
+                    return together
         if self.disable_adapters or (self.merged and adapter_names is None):
             return self.base_layer(x, *args, **kwargs)
         if self.merged:
@@ -152,8 +156,9 @@ class TensorNetworkLinear(DenseLinear):
         active = [adapter for adapter in self.active_adapters if adapter in self.updates]
         if adapter_names is None and len(active) == 1 and not args and not kwargs and self._joins(active[0], x):
             item = self.updates[active[0]][0]
-            operands = self.operands(active[0], item, x)
-            return item.run.with_linear(x, operands, self.base_layer.weight, self.base_layer.bias, item.scale)
+            operands = self.operands(active[0], item, x, raw=True)
+            weight, bias = self.base_layer.weight, self.base_layer.bias
+            return item.run.with_linear(x, operands, weight, bias, item.scale, item.norms)
         if eager and not self.training and len(active) == 1:
             self._prepared.direct = direct = Direct.of(self, active[0], x)
             if direct is not None and (kept := direct(self, x)) is not None:
@@ -177,10 +182,18 @@ class TensorNetworkLinear(DenseLinear):
             and x.dtype == self._compute_dtype(adapter, x)
         )
 
+    def joined(self) -> Joined | None:
+        """What is kept of the linear's one active adapter if the two can be one operation."""
+        kept: Joined | None = self._prepared.joined
+        if kept is None or not kept.holds(self):
+            self._prepared.joined = kept = Joined.of(self)
+        return kept
+
     def _mixed(self, x: Tensor, result: Tensor, names: Sequence[str]) -> Tensor:
         if len(names) != len(x):
             raise NetworkError(
-                f"adapter_names has {len(names)} entries for {len(x)} rows", remedy="name one adapter per row"
+                f"adapter_names has {len(names)} entries for {len(x)} rows",
+                remedy="name one adapter per row; linears that see other rows than the batch's take one adapter only",
             )
         result = result.clone()
         for lot in lots(self, [adapter for adapter in dict.fromkeys(names) if adapter in self.updates]):

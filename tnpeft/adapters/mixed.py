@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
 
 from tnpeft.adapters.prepared import may_keep
 from tnpeft.networks import REPLICA
@@ -16,6 +17,56 @@ from tnpeft.nn.execute import Program, program
 
 if TYPE_CHECKING:
     from tnpeft.adapters.layer import TensorNetworkLinear
+
+
+BASE = "__base__"  # PEFT's name for "no adapter" in mixed batches
+_TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")  # [rows, tokens, ...]
+
+
+class Named:
+    """The adapter of every row of one batch, for modules that see its rows or, as OPT's ``fc1``, its tokens as rows.
+
+    >>> named = Named(["a", "b"])
+    >>> named.enter(nn.Identity(), (torch.ones(2, 3, 5),), {})
+    >>> named.of(torch.ones(2, 3, 5)), named.of(torch.ones(6, 5)), named.of(torch.ones(3, 2, 5))
+    (['a', 'b'], ['a', 'a', 'a', 'b', 'b', 'b'], ['a', 'b'])
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = [*names]
+        self._lengths: set[int] = set()
+
+    def enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Note how many tokens the rows have: a forward pre-hook of the whole model."""
+        given = [*args[:1], *(kwargs.get(name) for name in _TOKENS)]
+        self._lengths = {t.shape[1] for t in given if isinstance(t, Tensor) and t.dim() > 1}
+
+    def hand(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Name the adapters of what a module is given: a forward pre-hook of the module."""
+        names = self.of(args[0]) if args else self.names
+        if isinstance(
+            module, AuxiliaryTrainingWrapper
+        ):  # which has to be told where an adapter left its module alone
+            names = [name if name in module._adapters else BASE for name in names]
+        return args, {**kwargs, "adapter_names": names}
+
+    def of(self, x: Tensor) -> list[str]:
+        """The names of the rows of ``x``, token by token if it is all tokens of the batch, row after row."""
+        tokens = len(x) // len(self.names)
+        if x.dim() == 2 and tokens in self._lengths and len(x) == tokens * len(self.names):
+            return [name for name in self.names for _ in range(tokens)]
+        return self.names
+
+
+def expanded(names: Sequence[str], options: Mapping[str, Any]) -> list[str]:
+    """The names of the rows that ``generate`` makes of a batch with its options: several beams or sequences for each.
+
+    >>> expanded(["a", "b"], {"num_beams": 2})
+    ['a', 'a', 'b', 'b']
+    """
+    given = options.get("generation_config")
+    each = max(options.get(key) or getattr(given, key, None) or 1 for key in ("num_beams", "num_return_sequences"))
+    return [name for name in names for _ in range(each)]
 
 
 def lots(layer: TensorNetworkLinear, adapters: Sequence[str]) -> list[list[str]]:

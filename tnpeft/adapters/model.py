@@ -22,9 +22,11 @@ from tnpeft.adapters.combine import combine
 from tnpeft.adapters.config import TensorNetworkConfig
 from tnpeft.adapters.files import check_shapes
 from tnpeft.adapters.guard import watch
-from tnpeft.adapters.layer import BASE, TensorNetworkLinear
+from tnpeft.adapters.layer import TensorNetworkLinear
+from tnpeft.adapters.mixed import BASE, Named, expanded
 from tnpeft.adapters.placement import base_constants, expected_shapes, place, start_values
-from tnpeft.adapters.sites import card_of, resolve
+from tnpeft.adapters.siblings import join
+from tnpeft.adapters.sites import beside, card_of, resolve
 from tnpeft.adapters.update import update
 from tnpeft.counting.layout import Layout, Piece
 from tnpeft.networks import NetworkError, Site
@@ -86,10 +88,11 @@ class TensorNetworkModel(BaseTuner):
             for name, module in self.model.named_modules()
             if name and ".base_layer" not in name and check_target_module_exists(config, name)
         }
-        bases = {name: _linear(name, module) for name, module in modules.items()}
+        quantised = get_quantization_kwargs(self.model)
+        bases = {name: _linear(name, module, quantised) for name, module in modules.items()}
         layout = place(self.model, bases, config)
         self._check_name(adapter, layout)
-        values = start_values(config, layout, partial(_weight, modules, bases))
+        values = start_values(config, layout, partial(_weight, modules, quantised))
         bank = self._bank(next(iter(bases.values())))
         bank.layouts[adapter] = layout
         if config.replicas > 1:
@@ -98,11 +101,13 @@ class TensorNetworkModel(BaseTuner):
         bank._move_adapter_to_device_of_base_layer(adapter)
         for name in dict.fromkeys(placement.site.module for placement in layout.placements):
             self._dress(name, bank, adapter, config, values)
+        for names in beside(self.model, [placement.site for placement in layout.placements]):
+            join(adapter, map(self.model.get_submodule, names))
 
     def _bank(self, first: nn.Module) -> FactorBank:
         bank: FactorBank | None = getattr(self.model, BANK, None)
         if bank is None:
-            bank = FactorBank(resolve_quantization_backend(first))
+            bank = FactorBank(resolve_quantization_backend(first, **get_quantization_kwargs(self.model)))
             setattr(self.model, BANK, bank.train(self.model.training))
             self.model.register_forward_pre_hook(watch)
         bank.device = next(first.parameters()).device
@@ -208,6 +213,10 @@ class TensorNetworkModel(BaseTuner):
             del model._forward_pre_hooks[key]
         return model
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put one module in the place of another and leave both as they are, wherever they hold their weights."""
+        setattr(parent, child_name, new_module)
+
     # ---- several adapters
 
     def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
@@ -227,6 +236,8 @@ class TensorNetworkModel(BaseTuner):
             return
         if self.model.training:
             raise NetworkError("adapter_names is for inference", remedy="call model.eval() first")
+        if not names:
+            raise NetworkError("adapter_names is empty", remedy="name one adapter per row")
         unknown = sorted(set(names) - {BASE, *self.peft_config})
         if unknown:
             raise NetworkError(
@@ -238,13 +249,11 @@ class TensorNetworkModel(BaseTuner):
                     f"{name!r} is {self.peft_config[name].replicas} replicas, which take a batch in blocks",
                     remedy="take them out with tnpeft.replicas.attach and name the one for each row",
                 )
-        beams = kwargs.get("num_beams") or 1
-        repeated = [name for name in names for _ in range(beams)]
-        handles = [
-            module.register_forward_pre_hook(partial(_pass_names, names=repeated), with_kwargs=True)
-            for module in self.modules()
-            if isinstance(module, TensorNetworkLinear | AuxiliaryTrainingWrapper)
-        ]
+        named = Named(expanded(names, kwargs))
+        handles = [self.model.register_forward_pre_hook(named.enter, with_kwargs=True)]
+        for module in self.modules():
+            if isinstance(module, TensorNetworkLinear | AuxiliaryTrainingWrapper):
+                handles.append(module.register_forward_pre_hook(named.hand, with_kwargs=True))
         try:
             yield
         finally:
@@ -267,9 +276,9 @@ class TensorNetworkModel(BaseTuner):
         return remapped
 
 
-def _linear(name: str, module: nn.Module) -> nn.Module:
+def _linear(name: str, module: nn.Module, quantised: dict[str, Any]) -> nn.Module:
     base = module.get_base_layer() if isinstance(module, TensorNetworkLinear) else module
-    backend = resolve_quantization_backend(base)
+    backend = resolve_quantization_backend(base, **quantised)
     if not isinstance(base, nn.Linear | Conv1D) and getattr(backend, "layer_type", "") != "linear":
         raise NetworkError(
             f"{name} is a {type(base).__name__}, not a linear",
@@ -278,15 +287,11 @@ def _linear(name: str, module: nn.Module) -> nn.Module:
     return base
 
 
-def _weight(modules: dict[str, nn.Module], bases: dict[str, nn.Module], site: Site) -> Tensor:
+def _weight(modules: dict[str, nn.Module], quantised: dict[str, Any], site: Site) -> Tensor:
     """The base weight of a site, fp32 ``[out, inp]``."""
     module = modules[site.module]
     if not isinstance(module, TensorNetworkLinear):
-        module = TensorNetworkLinear(bases[site.module], FactorBank())
+        module = TensorNetworkLinear(module, FactorBank(), **quantised)
     rows = slice(site.start, site.start + site.out) if "/out:" in site.proj else slice(None)
     cols = slice(site.start, site.start + site.inp) if "/inp:" in site.proj else slice(None)
     return module.base_matrix()[rows, cols]
-
-
-def _pass_names(module: nn.Module, args: Any, kwargs: dict[str, Any], names: list[str]) -> Any:
-    return args, {**kwargs, "adapter_names": names}

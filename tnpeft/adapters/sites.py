@@ -134,6 +134,22 @@ def select(
     )
 
 
+def beside(model: nn.Module, sites: Iterable[Site]) -> list[tuple[str, ...]]:
+    """The paths of linears that read one and the same input, as far as the model's card says so.
+
+    >>> beside(nn.Linear(2, 2), [])
+    []
+    """
+    card = card_of(model)
+    known = {} if card is None else {p.name: p for p in card.projections}
+    found: dict[tuple[int, str], list[str]] = {}
+    for site in sites:
+        p = known.get(site.proj)
+        if p is not None and f".{site.module}".endswith(f".{p.path}"):
+            found.setdefault((site.layer, p.reads), []).append(site.module)
+    return [tuple(modules) for modules in found.values() if len({*modules}) == len(modules) > 1]
+
+
 def features(module: nn.Module) -> tuple[int, int]:
     """Output and input features of a linear, a ``Conv1D`` or a quantised linear.
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from tnpeft.counting.layout import Piece, Placement
 from tnpeft.nn.execute import Program, program
 from tnpeft.nn.patterns import base as as_factor
+from tnpeft.nn.units import Norms
 
 Source = Literal["site", "bank", "base"]
 
@@ -30,7 +30,7 @@ class Update:
 
     ``side`` is the side of the linear that the site is a slice of, from ``start`` on, or ``""`` for the whole;
     ``keeps`` says that something is computed from the adapter's own factors alone, ``data`` that it has constants
-    besides the base weight.
+    besides the base weight, ``norms`` the operands' axes of normalisation, None without any.
     Copies and pickles hold the placement and build the program anew.
     """
 
@@ -46,6 +46,7 @@ class Update:
     length: int
     keeps: bool
     data: bool
+    norms: Norms | None
 
     def __reduce__(self) -> tuple[object, ...]:
         return update, (self.placement, self.unit_norm, self.constants, self.scale, self.tokens)
@@ -85,17 +86,8 @@ def update(
         site.inp if side == "inp" else site.out,
         (run.prepares or any(operand.norm for operand in operands)) and not constants,
         any(piece.kind == "constant" and label not in constants for label, piece in placement.pieces.items()),
+        tuple(operand.norm for operand in operands) if any(operand.norm for operand in operands) else None,
     )
-
-
-def normalised(array: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """The array with its columns (what the axes run over) of length one; a zero column stays zero.
-
-    >>> normalised(torch.tensor([[3.0], [4.0]]), (0,)).flatten()
-    tensor([0.6000, 0.8000])
-    """
-    length = torch.linalg.vector_norm(array, dim=axes, keepdim=True)
-    return array / length.clamp_min(torch.finfo(array.dtype).tiny)
 
 
 def base_factor(weight: Tensor, item: Update, label: str) -> Tensor:
@@ -105,6 +97,7 @@ def base_factor(weight: Tensor, item: Update, label: str) -> Tensor:
     >>> from tnpeft.networks import Factorization, Site
     >>> f = Factorization.of("d[out] ^W[out inp] -> out inp", init={"W": "base"})
     >>> item = update(layout(f, [Site(0, "q_proj", 2, 3)]).placements[0], (), ("W",), 1.0, 64)
+    >>> import torch
     >>> base_factor(torch.ones(2, 3), item, "W").shape
     torch.Size([2, 3])
     """
@@ -118,6 +111,7 @@ def part(weight: Tensor, item: Update) -> Tensor:
     >>> from tnpeft.networks import Factorization, Site
     >>> f = Factorization.of("A[out inp] -> out inp")
     >>> place = layout(f, [Site(0, "c_attn/out:1", 2, 3, start=2)]).placements[0]
+    >>> import torch
     >>> part(torch.arange(12.0).reshape(4, 3), update(place, (), (), 1.0, 64))[:, 0]
     tensor([6., 9.])
     """

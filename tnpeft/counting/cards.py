@@ -22,7 +22,10 @@ Targets = str | Sequence[str] | None
 
 @dataclass(frozen=True)
 class Projection:
-    """A linear of every layer, or a named slice of one: its role, path in the layer, features, heads and biases."""
+    """A linear of every layer, or a named slice of one: its role, path in the layer, features, heads and biases.
+
+    Projections of a layer with the same ``reads`` read one and the same input.
+    """
 
     name: str
     role: str
@@ -32,6 +35,7 @@ class Projection:
     heads: int = 0
     biases: int = 0
     start: int = 0
+    reads: str = ""
 
     def called(self, target: str) -> bool:
         """Whether the target is the end of the path, as in PEFT, or the role (q, k, v, o, gate, up, down)."""
@@ -239,7 +243,8 @@ def _build(name: str, architecture: str, given: Mapping[str, Any], switches: Map
         biased = bool(switches.get(p["bias"], False)) if isinstance(p["bias"], str) else p["bias"]
         start = evaluate(p.get("start", "0"), sizes)
         heads = sizes[p["heads"]] if "heads" in p else 0
-        return Projection(label, p["role"], p["path"], out, inp, heads, out if biased else 0, start)
+        reads = next((name for name, roles in _data()["inputs"].items() if p["role"] in roles), label)
+        return Projection(label, p["role"], p["path"], out, inp, heads, out if biased else 0, start, reads)
 
     projections = tuple(projection(label, p) for label, p in its["projections"].items())
     return Card(

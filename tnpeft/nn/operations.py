@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 
 View = Callable[[Tensor], Tensor]
 
-_SKINNY = 32  # columns up to which a product is computed the other way round: twice to five times as fast on a CPU
+_SKINNY = 64  # columns up to which a product is computed the other way round: up to five times as fast on a CPU
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,19 @@ class Side:
         """A gradient in the operation's shape as one in the operand's."""
         return grad if self.back is None else self.back(grad)
 
+    def scaled(self, weights: Tensor) -> Side:
+        """The operand times something of the operation's shape."""
+        return Side(lambda tensor: self.see(tensor) * weights, lambda grad: self.give(grad * weights))
+
 
 class Operation(Protocol):
     """A function of two operands that is linear in each; ``reads`` says that a gradient needs the other operand."""
 
     @property
     def reads(self) -> bool: ...
+
+    @property
+    def right(self) -> Side: ...
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor: ...
 
@@ -66,6 +73,24 @@ def times(a: Tensor, b: Tensor) -> Tensor:
     return (b.mT @ a.mT).mT if b.shape[-1] <= _SKINNY else a @ b
 
 
+def times_rows(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b.T`` as :func:`times` gives it.
+
+    >>> times_rows(torch.ones(3, 2), torch.ones(1, 2)).stride()
+    (1, 3)
+    """
+    return (b @ a.mT).mT if b.shape[-2] <= _SKINNY else a @ b.mT
+
+
+def rows_times(a: Tensor, b: Tensor) -> Tensor:
+    """``a.T @ b`` as :func:`times` gives it.
+
+    >>> rows_times(torch.ones(2, 3), torch.ones(2, 1)).stride()
+    (1, 3)
+    """
+    return (b.mT @ a).mT if b.shape[-1] <= _SKINNY else a.mT @ b
+
+
 def _accumulated(total: Tensor, a: Tensor, b: Tensor, scale: float, fresh: bool) -> Tensor:
     """``total + scale * a @ b``, in place if the total is fresh."""
     if a.dim() == 2:
@@ -83,6 +108,8 @@ def _plus(part: Tensor, total: Tensor | None, fresh: bool) -> Tensor:
 class Product:
     """``a @ b.T`` of two matrices with the same columns, or of each two of two stacks of them.
 
+    ``rows``: a narrow result has its narrow side as rows.
+
     >>> both = Product(Side(), Side())
     >>> both(torch.ones(3, 2), torch.ones(4, 2)).shape, both.to_right(torch.ones(3, 4), torch.ones(3, 2)).shape
     (torch.Size([3, 4]), torch.Size([4, 2]))
@@ -90,11 +117,12 @@ class Product:
 
     left: Side
     right: Side
+    rows: bool = False
     reads = True
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         a, b = self.left.see(a), self.right.see(b)
-        return linear(a, b) if b.dim() == 2 else times(a, b.mT)
+        return times_rows(a, b) if self.rows or b.dim() > 2 else linear(a, b)
 
     def add_to(self, total: Tensor, a: Tensor, b: Tensor, scale: float, fresh: bool) -> Tensor:
         """``total + scale * self(a, b)``."""
@@ -109,7 +137,15 @@ class Product:
 
     def to_right(self, grad: Tensor, a: Tensor) -> Tensor:
         """The gradient of the right operand."""
-        return self.right.give(times(grad.mT, self.left.see(a)))
+        return self.right.give(rows_times(grad, self.left.see(a)))
+
+    def scaled(self, columns: Tensor) -> Product:
+        """The product with its result times ``columns [..., 1, width]``; only the right operand meets them.
+
+        >>> Product(Side(), Side()).scaled(torch.tensor([[2.0]]))(torch.ones(1, 3), torch.ones(1, 3))
+        tensor([[6.]])
+        """
+        return Product(self.left, self.right.scaled(columns.mT), self.rows)
 
 
 @dataclass(frozen=True)

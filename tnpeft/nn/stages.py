@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from tnpeft.nn.lower import Body, Fact, Lowered, Tail
-from tnpeft.nn.operations import Operation
+from tnpeft.nn.operations import Elementwise, Operation, Product
 from tnpeft.planning.planner import TRAFFIC
 
 
@@ -25,9 +25,10 @@ class Stages:
 
     Places count the factors, the results of ``weights``, the activations (``x``) and the results of ``through``.
     What stands for the activations is what the ``entry`` makes of them, operations with frozen factors at a place.
-    ``keep``
-    are those of results to keep for the backward pass, ``again`` those of results to compute again in it, and
-    ``again_names`` names their steps. ``merges``: the update is the activations times one matrix, ``[out, inp]``.
+    ``keep`` are those of results to keep for the backward pass, ``again`` those of results to compute again in it,
+    and ``again_names`` names their steps. ``folded`` are those of products whose columns are multiplied by weights
+    next: backward their matrix is, which is smaller than the gradient. ``merges`` is the place in the tail of the
+    product with a matrix, ``[out, inp]``, that is added to the base weight instead, if there is one.
     """
 
     entry: tuple[tuple[Operation, int], ...]
@@ -38,13 +39,15 @@ class Stages:
     keep: tuple[int, ...]
     again: tuple[int, ...]
     again_names: tuple[str, ...]
-    merges: bool
+    folded: frozenset[int]
+    merges: int | None
 
 
-def stages(lowered: Lowered, factors: Sequence[int]) -> Stages:
+def stages(lowered: Lowered, factors: Sequence[int], *, whole: bool = True) -> Stages:
     """The operations of a program, those that do not need the activations first.
 
     ``factors`` has the elements of each trainable factor, 0 for the others; the activations' width is in ``lowered``.
+    They are those of a linear unless it is not the ``whole`` program: what is as wide as they are is kept then.
 
     >>> from tnpeft import network, plan
     >>> from tnpeft.nn.lower import lower
@@ -57,7 +60,7 @@ def stages(lowered: Lowered, factors: Sequence[int]) -> Stages:
     early, late = [*range(count)], [count]
     for place, (_, a, b) in enumerate(lowered.body, start=count + 1):
         (late if a in late or b in late else early).append(place)
-    entry = _entry(lowered, late, factors)
+    entry = _entry(lowered, late, factors) if whole else ()
     dropped, late = late[: len(entry)], late[len(entry) :]
     new = {old: place for place, old in enumerate([*early, *late])}
     facts = {new[old]: fact for old, fact in enumerate(lowered.facts, start=count + 1) if old in new}
@@ -70,11 +73,25 @@ def stages(lowered: Lowered, factors: Sequence[int]) -> Stages:
     weights = tuple(moved[old] for old in early[count:])
     through = tuple(moved[old] for old in late[1:])
     tail = tuple((function, new[a], new[b]) for function, a, b in lowered.tail)
-    kept = _Kept(weights, through, tail, facts, factors, width, width >= lowered.width)
+    kept = _Kept(weights, through, tail, facts, factors, width, whole and width >= lowered.width)
     again = kept.again()
     keep = tuple(sorted(kept.needed - kept.inputs - again))
     names = tuple(dict.fromkeys(facts[place].name for place in sorted(again)))
-    return Stages(entry, weights, through, tail, kept.x, keep, tuple(sorted(again)), names, lowered.merges)
+    folded = _folded(through, tail, facts, kept.x, lowered.tokens)
+    return Stages(entry, weights, through, tail, kept.x, keep, tuple(sorted(again)), names, folded, lowered.merges)
+
+
+def _folded(through: Body, tail: Tail, facts: dict[int, Fact], x: int, tokens: int) -> frozenset[int]:
+    """The products with a matrix of fewer columns than tokens that only an elementwise product with a row reads."""
+    users = [*through, *((added.operation, a, b) for added, a, b in tail)]
+    found = set()
+    for place, (product, _, matrix) in enumerate(through, start=x + 1):
+        reading = [user for user in users if place in user[1:]]
+        if isinstance(product, Product) and len(reading) == 1 and matrix < x and facts[place].macs <= tokens:
+            ((operation, left, weights),) = reading
+            if isinstance(operation, Elementwise) and operation.left.view is None and left == place and weights < x:
+                found.add(place)
+    return frozenset(found)
 
 
 def _entry(lowered: Lowered, late: Sequence[int], factors: Sequence[int]) -> tuple[tuple[Operation, int], ...]:

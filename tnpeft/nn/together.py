@@ -15,13 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from tnpeft.nn.first import Link
 from tnpeft.nn.flow import Flow
+from tnpeft.nn.units import Norms, Units
 
 _Grads = tuple[Tensor | None, ...]
 
 
 class _Together(torch.autograd.Function):
-    """The update of ``x``, added to a linear of it or, without a weight, to ``base``; in place if that is ``new``."""
+    """The update of ``x``, added to a linear of it or, without a weight, to ``base``; in place if that is ``new``.
+
+    With a ``link`` the update is that of ``narrow``, the result of its first step.
+    """
 
     @staticmethod
     def forward(
@@ -29,19 +34,24 @@ class _Together(torch.autograd.Function):
         flow: Flow,
         scale: float,
         new: bool,
+        link: Link | None,
+        norms: Norms | None,
         x: Tensor,
+        narrow: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
         base: Tensor | None,
         *factors: Tensor,
     ) -> Tensor:
-        values = flow.values(flow.prepare(factors), x)
-        ctx.flow, ctx.scale, ctx.autocast = flow, scale, _autocast(x)
-        ctx.save_for_backward(x, weight, *factors, *flow.kept(values))
+        ready = factors if norms is None else Units(factors, norms, flow.reads).factors
+        values = flow.values(flow.prepare(ready), x if narrow is None else narrow)
+        ctx.flow, ctx.scale, ctx.link, ctx.norms, ctx.autocast = flow, scale, link, norms, _autocast(x)
+        read = link is None or link.reads or (weight is not None and weight.requires_grad)
+        ctx.save_for_backward(x if read else None, weight, *factors, narrow, *flow.kept(values))
         if weight is not None:
-            if _merges(flow, weight):
-                return linear(x, _merged(flow, weight, values, scale), bias)
-            return flow.add(linear(x, weight, bias), values, scale, new=True)
+            merged = flow.stages.merges is not None
+            total = linear(x, _merged(flow, weight, values, scale) if merged else weight, bias)
+            return flow.add(total, values, scale, new=True, merged=merged)
         if not new or base is None:
             return flow.add(base, values, scale)
         ctx.mark_dirty(base)
@@ -50,25 +60,40 @@ class _Together(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> _Grads:  # type: ignore[override]
-        flow, scale = ctx.flow, ctx.scale
+        flow, scale, link, norms = ctx.flow, ctx.scale, ctx.link, ctx.norms
         x, weight, *saved = ctx.saved_tensors
-        on_x, on_weight, on_bias, on_base, *on_factors = ctx.needs_input_grad[3:]
-        factors, kept = saved[: flow.factors], saved[flow.factors :]
+        on_x, on_narrow, on_weight, on_bias, on_base, *on_factors = ctx.needs_input_grad[5:]
+        factors, narrow, kept = saved[: flow.factors], saved[flow.factors], saved[flow.factors + 1 :]
         twice = torch.is_grad_enabled()  # then what is computed here is differentiated in its turn
+        to_narrow = None
         with _same(ctx.autocast):
-            thawed = any(on and frozen for on, frozen in zip(on_factors, flow.frozen, strict=True))
-            values = flow.restored(factors, x, kept, everything=twice or thawed)
-            merged = weight is not None and _merges(flow, weight)
+            thawed = any(on_factors[place] for place in flow.frozen)
+            if link is not None and link.reads and twice:
+                narrow = link.step.again(x, factors)
+            units = None if norms is None else Units(factors, norms, flow.reads)
+            ready = factors if units is None else units.factors
+            values = flow.restored(ready, x if link is None else narrow, kept, everything=twice or thawed)
+            merged = weight is not None and flow.stages.merges is not None
             to_x = None
             if on_x and weight is not None:
                 to_x = grad @ (_merged(flow, weight, values, scale) if merged else weight)
-            needs = [*on_factors, on_x]
-            *to_factors, to_x = flow.gradients(grad, values, scale, needs, to_x, merged, twice)
+            if link is None:
+                *to_factors, to_x = flow.gradients(grad, values, scale, [*on_factors, on_x], to_x, merged, twice)
+            else:
+                needs = [*on_factors, on_narrow]
+                *to_factors, to_narrow = flow.gradients(grad, values, scale, needs, None, merged, twice)
+                if link.reads:
+                    link.brought[:] = [x]
+            if units is not None:
+                to_factors = units.gradients(to_factors)
         return (
             None,
             None,
             None,
+            None,
+            None,
             to_x,
+            to_narrow,
             grad.t() @ x if on_weight else None,
             grad.sum(0) if on_bias else None,
             grad if on_base else None,
@@ -104,11 +129,6 @@ class _Enter(torch.autograd.Function):
         )
 
 
-def _merges(flow: Flow, weight: Tensor) -> bool:
-    """Whether the update is added to the weight: it is a matrix, and the sum is as precise as the two products."""
-    return flow.stages.merges and torch.finfo(weight.dtype).bits >= 32
-
-
 def _merged(flow: Flow, weight: Tensor, values: Sequence[Tensor], scale: float) -> Tensor:
     matrix, sign = flow.matrix(values)
     return weight.add(matrix, alpha=sign * scale)
@@ -124,11 +144,18 @@ def _same(autocast: tuple[str, torch.dtype] | None) -> AbstractContextManager[An
 
 
 def together(
-    flow: Flow, scale: float, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Sequence[Tensor]
+    flow: Flow,
+    scale: float,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    factors: Sequence[Tensor],
+    norms: Norms | None = None,
 ) -> Tensor:
     """``linear(x, weight, bias)`` plus the scaled update of ``x``, ``[tokens, out]``.
 
-    ``x`` is ``[tokens, inp]``, ``weight [out, inp]``, all of one dtype. It is differentiable twice. Autocast and
+    ``x`` is ``[tokens, inp]``, ``weight [out, inp]``, all of one dtype. Along the axes in ``norms`` the factors are
+    normalised first. It is differentiable twice. Autocast and
     transforms of ``torch.func`` are for plain operations: see :func:`may_join`.
 
     >>> from tnpeft import network
@@ -139,11 +166,37 @@ def together(
     """
     result: Tensor
     if not flow.stages.entry:
-        result = _Together.apply(flow, scale, True, x, weight, bias, None, *factors)
+        result = _Together.apply(flow, scale, True, None, norms, x, None, weight, bias, None, *factors)
         return result
     base, entered = _Enter.apply(flow, x, weight, bias, *flow.gates(factors))
     new = not torch.compiler.is_compiling()  # the compiler decides by itself what is done in place
-    result = _Together.apply(flow, scale, new, entered, None, None, base, *factors)
+    result = _Together.apply(flow, scale, new, None, norms, entered, None, None, None, base, *factors)
+    return result
+
+
+def rest(
+    link: Link,
+    narrow: Tensor,
+    scale: float,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    factors: Sequence[Tensor],
+    norms: Norms | None = None,
+) -> Tensor:
+    """What :func:`together` gives, from the ``narrow`` result of a first step that was taken elsewhere.
+
+    >>> from tnpeft import network
+    >>> from tnpeft.nn.execute import program
+    >>> from tnpeft.nn.first import Joint, Source
+    >>> first = program(network("B[out r] A[r inp] -> out inp"), {"out": 5, "r": 1, "inp": 4}).first
+    >>> factors = torch.ones(5, 1), torch.ones(1, 4)
+    >>> started = Joint([Source(first)])([factors], torch.ones(3, 4))
+    >>> rest(started.links[0], started.narrow[0], 0.5, started.x, torch.zeros(5, 4), None, factors).unique()
+    tensor([2.])
+    """
+    flow = link.step.first.rest
+    result: Tensor = _Together.apply(flow, scale, True, link, norms, x, narrow, weight, bias, None, *factors)
     return result
 
 
@@ -157,8 +210,17 @@ def apart(flow: Flow, scale: float, x: Tensor, base: Tensor | None, factors: Seq
     tensor([2.])
     """
     entered = flow.enter(x, flow.gates(factors))
-    result: Tensor = _Together.apply(flow, scale, False, entered, None, None, base, *factors)
+    result: Tensor = _Together.apply(flow, scale, False, None, None, entered, None, None, None, base, *factors)
     return result
+
+
+def takes(weight: Tensor) -> bool:
+    """Whether a weight can take an update without losing it: in half precision it would.
+
+    >>> takes(torch.ones(1)), takes(torch.ones(1, dtype=torch.bfloat16))
+    (True, False)
+    """
+    return torch.finfo(weight.dtype).bits >= 32
 
 
 def may_reverse(x: Tensor) -> bool:
@@ -189,13 +251,17 @@ def may_join(linear: nn.Module, x: Tensor) -> bool:
     >>> may_join(linear, x), may_join(linear, x.double()), linear.register_forward_hook(print) and may_join(linear, x)
     (True, False, False)
     """
-    hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
+    own = linear.__dict__
+    if type(linear) is not nn.Linear or "forward" in own:
+        return False
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return False
+    weight = own["_parameters"].get("weight")
+    if weight is None:
+        weight = linear.weight
     return (
-        type(linear) is nn.Linear
-        and not hooks
-        and "forward" not in vars(linear)
-        and type(linear.weight) in (nn.Parameter, Tensor)
-        and x.dtype == linear.weight.dtype
+        type(weight) in (nn.Parameter, Tensor)
+        and x.dtype == weight.dtype
         and not torch.is_autocast_enabled(x.device.type)
         and may_reverse(x)
     )

@@ -15,23 +15,16 @@ from typing import Any
 
 import torch
 import transformers
-from torch.nn.functional import cross_entropy
 from transformers import PrinterCallback, TrainerCallback
 
 import tnpeft
 from tnpeft.studies.data import Splits
 from tnpeft.studies.files import StudyError
 from tnpeft.studies.protocol import Protocol
-from tnpeft.studies.scoring import Scorer, metric
+from tnpeft.studies.scoring import Scorer, judge, metric
 from tnpeft.studies.training import Best, Ordered, arguments, optimizer
 
 Rows = Sequence[dict[str, Any]]
-Lot = list[list[int]]  # places of examples, equally many of each run
-
-# Tokens that take as long as what a pass costs however few it has, and the most tokens of a pass. Measured on a CPU,
-# where larger ones leave its cache; elsewhere a guess.
-_COSTS = {"cpu": (50, 1024)}
-_ELSEWHERE = (4096, 65536)
 
 
 @dataclass
@@ -127,40 +120,15 @@ def fit(
         chosen.zero_grad()
         if number % protocol.evaluate_every == 0 or number == protocol.steps:
             begun = time.perf_counter()
-            course.judge(number, evaluate(scorer, model, dev))
+            found = judge(scorer, model, dev)
+            by = scorer.task.metric
+            course.judge(number, [(metric(by, its.guesses, its.labels), its.loss) for its in found])
             judging += time.perf_counter() - begun
             if not course.running:
                 break
     seconds = time.perf_counter() - start - judging
     course.restore()
     return course.best, seconds
-
-
-def lots(lengths: Sequence[Sequence[int]], device: str = "cpu") -> list[Lot]:
-    """All examples of some runs, in lots that cost least: of about equal length, and no more lots than they save.
-
-    Args:
-        lengths: of the examples of each run, equally many.
-        device: the kind of device that they go through.
-
-    >>> lots([[90, 9, 8], [7, 8, 80]])
-    [[[2, 1], [0, 1]], [[0], [2]]]
-    """
-    orders = [sorted(range(len(its)), key=its.__getitem__) for its in lengths]
-    tops = [max(row) for row in zip(*map(sorted, lengths), strict=True)]
-    fixed, most = _COSTS.get(device, _ELSEWHERE)
-    costs, starts = [0], [0]  # of what comes before each place, and where the last lot before it starts
-    for stop, top in enumerate(tops, start=1):
-        each = len(lengths) * top
-        choices = range(max(0, stop - max(1, most // each)), stop)
-        cost, start = min((costs[k] + fixed + each * (stop - k), k) for k in choices)
-        costs.append(cost)
-        starts.append(start)
-    found, stop = list[Lot](), len(tops)
-    while stop:
-        found.append([order[starts[stop] : stop] for order in orders])
-        stop = starts[stop]
-    return found[::-1]
 
 
 def backward(
@@ -184,58 +152,14 @@ def backward(
     if any([len(batch) for batch in its] != sizes for its in batches):
         raise StudyError("the runs' batches differ in size", remedy="make these runs alone")
     owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-    taken = [[its[k] for batch in own for k in batch] for its, own in zip(rows, batches, strict=True)]
-    losses = torch.zeros(len(rows), len(sizes))
-    for lot in _lots(taken, model):
+    device, losses = next(model.parameters()).device, torch.zeros(len(rows), len(sizes))
+    whole = scorer.collate([its[k] for its, own in zip(rows, batches, strict=True) for batch in own for k in batch])
+    for lot, part in scorer.cut({name: tensor.to(device) for name, tensor in whole.items()}, len(rows)):
         owners = owner[torch.tensor(lot)]
-        _, _, each = _scored(scorer, model, taken, lot)
-        each = each / torch.tensor(sizes)[owners].to(each.device)
+        each = scorer.losses(model, part).view(len(rows), -1) / torch.tensor(sizes)[owners].to(device)
         (each.sum() / len(sizes)).backward()
         losses.scatter_add_(1, owners, each.detach().cpu())
     return [*losses.T]
-
-
-def _lots(rows: Sequence[Rows], model: torch.nn.Module) -> list[Lot]:
-    device = next(model.parameters()).device.type
-    return lots([[len(row["ids"]) for row in its] for its in rows], device)
-
-
-def _scored(
-    scorer: Scorer, model: torch.nn.Module, rows: Sequence[Rows], lot: Lot
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Scores and labels of the examples of a lot, and their losses, ``[runs, examples of one]``."""
-    device = next(model.parameters()).device
-    batch = scorer.collate([its[k] for its, places in zip(rows, lot, strict=True) for k in places])
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    scores = scorer.scores(model, batch)
-    losses = cross_entropy(scores, batch["labels"], reduction="none")
-    return scores, batch["labels"], losses.reshape(len(rows), -1)
-
-
-@torch.no_grad()
-def evaluate(scorer: Scorer, model: torch.nn.Module, rows: Sequence[Rows]) -> list[tuple[float, float]]:
-    """:func:`tnpeft.studies.scoring.evaluate` of every replica on its own rows, equally many for each.
-
-    Raises:
-        StudyError: they differ in number.
-    """
-    if len({len(its) for its in rows}) > 1:
-        raise StudyError("the runs are judged on sets of different sizes", remedy="make these runs alone")
-    was = model.training
-    model.eval()
-    guesses, labels = [list[int]() for _ in rows], [list[int]() for _ in rows]
-    loss = torch.zeros(len(rows))
-    for lot in _lots(rows, model):
-        scores, wanted, each = _scored(scorer, model, rows, lot)
-        loss += each.sum(1).cpu()
-        for k, (guess, label) in enumerate(
-            zip(scores.argmax(-1).chunk(len(rows)), wanted.chunk(len(rows)), strict=True)
-        ):
-            guesses[k] += guess.tolist()
-            labels[k] += label.tolist()
-    model.train(was)
-    scored = [metric(scorer.task.metric, *pair) for pair in zip(guesses, labels, strict=True)]
-    return list(zip(scored, (loss / len(rows[0])).tolist(), strict=True))
 
 
 class _Course:
@@ -255,8 +179,7 @@ class _Course:
             best.curve.append((step, trained[k], dev, loss))
             if best.offer(step, dev, loss, self.protocol.best_by):
                 best.weights = {n: p.detach()[k].clone() for n, p in self._trained()}
-            waited = sum(row[0] > best.step for row in best.curve)
-            if self.protocol.patience and waited >= self.protocol.patience:
+            if best.hopeless(self.protocol.patience):
                 self.running.discard(k)
 
     @torch.no_grad()

@@ -85,7 +85,7 @@ def perform_pack(runs: Job) -> list[dict[str, Any]]:
 
     from tnpeft.studies import methods, packed
     from tnpeft.studies.data import load
-    from tnpeft.studies.scoring import Scorer
+    from tnpeft.studies.scoring import Scorer, judge
 
     quiet()
     first = runs[0]
@@ -102,7 +102,7 @@ def perform_pack(runs: Job) -> list[dict[str, Any]]:
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     scorer = Scorer(task, tokenizer, protocol.head, protocol.max_length)
     best, seconds = packed.fit(model, scorer, splits, protocol, lrs=[run.lr for run in runs], seeds=seeds)
-    reached = packed.judge(scorer, model, [scorer.encode(its.eval) for its in splits])
+    reached = judge(scorer, model, [scorer.encode(its.eval) for its in splits])
     parameters = methods.trainable(model)[0] // len(runs), 0
     return [
         {**described(run, parameters, its, own, seconds / len(runs), judged, str(model.device)), "pack": len(runs)}

@@ -204,7 +204,7 @@ def perform(run: Run, *, folder: Path | None = None, progress: Any = None, keep:
     best, seconds = training.fit(
         model, scorer, splits, protocol, lr=run.lr, seed=run.seed, folder=folder, progress=progress
     )
-    judged = judge(scorer, model, scorer.encode(splits.eval))
+    (judged,) = judge(scorer, model, [scorer.encode(splits.eval)])
     if keep and processes.first():
         keep(model, tokenizer)
     return described(run, (adapter, head), splits, best, seconds, judged, str(model.device))

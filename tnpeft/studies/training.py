@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch.nn.functional import cross_entropy
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
@@ -140,7 +139,9 @@ class _Scored(Ordered):
         return {**self.scorer.collate(mine), "factor": torch.tensor(factor)}
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
-        loss = cross_entropy(self.scorer.scores(model, inputs), inputs["labels"]) * inputs["factor"]
+        whole = processes.count() > 1  # DDP expects one forward for each backward
+        parts = [inputs] if whole else [part for _, part in self.scorer.cut(inputs)]
+        loss = sum(self.scorer.losses(model, part).sum() for part in parts) / len(inputs["labels"]) * inputs["factor"]
         self.judge.losses.append(loss.detach())
         return (loss, {}) if return_outputs else loss
 

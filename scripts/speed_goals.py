@@ -184,7 +184,8 @@ def replicas(results: Results) -> Iterator[Goal]:
         if case["family"] == "lora" and 128 <= case["rows"] * case["length"] <= 512 and "8" in case["gain"]:
             gain = case["gain"]["8"]
             yield Goal(
-                f"K = 8 replicas, {case['shape']}, {case['layers']} layers, {case['rows']} x {case['length']} tokens each",
+                f"K = 8 replicas, {case['shape']}, {case['layers']} layers, "
+                f"{case['rows']} x {case['length']} tokens each",
                 "at least 1.1 times 8 runs in turn",
                 f"{gain:.2f} times",
                 gain >= 1.1,

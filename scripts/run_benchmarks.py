@@ -14,31 +14,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-from speed_goals import CONSTRUCTIONS
-
 HERE = Path(__file__).resolve().parent
-REBUILT = [case for name in CONSTRUCTIONS for case in (f"tenslora {name} ranks=8", f"rebuilt tensor: {name}")]
 RUNS = {
-    "step_bare": [
-        "bench_step.py",
-        "--bare",
-        "--layers",
-        "2",
-        "--samples",
-        "9",
-        "--clock",
-        "cpu",
-        "--name",
-        "step_bare",
-    ],
-    "step_rebuilt": [
-        *("bench_step.py", "--bare", "--layers", "12", "--samples", "3", "--clock", "cpu", "--name", "step_rebuilt"),
-        *("--only", *REBUILT),
-    ],
-    "decode": ["bench_decode.py", "--samples", "9", "--clock", "cpu"],
+    "saved": ["bench_saved.py"],
+    "step_bare": [*"bench_step.py --bare --layers 2 --samples 9 --clock cpu --name step_bare".split()],
+    "rebuilt": [*"bench_rebuilt.py --samples 9 --clock cpu".split()],
+    "decode": [*"bench_decode.py --samples 9 --clock cpu".split()],
     "attach": ["bench_attach.py"],
-    "replicas": ["bench_replicas.py", "--samples", "5", "--clock", "cpu"],
-    "step": ["bench_step.py", "--layers", "2", "--samples", "5", "--clock", "cpu"],
+    "growth": [*"bench_growth.py --samples 5 --clock cpu".split()],
+    "replicas": [*"bench_replicas.py --samples 5 --clock cpu".split()],
+    "step": [*"bench_step.py --layers 2 --samples 5 --clock cpu".split()],
 }
 # Memory that is given back to the system after every large array is paid for anew with the next one.
 KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}

@@ -16,14 +16,14 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 RUNS = {
-    "saved": ["bench_saved.py"],
-    "step_bare": [*"bench_step.py --bare --layers 2 --samples 9 --clock cpu --name step_bare".split()],
-    "rebuilt": [*"bench_rebuilt.py --samples 9 --clock cpu".split()],
-    "decode": [*"bench_decode.py --samples 9 --clock cpu".split()],
-    "attach": ["bench_attach.py"],
-    "growth": [*"bench_growth.py --samples 5 --clock cpu".split()],
-    "replicas": [*"bench_replicas.py --samples 5 --clock cpu".split()],
-    "step": [*"bench_step.py --layers 2 --samples 5 --clock cpu".split()],
+    "saved": "bench_saved.py",
+    "step_bare": "bench_step.py --bare --layers 2 --samples 9 --clock cpu --name step_bare",
+    "rebuilt": "bench_rebuilt.py --samples 9 --clock cpu",
+    "decode": "bench_decode.py --samples 9 --clock cpu",
+    "attach": "bench_attach.py",
+    "growth": "bench_growth.py --samples 5 --clock cpu",
+    "replicas": "bench_replicas.py --samples 5 --clock cpu",
+    "step": "bench_step.py --layers 2 --samples 5 --clock cpu",
 }
 # Memory that is given back to the system after every large array is paid for anew with the next one.
 KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
@@ -37,7 +37,7 @@ def main() -> None:
     if unknown:
         sys.exit(f"there is no benchmark {unknown[0]!r}; there are {', '.join(RUNS)}")
     for name in names:
-        script, *options = RUNS[name]
+        script, *options = RUNS[name].split()
         print(f"== {name}", file=sys.stderr, flush=True)
         subprocess.run([sys.executable, str(HERE / script), *options], check=True, env={**os.environ, **KEPT})
 

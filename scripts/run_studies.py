@@ -26,6 +26,7 @@ STUDIES = (
     "cp_steps_small_opt",
     "cp_steps_small_opt_pairs",
     "cp_steps_smollm2_rates",
+    "cp_steps_smollm2_larger_rates",
     "cp_steps_smollm2",
     "families_digits",
     "tenslora_digits",

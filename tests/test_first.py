@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tnpeft import network
 from tnpeft.nn.execute import Program, program
-from tnpeft.nn.first import Source, start
+from tnpeft.nn.first import Joint, Source
 from tnpeft.nn.together import rest, together
 
 TOKENS, WIDE, SCALE = 7, 12, -0.5
@@ -65,7 +65,7 @@ class Group:
     def shared(self, x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
         own = self.parts(factors)
         assert self.run.first is not None
-        begun = start([Source(self.run.first, its) for its in own], x)
+        begun = Joint([Source(self.run.first)] * 3)(own, x)
         return tuple(
             rest(begun.links[k], begun.narrow[k], SCALE, begun.x, self.weights[k], None, own[k]) for k in range(3)
         )
@@ -164,7 +164,7 @@ def test_one_narrow_product_for_all_and_one_of_each_kind_for_its_gradients(same:
     if same:
         own = [[B, own[0][1]] for B, _ in own]
     with Products() as forward:
-        begun = start([Source(first, its, key=same or None) for its in own], group.x)
+        begun = Joint([Source(first, key=same or None)] * 3)(own, group.x)
     assert forward.shapes == [(narrow, WIDE, TOKENS)]
     results = [rest(begun.links[k], begun.narrow[k], 1.0, begun.x, group.weights[k], None, own[k]) for k in range(3)]
     with Products() as backward:

@@ -6,7 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tnpeft
 from tnpeft.adapters import siblings
+from tnpeft.nn import first
 
 QKV = ["q_proj", "k_proj", "v_proj"]
 TARGETS = {
@@ -54,21 +55,22 @@ def alone(net: Any) -> Any:
 
 
 @pytest.fixture
-def begun(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """For how many linears something was begun, each time."""
     found: list[int] = []
-    original = siblings.start
+    original = first.Joint.__call__
 
-    def start(sources: Any, x: Tensor) -> Any:
-        found.append(len(sources))
-        return original(sources, x)
+    def start(joint: Any, factors: Any, x: Tensor) -> Any:
+        found.append(len(factors))
+        return original(joint, factors, x)
 
-    monkeypatch.setattr(siblings, "start", start)
-    return iter([found])  # type: ignore[arg-type]
+    monkeypatch.setattr(first.Joint, "__call__", start)
+    return found
 
 
-def counted(begun: Any) -> list[int]:
-    return next(begun)
+@pytest.fixture(autouse=True)
+def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(siblings, "_WORTH", 0)
 
 
 def gradients(net: Any, name: str = "opt") -> dict[str, Tensor]:
@@ -107,8 +109,8 @@ def test_which_linears_share() -> None:
 
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize("key", KEYS)
-def test_a_step_is_that_of_each_alone(key: str, name: str, begun: Any) -> None:
-    net, calls = model(key, name), counted(begun)
+def test_a_step_is_that_of_each_alone(key: str, name: str, begun: list[int]) -> None:
+    net, calls = model(key, name), begun
     wanted = gradients(alone(net), name)
     assert not calls
     same(gradients(net, name), wanted)
@@ -194,8 +196,8 @@ def test_second_derivatives(key: str) -> None:
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("key", KEYS)
-def test_checkpointed_layers(key: str, reentrant: bool, begun: Any) -> None:
-    net, calls = model(key), counted(begun)
+def test_checkpointed_layers(key: str, reentrant: bool, begun: list[int]) -> None:
+    net, calls = model(key), begun
     wanted = gradients(net)
     net.enable_input_require_grads()
     net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
@@ -337,8 +339,8 @@ def test_a_change_between_them_is_met(change: Callable[[Any, Tensor], None]) -> 
     same(*found)
 
 
-def test_a_replaced_module_leaves_the_others(begun: Any) -> None:
-    net, calls = model("lora"), counted(begun)
+def test_a_replaced_module_leaves_the_others(begun: list[int]) -> None:
+    net, calls = model("lora"), begun
     q, k, v = group(net)
     q.base_layer.register_forward_hook(lambda *_: None)
     x = x_of(net)
@@ -347,8 +349,8 @@ def test_a_replaced_module_leaves_the_others(begun: Any) -> None:
 
 
 @pytest.mark.parametrize("key", ["lora", "mixed"])
-def test_dropout_draws_for_each(key: str, begun: Any) -> None:
-    net, calls = model(key, dropout=0.3), counted(begun)
+def test_dropout_draws_for_each(key: str, begun: list[int]) -> None:
+    net, calls = model(key, dropout=0.3), begun
     results = []
     for one in (net, alone(net)):
         torch.manual_seed(0)
@@ -360,8 +362,19 @@ def test_dropout_draws_for_each(key: str, begun: Any) -> None:
     assert calls == [3, 3]
 
 
-def test_what_runs_without_gradients_or_otherwise_shares_nothing(begun: Any) -> None:
-    net, calls = model("lora"), counted(begun)
+def test_small_inputs_are_not_worth_it(monkeypatch: pytest.MonkeyPatch, begun: list[int]) -> None:
+    net = model("lora")
+    x = x_of(net)
+    monkeypatch.setattr(siblings, "_WORTH", x.numel() + 1)
+    group(net)[0](x)
+    assert not begun
+    monkeypatch.setattr(siblings, "_WORTH", x.numel())
+    group(net)[0](x)
+    assert begun == [3]
+
+
+def test_what_runs_without_gradients_or_otherwise_shares_nothing(begun: list[int]) -> None:
+    net, calls = model("lora"), begun
     with torch.no_grad():
         net(**inputs())
     with torch.inference_mode():
@@ -371,8 +384,8 @@ def test_what_runs_without_gradients_or_otherwise_shares_nothing(begun: Any) -> 
     assert not calls
 
 
-def test_two_adapters_and_replicas(begun: Any) -> None:
-    net, calls = model("lora"), counted(begun)
+def test_two_adapters_and_replicas(begun: list[int]) -> None:
+    net, calls = model("lora"), begun
     net.add_adapter("other", config("cp", target_modules=QKV))
     shake(net.double(), 3, "other")
     net.base_model.set_adapter(["default", "other"])
@@ -385,8 +398,8 @@ def test_two_adapters_and_replicas(begun: Any) -> None:
     assert not any(linear.siblings for linear in linears(many))
 
 
-def test_other_ranks_share_as_well(begun: Any) -> None:
-    net, calls = model("lora", rank_pattern={"v_proj": {"r": 1}}), counted(begun)
+def test_other_ranks_share_as_well(begun: list[int]) -> None:
+    net, calls = model("lora", rank_pattern={"v_proj": {"r": 1}}), begun
     same(gradients(net), gradients(alone(net)))
     assert calls == [3, 3]
 
@@ -435,8 +448,8 @@ def test_an_exception_between_them_leaves_nothing() -> None:
         gc.enable()
 
 
-def test_copies_and_pickles_know_each_other_and_have_begun_nothing(begun: Any) -> None:
-    net, calls = model("lora"), counted(begun)
+def test_copies_and_pickles_know_each_other_and_have_begun_nothing(begun: list[int]) -> None:
+    net, calls = model("lora"), begun
     q, *_ = group(net)
     alive = q(x_of(net))
     for one in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
@@ -450,8 +463,8 @@ def test_copies_and_pickles_know_each_other_and_have_begun_nothing(begun: Any) -
     del alive
 
 
-def test_a_compiled_step_shares_nothing(begun: Any) -> None:
-    net, calls = model("lora"), counted(begun)
+def test_a_compiled_step_shares_nothing(begun: list[int]) -> None:
+    net, calls = model("lora"), begun
     wanted = gradients(net)
     calls.clear()
     torch._dynamo.reset()

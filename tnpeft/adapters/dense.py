@@ -17,7 +17,7 @@ from tnpeft.adapters.kept import Kept
 from tnpeft.adapters.sites import features
 from tnpeft.adapters.update import Operand, Update, base_factor
 from tnpeft.networks import NetworkError
-from tnpeft.nn.units import all_normalised
+from tnpeft.nn.units import Units
 
 if TYPE_CHECKING:
     from tnpeft.adapters.siblings import Siblings
@@ -97,7 +97,7 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
         """
         found = self._arrays(adapter, item)
         if item.norms is not None and not raw:
-            found = all_normalised(found, item.norms)
+            found = Units(found, item.norms).factors
         return found if like is None else [array.to(like.device, like.dtype) for array in found]
 
     def owner(self, operand: Operand) -> TensorNetworkLayer:

@@ -12,6 +12,7 @@ from tnpeft.adapters.bank import FactorBank
 from tnpeft.adapters.dense import DenseLinear, wide
 from tnpeft.adapters.direct import Direct
 from tnpeft.adapters.guard import refuse_reentrant
+from tnpeft.adapters.joined import Joined
 from tnpeft.adapters.mixed import in_blocks, lots, update_blocks
 from tnpeft.adapters.prepared import Prepared, may_keep
 from tnpeft.adapters.update import Update
@@ -139,9 +140,14 @@ class TensorNetworkLinear(DenseLinear):
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
         """The base linear's output plus the updates of the active adapters, or of each row's own adapter."""
         eager = adapter_names is None and not args and not kwargs and not torch.compiler.is_compiling()
-        if eager and self._prepared.direct is not None and (kept := self._prepared.direct(self, x)) is not None:
-            result: Tensor = kept
-            return result
+        if eager:
+            if self._prepared.direct is not None and (kept := self._prepared.direct(self, x)) is not None:
+                result: Tensor = kept
+                return result
+            if torch.is_grad_enabled() and (joined := self.joined()) is not None:
+                together = joined(self, x)
+                if together is not None:
+                    return together
         if self.disable_adapters or (self.merged and adapter_names is None):
             return self.base_layer(x, *args, **kwargs)
         if self.merged:
@@ -149,9 +155,6 @@ class TensorNetworkLinear(DenseLinear):
         refuse_reentrant(self.bank)
         active = [adapter for adapter in self.active_adapters if adapter in self.updates]
         if adapter_names is None and len(active) == 1 and not args and not kwargs and self._joins(active[0], x):
-            siblings = None if torch.compiler.is_compiling() else self.siblings.get(active[0])
-            if siblings is not None and (shared := siblings.forward(self, x)) is not None:
-                return shared
             item = self.updates[active[0]][0]
             operands = self.operands(active[0], item, x, raw=True)
             weight, bias = self.base_layer.weight, self.base_layer.bias
@@ -179,11 +182,12 @@ class TensorNetworkLinear(DenseLinear):
             and x.dtype == self._compute_dtype(adapter, x)
         )
 
-    def shares(self, adapter: str, x: Tensor) -> bool:
-        """Whether the linear, called with ``x``, would have this one adapter join its base linear."""
-        on = not self.disable_adapters and not self.merged and adapter in self.updates
-        active = self._active_adapter
-        return on and active in (adapter, [adapter]) and self._joins(adapter, x)
+    def joined(self) -> Joined | None:
+        """What is kept of the linear's one active adapter if the two can be one operation."""
+        kept: Joined | None = self._prepared.joined
+        if kept is None or not kept.holds(self):
+            self._prepared.joined = kept = Joined.of(self)
+        return kept
 
     def _mixed(self, x: Tensor, result: Tensor, names: Sequence[str]) -> Tensor:
         if len(names) != len(x):

@@ -25,6 +25,18 @@ class _Steps:
 register_optimizer_step_post_hook(_Steps.note)
 
 
+def steps_taken() -> int:
+    """How many steps optimizers have taken: torch's fused ones leave a tensor's version as it was.
+
+    >>> optimizer = torch.optim.SGD([torch.ones(1)])
+    >>> before = steps_taken()
+    >>> optimizer.step()
+    >>> steps_taken() - before
+    1
+    """
+    return _Steps.taken
+
+
 class Stamps:
     """What tensors were like: their memory and version counters, so that any change of them shows.
 
@@ -55,7 +67,8 @@ class Stamps:
 class Prepared:
     """Results by key, each with stamps of the tensors that it was computed from. A copy of it is empty.
 
-    ``direct`` is a place for what a linear keeps of its one active adapter, see :mod:`tnpeft.adapters.direct`.
+    ``direct`` and ``joined`` are places for what a linear keeps of its one active adapter, see
+    :mod:`tnpeft.adapters.direct` and :mod:`tnpeft.adapters.joined`.
 
     >>> kept, factor = Prepared(), torch.ones(1)
     >>> [kept.get("key", [factor], lambda: [factor * 2])[0].item() for _ in range(2)]
@@ -67,6 +80,7 @@ class Prepared:
     def __init__(self) -> None:
         self._entries: dict[Hashable, tuple[Stamps, _Values]] = {}
         self.direct: Any = None
+        self.joined: Any = None
 
     def __reduce__(self) -> tuple[type[Prepared], tuple[()]]:
         return Prepared, ()
@@ -81,7 +95,7 @@ class Prepared:
     def clear(self) -> None:
         """Forget everything."""
         self._entries.clear()
-        self.direct = None
+        self.direct = self.joined = None
 
 
 def may_keep(sources: Sequence[Tensor], device: str) -> bool:

@@ -8,20 +8,22 @@ goes with that operation's result if it has not gone with the last linear.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tnpeft.adapters.prepared import Stamps
-from tnpeft.nn.first import Link, Source, start
+from tnpeft.adapters.joined import Joined
+from tnpeft.adapters.prepared import steps_taken
+from tnpeft.nn.first import Joint, Link, Source
 from tnpeft.nn.together import rest
 
 if TYPE_CHECKING:
     from tnpeft.adapters.layer import TensorNetworkLinear
     from tnpeft.adapters.update import Update
+
+_WORTH = 2**17  # elements of an input from which on reading it once takes less time than arranging for that
 
 
 def may_share(item: Update) -> bool:
@@ -48,41 +50,34 @@ def join(adapter: str, linears: Iterable[Any]) -> None:
         linear.siblings[adapter] = siblings
 
 
-@dataclass(frozen=True, eq=False)
-class Waiting:
-    """What is begun for one linear, and what its factors were like then."""
-
-    narrow: Tensor
-    link: Link
-    operands: Sequence[Tensor]
-    stamps: Stamps
-    trained: list[bool]
-
-
 class Begun:
     """What is begun on one input for the linears that have not come yet."""
 
-    def __init__(self, x: Tensor, rows: Tensor, waiting: Mapping[TensorNetworkLinear, Waiting]) -> None:
+    def __init__(self, x: Tensor, rows: Tensor) -> None:
         self.x: Tensor | None = x
         self.rows: Tensor | None = rows
-        self.version = x._version
-        self.waiting = dict(waiting)
+        self.version, self.taken = x._version, steps_taken()
+        self.waiting: dict[TensorNetworkLinear, tuple[Tensor, Link, _Marks, Sequence[Tensor]]] = {}
 
-    def waits(self, linear: TensorNetworkLinear, adapter: str, x: Tensor) -> bool:
-        """Whether it waits for the linear with this input and with its factors as they are."""
-        its = self.waiting.get(linear)
-        if its is None or self.x is not x or self.version != x._version:
-            return False
-        arrays = linear._arrays(adapter, linear.updates[adapter][0])
-        return its.stamps.hold(arrays) and its.trained == [array.requires_grad for array in arrays]
+    def take(self, linear: TensorNetworkLinear, x: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, Link] | None:
+        """The narrow result that waits for the linear, and its link; None if input or factors have changed."""
+        if self.x is not x or self.version != x._version or self.taken != steps_taken():
+            return None
+        if linear not in self.waiting:
+            return None
+        narrow, link, marks, _ = self.waiting[linear]
+        if marks != _marked(factors):
+            return None
+        del self.waiting[linear]
+        return narrow, link
 
-    def take(self, linear: TensorNetworkLinear) -> tuple[Tensor, Waiting]:
-        """The input ``[tokens, inp]`` and what was begun for the linear; after the last one nothing is left."""
-        rows, its = self.rows, self.waiting.pop(linear)
-        assert rows is not None  # it still waited
-        if not self.waiting:
-            self.x = self.rows = None
-        return rows, its
+
+_Marks = list[tuple[int, int, int, bool]]
+
+
+def _marked(factors: Sequence[Tensor]) -> _Marks:
+    """What shows any change of the factors: which they are, their version, their memory, what gradients they take."""
+    return [(id(factor), factor._version, factor.data_ptr(), factor.requires_grad) for factor in factors]
 
 
 class Siblings:
@@ -91,66 +86,80 @@ class Siblings:
     def __init__(self, adapter: str, linears: Iterable[TensorNetworkLinear]) -> None:
         self.adapter, self.linears = adapter, tuple(linears)
         self._begun: weakref.ref[Begun] | None = None
+        self._joint: tuple[Any, Joint] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_begun": None}
+        return {**self.__dict__, "_begun": None, "_joint": None}
 
-    def forward(self, linear: TensorNetworkLinear, x: Tensor) -> Tensor | None:
-        """The linear's output with its update; None if no other one can share its first step."""
-        begun = None if self._begun is None else self._begun()
-        if begun is None or not begun.waits(linear, self.adapter, x):
-            begun = self._begin(linear, x)
-        if begun is None:
+    def forward(
+        self, linear: TensorNetworkLinear, joined: Joined, x: Tensor, factors: Sequence[Tensor]
+    ) -> Tensor | None:
+        """The linear's output with its update; None if no other one can share its first step, or it is not worth it.
+
+        ``joined`` is the linear's own adapter, ``factors`` are its factors.
+        """
+        if x.numel() < _WORTH or type(x) is not Tensor:
             return None
-        rows, its = begun.take(linear)
-        its.link.holder = begun if begun.waiting else None
-        base, item = linear.base_layer, linear.updates[self.adapter][0]
-        result = rest(its.link, its.narrow, item.scale, rows, base.weight, base.bias, its.operands, item.norms)
+        begun = None if self._begun is None else self._begun()
+        taken = None if begun is None else begun.take(linear, x, factors)
+        if taken is None:
+            begun = self._begin(linear, joined, x, factors)
+            taken = None if begun is None else begun.take(linear, x, factors)
+        if begun is None or taken is None:
+            return None
+        (narrow, link), rows = taken, begun.rows
+        assert rows is not None  # something still waited
+        if begun.waiting:
+            link.holder = begun
+        else:
+            begun.x = begun.rows = None
+        own, item = linear._modules["base_layer"]._parameters, joined.item  # type: ignore[union-attr]
+        weight, bias = own["weight"], own["bias"]
+        assert weight is not None  # it may join
+        result = rest(link, narrow, item.scale, rows, weight, bias, factors, item.norms)
         return result.reshape(*x.shape[:-1], item.run.rows)
 
-    def _begin(self, linear: TensorNetworkLinear, x: Tensor) -> Begun | None:
+    def _begin(
+        self, linear: TensorNetworkLinear, joined: Joined, x: Tensor, factors: Sequence[Tensor]
+    ) -> Begun | None:
         """Take the first steps of all linears that are ready to."""
-        if type(x) not in (Tensor, nn.Parameter):
-            return None
-        arrays = {
-            one: one._arrays(self.adapter, one.updates[self.adapter][0])
-            for one in self.linears
-            if one is linear or one.shares(self.adapter, x)
-        }
-        ready = {one: its for one, its in arrays.items() if _here(its, one.updates[self.adapter][0], x)}
+        ready = {}
+        for one in self.linears:
+            its = joined if one is linear else one.joined()
+            if its is None or its.adapter != self.adapter:
+                continue
+            own = factors if one is linear else its.factors(one, x)
+            if own is not None and _whole(own, its.item):
+                ready[one] = its, own
         if len(ready) < 2 or linear not in ready:
             return None
-        sources = [self._source(one, its, x) for one, its in ready.items()]
-        started = start(sources, x.reshape(-1, x.shape[-1]))
-        every = zip(ready.items(), sources, started.narrow, started.links, strict=True)
-        waiting = {
-            one: Waiting(narrow, link, source.factors, Stamps(its), [array.requires_grad for array in its])
-            for (one, its), source, narrow, link in every
-        }
-        begun = Begun(x, started.x, waiting)
+        rows = x.reshape(-1, x.shape[-1])
+        started = self._joined(ready)([own for _, own in ready.values()], rows)
+        begun = Begun(x, started.x)
+        for (one, (_, own)), narrow, link in zip(ready.items(), started.narrow, started.links, strict=True):
+            begun.waiting[one] = narrow, link, _marked(own), own
         self._begun = weakref.ref(begun)
         return begun
 
-    def _source(self, linear: TensorNetworkLinear, arrays: Sequence[Tensor], x: Tensor) -> Source:
-        """What a linear's first step is made of; one matrix is another's if it is made of the same arrays alike."""
-        item = linear.updates[self.adapter][0]
-        first = item.run.first
-        assert first is not None  # it may share
-        made = tuple((id(arrays[place]), item.operands[place].norm) for place in first.reads)
-        return Source(first, linear.operands(self.adapter, item, x, raw=True), item.norms, (first, made))
+    def _joined(self, ready: dict[TensorNetworkLinear, tuple[Joined, Sequence[Tensor]]]) -> Joint:
+        """Their first steps as one; two matrices are the same if they are made of the same arrays in the same way."""
+        key = [(joined, [id(factor) for factor in own]) for joined, own in ready.values()]
+        if self._joint is None or self._joint[0] != key:
+            sources = []
+            for joined, own in ready.values():
+                item, first = joined.item, joined.item.run.first
+                assert first is not None  # it may share
+                made = tuple((id(own[place]), item.operands[place].norm) for place in first.reads)
+                sources.append(Source(first, item.norms, (first, made)))
+            self._joint = key, Joint(sources)
+        return self._joint[1]
 
 
-def _here(arrays: Sequence[Tensor], item: Update, x: Tensor) -> bool:
-    """Whether the factors are whole tensors beside the input: none is sharded just now, or on another device."""
-    pieces = item.placement.pieces
+def _whole(factors: Sequence[Tensor], item: Update) -> bool:
+    """Whether the factors are there as a whole: none is sharded just now."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return True
     return all(
-        type(array) in (Tensor, nn.Parameter)
-        and array.device == x.device
-        and array.shape == pieces[label].shape
-        and (not _distributed() or array.untyped_storage().nbytes() > 0)
-        for label, array in zip(item.run.labels, arrays, strict=True)
+        factor.shape == item.placement.pieces[label].shape and factor.untyped_storage().nbytes() > 0
+        for label, factor in zip(item.run.labels, factors, strict=True)
     )
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -15,7 +15,7 @@ from tnpeft.nn.first import First, first
 from tnpeft.nn.flow import Flow
 from tnpeft.nn.lower import lower
 from tnpeft.nn.stages import stages
-from tnpeft.nn.together import apart, may_reverse, together
+from tnpeft.nn.together import apart, may_reverse, takes, together
 from tnpeft.nn.units import Norms
 from tnpeft.planning.planner import planned
 from tnpeft.planning.steps import Plan
@@ -56,7 +56,8 @@ def _program(net: Network, dims: tuple[tuple[str, int], ...], tokens: int, minim
                 line=str(net),
                 remedy=f"select one site first: net.select({index!r})",
             )
-    return Program(planned(net, dims, tokens, minimize, training), planned(net, dims, None, minimize, training))
+    alone, joined = (planned(net, dims, tokens, minimize, training, base) for base in (None, "fp32"))
+    return Program(alone, planned(net, dims, None, minimize, training), joined)
 
 
 class Program:
@@ -68,6 +69,9 @@ class Program:
     between two matrices (most families' do); ``first`` is its first step, if that can be taken elsewhere. A call is a
     pure function of factors, activations and base output: no state, so checkpointing, compiling and double
     differentiation work.
+
+    The ``plan`` is that of the update alone, ``joined`` the one that has the base weight as an operand: it is run
+    where the two are one operation and the weight can take the update, which half precision cannot.
 
     With ``replicas``, the activations are as many equal contiguous blocks of rows, and block k meets slice k of the
     factors that carry the index ``replica``.
@@ -84,9 +88,9 @@ class Program:
 
     first: First | None = None
 
-    def __init__(self, plan: Plan, dense: Plan) -> None:
+    def __init__(self, plan: Plan, dense: Plan, joined: Plan) -> None:
         net, sizes = plan.network, plan.sizes
-        self.plan = plan
+        self.plan, self.joined = plan, joined
         self.replicas = int(sizes.get(REPLICA, 1)) if net.stack else 1
         self.labels = tuple(net.label(factor) for factor in net.factors)
         self.rows = prod(sizes[index] for index in net.rows)
@@ -102,7 +106,12 @@ class Program:
         self.prepares = bool(found.weights)
         self.again = found.again_names
         self.joins = True
-        self.first = first(lowered, trainable, self.rows)
+        self._merged: Flow | None = None
+        if joined.form == "merged":
+            merged = stages(lower(joined, self.labels), trainable)
+            self._merged = Flow(merged, self.rows, [size > 0 for size in trainable])
+        else:
+            self.first = first(lowered, trainable, self.rows)
         self.direct = self.flow.paired
 
     def __call__(
@@ -139,7 +148,8 @@ class Program:
 
         Along the axes in ``norms`` the operands are normalised first.
         """
-        result = together(self.flow, scale, self._flat(x), weight, bias, operands, norms)
+        flow = self.flow if self._merged is None or not takes(weight) else self._merged
+        result = together(flow, scale, self._flat(x), weight, bias, operands, norms)
         return result.reshape(*x.shape[:-1], self.rows)
 
     def matrices(self, prepared: Sequence[Tensor]) -> tuple[Tensor, Tensor, int]:

@@ -8,7 +8,7 @@ linears may be left out, run backward on its own, or be computed again by itself
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from tnpeft.nn.flow import Flow, pull
 from tnpeft.nn.lower import Body, Lowered
-from tnpeft.nn.operations import Product, Side, times
+from tnpeft.nn.operations import Product, Side, times, times_rows
 from tnpeft.nn.stages import stages
-from tnpeft.nn.units import Norms, all_from_normalised, all_normalised
+from tnpeft.nn.units import Norms, Units
 
 _NARROW = 2  # how many times narrower than the input a result is that is worth sharing
 
@@ -96,7 +96,7 @@ def first(lowered: Lowered, factors: Sequence[int], rows: int) -> First | None:
         tuple(fact for place, fact in zip(body, lowered.facts, strict=True) if place in after and place != at),
         narrow,
         lowered.tokens,
-        False,
+        None,
     )
     steps = tuple((f, before[a], before[b]) for place, (f, a, b) in body.items() if place in own)
     flow = Flow(stages(rest, factors, whole=False), rows, [size > 0 for size in factors])
@@ -115,85 +115,97 @@ def _below(body: Any, places: Sequence[int], stop: int) -> set[int]:
     return found
 
 
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A first step among others: the axes over which the factors that its matrix is made of are normalised, and which
+    of all operands these factors are."""
+
+    first: First
+    norms: Norms | None
+    own: slice
+
+    def made(self, operands: Sequence[Tensor]) -> Made:
+        """The matrix, made of its factors among all operands."""
+        own = operands[self.own]
+        units = None if self.norms is None else Units(own, self.norms)
+        return Made(self, units, self.first.values(own if units is None else units.factors))
+
+    def again(self, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
+        """The narrow result computed again, from all factors of the program."""
+        own = [factors[k] for k in self.first.reads]
+        values = self.first.values(own if self.norms is None else Units(own, self.norms).factors)
+        return times_rows(x, self.first.matrix(values))
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """The matrix of a step, with all that it was made from."""
+
+    step: Step
+    units: Units | None
+    values: list[Tensor]
+
+    @property
+    def matrix(self) -> Tensor:
+        """The matrix itself."""
+        return self.step.first.matrix(self.values)
+
+    def gradients(self, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
+        """The gradients of the factors from that of the matrix."""
+        found = self.step.first.gradients(grad, self.values, needs)
+        return found if self.units is None else self.units.gradients(found)
+
+
 @dataclass(eq=False)
 class Link:
     """What ties a linear's operation to the joined product that it starts from.
 
-    ``norms`` are the axes over which the factors that its matrix is made of are normalised. ``reads`` says that the
-    product's gradients read the input, which then is to be ``brought`` before they are computed; this place is common
-    to all that are joined. ``holder`` is whatever has to live as long as the operation.
+    ``reads`` says that the product's gradients read the input, which then is to be ``brought`` before they are
+    computed; this place is common to all that are joined. ``holder`` is what has to live as long as the operation.
     """
 
-    first: First
-    norms: Norms | None
+    step: Step
     reads: bool
     brought: list[Tensor]
     holder: Any = None
-
-    def own(self, factors: Sequence[Tensor]) -> list[Tensor]:
-        """The factors that the matrix is made of, out of all."""
-        return [factors[k] for k in self.first.reads]
-
-    def values(self, own: Sequence[Tensor]) -> list[Tensor]:
-        """These factors, normalised, and what is made of them."""
-        return self.first.values(own if self.norms is None else all_normalised(own, self.norms))
-
-    def gradients(
-        self, grad: Tensor, own: Sequence[Tensor], values: Sequence[Tensor], needs: Sequence[bool]
-    ) -> list[Tensor | None]:
-        """Their gradients from that of the matrix."""
-        found = self.first.gradients(grad, values, needs)
-        return found if self.norms is None else all_from_normalised(found, own, self.norms)
-
-    def again(self, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
-        """The narrow result computed again."""
-        return times(x, self.first.matrix(self.values(self.own(factors))).t())
 
 
 class _Start(torch.autograd.Function):
     """The products of ``x`` with the matrices of several programs, and ``x`` once more if it needs a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, links: Sequence[Link], x: Tensor, *operands: Tensor) -> tuple[Tensor, ...]:
-        ctx.links, ctx.operands = links, operands  # the operands are small, and there anyway
+    def forward(ctx: Any, steps: Sequence[Step], brought: Any, x: Tensor, *operands: Tensor) -> tuple[Tensor, ...]:
+        ctx.steps, ctx.brought, ctx.operands = steps, brought, operands  # the operands are small, and there anyway
         ctx.set_materialize_grads(False)
-        both = zip(links, _parts(links, operands), strict=True)
-        matrices = [link.first.matrix(link.values(own)) for link, own in both]
-        parts = times(x, _rows(matrices).t()).split([len(matrix) for matrix in matrices], dim=1)
-        return (*parts, x) if x.requires_grad else parts
+        matrices = [step.made(operands).matrix for step in steps]
+        if len(matrices) == 1:
+            parts = [times_rows(x, matrices[0])]
+        else:
+            parts = times_rows(x, torch.cat(matrices)).split_with_sizes([len(matrix) for matrix in matrices], 1)
+        return (*parts, x) if x.requires_grad else tuple(parts)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        links: Sequence[Link] = ctx.links
-        _, on_x, *on_operands = ctx.needs_input_grad
+        operands, brought = ctx.operands, ctx.brought
+        _, _, on_x, *on_operands = ctx.needs_input_grad
         to_x = grads[-1] if on_x else None
-        live = {k: grad for k, grad in enumerate(grads[: len(links)]) if grad is not None}
-        found: list[list[Tensor | None]] = [[None] * len(link.first.reads) for link in links]
+        live = [(step, grad) for step, grad in zip(ctx.steps, grads, strict=False) if grad is not None]
+        found: list[Tensor | None] = [None] * len(operands)
         if live:
-            operands, needs = _parts(links, ctx.operands), _parts(links, on_operands)
-            values = {k: links[k].values(operands[k]) for k in live}
-            inner, brought = _side_by_side([*live.values()]), links[0].brought
+            made = [step.made(operands) for step, _ in live]
+            inner = _side_by_side([grad for _, grad in live])
             if brought:
-                parts = times(inner.t(), brought.pop()).split([grad.shape[1] for grad in live.values()])
-                for k, part in zip(live, parts, strict=True):
-                    found[k] = links[k].gradients(part, operands[k], values[k], needs[k])
+                parts = times(inner.t(), brought.pop()).split_with_sizes([grad.shape[1] for _, grad in live])
+                for its, part in zip(made, parts, strict=True):
+                    found[its.step.own] = its.gradients(part, on_operands[its.step.own])
             if on_x:
-                matrix = _rows([links[k].first.matrix(values[k]) for k in live])
+                matrix = _rows([its.matrix for its in made])
                 if to_x is None:
                     to_x = inner @ matrix
                 else:  # it comes from linears that keep nothing of it
                     to_x = (to_x.addmm if torch.is_grad_enabled() else to_x.addmm_)(inner, matrix)
-        links[0].brought.clear()
-        return None, to_x, *(grad for its in found for grad in its)
-
-
-def _parts(links: Sequence[Link], operands: Sequence[Any]) -> list[list[Any]]:
-    """The operands of each program."""
-    parts, at = [], 0
-    for link in links:
-        parts.append([*operands[at : at + len(link.first.reads)]])
-        at += len(link.first.reads)
-    return parts
+        brought.clear()
+        return None, None, to_x, *found
 
 
 def _rows(matrices: Sequence[Tensor]) -> Tensor:
@@ -202,20 +214,21 @@ def _rows(matrices: Sequence[Tensor]) -> Tensor:
 
 def _side_by_side(grads: Sequence[Tensor]) -> Tensor:
     """Gradients of narrow results in one matrix, stored as they are: with the narrow sides as rows or as columns."""
+    if len(grads) == 1:
+        return grads[0]
     if all(grad.stride(0) == 1 for grad in grads):
-        return _rows([grad.t() for grad in grads]).t()
-    return grads[0] if len(grads) == 1 else torch.cat([*grads], dim=1)
+        return torch.cat([grad.t() for grad in grads]).t()
+    return torch.cat([*grads], dim=1)
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """What one of the joined first steps is made of: a program's step, all its factors, and their normalisation.
+    """One of the first steps that are joined: a program's, and the axes over which its factors are normalised.
 
     Those with one ``key`` have the very same matrix, and one product serves them.
     """
 
     first: First
-    factors: Sequence[Tensor]
     norms: Norms | None = None
     key: Hashable = None
 
@@ -229,29 +242,39 @@ class Started:
     links: tuple[Link, ...]
 
 
-def start(sources: Sequence[Source], x: Tensor) -> Started:
-    """Take the first steps of several programs on one input ``[tokens, inp]``.
+class Joint:
+    """The first steps of several programs on one input as one step.
 
     >>> from tnpeft import network
     >>> from tnpeft.nn.execute import program
     >>> run = program(network("B[out r] A[r inp] -> out inp"), {"out": 5, "r": 1, "inp": 4})
     >>> factors = [torch.ones(5, 1), torch.ones(1, 4, requires_grad=True)]
-    >>> begun = start([Source(run.first, factors, key="A"), Source(run.first, factors, key="A")], torch.ones(3, 4))
-    >>> begun.narrow[0] is begun.narrow[1], begun.narrow[0].T
+    >>> started = Joint([Source(run.first, key="A")] * 2)([factors, factors], torch.ones(3, 4))
+    >>> started.narrow[0] is started.narrow[1], started.narrow[0].T
     (True, tensor([[4., 4., 4.]], grad_fn=<PermuteBackward0>))
     """
-    chosen: dict[Hashable, int] = {}
-    for k, source in enumerate(sources):
-        chosen.setdefault(source.key if source.key is not None else k, k)
-    read = [[sources[k].factors[place] for place in sources[k].first.reads] for k in chosen.values()]
-    reads = any(tensor.requires_grad for own in read for tensor in own)
-    brought: list[Tensor] = []
-    links = [
-        Link(its.first, None if its.norms is None else [its.norms[k] for k in its.first.reads], reads, brought)
-        for its in sources
-    ]
-    joined = [replace(links[k]) for k in chosen.values()]  # the others may get a holder, which may hold the product
-    parts = _Start.apply(joined, x, *(tensor for own in read for tensor in own))
-    places = {key: place for place, key in enumerate(chosen)}
-    at = [places[k if source.key is None else source.key] for k, source in enumerate(sources)]
-    return Started(parts[-1] if x.requires_grad else x, tuple(parts[place] for place in at), tuple(links))
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        chosen: dict[Hashable, int] = {}
+        for k, source in enumerate(sources):
+            chosen.setdefault(k if source.key is None else source.key, k)
+        places = {key: place for place, key in enumerate(chosen)}
+        self._places = [places[k if source.key is None else source.key] for k, source in enumerate(sources)]
+        self._chosen = [*chosen.values()]
+        self._steps: list[Step] = []
+        at = 0
+        for source in (sources[k] for k in self._chosen):
+            reads, norms = source.first.reads, source.norms
+            own = slice(at, at + len(reads))
+            self._steps.append(Step(source.first, None if norms is None else [norms[k] for k in reads], own))
+            at = own.stop
+
+    def __call__(self, factors: Sequence[Sequence[Tensor]], x: Tensor) -> Started:
+        """Take the steps, of programs with all these factors, on the input ``[tokens, inp]``."""
+        both = zip(self._chosen, self._steps, strict=True)
+        operands = [factors[k][place] for k, step in both for place in step.first.reads]
+        reads = any(operand.requires_grad for operand in operands)
+        brought: list[Tensor] = []
+        parts = _Start.apply(self._steps, brought, x, *operands)
+        links = tuple(Link(self._steps[place], reads, brought) for place in self._places)
+        return Started(parts[-1] if x.requires_grad else x, tuple(parts[place] for place in self._places), links)

@@ -24,7 +24,7 @@ class Flow:
     """
 
     def __init__(self, stages: Stages, rows: int, trainable: Sequence[bool]) -> None:
-        self.frozen = [not yes for yes in trainable]
+        self.frozen = [place for place, yes in enumerate(trainable) if not yes]
         self.stages, self.rows, self.factors = stages, rows, len(trainable)
         self._operations = {
             **dict(enumerate(stages.weights, start=self.factors)),
@@ -33,7 +33,18 @@ class Flow:
         used = {k for _, a, b in [*stages.weights, *stages.through, *stages.tail] for k in (a, b)}
         self.reads = frozenset(place for place in used if place < self.factors)
         self._back = [(place, *self._operations[place]) for place in sorted(self._operations, reverse=True)]
+        self._below = self._inputs()
         self._again = [(place, *self._operations[place]) for place in stages.again]
+
+    def _inputs(self) -> list[int]:
+        """What each value is computed from, factors and activations, as bits."""
+        below = [1 << k for k in range(self.factors)]
+        for _, a, b in self.stages.weights:
+            below.append(below[a] | below[b])
+        below.append(1 << self.factors)
+        for _, a, b in self.stages.through:
+            below.append(below[a] | below[b])
+        return below
 
     # ---- forward
 
@@ -61,16 +72,23 @@ class Flow:
             values.append(operation(values[a], values[b]))
         return values
 
-    def add(self, total: Tensor | None, values: Sequence[Tensor], scale: float, new: bool = False) -> Tensor:
-        """``total`` plus the scaled update, ``[tokens, out]``; in place if the total is a new tensor."""
-        for added, a, b in self.stages.tail:
-            total = added(total, values[a], values[b], scale, self.rows, new)
+    def add(
+        self, total: Tensor | None, values: Sequence[Tensor], scale: float, new: bool = False, merged: bool = False
+    ) -> Tensor:
+        """``total`` plus the scaled update, ``[tokens, out]``; in place if the total is a new tensor.
+
+        What is ``merged`` is in it already.
+        """
+        for k, (added, a, b) in enumerate(self.stages.tail):
+            if not merged or k != self.stages.merges:
+                total = added(total, values[a], values[b], scale, self.rows, new)
         assert total is not None  # a network has at least one term
         return total
 
     def matrix(self, values: Sequence[Tensor]) -> tuple[Tensor, int]:
-        """The update itself, ``[out, inp]``, and its sign, of a program that merges."""
-        ((added, _, b),) = self.stages.tail
+        """The matrix ``[out, inp]`` that is added to the base weight, and its sign; of a program that merges."""
+        assert self.stages.merges is not None  # the caller has asked
+        added, _, b = self.stages.tail[self.stages.merges]
         return added.operation.right.see(values[b]), added.sign
 
     @property
@@ -124,15 +142,16 @@ class Flow:
         """The gradients of the factors, then of the activations, from the output's, ``[tokens, out]``.
 
         ``needs`` says which are wanted, in the same order. ``to_x`` is what the activations get from elsewhere, and
-        ``merged`` that the update is in it already; unless it is differentiated ``twice`` it is added to in place.
+        ``merged`` that what merges is in it already; unless it is differentiated ``twice`` it is added to in place.
         """
         wanted = self._wanted(needs)
         grads: list[Tensor | None] = [None] * len(values)
         columns: dict[int, Tensor] = {}
         grads[self.stages.x] = to_x
-        for added, a, b in self.stages.tail:
-            both = wanted[a] and not merged, wanted[b]
-            part, factor = grad.reshape(added.shape), added.sign * scale
+        for k, (added, a, b) in enumerate(self.stages.tail):
+            both = wanted[a] and not (merged and k == self.stages.merges), wanted[b]
+            part = grad if added.shape == (-1, self.rows) else grad.reshape(added.shape)
+            factor = added.sign * scale
             self._pull(grads, columns, added.operation, a, b, part, factor, values, both, not twice)
         for place, operation, a, b in self._back:
             part, grads[place] = grads[place], None
@@ -196,13 +215,8 @@ class Flow:
 
     def _wanted(self, needs: Sequence[bool]) -> list[bool]:
         """Which values need a gradient so that the factors and activations get theirs."""
-        wanted = [*needs[: self.factors]]
-        for _, a, b in self.stages.weights:
-            wanted.append(wanted[a] or wanted[b])
-        wanted.append(needs[self.factors])
-        for _, a, b in self.stages.through:
-            wanted.append(wanted[a] or wanted[b])
-        return wanted
+        given = sum(1 << k for k, on in enumerate(needs) if on)
+        return [bool(below & given) for below in self._below]
 
 
 def pull(

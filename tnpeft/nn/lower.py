@@ -44,6 +44,8 @@ class Added:
         scale = self.sign * scale
         if total is None:
             return self.operation(a, b if scale == 1.0 else b * scale).reshape(-1, wide)
+        if self.shape == (-1, wide):
+            return self.operation.add_to(total, a, b, scale, new)
         return self.operation.add_to(total.reshape(self.shape), a, b, scale, new).reshape(-1, wide)
 
 
@@ -55,7 +57,8 @@ class Lowered:
     """The operations of a plan: the body computes intermediate results, the tail adds to ``[tokens, out]``.
 
     ``facts`` belong to the body; ``width`` is that of the activations, ``tokens`` the rows that were planned for.
-    ``merges`` says that the update is the activations times one matrix, ``[out, inp]``.
+    ``merges`` is the place in the tail of the product of the activations and the matrix, ``[out, inp]``, that the
+    plan adds to the base weight; None if it does not.
     """
 
     body: Body
@@ -63,13 +66,14 @@ class Lowered:
     facts: tuple[Fact, ...]
     width: int
     tokens: int
-    merges: bool
+    merges: int | None
 
 
 def lower(plan: Plan, labels: tuple[str, ...]) -> Lowered:
     """The operations of a plan that starts from the factors in the order of ``labels``, then the activations.
 
-    Each result of the body is appended to the operands.
+    Each result of the body is appended to the operands. The base weight is left out where the plan adds to it:
+    whoever runs the operations has it.
 
     >>> from tnpeft import network, plan
     >>> p = plan(network("B[out r] A[r inp] -> out inp"), out=64, inp=32, r=2, tokens=8)
@@ -92,13 +96,13 @@ class _Lowering:
         self.body: list[tuple[Operation, int, int]] = []
         self.facts: list[Fact] = []
         self.tail: list[tuple[Added, int, int]] = []
-        self.merges = False
+        self.base = fresh("W", labels)
+        self.merges: int | None = None
 
     def lower(self) -> Lowered:
         walk(self.steps, self._contract, self._add, self._accumulate)
-        merges = self.merges and len(self.tail) == 1
         width = abs(self._size(self.values[self.x].order))
-        return Lowered(tuple(self.body), tuple(self.tail), tuple(self.facts), width, self.tokens, merges)
+        return Lowered(tuple(self.body), tuple(self.tail), tuple(self.facts), width, self.tokens, self.merges)
 
     def _size(self, indices: Group) -> int:
         """Elements of an axis; with the activations' rows less than zero, and minus one if it is they alone."""
@@ -142,9 +146,9 @@ class _Lowering:
     def _add(self, step: Step) -> None:
         """A chain of sums of weights; one part alone is added to nothing."""
         order = self.wanted[step.result]
-        operands = [self._operand(step, k) for k in range(len(step.operands))]
-        first, sign = operands[0], step.signs[0]
-        rest = [*zip(operands[1:], step.signs[1:], strict=True)] or [(first, 0)]
+        parts = [(self._operand(step, k), step.signs[k]) for k, name in enumerate(step.operands) if name != self.base]
+        (first, sign), *more = parts
+        rest = more or [(first, 0)]
         for other, second in rest:
             operation = Sum(self._spread(first, order), self._spread(other, order), sign, second)
             self._append(step.result, operation, first, other, singly(order), ())
@@ -161,9 +165,8 @@ class _Lowering:
         elif parts.batch in ((), self.stack) and parts.batch + parts.left + parts.right == output:
             operation = self._matrices(left, right, parts)
             axes = (*axes[: len(parts.batch)], parts.left, parts.right)
-            self.merges = (
-                left.place == self.places - 1 and parts.left == (self.token,) and operation.left.view is None
-            )
+            if step.frozen:
+                self.merges = len(self.tail)
         else:
             operation = self._general(left, right, output)
         self.tail.append((Added(operation, self._shape(axes), sign), left.place, right.place))

@@ -27,8 +27,8 @@ class Stages:
     What stands for the activations is what the ``entry`` makes of them, operations with frozen factors at a place.
     ``keep`` are those of results to keep for the backward pass, ``again`` those of results to compute again in it,
     and ``again_names`` names their steps. ``folded`` are those of products whose columns are multiplied by weights
-    next: backward their matrix is, which is smaller than the gradient. ``merges``: the update is the activations
-    times one matrix, ``[out, inp]``.
+    next: backward their matrix is, which is smaller than the gradient. ``merges`` is the place in the tail of the
+    product with a matrix, ``[out, inp]``, that is added to the base weight instead, if there is one.
     """
 
     entry: tuple[tuple[Operation, int], ...]
@@ -40,7 +40,7 @@ class Stages:
     again: tuple[int, ...]
     again_names: tuple[str, ...]
     folded: frozenset[int]
-    merges: bool
+    merges: int | None
 
 
 def stages(lowered: Lowered, factors: Sequence[int], *, whole: bool = True) -> Stages:

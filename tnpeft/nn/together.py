@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 
 from tnpeft.nn.first import Link
 from tnpeft.nn.flow import Flow
-from tnpeft.nn.units import Norms, all_from_normalised, all_normalised
+from tnpeft.nn.units import Norms, Units
 
 _Grads = tuple[Tensor | None, ...]
 
@@ -43,15 +43,15 @@ class _Together(torch.autograd.Function):
         base: Tensor | None,
         *factors: Tensor,
     ) -> Tensor:
-        ready = factors if norms is None else all_normalised(factors, norms, flow.reads)
+        ready = factors if norms is None else Units(factors, norms, flow.reads).factors
         values = flow.values(flow.prepare(ready), x if narrow is None else narrow)
         ctx.flow, ctx.scale, ctx.link, ctx.norms, ctx.autocast = flow, scale, link, norms, _autocast(x)
         read = link is None or link.reads or (weight is not None and weight.requires_grad)
         ctx.save_for_backward(x if read else None, weight, *factors, narrow, *flow.kept(values))
         if weight is not None:
-            if _merges(flow, weight):
-                return linear(x, _merged(flow, weight, values, scale), bias)
-            return flow.add(linear(x, weight, bias), values, scale, new=True)
+            merged = flow.stages.merges is not None
+            total = linear(x, _merged(flow, weight, values, scale) if merged else weight, bias)
+            return flow.add(total, values, scale, new=True, merged=merged)
         if not new or base is None:
             return flow.add(base, values, scale)
         ctx.mark_dirty(base)
@@ -67,12 +67,13 @@ class _Together(torch.autograd.Function):
         twice = torch.is_grad_enabled()  # then what is computed here is differentiated in its turn
         to_narrow = None
         with _same(ctx.autocast):
-            thawed = any(on and frozen for on, frozen in zip(on_factors, flow.frozen, strict=True))
+            thawed = any(on_factors[place] for place in flow.frozen)
             if link is not None and link.reads and twice:
-                narrow = link.again(x, factors)
-            ready = factors if norms is None else all_normalised(factors, norms, flow.reads)
+                narrow = link.step.again(x, factors)
+            units = None if norms is None else Units(factors, norms, flow.reads)
+            ready = factors if units is None else units.factors
             values = flow.restored(ready, x if link is None else narrow, kept, everything=twice or thawed)
-            merged = weight is not None and _merges(flow, weight)
+            merged = weight is not None and flow.stages.merges is not None
             to_x = None
             if on_x and weight is not None:
                 to_x = grad @ (_merged(flow, weight, values, scale) if merged else weight)
@@ -83,8 +84,8 @@ class _Together(torch.autograd.Function):
                 *to_factors, to_narrow = flow.gradients(grad, values, scale, needs, None, merged, twice)
                 if link.reads:
                     link.brought[:] = [x]
-            if norms is not None:
-                to_factors = all_from_normalised(to_factors, factors, norms)
+            if units is not None:
+                to_factors = units.gradients(to_factors)
         return (
             None,
             None,
@@ -126,11 +127,6 @@ class _Enter(torch.autograd.Function):
             grad.sum(0) if on_bias else None,
             *to_gates,
         )
-
-
-def _merges(flow: Flow, weight: Tensor) -> bool:
-    """Whether the update is added to the weight: it is a matrix, and the sum is as precise as the two products."""
-    return flow.stages.merges and torch.finfo(weight.dtype).bits >= 32
 
 
 def _merged(flow: Flow, weight: Tensor, values: Sequence[Tensor], scale: float) -> Tensor:
@@ -192,14 +188,14 @@ def rest(
 
     >>> from tnpeft import network
     >>> from tnpeft.nn.execute import program
-    >>> from tnpeft.nn.first import Source, start
+    >>> from tnpeft.nn.first import Joint, Source
     >>> first = program(network("B[out r] A[r inp] -> out inp"), {"out": 5, "r": 1, "inp": 4}).first
     >>> factors = torch.ones(5, 1), torch.ones(1, 4)
-    >>> begun = start([Source(first, factors)], torch.ones(3, 4))
-    >>> rest(begun.links[0], begun.narrow[0], 0.5, begun.x, torch.zeros(5, 4), None, factors).unique()
+    >>> started = Joint([Source(first)])([factors], torch.ones(3, 4))
+    >>> rest(started.links[0], started.narrow[0], 0.5, started.x, torch.zeros(5, 4), None, factors).unique()
     tensor([2.])
     """
-    flow = link.first.rest
+    flow = link.step.first.rest
     result: Tensor = _Together.apply(flow, scale, True, link, norms, x, narrow, weight, bias, None, *factors)
     return result
 
@@ -216,6 +212,15 @@ def apart(flow: Flow, scale: float, x: Tensor, base: Tensor | None, factors: Seq
     entered = flow.enter(x, flow.gates(factors))
     result: Tensor = _Together.apply(flow, scale, False, None, None, entered, None, None, None, base, *factors)
     return result
+
+
+def takes(weight: Tensor) -> bool:
+    """Whether a weight can take an update without losing it: in half precision it would.
+
+    >>> takes(torch.ones(1)), takes(torch.ones(1, dtype=torch.bfloat16))
+    (True, False)
+    """
+    return torch.finfo(weight.dtype).bits >= 32
 
 
 def may_reverse(x: Tensor) -> bool:
@@ -246,13 +251,17 @@ def may_join(linear: nn.Module, x: Tensor) -> bool:
     >>> may_join(linear, x), may_join(linear, x.double()), linear.register_forward_hook(print) and may_join(linear, x)
     (True, False, False)
     """
-    hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
+    own = linear.__dict__
+    if type(linear) is not nn.Linear or "forward" in own:
+        return False
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return False
+    weight = own["_parameters"].get("weight")
+    if weight is None:
+        weight = linear.weight
     return (
-        type(linear) is nn.Linear
-        and not hooks
-        and "forward" not in vars(linear)
-        and type(linear.weight) in (nn.Parameter, Tensor)
-        and x.dtype == linear.weight.dtype
+        type(weight) in (nn.Parameter, Tensor)
+        and x.dtype == weight.dtype
         and not torch.is_autocast_enabled(x.device.type)
         and may_reverse(x)
     )

@@ -15,53 +15,32 @@ Norms = Sequence[
 ]  # for each factor the axes that its columns run over, none where it is not normalised
 
 
-def normalised(array: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """The array with its columns (what the axes run over) of length one; a zero column stays zero.
+class Units:
+    """Factors, those ``wanted`` (None: all) with columns of length one where they are to be; zero columns stay zero.
 
-    >>> normalised(torch.tensor([[3.0], [4.0]]), (0,)).flatten()
-    tensor([0.6000, 0.8000])
+    >>> units = Units([torch.tensor([[3.0], [4.0]]), torch.tensor([2.0])], [(0,), ()])
+    >>> units.factors[0].flatten(), units.factors[1]
+    (tensor([0.6000, 0.8000]), tensor([2.]))
+    >>> units.gradients([torch.tensor([[5.0], [0.0]]), None])
+    [tensor([[ 0.6400],
+            [-0.4800]]), None]
     """
-    return array / _length(array, axes)
 
+    def __init__(self, factors: Sequence[Tensor], norms: Norms, wanted: Collection[int] | None = None) -> None:
+        self.factors, self._norms = [*factors], norms
+        self._lengths: dict[int, Tensor] = {}
+        for k, axes in enumerate(norms):
+            if axes and (wanted is None or k in wanted):
+                length = torch.linalg.vector_norm(factors[k], dim=axes, keepdim=True)
+                self._lengths[k] = length = length.clamp_min(torch.finfo(length.dtype).tiny)
+                self.factors[k] = factors[k] / length
 
-def from_normalised(grad: Tensor, array: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """The array's gradient from that of what :func:`normalised` makes of it.
-
-    >>> from_normalised(torch.tensor([[5.0], [0.0]]), torch.tensor([[3.0], [4.0]]), (0,)).flatten()
-    tensor([ 0.6400, -0.4800])
-    """
-    length = _length(array, axes)
-    unit = array / length
-    along = (grad * unit).sum(axes, keepdim=True)
-    return torch.addcmul(grad, unit, along, value=-1) / length
-
-
-def all_normalised(factors: Sequence[Tensor], norms: Norms, wanted: Collection[int] | None = None) -> list[Tensor]:
-    """The factors, those ``wanted`` (None: all) normalised where they are to be.
-
-    >>> [factor.item() for factor in all_normalised([torch.tensor([2.0])] * 2, [(), (0,)])]
-    [2.0, 1.0]
-    """
-    return [
-        normalised(factor, axes) if axes and (wanted is None or k in wanted) else factor
-        for k, (factor, axes) in enumerate(zip(factors, norms, strict=True))
-    ]
-
-
-def all_from_normalised(
-    grads: Sequence[Tensor | None], factors: Sequence[Tensor], norms: Norms
-) -> list[Tensor | None]:
-    """The gradients of the factors from those of what :func:`all_normalised` makes of them.
-
-    >>> all_from_normalised([None, torch.tensor([1.0])], [torch.tensor([2.0])] * 2, [(), (0,)])
-    [None, tensor([0.])]
-    """
-    return [
-        from_normalised(grad, factor, axes) if grad is not None and axes else grad
-        for grad, factor, axes in zip(grads, factors, norms, strict=True)
-    ]
-
-
-def _length(array: Tensor, axes: tuple[int, ...]) -> Tensor:
-    length = torch.linalg.vector_norm(array, dim=axes, keepdim=True)
-    return length.clamp_min(torch.finfo(array.dtype).tiny)
+    def gradients(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The gradients of the factors as they were given, from those of what they have become."""
+        found = [*grads]
+        for k, length in self._lengths.items():
+            if (grad := grads[k]) is not None:
+                unit = self.factors[k]
+                along = (grad * unit).sum(self._norms[k], keepdim=True)
+                found[k] = torch.addcmul(grad, unit, along, value=-1) / length
+        return found

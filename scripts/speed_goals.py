@@ -1,0 +1,231 @@
+"""What adapters were to cost, beside what the benchmarks measured: paper/tables/speed.md, from their result files.
+
+A goal that has no measurement says so. Run the benchmarks first, on a machine with nothing else to do:
+
+    python scripts/run_benchmarks.py
+    python scripts/speed_goals.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import _bench
+
+CONSTRUCTIONS = ("att", "qkv", "depth", "att_qkv", "att_depth", "qkv_depth", "att_qkv_depth")
+OF_WIDTH = {  # families of the founding papers by the rank of PEFT's LoRA that is as wide inside
+    8: ("cp rank=8", "lorta rank=8", *(f"tenslora {name} ranks=8" for name in CONSTRUCTIONS)),
+    64: ("cp rank=64",),
+}
+PEERS = {
+    "vera rank=256": "PEFT VeRA r=256",
+    "lokr rank=8": "PEFT LoKr r=8",
+    "loha rank=8": "PEFT LoHa r=8",
+    "randlora rank=32": "PEFT RandLoRA r=32",
+}
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One goal and what was found."""
+
+    what: str
+    goal: str
+    measured: str
+    reached: bool | None
+    source: str
+
+    @property
+    def row(self) -> dict[str, str]:
+        """As the table shows it."""
+        verdict = {True: "yes", False: "**no**", None: "not measured"}[self.reached]
+        return {
+            "what": self.what,
+            "goal": self.goal,
+            "measured": self.measured,
+            "reached": verdict,
+            "from": self.source,
+        }
+
+
+class Results:
+    """The benchmarks' result files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __getitem__(self, name: str) -> Any:
+        return json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
+
+    def cases(self, name: str) -> Mapping[str, Any]:
+        """The cases of a benchmark, by name."""
+        found: Mapping[str, Any] = self[name]["cases"]
+        return found
+
+
+def goals(results: Results) -> Iterator[Goal]:
+    """Every goal in turn."""
+    bare = results.cases("step_bare")
+    sites = 3 * results["step_bare"]["settings"]["layers"]
+    over = {name: case["overhead"] for name, case in bare.items()}
+    half = over["lora rank=8"] / over["PEFT LoRA r=8"]
+    yield Goal(
+        "overhead of LoRA r=8 on q, k and v, bare linears",
+        "at most half of PEFT LoRA's",
+        f"{over['lora rank=8']:+.1%} against {over['PEFT LoRA r=8']:+.1%}: {half:.2f} of it",
+        half <= 0.5,
+        "step_bare",
+    )
+    for width, names in OF_WIDTH.items():
+        peer = f"PEFT LoRA r={width}"
+        worst = max(names, key=over.__getitem__)
+        yield Goal(
+            f"founding papers' families at inner width {width} ({len(names)} of them)",
+            f"at most PEFT LoRA's overhead at rank {width}",
+            f"the slowest, {worst}: {over[worst]:+.1%} against {over[peer]:+.1%}",
+            over[worst] <= over[peer],
+            "step_bare",
+        )
+    for name, peer in PEERS.items():
+        yield Goal(
+            name.partition(" ")[0],
+            "faster than PEFT's own",
+            f"{over[name]:+.1%} against {over[peer]:+.1%}",
+            over[name] <= over[peer],
+            "step_bare",
+        )
+    saved = {name: (case["saved"] - bare["floor"]["saved"]) // sites for name, case in bare.items()}
+    width, wide = saved["lora rank=8"], saved["lora rank=64"]
+    for rank, names in OF_WIDTH.items():
+        most, limit = max(names, key=saved.__getitem__), {8: width, 64: wide}[rank]
+        extra = saved[most] - limit
+        yield Goal(
+            f"bytes saved per site, inner width {rank}",
+            "at most LoRA's of equal width plus the factors",
+            f"the most, {most}: {saved[most]:,} against {limit:,} and {4 * bare[most]['parameters']:,} of factors",
+            extra <= 4 * bare[most]["parameters"],
+            "step_bare",
+        )
+    yield from peers_saved(results)
+    yield from against_rebuilding(results)
+    yield from before_the_first_step(results)
+    decode = {name: case["overhead"] for name, case in results.cases("decode").items()}
+    yield Goal(
+        "token-by-token decoding with LoRA r=8, unmerged",
+        "at most PEFT LoRA's overhead",
+        f"{decode['lora rank=8']:+.1%} against {decode['PEFT LoRA r=8']:+.1%}",
+        decode["lora rank=8"] <= decode["PEFT LoRA r=8"],
+        "decode",
+    )
+    yield from replicas(results)
+    for what, goal in (
+        ("forward over the frozen model at 1k, 4k, 16k tokens on a GPU", "below +10, +13, +20 %"),
+        ("K = 8 replicas on a GPU, models below 200M parameters", "at least 5 times 8 runs in turn"),
+    ):
+        yield Goal(what, goal, "no GPU was at hand", None, "")
+
+
+def against_rebuilding(results: Results) -> Iterator[Goal]:
+    """TensLoRA through its factors against its whole tensor rebuilt on every call."""
+    rows, calls = results["rebuilt"]["constructions"], results["rebuilt"]["settings"]["sites"]
+    for what, key, goal in (("adapter time", "seconds", 50), ("bytes saved beside the inputs", "saved", 100)):
+        found = {name: row["rebuilt"][key] / row["factors"][key] for name, row in rows.items()}
+        least, most = min(found, key=found.__getitem__), max(found, key=found.__getitem__)
+        missed = [name for name, ratio in found.items() if ratio < goal]
+        yield Goal(
+            f"TensLoRA's constructions against rebuilding the tensor on each of {calls} calls: {what}",
+            f"at least {goal} times less",
+            f"{found[least]:.0f} ({least}) to {found[most]:.0f} times ({most}); "
+            + (f"less for {', '.join(missed)}, whose tensors span fewer sites" if missed else "all of them"),
+            not missed,
+            "rebuilt",
+        )
+
+
+def peers_saved(results: Results) -> Iterator[Goal]:
+    """Bytes that one linear keeps, beside PEFT's own layers."""
+    rows = {(row["case"], row["linear"], row["tokens"]): row["saved"] for row in results["saved"]["cases"]}
+    for name, peer in PEERS.items():
+        if name.startswith("vera"):
+            continue
+        sizes = [(linear, tokens) for case, linear, tokens in rows if case == name]
+        found = {size: rows[name, *size] / rows[peer, *size] for size in sizes}
+        each = ", ".join(f"{ratio:.3f} at {n} x {n} and {tokens} tokens" for (n, tokens), ratio in found.items())
+        yield Goal(
+            f"bytes saved by one linear, {name.partition(' ')[0]}",
+            "at most a tenth of PEFT's (at 2048 x 2048, 64 tokens)",
+            f"{each}; the input that both keep is in it",
+            found[2048, 64] <= 0.1,
+            "saved",
+        )
+
+
+def before_the_first_step(results: Results) -> Iterator[Goal]:
+    """Attaching and planning, and how attaching grows."""
+    attach = results["attach"]
+    slowest = max(attach["attach"], key=lambda row: row["attach s"])
+    planning = max(row["of which planning s"] for row in attach["attach"])
+    yield Goal(
+        f"attaching to OPT-1.3B's shape, {slowest['sites']} sites",
+        "under 1 s beyond module creation",
+        f"{slowest['attach s']:.2f} s ({slowest['family']})",
+        slowest["attach s"] < 1,
+        "attach",
+    )
+    yield Goal("of which planning", "under 0.2 s", f"{planning:.3f} s", planning < 0.2, "attach")
+    for family in dict.fromkeys(row["family"] for row in attach["growth"]):
+        rows = [row for row in attach["growth"] if row["family"] == family]
+        few, many = min(rows, key=lambda row: row["sites"]), max(rows, key=lambda row: row["sites"])
+        each = many["attach s"] / many["sites"] / (few["attach s"] / few["sites"])
+        yield Goal(
+            f"attaching {family} to {few['sites']} and to {many['sites']} sites",
+            "linear in sites",
+            f"{each:.2f} times the time per site",
+            each <= 1.5,
+            "attach",
+        )
+
+
+def replicas(results: Results) -> Iterator[Goal]:
+    """Eight adapters in one pass against eight runs in turn, at SST-2's sizes: 128 to 512 tokens for each."""
+    for case in results["replicas"]["cases"]:
+        if case["family"] == "lora" and 128 <= case["rows"] * case["length"] <= 512 and "8" in case["gain"]:
+            gain, size = case["gain"]["8"], f"{case['rows']} x {case['length']} tokens each"
+            yield Goal(
+                f"K = 8 replicas, {case['shape']}, {case['layers']} layers, {size}",
+                "at least 1.1 times 8 runs in turn",
+                f"{gain:.2f} times",
+                gain >= 1.1,
+                "replicas",
+            )
+
+
+def page(found: list[Goal], results: Results) -> str:
+    """The table with what it was measured on."""
+    machine = results["step_bare"]["machine"]
+    missed = sum(goal.reached is False for goal in found)
+    return (
+        "# What a step costs: goals and measurements\n\n"
+        f"{len(found)} goals, {missed} missed. Times are medians of interleaved runs on {machine['cores']} cores "
+        f"({machine['processor']}; torch {machine['torch']}, peft {machine['peft']}), bytes are exact; settings "
+        "and load are in the table named last.\n\n" + _bench.markdown([goal.row for goal in found])
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tables", type=Path, default=_bench.TABLES, help="folder of the benchmarks' results")
+    options = parser.parse_args()
+    results = Results(options.tables)
+    found = [*goals(results)]
+    _bench.write(options.tables, "speed", {"goals": [asdict(goal) for goal in found]}, page(found, results))
+    print(page(found, results))
+
+
+if __name__ == "__main__":
+    main()

@@ -102,9 +102,9 @@ def report(data: Mapping[str, Any]) -> str:
         f"of the bare linears ({1e3 * data['floor']['seconds']:.0f} ms), ranks {s['rank']}, {s['tokens']} tokens, "
         f"float32, {m['threads']} threads, {s['clock']} clock, load {m['load']} on {m['cores']} cores "
         f"({m['processor']}; torch {m['torch']}). Through the factors: median over {s['samples']} turns of the "
-        "difference to the linears; rebuilt: one step in full, with every tensor that a site's factors belong to formed "
-        "at each of the sites. What is kept for backward leaves out the factors, what the linears keep, and their "
-        "inputs, which both ways keep.\n\n" + _bench.markdown(rows)
+        "difference to the linears; rebuilt: one step in full, with every tensor that a site's factors belong to "
+        "formed at each of the sites. What is kept for backward leaves out the factors, what the linears keep, and "
+        "their inputs, which both ways keep.\n\n" + _bench.markdown(rows)
     )
 
 

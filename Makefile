@@ -26,6 +26,7 @@ paper: demo
 	cp demo/digits.md paper/tables/demo.md && cp demo/digits.csv paper/tables/demo.csv
 	$(BIN)/python scripts/draw_readme.py
 	$(BIN)/python scripts/reproduce_counts.py
+	$(BIN)/python scripts/reproduce_results.py
 	$(BIN)/python scripts/build_report.py
 
 .venv/ready: pyproject.toml constraints.txt

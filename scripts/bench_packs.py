@@ -54,7 +54,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     perform(its.run(its.cells[0], its.tasks[0], 1e-3, 0))  # what is loaded once in a process
     rows = []
     for cell in its.cells:
-        runs = [its.run(cell, its.tasks[0], lr, seed) for lr in cell.learning_rates for seed in SEEDS]
+        rates = its.terms(cell, its.tasks[0]).learning_rates
+        runs = [its.run(cell, its.tasks[0], lr, seed) for lr in rates for seed in SEEDS]
         alone, seconds = timed(lambda runs=runs: [perform(run) for run in runs], options.clock)
         row: dict[str, Any] = {"method": cell.label, "runs": len(runs), "seconds": seconds, "packs": {}}
         for size in PACKS:

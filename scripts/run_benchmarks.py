@@ -23,16 +23,15 @@ import _bench
 from tnpeft.studies.files import write_text
 
 HERE = Path(__file__).resolve().parent
-CPU = ("--clock", "cpu")
 RUNS: Mapping[str, Sequence[str]] = {
-    "saved": ("bench_saved.py",),
-    "step_bare": ("bench_step.py", "--bare", "--layers", "2", "--samples", "9", *CPU, "--name", "step_bare"),
-    "decode": ("bench_decode.py", "--samples", "9", *CPU),
-    "rebuilt": ("bench_rebuilt.py", "--samples", "9", *CPU),
-    "growth": ("bench_growth.py", "--samples", "7", *CPU),
-    "attach": ("bench_attach.py", *CPU),
-    "replicas": ("bench_replicas.py", "--samples", "3", *CPU, "--batches", "1x8", "4x8", "4x32", "16x32"),
-    "step": ("bench_step.py", "--layers", "2", "--samples", "5", *CPU),
+    "saved": ["bench_saved.py"],
+    "step_bare": "bench_step.py --bare --layers 2 --samples 9 --clock cpu --name step_bare".split(),
+    "rebuilt": "bench_rebuilt.py --samples 9 --clock cpu".split(),
+    "decode": "bench_decode.py --samples 9 --clock cpu".split(),
+    "attach": "bench_attach.py --clock cpu".split(),
+    "growth": "bench_growth.py --samples 5 --clock cpu".split(),
+    "replicas": "bench_replicas.py --samples 3 --clock cpu --batches 1x8 4x8 4x32 16x32".split(),
+    "step": "bench_step.py --layers 2 --samples 5 --clock cpu".split(),
 }
 # Memory that is given back to the system after every large array is paid for anew with the next one.
 KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}

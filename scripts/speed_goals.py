@@ -166,7 +166,8 @@ def against_rebuilding(results: Results) -> Iterator[Goal]:
         yield Goal(
             f"TensLoRA's seven constructions against rebuilding the tensor on each of {calls} calls: {what}",
             f"at least {goal} times less",
-            f"{least:.0f} to {most:.0f} times" + (f"; short of it {', '.join(short)}" if short else ""),
+            f"{least:.0f} to {most:.0f} times"
+            + (f"; short of it, whose tensors span fewest sites: {', '.join(short)}" if short else ""),
             not short,
             "rebuilt",
         )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +53,17 @@ def table(tiny: Path) -> dict[str, Any]:
             {"label": "none", "none": True, "protocol": {"steps": 0}},
         ],
     }
+
+
+@pytest.fixture
+def ray() -> Iterator[Any]:
+    """Ray on this machine; ended after the test, so that no process of it stays."""
+    if find_spec("ray") is None:
+        reason = "Ray is not installed: pip install --constraint constraints.txt 'tnpeft[ray]'"
+        if os.environ.get("TNPEFT_CI") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    import ray as library
+
+    yield library
+    library.shutdown()

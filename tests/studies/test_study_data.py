@@ -9,10 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from tnpeft.cli import app
 from tnpeft.studies.data import load
 from tnpeft.studies.digits import patches, rows
 from tnpeft.studies.files import StudyError
+from tnpeft.studies.study import Study
 from tnpeft.studies.tasks import TASKS, task
 
 MINE = {
@@ -73,42 +76,93 @@ def test_the_digest_follows_the_content(folder: Path) -> None:
     assert load(task(MINE), folder).digest != before
 
 
-WRONG = {
-    "missing column": ([{"text": "a", "label": 0}, {"label": 1}], r"train\.jsonl:2: no column 'text'"),
-    "unknown label": ([{"text": "a", "label": 7}], r"train\.jsonl:1: unknown label '7'; the task's labels are 0, 1"),
-    "blank text": ([{"text": "a", "label": 0}, {"text": "  ", "label": 0}], r"train\.jsonl:2: 'text' holds no text"),
-    "no JSON": ([{"text": "a", "label": 0}, "{'text'"], r"train\.jsonl:2: is no JSON"),
-    "no object": (["[1, 2]"], r"train\.jsonl:1: is no JSON object"),
-    "empty file": ([], r"train\.jsonl: the file holds no example"),
+GOOD = b"".join(b'{"text": "film %d", "label": %d}\n' % (k, k % 2) for k in range(3))
+CELLS = b"text,label\nfine,1\n"
+PACKED = bytearray(gzip.compress(GOOD * 500, mtime=0))
+WRONG: dict[str, tuple[str, bytes, str]] = {
+    "missing column": ("a.jsonl", GOOD + b'{"label": 1}\n', r"a\.jsonl:4: no column 'text'; the columns are label"),
+    "missing label": ("a.jsonl", GOOD + b'{"text": "x"}\n', r"a\.jsonl:4: no column 'label'"),
+    "missing column of a table": (
+        "a.csv",
+        b"words,label\nx,1\n",
+        r"a\.csv:2: no column 'text'; the columns are words, ",
+    ),
+    "two columns of one name": ("a.csv", b"text,label,text\na,1,b\n", r"a\.csv:1: two columns are called 'text'"),
+    "two keys of one name": ("a.jsonl", GOOD + b'{"text": "a", "text": "b", "label": 1}', r"a\.jsonl:4: two columns"),
+    "unknown label": ("a.jsonl", GOOD + b'{"text": "a", "label": 7}', r"a\.jsonl:4: unknown label '7'; .* are 0, 1"),
+    "label left out": ("a.jsonl", GOOD + b'{"text": "a", "label": null}', r"a\.jsonl:4: 'label' is empty"),
+    "empty label": ("a.csv", CELLS + b"a,\n", r"a\.csv:3: 'label' is empty"),
+    "blank text": ("a.jsonl", GOOD + b'{"text": "  ", "label": 0}', r"a\.jsonl:4: 'text' holds no text"),
+    "a number for text": ("a.jsonl", GOOD + b'{"text": 5, "label": 0}', r"a\.jsonl:4: 'text' holds no text"),
+    "no JSON": ("a.jsonl", GOOD + b"{'text'", r"a\.jsonl:4: is no JSON: Expecting property name"),
+    "half a line": ("a.jsonl", GOOD + b'{"text": "a", "la', r"a\.jsonl:4: is no JSON: Unterminated string"),
+    "endless nesting": ("a.jsonl", GOOD + b"[" * 100_000, r"a\.jsonl:4: is no JSON: maximum recursion depth"),
+    "no object": ("a.jsonl", b"[1, 2]\n", r"a\.jsonl:1: is no JSON object"),
+    "one object over lines": ("a.jsonl", b'{\n"text": "a"}\n', r"a\.jsonl:1: is no JSON: .* one whole object a line"),
+    "empty file": ("a.jsonl", b"", r"a\.jsonl: the file holds no example"),
+    "empty packed file": ("a.jsonl.gz", b"", r"a\.jsonl\.gz: the file holds no example"),
+    "blank lines alone": ("a.jsonl", b"\n \n", r"a\.jsonl: the file holds no example"),
+    "a header alone": ("a.csv", b"text,label\n", r"a\.csv: the file holds no example"),
+    "Latin-1": ("a.jsonl", GOOD + b'{"text": "caf\xe9", "label": 0}\n', r"a\.jsonl:4: is not in UTF-8"),
+    "Latin-1 in a table": ("a.csv", CELLS + b"caf\xe9,1\n", r"a\.csv:3: is not in UTF-8"),
+    "UTF-16": ("a.jsonl", GOOD.decode().encode("utf-16"), r"a\.jsonl:1: holds a NUL byte; save the file as UTF-8"),
+    "NUL": ("a.csv", CELLS + b"a\0b,1\n", r"a\.csv:3: holds a NUL byte"),
+    "lines that end in CR": ("a.csv", b"text,label\ra,1\r", r"a\.csv:1: is no CSV: new-line character"),
+    "an open quote": ("a.csv", CELLS + b'"a,1\nb,0\n', r"a\.csv:4: is no CSV: unexpected end of data"),
+    "too many cells": ("a.csv", CELLS + b"one, two,1\n", r"a\.csv:3: has 3 cells, the header 2; quote cells"),
+    "too few tabs": ("a.tsv", b"text\tlabel\na\n", r"a\.tsv:2: has 1 cells, the header 2; each line needs"),
+    "cut off": ("a.jsonl.gz", bytes(PACKED[: len(PACKED) // 2]), r"a\.jsonl\.gz.*cannot be read.*cut off or damaged"),
+    "damaged": ("a.jsonl.gz", bytes(PACKED[:-8]) + b"\0" * 8, r"a\.jsonl\.gz:1501: cannot be read \(CRC check"),
+    "damaged inside": ("a.jsonl.gz", bytes(PACKED[:12]) + b"\xff" * 40, r"a\.jsonl\.gz.*cannot be read"),
+    "not packed": ("a.jsonl.gz", GOOD, r"a\.jsonl\.gz: cannot be read \(Not a gzipped file"),
+    "another kind": ("a.txt", GOOD, r"a\.txt: is none of \.jsonl, \.csv, \.tsv \(\.gz\)"),
 }
 
 
+@pytest.mark.parametrize("part", ["train", "eval"])
 @pytest.mark.parametrize("kind", WRONG)
-def test_wrong_lines_are_named(folder: Path, kind: str) -> None:
-    lines, message = WRONG[kind]
-    write(folder, "train.jsonl", lines)
-    with pytest.raises(StudyError, match=message):
-        load(task(MINE), folder)
+def test_what_is_wrong_is_told_with_file_and_line(folder: Path, kind: str, part: str) -> None:
+    name, content, message = WRONG[kind]
+    (folder / name).write_bytes(content)
+    with pytest.raises(StudyError, match=message) as error:
+        load(task({**MINE, part: name}), folder)
+    assert "\n" not in str(error.value)
 
 
-def test_wrong_encoding_missing_and_truncated_files_are_named(folder: Path) -> None:
-    (folder / "train.jsonl").write_bytes(b'{"text": "a", "label": 0}\n{"text": "caf\xe9", "label": 0}\n')
-    with pytest.raises(StudyError, match=r"train\.jsonl:2: is not in UTF-8"):
-        load(task(MINE), folder)
-    with pytest.raises(StudyError, match=r"absent\.csv: cannot be read \(No such file"):
+def test_a_file_that_is_not_there_names_the_remedy(folder: Path) -> None:
+    with pytest.raises(StudyError, match=r"absent\.csv: cannot be read \(No such file.*--data names the folder"):
         load(task({**MINE, "train": "absent.csv"}), folder)
-    with pytest.raises(StudyError, match=r"train\.txt: is neither"):
-        load(task({**MINE, "train": "train.txt"}), folder)
-    whole = gzip.compress(b'{"text": "a", "label": 0}\n' * 500)
-    (folder / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(StudyError, match=r"cut\.jsonl\.gz.*cannot be read"):
-        load(task({**MINE, "train": "cut.jsonl.gz"}), folder)
+    (folder / "folder.csv").mkdir()
+    with pytest.raises(StudyError, match=r"folder\.csv: cannot be read \(Is a directory\)"):
+        load(task({**MINE, "train": "folder.csv"}), folder)
 
 
-def test_a_csv_row_of_another_length_is_named(folder: Path) -> None:
-    write(folder, "train.csv", ["text,label", "fine,1", "one, two,1"])
-    with pytest.raises(StudyError, match=r"train\.csv:3: has 3 cells, the header 2"):
-        load(task({**MINE, "train": "train.csv"}), folder)
+def test_harmless_differences_change_nothing(folder: Path) -> None:
+    """A byte order mark, lines that end as on Windows, blank lines, tabs for commas."""
+    rows = [(f"film {k}", k % 2) for k in range(40)]
+    table = "text,label\n" + "".join(f"{text},{label}\n" for text, label in rows)
+    lines = (folder / "train.jsonl").read_text()
+    files = {
+        "mark.jsonl": b"\xef\xbb\xbf" + lines.encode(),
+        "windows.jsonl": lines.replace("\n", "\r\n").encode(),
+        "blank.jsonl": lines.replace("\n", "\n\n").encode(),
+        "mark.csv": b"\xef\xbb\xbf" + table.encode(),
+        "windows.csv": table.replace("\n", "\r\n").encode(),
+        "tabs.tsv": table.replace(",", "\t").encode(),
+        "tabs.tsv.gz": gzip.compress(table.replace(",", "\t").encode()),
+    }
+    plain = load(task(MINE), folder).digest
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+        assert load(task({**MINE, "train": name}), folder).digest == plain, name
+
+
+def test_quotes_in_tabs_are_text_and_booleans_are_labels(folder: Path) -> None:
+    (folder / "a.tsv").write_text('text\tlabel\nhe said "so\t1\n')
+    write(folder, "b.jsonl", [{"text": "a", "label": True}, {"text": "b", "label": False}])
+    found = load(task({**MINE, "train": "a.tsv", "eval": "b.jsonl"}), folder)
+    assert found.train[0].prompt == 'he said "so It was'
+    assert [example.label for example in found.eval] == [1, 0]
 
 
 @pytest.mark.parametrize(
@@ -118,6 +172,13 @@ def test_a_csv_row_of_another_length_is_named(folder: Path) -> None:
         ({"words": {"0": "x"}}, "at least two labels"),
         ({"prompt": "no field"}, "names no field"),
         ({"metric": "bleu"}, "unknown metric 'bleu'"),
+        ({"also": ["bleu"]}, "unknown metric 'bleu'"),
+        ({"also": "f1"}, "also = 'f1' is no list"),
+        ({"words": {"0": "a", "1": "b", "2": "c"}, "metric": "f1"}, "f1 is for two labels"),
+        ({"words": ["a", "b"]}, r"words = \['a', 'b'\] is no table"),
+        ({"prompt": 5}, "prompt = 5 is no text"),
+        ({"prompt": "{text"}, "the prompt is no format"),
+        ({"prompt": "{} It was"}, "names no field"),
     ],
 )
 def test_wrong_tasks_are_refused(change: dict[str, object], message: str) -> None:
@@ -147,6 +208,36 @@ def test_shifted_digits_are_inverted_transposed_ones_and_eval_is_apart() -> None
     assert inverted[0]["image"] != upright[0]["image"]
     train = {r["image"] for r in rows("transposed", "train")}
     assert sum(r["image"] in train for r in rows("transposed", "eval")) < 8
+
+
+def test_a_study_finds_the_files_that_it_names_beside_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line of TOML for one's own data, read from any working directory."""
+    line = 'tasks = [{ name = "mine", train = "train.jsonl", eval = "eval.jsonl", prompt = "{text} It was", '
+    line += 'words = { 0 = " bad", 1 = " good" } }]'
+    rest = 'backbone = "digits"\nseeds = [0]\n[[methods]]\nfamily = "lora"\n'
+    (folder / "study.toml").write_text(f"{line}\n{rest}")
+    monkeypatch.chdir("/")
+    study = Study.read(folder / "study.toml")
+    assert len(study.search()) == 3
+    assert study.search()[0].data == load(task(MINE), folder).digest
+
+
+@pytest.mark.parametrize(
+    "command", ["train lora --model {tiny} --task {own} --out {out}", "sweep {study} --out {out}"]
+)
+def test_a_command_ends_before_it_begins(folder: Path, tiny: Path, command: str) -> None:
+    """Wrong data are told in one line with file and line number, exit code 2, and nothing is written."""
+    own = 'name = "mine"\ntrain = "train.jsonl"\neval = "bad.csv"\nprompt = "{text}"\nwords = { 0 = "a", 1 = "b" }\n'
+    (folder / "own.toml").write_text(own)
+    rest = f'backbone = "{tiny}"\nseeds = [0]\n[[methods]]\nfamily = "lora"\n'
+    (folder / "study.toml").write_text(f"{rest}[[tasks]]\n{own}")
+    (folder / "bad.csv").write_text("text,label\nfine,1\nfair,maybe\n")
+    places = {"tiny": tiny, "own": folder / "own.toml", "study": folder / "study.toml", "out": folder / "out"}
+    done = CliRunner().invoke(app, command.format(**places).split())
+    assert done.exit_code == 2
+    assert done.output.count("\n") == 1
+    assert "bad.csv:3: unknown label 'maybe'; the task's labels are 0, 1" in done.output
+    assert not (folder / "out").exists()
 
 
 DATA = os.environ.get("TNPEFT_DATA") or str(Path(__file__).resolve().parents[3] / "shared" / "data")

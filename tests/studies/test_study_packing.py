@@ -11,12 +11,13 @@ import pytest
 from transformers import AutoConfig
 
 from tnpeft.studies import packed, training
+from tnpeft.studies.engines import Engine
 from tnpeft.studies.files import StudyError, merged
 from tnpeft.studies.packing import execute_pack, packs, perform_pack
 from tnpeft.studies.protocol import Protocol
 from tnpeft.studies.runs import Run, Store, execute
 from tnpeft.studies.study import Study
-from tnpeft.studies.sweeping import Engine, sweep
+from tnpeft.studies.sweeping import sweep
 
 CELLS = {"LoRA": 0, "CP": 2}
 
@@ -159,6 +160,7 @@ def test_only_what_is_missing_is_made(table: dict[str, Any], tmp_path: Path) -> 
     assert execute(runs[1], store) == "done"
     before = store.result(runs[1].key)
     with store.claim(runs[0].key):
-        assert execute_pack(runs, store) == ["busy", "kept", "done"]
+        assert execute_pack(runs, store) == ["busy", "kept", "busy"]
+    assert execute_pack(runs, store) == ["done", "kept", "done"]
     assert store.result(runs[1].key) == before
-    assert "pack" not in (store.result(runs[2].key) or {})
+    assert (store.result(runs[2].key) or {})["pack"] == 2

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, strategies
 
 from tnpeft.studies import figures, tables
 from tnpeft.studies.results import Point, nearest
@@ -112,9 +115,87 @@ def test_figures_are_written_and_repeat(tmp_path: Path) -> None:
     assert len(figures.curve_figure(POINTS, tmp_path / "c")) == 3
 
 
-def test_colours_differ_for_red_green_blindness() -> None:
-    """Machado's matrix for deuteranopia: the first six colours stay apart."""
-    sight = np.array([[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]])
-    seen = [sight @ [int(c[k : k + 2], 16) / 255 for k in (1, 3, 5)] for c in figures.COLOURS[:6]]
+# Machado, Oliveira and Fernandes (2009), severity 1: what each kind of colour blindness makes of linear RGB.
+SIGHTS = {
+    "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+
+
+@pytest.mark.parametrize("kind", SIGHTS)
+def test_colours_stay_apart_for_the_colour_blind(kind: str) -> None:
+    srgb = np.array([[int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)] for colour in figures.COLOURS])
+    linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+    seen = [lab(colour) for colour in np.clip(linear @ np.array(SIGHTS[kind]).T, 0, 1)]
     apart = [np.linalg.norm(a - b) for k, a in enumerate(seen) for b in seen[k + 1 :]]
-    assert min(apart) > 0.08
+    assert min(apart) > 10  # a difference of 2.3 in CIELAB is just noticeable
+
+
+def lab(linear: np.ndarray) -> np.ndarray:
+    """CIELAB of a colour in linear RGB, white as D65."""
+    xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ linear
+    ratio = xyz / np.array([0.9505, 1.0, 1.089])
+    x, y, z = np.where(ratio > (6 / 29) ** 3, np.cbrt(ratio), ratio / (3 * (6 / 29) ** 2) + 4 / 29)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+def test_equal_colours_have_different_markers() -> None:
+    both = [(figures.COLOURS[k % len(figures.COLOURS)], figures.MARKERS[k % len(figures.MARKERS)]) for k in range(24)]
+    assert len(set(both)) == 24
+
+
+def tabular(text: str) -> list[list[str]]:
+    """The cells of a LaTeX tabular, read as TeX would: what is not escaped is special."""
+    lines = text.splitlines()
+    columns = re.fullmatch(r"\\begin\{tabular\}\{([rl]+)\}", lines[0])
+    assert columns
+    assert lines[-1] == r"\end{tabular}"
+    rules = [r"\toprule", r"\midrule", r"\bottomrule"]
+    assert [line for line in lines[1:-1] if line in rules] == rules
+    rows = []
+    body = "\n".join(line for line in lines[1:-1] if line not in rules)
+    assert body.endswith(r" \\")
+    for line in (row.replace("\n", " ") + r" \\" for row in re.split(r" \\\\(?:\n|$)", body)[:-1]):
+        tokens = re.findall(r"\\[a-zA-Z]+\{\}|\\[%&_#${}]|[^\\]|\\.", line[:-3])
+        assert "".join(tokens) == line[:-3]
+        assert not [token for token in tokens if token in "%_#$^~{}|<>" or (token[0] == "\\" and token[1:2] == "|")]
+        cells = "".join("\0" if token == "&" else token for token in tokens).split("\0")
+        assert len(cells) == len(columns[1])
+        rows.append([cell.strip() for cell in cells])
+    return rows
+
+
+NAMES = {"textbackslash": "\\", "textasciitilde": "~", "textasciicircum": "^", "textbar": "|", "textless": "<"}
+NAMES |= {"textgreater": ">", "textpm": "±", "texttimes": "×"}
+
+
+@given(
+    strategies.lists(
+        strategies.tuples(strategies.text(alphabet=r"ab \{}$&#_%^~|<>±×01.,-()=", max_size=12)), min_size=1
+    )
+)
+def test_latex_holds_any_text(cells: list[tuple[str]]) -> None:
+    found = tabular(tables.latex([{"name": text, "n_%": 5} for (text,) in cells]))
+    assert found[0] == ["name", r"n\_\%"]
+    for (text,), (cell, number) in zip(cells, found[1:], strict=True):
+        back = re.sub(r"\\([a-zA-Z]+)\{\}", lambda match: NAMES[match[1]], re.sub(r"\\([%&_#${}])", r"\1", cell))
+        assert back == text.strip()
+        assert number == "5"
+
+
+def test_the_tables_of_the_paper_are_latex() -> None:
+    files = sorted((Path(__file__).resolve().parents[2] / "paper" / "tables").glob("*.tex"))
+    assert len(files) > 10
+    for path in files:
+        assert len(tabular(path.read_text().strip())) > 1, path.name
+
+
+def test_further_metrics_have_a_table_of_their_own() -> None:
+    assert tables.metrics_table(POINTS) == []
+    also = {"f1": {0: 0.5, 1: 0.7}, "matthews": {0: 0.25}}
+    rows = tables.metrics_table([*POINTS, replace(POINTS[0], task="mrpc", also=also)])
+    assert [(row["task"], row["metric"], row["seeds"], row["mean"], row["sd"]) for row in rows] == [
+        ("mrpc", "f1", 2, "0.6000", "0.1414"),
+        ("mrpc", "matthews", 1, "0.2500", ""),
+    ]

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tnpeft.studies.engines import Engine
 from tnpeft.studies.files import StudyError, merged, read_toml
 from tnpeft.studies.matching import ranks_for
 from tnpeft.studies.methods import count
@@ -21,7 +16,7 @@ from tnpeft.studies.protocol import Protocol
 from tnpeft.studies.reporting import report
 from tnpeft.studies.runs import Store, execute
 from tnpeft.studies.study import Study
-from tnpeft.studies.sweeping import Engine, sweep
+from tnpeft.studies.sweeping import sweep
 
 SERIAL = Engine("serial")
 
@@ -124,67 +119,13 @@ def test_a_claimed_run_is_left_alone(table: dict[str, Any], tmp_path: Path) -> N
     assert execute(run, store) == "kept"
 
 
-SCRIPT = """
-import json, sys
-from pathlib import Path
-from tnpeft.studies.study import Study
-from tnpeft.studies.sweeping import Engine, sweep
-
-if __name__ == "__main__":
-    study = Study.of(json.loads(sys.argv[1]), Path("."))
-    sweep(study, sys.argv[2], Engine(sys.argv[3], workers=2), say=lambda line: print(line, flush=True))
-"""
-
-
-def start(table: dict[str, Any], runs: Path, script: Path, engine: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, str(script), json.dumps(table), str(runs), engine],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-
-
-def written(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-@pytest.mark.slow
-def test_killed_at_random_moments_the_tables_are_the_same(table: dict[str, Any], swept: Path, tmp_path: Path) -> None:
-    """TNPEFT_KILLS=20 kills twenty times; by default three, after the first runs have come in."""
-    study = study_of(table)
-    sweep(study, swept, SERIAL, quietly)
-    report(study, swept, tmp_path / "whole")
-    script, runs, draw = tmp_path / "go.py", tmp_path / "runs", random.Random(5)
-    script.write_text(SCRIPT)
-    kills = 0
-    for attempt in range(int(os.environ.get("TNPEFT_KILLS", "3"))):
-        process = start(table, runs, script, "serial" if attempt % 2 else "processes")
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(draw.uniform(0, 8))
-        kills += process.poll() is None
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-    assert kills
-    time.sleep(1.5)  # workers notice that their parent is gone
-    process = start(table, runs, script, "serial")
-    assert process.wait(300) == 0
-    assert process.stdout is not None
-    process.stdout.close()
-    report(study, runs, tmp_path / "pieces")
-    assert written(tmp_path / "pieces") == written(tmp_path / "whole")
-    assert not list(runs.glob("*.failed.json"))
-
-
 def test_the_rate_is_chosen_on_dev_alone(table: dict[str, Any], swept: Path) -> None:
     study, store = study_of(table), Store(swept)
     sweep(study, swept, SERIAL, quietly)
     cell = study.cells[2]
-    dev = {lr: store.result(study.run(cell, study.tasks[0], lr, 0).key) for lr in cell.learning_rates}
-    best = max(cell.learning_rates, key=lambda lr: ((dev[lr] or {})["dev"], -lr))
+    rates = study.terms(cell, study.tasks[0]).learning_rates
+    dev = {lr: store.result(study.run(cell, study.tasks[0], lr, 0).key) for lr in rates}
+    best = max(rates, key=lambda lr: ((dev[lr] or {})["dev"], -lr))
     assert study.best_rate(cell, study.tasks[0], store) == best
 
 
@@ -201,6 +142,16 @@ def test_the_rate_is_chosen_on_dev_alone(table: dict[str, Any], swept: Path) -> 
         ({"protocol": {"steps": "many"}}, "is no int"),
         ({"protocol": {"head": "tail"}}, "head = 'tail' is unknown"),
         ({"tasks": ["sst9"]}, "no task is called"),
+        ({"tasks": "sst2"}, "tasks = 'sst2' is no list of name or tables"),
+        ({"seeds": 3}, "seeds = 3 is no list of whole numbers"),
+        ({"seeds": [0, 1, 0]}, "a seed stands twice"),
+        ({"methods": {"family": "lora"}}, "is no list of tables"),
+        ({"methods": [{"family": "lora", "grid": {"rank": 3}}]}, "rank = 3 is no list of values"),
+        ({"methods": [{"family": "lora", "learning_rates": 0.1}]}, "learning_rates = 0.1 is no list of numbers"),
+        ({"methods": [{"family": ["lora"]}]}, "is no text"),
+        ({"backbone": 5}, "backbone = 5 is no text"),
+        ({"protocol": {"steps": -2}}, "steps = -2; give 0 or more"),
+        ({"protocol": {"learning_rates": [0.0]}}, "must be positive"),
     ],
 )
 def test_wrong_studies_are_refused_before_anything_runs(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from itertools import accumulate, combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from tnpeft.studies import backbones, methods, training  # noqa: E402
 from tnpeft.studies.command import train  # noqa: E402
 from tnpeft.studies.data import Example, Splits, load  # noqa: E402
 from tnpeft.studies.files import StudyError  # noqa: E402
+from tnpeft.studies.lots import lots  # noqa: E402
 from tnpeft.studies.protocol import Protocol  # noqa: E402
 from tnpeft.studies.scoring import Scorer, evaluate  # noqa: E402
 from tnpeft.studies.tasks import TASKS, task  # noqa: E402
@@ -47,6 +50,69 @@ def test_word_scores_are_the_mean_log_probabilities(tiny: Path, words: dict[str,
     # one-token words leave out the normalisation that all classes share
     tolerance = 200 * torch.finfo(torch.float32).eps * expected.abs().max().item()
     assert torch.allclose(scores.log_softmax(-1), expected.log_softmax(-1), rtol=0, atol=tolerance)
+
+
+LENGTHS = [3, 20, 4, 9, 3, 21, 8, 8, 19, 4, 10, 3]
+THREE = [[10, 1, 9, 4], [2, 2, 11, 40], [5, 5, 5, 5]]
+
+
+@pytest.mark.parametrize(("lengths", "rows"), [([LENGTHS], 1), (THREE, 1), (THREE, 3), ([[500] * 9], 1), ([[7]], 2)])
+def test_lots_hold_every_example_once_and_cost_least(lengths: list[list[int]], rows: int) -> None:
+    """Of all ways to cut the examples in order of their lengths into passes of at most 1,024 tokens."""
+    found, count = lots(lengths, rows), len(lengths[0])
+    for k in range(len(lengths)):
+        assert sorted(place for lot in found for place in lot[k]) == [*range(count)]
+    tops = [max(its) for its in zip(*map(sorted, lengths), strict=True)]
+
+    def cost(bounds: list[int]) -> float:
+        passes = [len(lengths) * rows * (b - a) * tops[b - 1] for a, b in pairwise(bounds)]
+        fit = all(n <= 1024 or b - a == 1 for n, (a, b) in zip(passes, pairwise(bounds), strict=True))
+        return sum(50 + n for n in passes) if fit else math.inf
+
+    ways = ([0, *its, count] for r in range(count) for its in combinations(range(1, count), r))
+    assert cost([0, *accumulate(len(lot[0]) for lot in found)]) == min(map(cost, ways)) < math.inf
+
+
+@pytest.mark.parametrize("words", [{"0": " p1", "1": " p2"}, {"0": " p1 p5", "1": " p2"}, {}])
+@pytest.mark.parametrize("runs", [1, 3])
+def test_a_batch_in_lots_has_the_losses_and_gradients_of_the_whole(
+    tiny: Path, words: dict[str, str], runs: int
+) -> None:
+    head = "words" if words else "classifier"
+    model, tokenizer = backbone(tiny, head)
+    model = methods.attach(model.double(), {"family": "lora", "args": {"rank": 1}}, (), classifier=not words, seed=0)
+    scorer = Scorer(task({"name": "t", "prompt": "{image}", "words": words or {"0": "a", "1": "b"}}), tokenizer, head)
+    texts = [" ".join([f"p{1 + k % 9}"] * length) for k, length in enumerate(LENGTHS)]
+    batch = scorer.collate(scorer.encode([Example(text, text, k % 2) for k, text in enumerate(texts)]))
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def gradients(loss: Any) -> list[Any]:
+        return [g.clone() for g in torch.autograd.grad(loss, trained)]
+
+    whole = scorer.losses(model, batch).view(runs, -1)
+    parts, seen = torch.zeros_like(whole).detach(), 0
+    sums = [torch.zeros_like(p) for p in trained]
+    for lot, part in scorer.cut(batch, runs):
+        each = scorer.losses(model, part).view(runs, -1)
+        parts.scatter_(1, torch.tensor(lot), each.detach())
+        sums = [a + b for a, b in zip(sums, gradients(each.sum()), strict=True)]
+        seen += part["input_ids"].numel()
+    assert torch.allclose(parts, whole.detach(), rtol=1e-6)
+    for a, b in zip(sums, gradients(whole.sum()), strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-7)
+    assert seen < batch["input_ids"].numel()
+
+
+def test_a_head_that_is_looked_at_gives_all_its_logits(tiny: Path) -> None:
+    model, tokenizer = backbone(tiny)
+    scorer = Scorer(task({"name": "t", "prompt": "{image}", "words": {"0": " p1", "1": " p2"}}), tokenizer)
+    batch = scorer.collate(scorer.encode([Example(prompt, prompt, 0) for prompt in ("p4 p7 p9", "p1")]))
+    few, seen = scorer.scores(model, batch), list[Any]()
+    handle = model.lm_head.register_forward_hook(lambda *its: seen.append(its[-1].shape))
+    assert torch.allclose(scorer.scores(model, batch), few, rtol=1e-5)
+    handle.remove()
+    assert seen == [(2, 1, 95)]
+    assert "forward" not in vars(model.lm_head)
 
 
 def test_long_prompts_lose_their_beginning(tiny: Path) -> None:
@@ -94,6 +160,64 @@ def test_a_hopeless_run_stops_by_its_rule(tiny: Path) -> None:
     best, _ = training.fit(model, scorer, splits(), protocol, lr=1e-9, seed=0)
     assert best.curve[-1][0] < 40
     assert sum(row[0] > best.step for row in best.curve) == 2
+
+
+def test_losses_that_are_no_numbers_end_a_run_and_win_nothing(tiny: Path, tmp_path: Path) -> None:
+    model, tokenizer = backbone(tiny)
+    model = methods.attach(model, {"family": "lora", "args": {"rank": 1}}, PROTOCOL.targets, classifier=False, seed=0)
+    scorer, protocol = Scorer(TASKS["digits_upright"], tokenizer), replace(PROTOCOL, steps=40, clip=0.0)
+    best, _ = training.fit(model, scorer, splits(), protocol, lr=1e30, seed=0)
+    assert best.curve[-1][0] < 40
+    assert not all(map(math.isfinite, best.curve[-1][1:]))
+    result = train(
+        tmp_path / "out",
+        model=str(tiny),
+        task="digits_upright",
+        method={"family": "lora", "args": {"rank": 1}},
+        lr=1e30,
+        targets=["q_proj"],
+        train=64,
+        dev=32,
+        eval=64,
+        steps=8,
+        evaluate_every=4,
+        clip=0.0,
+    )
+    assert None in result["curve"][-1]
+    assert "NaN" not in (tmp_path / "out" / "result.json").read_text()
+
+
+@pytest.mark.parametrize("by", ["metric", "loss"])
+def test_a_checkpoint_whose_loss_is_no_number_is_never_the_best(by: str) -> None:
+    best = training.Best()
+    assert best.offer(1, 0.5, 1.0, by)
+    assert not best.offer(2, 0.9, float("nan"), by)
+    assert best.offer(3, 0.6, 0.9, by)
+    best.curve = [(3, 0.9, 0.6, 0.9)]
+    assert not best.hopeless(0)
+    best.curve.append((4, float("nan"), 0.6, 0.9))
+    assert best.hopeless(0)
+    best.curve[-1] = (4, 0.9, 0.6, 0.9)
+    assert [best.hopeless(patience) for patience in (0, 1, 2)] == [False, True, False]
+
+
+def test_epochs_are_steps_and_the_head_has_its_own_rate(tiny: Path) -> None:
+    model, tokenizer = backbone(tiny, "classifier")
+    method = {"family": "lora", "args": {"rank": 1}, "change": {"lr_multiplier": {"B": 4.0}}}
+    model = methods.attach(model, method, PROTOCOL.targets, classifier=True, seed=0)
+    scorer = Scorer(TASKS["digits_upright"], tokenizer, "classifier")
+    protocol = replace(PROTOCOL, head="classifier", epochs=2, batch=12, head_lr=0.5).on(64)
+    assert (protocol.steps, protocol.evaluate_every) == (12, 6)
+    best, _ = training.fit(model, scorer, splits(), protocol, lr=1e-2, seed=0)
+    assert [row[0] for row in best.curve] == [6, 12]
+    groups = training.optimizer(model, protocol, 1e-2).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    rates = {names[id(p)]: group["lr"] for group in groups for p in group["params"]}
+    assert set(rates) == {name for name, p in model.named_parameters() if p.requires_grad}
+    for name, rate in rates.items():
+        assert rate == (0.5 if methods.of_head(name) else 0.04 if ".B" in name else 1e-2), name
+    plain = training.optimizer(model, replace(protocol, head_lr=0.0), 1e-2).param_groups
+    assert sorted({group["lr"] for group in plain}) == [1e-2, 0.04]
 
 
 class Stop(Exception):

@@ -7,7 +7,7 @@ from typing import Any
 
 _HOME = {
     "Data": "data",
-    "Engine": "sweeping",
+    "Engine": "engines",
     "Protocol": "protocol",
     "Run": "runs",
     "Scorer": "scoring",
@@ -20,6 +20,7 @@ _HOME = {
     "sweep": "sweeping",
     "task": "tasks",
     "train": "command",
+    "trial": "trying",
 }
 
 __all__ = sorted(_HOME)

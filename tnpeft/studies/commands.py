@@ -63,7 +63,10 @@ def train(
     """Adapt a model to a task and save the adapter; stopped and started again it goes on.
 
     tnpeft train cp --args rank=21 --model facebook/opt-1.3b --task sst2 --data hub --out runs/cp21
+
+    Several processes share the batches of one run: torchrun --nproc-per-node 2 -m tnpeft train ...
     """
+    from tnpeft.studies import processes
     from tnpeft.studies.command import train as make
     from tnpeft.studies.files import read_toml
 
@@ -77,13 +80,16 @@ def train(
             model=model,
             task=read_toml(task) if task.endswith(".toml") else task,
             method=method,
-            data=data,
+            data=data or (str(Path(task).parent) if task.endswith(".toml") else ""),
             tokenizer=tokenizer,
             lr=lr,
             seed=seed,
-            progress=None if as_json else _say,
+            progress=None if as_json or not processes.first() else _say,
             **{"targets": [t for t in targets.split(",") if t], "steps": steps, "batch": batch, "head": head, **more},
         )
+    processes.end()
+    if not processes.first():
+        return
     if as_json:
         print(json.dumps(result))
         return
@@ -107,20 +113,38 @@ def sweep(
     threads: Annotated[int, typer.Option(help="Threads of each run.")] = 1,
     retry: Annotated[bool, typer.Option(help="Make failed runs again.")] = False,
     pack: Annotated[int, typer.Option(help="Runs of several seeds and learning rates trained in one pass.")] = 1,
+    gpus: Annotated[float, typer.Option(help="GPUs of each run on Ray, where there are any; 0.5 shares one.")] = 1.0,
+    tokenizer: Annotated[str, typer.Option(help="Another tokenizer than the file's; bytes needs no file.")] = "",
+    attempt: Annotated[int, typer.Option("--try", help="Only try each method for so many steps.")] = 0,
 ) -> None:
-    """Make every run of a study that is not there yet; stop it and start it again at any moment."""
+    """Make every run of a study that is not there yet; stop it and start it again at any moment.
+
+    With --try nothing is kept: each method makes a few steps, a model of the hub with random weights in its shape.
+    """
+    from tnpeft.studies.engines import Engine
     from tnpeft.studies.study import Study
-    from tnpeft.studies.sweeping import Engine
     from tnpeft.studies.sweeping import sweep as make
 
     with _told():
-        tally = make(
-            Study.read(study, data=data, backbone=backbone),
-            out,
-            Engine(engine, workers, threads, retry, pack),
-            say=lambda line: print(line, flush=True),
-        )
+        its = Study.read(study, data=data, backbone=backbone, tokenizer=tokenizer)
+        if attempt:
+            _try(its, attempt)
+            return
+        where = Engine(engine, workers, threads, retry, pack, gpus)
+        tally = make(its, out, where, say=lambda line: print(line, flush=True))
     if tally.failed:
+        raise typer.Exit(1)
+
+
+def _try(study: Any, steps: int) -> None:
+    from tnpeft.studies.trying import trial
+
+    failed = False
+    for row in trial(study, steps=steps):
+        told = {key: f"{value:,}" if isinstance(value, int) else value for key, value in row.items()}
+        print(", ".join(f"{key} {value}" for key, value in told.items()), flush=True)
+        failed |= row["outcome"] != "losses finite"
+    if failed:
         raise typer.Exit(1)
 
 

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
-import json
 import random
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tnpeft.studies.files import StudyError, digest
+from tnpeft.studies.reading import Row, hub_rows, read_rows
 from tnpeft.studies.tasks import Task
-
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -113,7 +107,7 @@ def _part(task: Task, folder: str, name: str) -> tuple[Example, ...]:
 
 def _example(task: Task, row: Row, where: str) -> Example:
     for name in (*task.fields, task.label):
-        if name not in row or row[name] is None:
+        if name not in row:
             raise StudyError(f"no column {name!r}", where=where, remedy=f"the columns are {', '.join(map(str, row))}")
     texts = {}
     for name in task.fields:
@@ -122,6 +116,8 @@ def _example(task: Task, row: Row, where: str) -> Example:
         texts[name] = row[name].strip()
     label = row[task.label]
     label = str(int(label)) if isinstance(label, bool) else str(label).strip()
+    if row[task.label] is None or not label:
+        raise StudyError(f"{task.label!r} is empty", where=where, remedy="fill it in or leave the row out")
     if label not in task.words:
         known = ", ".join(task.labels)
         raise StudyError(f"unknown label {label!r}", where=where, remedy=f"the task's labels are {known}")
@@ -129,74 +125,12 @@ def _example(task: Task, row: Row, where: str) -> Example:
     return Example(prompt, task.text.format(**texts) if task.text else prompt, task.labels.index(label))
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """Line numbers and rows of a ``.jsonl`` or ``.csv`` file, plain or with ``.gz``.
-
-    Raises:
-        StudyError: the file is missing or of another kind, or a line cannot be read.
-
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "two.csv"
-    >>> _ = path.write_text("text,label\\nfine,1\\n")
-    >>> list(read_rows(path))
-    [(2, {'text': 'fine', 'label': '1'})]
-    """
-    suffix = Path(path.name.removesuffix(".gz")).suffix
-    if suffix not in (".jsonl", ".csv"):
-        raise StudyError("is neither .jsonl nor .csv (.gz)", where=str(path), remedy="rename or convert it")
-    lines = _lines(path)
-    if suffix == ".csv":
-        yield from _csv(path, lines)
-        return
-    for number, line in lines:
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise StudyError(f"is no JSON: {error}", where=f"{path}:{number}") from None
-        if not isinstance(row, dict):
-            raise StudyError("is no JSON object", where=f"{path}:{number}", remedy="write one object a line")
-        yield number, row
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    number = 0
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
-            for number, line in enumerate(stream, 1):
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise StudyError(
-            f"is not in UTF-8 ({error.reason})", where=f"{path}:{number}", remedy="save the file as UTF-8"
-        ) from None
-    except (OSError, EOFError) as error:
-        what = getattr(error, "strerror", None) or str(error)
-        where = f"{path}:{number + 1}" if number else str(path)
-        raise StudyError(f"cannot be read ({what})", where=where, remedy="check the path") from None
-
-
-def _csv(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, Row]]:
-    reader = csv.reader((line for _, line in lines), strict=True)
-    header: list[str] = []
-    try:
-        for cells in reader:
-            if not header:
-                header = [cell.strip() for cell in cells]
-            elif len(cells) == len(header):
-                yield reader.line_num, dict(zip(header, cells, strict=True))
-            elif cells:
-                problem = f"has {len(cells)} cells, the header {len(header)}"
-                raise StudyError(problem, where=f"{path}:{reader.line_num}", remedy="quote cells that hold commas")
-    except csv.Error as error:
-        raise StudyError(f"is no CSV: {error}", where=f"{path}:{reader.line_num}") from None
-
-
 def _from_hub(task: Task, split: int) -> tuple[Example, ...]:
     if len(task.hub) != 4:
         raise StudyError("is not on the hub", where=f"task {task.name!r}", remedy="pass a folder of files")
-    from datasets import load_dataset
-
-    where = "/".join((*task.hub[:2], task.hub[split]))
-    rows = load_dataset(task.hub[0], task.hub[1], split=task.hub[split])
-    return tuple(_example(task, row, f"{where} row {number}") for number, row in enumerate(rows))
+    where = "/".join(part for part in (*task.hub[:2], task.hub[split]) if part)
+    rows = hub_rows(task.hub[0], task.hub[1], task.hub[split])
+    found = tuple(_example(task, row, f"{where} row {number}") for number, row in rows)
+    if not found:
+        raise StudyError("the split holds no example", where=where, remedy="check its name")
+    return found

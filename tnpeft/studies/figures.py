@@ -10,7 +10,7 @@ from tnpeft.studies.results import Point
 from tnpeft.studies.statistics import best_under
 
 # Okabe and Ito's colours, told apart by all common kinds of colour vision; every method has its own marker too.
-COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#663300")
 MARKERS = ("s", "o", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h", "d", "8")
 STYLE = {
     "font.size": 9,

@@ -9,6 +9,7 @@ from typing import Any
 from tnpeft.networks import Factorization
 from tnpeft.studies.files import StudyError
 
+_HEADS = ("score", "classifier")
 KINDS = ("family", "line", "peft", "full", "none")
 Method = Mapping[str, Any]
 
@@ -111,7 +112,7 @@ def attach(
 
 def _free_head(model: Any, classifier: bool) -> None:
     if classifier:
-        for name in ("score", "classifier"):
+        for name in _HEADS:
             if hasattr(model, name):
                 getattr(model, name).requires_grad_(True)
 
@@ -121,7 +122,15 @@ def trainable(model: Any) -> tuple[int, int]:
     adapter = head = 0
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            of_head = "modules_to_save" in name or name.partition(".")[0] in ("score", "classifier")
-            head += parameter.numel() * of_head
-            adapter += parameter.numel() * (not of_head)
+            head += parameter.numel() * of_head(name)
+            adapter += parameter.numel() * (not of_head(name))
     return adapter, head
+
+
+def of_head(name: str) -> bool:
+    """Whether a parameter's name is that of a new classification head.
+
+    >>> of_head("score.weight"), of_head("base_model.model.score.modules_to_save.default.weight"), of_head("x.bias")
+    (True, True, False)
+    """
+    return "modules_to_save" in name or name.partition(".")[0] in _HEADS

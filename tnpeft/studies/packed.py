@@ -1,4 +1,8 @@
-"""The training of runs in one pass: every run sees its own examples in its own order at its own learning rate."""
+"""The training of runs side by side: every run sees its own examples in its own order at its own learning rate.
+
+Examples of about equal length share a pass, equally many of each run: several runs have enough of them at each step,
+and little of a pass is padding.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +15,13 @@ from typing import Any
 
 import torch
 import transformers
-from torch.nn.functional import cross_entropy
 from transformers import PrinterCallback, TrainerCallback
 
 import tnpeft
 from tnpeft.studies.data import Splits
 from tnpeft.studies.files import StudyError
 from tnpeft.studies.protocol import Protocol
-from tnpeft.studies.scoring import Scorer, metric
+from tnpeft.studies.scoring import Scorer, judge, metric
 from tnpeft.studies.training import Best, Ordered, arguments, optimizer
 
 Rows = Sequence[dict[str, Any]]
@@ -110,17 +113,16 @@ def fit(
     for number, steps in enumerate(zip(*orders, strict=True), start=1):
         for group, base in zip(chosen.param_groups, bases, strict=True):
             group["lr"] = base * steps[0].lr
-        for blocks in zip(*(step.batches for step in steps), strict=True):
-            losses = _losses(scorer, model, [[train[k][i] for i in block] for k, block in enumerate(blocks)])
-            (losses.sum() / len(steps[0].batches)).backward()
-            course.losses.append(losses.detach())
+        course.losses += backward(scorer, model, train, [step.batches for step in steps])
         if protocol.clip:
             tnpeft.replicas.clip(model, protocol.clip)
         chosen.step()
         chosen.zero_grad()
         if number % protocol.evaluate_every == 0 or number == protocol.steps:
             begun = time.perf_counter()
-            course.judge(number, evaluate(scorer, model, dev))
+            found = judge(scorer, model, dev)
+            by = scorer.task.metric
+            course.judge(number, [(metric(by, its.guesses, its.labels), its.loss) for its in found])
             judging += time.perf_counter() - begun
             if not course.running:
                 break
@@ -129,50 +131,35 @@ def fit(
     return course.best, seconds
 
 
-def _losses(scorer: Scorer, model: torch.nn.Module, blocks: Sequence[Rows]) -> torch.Tensor:
-    """The mean loss of every block, ``[replicas]``."""
-    if len({len(block) for block in blocks}) > 1:
-        raise StudyError("the runs' batches differ in size", remedy="make these runs alone")
-    batch = _collated(scorer, model, blocks)
-    each = cross_entropy(scorer.scores(model, batch), batch["labels"], reduction="none")
-    return each.reshape(len(blocks), -1).mean(1)
+def backward(
+    scorer: Scorer, model: torch.nn.Module, rows: Sequence[Rows], batches: Sequence[Sequence[Sequence[int]]]
+) -> list[torch.Tensor]:
+    """Add up the gradients of a step: for each run of the mean, over its batches, of their mean losses.
 
+    Args:
+        scorer: what makes losses of examples.
+        model: a model with a replica for each run.
+        rows: the examples of each run.
+        batches: places among these, batch by batch, for each run.
 
-def _collated(scorer: Scorer, model: torch.nn.Module, blocks: Sequence[Rows]) -> dict[str, torch.Tensor]:
-    device = next(model.parameters()).device
-    batch = scorer.collate([row for block in blocks for row in block])
-    return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-@torch.no_grad()
-def evaluate(
-    scorer: Scorer, model: torch.nn.Module, rows: Sequence[Rows], batch: int = 64
-) -> list[tuple[float, float]]:
-    """:func:`tnpeft.studies.scoring.evaluate` of every replica on its own rows, equally many for each.
+    Returns:
+        The loss of every batch, ``[runs]``.
 
     Raises:
-        StudyError: they differ in number.
+        StudyError: the runs' batches differ in size.
     """
-    if len({len(its) for its in rows}) > 1:
-        raise StudyError("the runs are judged on sets of different sizes", remedy="make these runs alone")
-    was = model.training
-    model.eval()
-    ordered = [sorted(its, key=lambda row: len(row["ids"])) for its in rows]
-    guesses, labels = [list[int]() for _ in rows], [list[int]() for _ in rows]
-    loss = torch.zeros(len(rows))
-    for start in range(0, len(ordered[0]), batch):
-        part = _collated(scorer, model, [its[start : start + batch] for its in ordered])
-        scores = scorer.scores(model, part)
-        each = cross_entropy(scores, part["labels"], reduction="none")
-        loss += each.reshape(len(rows), -1).sum(1).cpu()
-        for k, (guess, label) in enumerate(
-            zip(scores.argmax(-1).chunk(len(rows)), part["labels"].chunk(len(rows)), strict=True)
-        ):
-            guesses[k] += guess.tolist()
-            labels[k] += label.tolist()
-    model.train(was)
-    scored = [metric(scorer.task.metric, *pair) for pair in zip(guesses, labels, strict=True)]
-    return list(zip(scored, (loss / len(ordered[0])).tolist(), strict=True))
+    sizes = [len(batch) for batch in batches[0]]
+    if any([len(batch) for batch in its] != sizes for its in batches):
+        raise StudyError("the runs' batches differ in size", remedy="make these runs alone")
+    owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    device, losses = next(model.parameters()).device, torch.zeros(len(rows), len(sizes))
+    whole = scorer.collate([its[k] for its, own in zip(rows, batches, strict=True) for batch in own for k in batch])
+    for lot, part in scorer.cut({name: tensor.to(device) for name, tensor in whole.items()}, len(rows)):
+        owners = owner[torch.tensor(lot)]
+        each = scorer.losses(model, part).view(len(rows), -1) / torch.tensor(sizes)[owners].to(device)
+        (each.sum() / len(sizes)).backward()
+        losses.scatter_add_(1, owners, each.detach().cpu())
+    return [*losses.T]
 
 
 class _Course:
@@ -192,8 +179,7 @@ class _Course:
             best.curve.append((step, trained[k], dev, loss))
             if best.offer(step, dev, loss, self.protocol.best_by):
                 best.weights = {n: p.detach()[k].clone() for n, p in self._trained()}
-            waited = sum(row[0] > best.step for row in best.curve)
-            if self.protocol.patience and waited >= self.protocol.patience:
+            if best.hopeless(self.protocol.patience):
                 self.running.discard(k)
 
     @torch.no_grad()

@@ -41,7 +41,8 @@ def packs(runs: Sequence[Run], size: int) -> list[Job]:
 def _kind(run: Run) -> str:
     """What runs of one pass have in common; nothing for a run that is made alone."""
     adapter = "family" in run.method or "line" in run.method
-    words = run.protocol.get("head") == "words" and run.protocol.get("steps", 0) > 0
+    length = run.protocol.get("epochs", 0) or run.protocol.get("steps", 0)
+    words = run.protocol.get("head") == "words" and length > 0
     fixed = not run.places.get("model", run.backbone).startswith(RANDOM)
     if not (adapter and words and fixed):
         return ""
@@ -52,20 +53,21 @@ def execute_pack(runs: Job, store: Store, *, retry: bool = False) -> list[str]:
     """What :func:`tnpeft.studies.runs.execute` says of each run; those that are still to be made share one pass.
 
     Each has its own file as if it had been made alone, with their number under ``pack``. If the pass fails, they are
-    made one by one, and their files say why under ``unpacked``.
+    made one by one, and their files say why under ``unpacked``. A pack of which a run is under way elsewhere is left
+    alone as a whole: which runs share a pass does not depend on what else is going on.
     """
     if len(runs) == 1:
         return [execute(runs[0], store, retry=retry)]
     with contextlib.ExitStack() as stack:
-        ours = [stack.enter_context(store.claim(run.key)) for run in runs]
-        found = {run.key: settled(run, store, mine, retry) for run, mine in zip(runs, ours, strict=True)}
+        ours = all(stack.enter_context(store.claim(run.key)) for run in runs)
+        store.recover()
+        found = {run.key: settled(run, store, ours, retry) for run in runs}
         fresh = tuple(run for run in runs if not found[run.key])
         note: dict[str, Any] = {}
         if len(fresh) > 1:
             try:
-                for run, record in zip(fresh, perform_pack(fresh), strict=True):
-                    store.keep(run, record)
-                    found[run.key] = "done"
+                store.keep_all(fresh, perform_pack(fresh))
+                found |= {run.key: "done" for run in fresh}
             except Exception as error:
                 note = {"unpacked": f"{type(error).__name__}: {error}"}
         for run in fresh:
@@ -83,13 +85,14 @@ def perform_pack(runs: Job) -> list[dict[str, Any]]:
 
     from tnpeft.studies import methods, packed
     from tnpeft.studies.data import load
-    from tnpeft.studies.scoring import Scorer
+    from tnpeft.studies.scoring import Scorer, judge
 
     quiet()
     first = runs[0]
     task, protocol = terms(first)
     data = load(task, first.places.get("data", ""))
     splits = [data.splits(run.seed, protocol.train, protocol.dev, protocol.eval) for run in runs]
+    protocol = protocol.on(len(splits[0].train))
     model, tokenizer = backbone(first, task, protocol)
     _refuse_dropout(model.config.to_dict())
     seeds = [run.seed for run in runs]
@@ -99,11 +102,11 @@ def perform_pack(runs: Job) -> list[dict[str, Any]]:
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     scorer = Scorer(task, tokenizer, protocol.head, protocol.max_length)
     best, seconds = packed.fit(model, scorer, splits, protocol, lrs=[run.lr for run in runs], seeds=seeds)
-    reached = packed.evaluate(scorer, model, [scorer.encode(its.eval) for its in splits])
+    reached = judge(scorer, model, [scorer.encode(its.eval) for its in splits])
     parameters = methods.trainable(model)[0] // len(runs), 0
     return [
-        {**described(run, parameters, its, own, seconds / len(runs), score, str(model.device)), "pack": len(runs)}
-        for run, its, own, score in zip(runs, splits, best, reached, strict=True)
+        {**described(run, parameters, its, own, seconds / len(runs), judged, str(model.device)), "pack": len(runs)}
+        for run, its, own, judged in zip(runs, splits, best, reached, strict=True)
     ]
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tnpeft.studies.files import StudyError, digest
@@ -14,6 +15,7 @@ _CHOICES = {
     "dtype": ("float32", "bfloat16", "float16"),
     "best_by": ("metric", "loss"),
 }
+_LATER = ("by_length", "epochs", "head_lr")  # settings that came later
 
 
 @dataclass(frozen=True)
@@ -24,13 +26,16 @@ class Protocol:
         targets: projections that get an adapter; empty takes the architecture's default.
         train, dev, eval: numbers of examples (0: all; dev 0: a tenth of the training part).
         steps, batch, accumulate: optimizer steps, examples per batch, batches per step.
+        epochs: passes over the training examples, judged after each, in place of steps and evaluate_every; 0: none.
         learning_rates: the grid that every method without one of its own sweeps.
+        head_lr: the learning rate of a new classification head; 0: the adapter's.
         tune_seeds: seeds (the first ones) with which the grid is swept; the rest runs at the best rate alone.
         schedule, warmup: shape of the learning rate; warm-up as a fraction of the steps.
         weight_decay, clip: of AdamW; largest norm of the gradient (0: no clipping).
         evaluate_every: steps between evaluations on dev; the checkpoint best on dev is reported on eval.
         best_by: metric (ties: the smaller loss) or loss.
-        patience: evaluations without a better checkpoint after which a run stops; 0 never stops early.
+        patience: evaluations without a better checkpoint after which a run is hopeless and stops; 0 waits for ever
+            (but a run whose losses are no numbers any more always stops).
         head: words (scores of the label words) or classifier (a new classification head, trained too).
         max_length: tokens; longer examples lose their beginning.
         dtype: of the frozen backbone; adapters are kept in float32.
@@ -60,6 +65,8 @@ class Protocol:
     max_length: int = 256
     dtype: str = "float32"
     by_length: bool = False
+    epochs: int = 0
+    head_lr: float = 0.0
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -72,6 +79,10 @@ class Protocol:
         for name in ("batch", "accumulate", "evaluate_every", "max_length", "tune_seeds"):
             if getattr(self, name) < 1:
                 raise StudyError(f"{name} = {getattr(self, name)}", where="protocol", remedy="give at least 1")
+        amounts = ("train", "dev", "eval", "steps", "epochs", "patience")
+        for name in (*amounts, "warmup", "weight_decay", "clip", "head_lr"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise StudyError(f"{name} = {getattr(self, name)}", where="protocol", remedy="give 0 or more")
         if not self.learning_rates or min(self.learning_rates) <= 0:
             raise StudyError("learning_rates must be positive and not empty", where="protocol")
 
@@ -108,8 +119,20 @@ class Protocol:
 
         A setting that came later is left out where it is off, so that the runs made before it keep their names.
         """
-        later = () if self.by_length else ("by_length",)
-        return {k: v for k, v in asdict(self).items() if k not in ("learning_rates", "tune_seeds", *later)}
+        off = [name for name in _LATER if not getattr(self, name)]
+        return {k: v for k, v in asdict(self).items() if k not in ("learning_rates", "tune_seeds", *off)}
+
+    def on(self, examples: int) -> Protocol:
+        """The protocol of a training on so many examples: its epochs as steps.
+
+        >>> its = Protocol(epochs=3, batch=16, accumulate=2).on(100)
+        >>> its.steps, its.evaluate_every, its.epochs
+        (12, 4, 0)
+        """
+        if not self.epochs:
+            return self
+        each = math.ceil(math.ceil(examples / self.batch) / self.accumulate)
+        return replace(self, epochs=0, steps=self.epochs * each, evaluate_every=each)
 
     @property
     def digest(self) -> str:

@@ -56,15 +56,16 @@ def report(study: Study, folder: str | Path, out: str | Path, reference: str = "
 def render(facts: Mapping[str, Any], out: str | Path) -> tuple[Point, ...]:
     """The points of a study, after the tables and figures were written that its results (a report's JSON) show.
 
-    Files: the tables ``<name>`` (all points), ``<name>-matched`` and ``<name>-curve`` (.md, .csv, .tex), the figures
-    ``<name>`` and ``<name>-curve``.
+    Files: the tables ``<name>`` (all points), ``<name>-matched``, ``<name>-curve`` and, if a task has further
+    metrics, ``<name>-metrics`` (.md, .csv, .tex), the figures ``<name>`` and ``<name>-curve``.
     """
     points = tuple(map(Point.of, facts["points"]))
     where, title, reference = Path(out) / facts["name"], facts["title"], facts["reference"]
     gaps = sum(len(set(facts["seeds"]) - set(p.scores)) for p in points)
     caption = f"{title or facts['name']}: {_seeds(points)}{f', {gaps} runs missing' if gaps else ''}."
     tables.write(tables.results_table(points), where.with_suffix(".md"), caption)
-    for name, rows in (("matched", tables.matched_table(points, reference)), ("curve", tables.curve_table(points))):
+    further = {"matched": tables.matched_table(points, reference), "curve": tables.curve_table(points)}
+    for name, rows in {**further, "metrics": tables.metrics_table(points)}.items():
         if rows:
             tables.write(rows, where.with_name(f"{facts['name']}-{name}.md"))
     ladder = figures.is_ladder(points)

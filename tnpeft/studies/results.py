@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tnpeft.studies.runs import Store
@@ -25,6 +25,7 @@ class Point:
         edge: the chosen rate is the smallest or largest of several, so a wider grid might do better.
         scores: eval score by seed at that rate.
         dev: dev score by seed.
+        also: eval scores by seed of further metrics that the task names.
     """
 
     task: str
@@ -37,18 +38,20 @@ class Point:
     edge: bool
     scores: dict[int, float]
     dev: dict[int, float]
+    also: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
 
     @staticmethod
     def of(table: Mapping[str, Any]) -> Point:
         """The point in a report's JSON."""
-        scores, dev = ({int(seed): value for seed, value in table[key].items()} for key in ("scores", "dev"))
         rest = {key: table[key] for key in ("task", "size", "kind", "parameters", "head", "lr", "edge")}
-        return Point(label=table["method"], scores=scores, dev=dev, **rest)
+        also = {name: _by_seed(scores) for name, scores in table.get("also", {}).items()}
+        by_seed = {"scores": _by_seed(table["scores"]), "dev": _by_seed(table["dev"]), "also": also}
+        return Point(label=table["method"], **by_seed, **rest)
 
     @property
     def table(self) -> dict[str, Any]:
-        """The point as JSON has it."""
-        table = asdict(self)
+        """The point as JSON has it; further metrics are there if there are some."""
+        table = {key: value for key, value in asdict(self).items() if value or key != "also"}
         return {"task": table.pop("task"), "method": table.pop("label"), **table}
 
     @property
@@ -79,7 +82,7 @@ def _point(study: Study, store: Store, cell: Cell, task: Task) -> Point | None:
     if not results:
         return None
     first = next(iter(results.values()))
-    rates = sorted(cell.learning_rates)
+    rates = sorted(study.terms(cell, task).learning_rates)
     return Point(
         task=task.name,
         label=cell.label,
@@ -91,7 +94,16 @@ def _point(study: Study, store: Store, cell: Cell, task: Task) -> Point | None:
         edge=len(rates) > 1 and lr in (rates[0], rates[-1]),
         scores={seed: r["eval"] for seed, r in results.items()},
         dev={seed: r["dev"] for seed, r in results.items()},
+        also={name: found for name in task.also if (found := _of_metric(results, name))},
     )
+
+
+def _by_seed(table: Mapping[str, float]) -> dict[int, float]:
+    return {int(seed): value for seed, value in table.items()}
+
+
+def _of_metric(results: Mapping[int, Mapping[str, Any]], name: str) -> dict[int, float]:
+    return {seed: r["scores"][name] for seed, r in results.items() if name in r.get("scores", {})}
 
 
 def failures(study: Study, store: Store) -> list[tuple[str, str]]:

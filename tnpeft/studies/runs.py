@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import platform
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +23,7 @@ from tnpeft.studies.tasks import task as task_of
 
 if TYPE_CHECKING:
     from tnpeft.studies.data import Splits
+    from tnpeft.studies.scoring import Judged
     from tnpeft.studies.training import Best
 
 SCHEMA = 1  # raise it when a change makes results of old runs incomparable
@@ -114,6 +116,26 @@ class Store:
         write_json(self.folder / f"{run.key}.json", record)
         (self.folder / f"{run.key}.failed.json").unlink(missing_ok=True)
 
+    def keep_all(self, runs: Sequence[Run], records: Sequence[Mapping[str, Any]]) -> None:
+        """Write the results of runs that were made in one pass: all of them or none, whenever it is cut off.
+
+        They go into one file first, from which :meth:`recover` takes what a killed process left.
+        """
+        written = {run.key: dict(record) for run, record in zip(runs, records, strict=True)}
+        self._spread(write_json(self.folder / f".{digest(sorted(written))}.pack.json", written))
+
+    def _spread(self, file: Path) -> None:
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            for key, record in json.loads(file.read_text(encoding="utf-8")).items():
+                write_json(self.folder / f"{key}.json", record)
+                (self.folder / f"{key}.failed.json").unlink(missing_ok=True)
+            file.unlink()
+
+    def recover(self) -> None:
+        """Finish what a process that was killed had begun to write."""
+        for file in self.folder.glob(".*.pack.json"):
+            self._spread(file)
+
     def fail(self, run: Run, cause: str, trace: str = "") -> None:
         """Record a failure with its cause."""
         record = {"run": run.identity, "cause": cause, "trace": trace}
@@ -164,32 +186,33 @@ def perform(run: Run, *, folder: Path | None = None, progress: Any = None, keep:
     """Train, judge and describe a run; ``keep(model, tokenizer)`` gets the model at its best checkpoint."""
     import torch
 
-    from tnpeft.studies import methods, training
+    from tnpeft.studies import methods, processes, training
     from tnpeft.studies.data import load
-    from tnpeft.studies.scoring import Scorer, evaluate
+    from tnpeft.studies.scoring import Scorer, judge
 
     quiet()
     task, protocol = terms(run)
     splits = load(task, run.places.get("data", "")).splits(run.seed, protocol.train, protocol.dev, protocol.eval)
+    protocol = protocol.on(len(splits.train))
     torch.manual_seed(run.seed)  # a new classification head draws from it
     model, tokenizer = backbone(run, task, protocol)
     classifier = protocol.head == "classifier"
     model = methods.attach(model, run.method, protocol.targets, classifier=classifier, seed=run.seed)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(processes.device())
     scorer = Scorer(task, tokenizer, protocol.head, protocol.max_length)
     adapter, head = methods.trainable(model)
     best, seconds = training.fit(
         model, scorer, splits, protocol, lr=run.lr, seed=run.seed, folder=folder, progress=progress
     )
-    score, loss = evaluate(scorer, model, scorer.encode(splits.eval))
-    if keep:
+    (judged,) = judge(scorer, model, [scorer.encode(splits.eval)])
+    if keep and processes.first():
         keep(model, tokenizer)
-    return described(run, (adapter, head), splits, best, seconds, (score, loss), str(model.device))
+    return described(run, (adapter, head), splits, best, seconds, judged, str(model.device))
 
 
 def terms(run: Run) -> tuple[Task, Protocol]:
     """The task and the protocol of a run."""
-    task = task_of({**run.task, "hub": tuple(run.task.get("hub", ()))})
+    task = task_of(dict(run.task))
     return task, Protocol.of({**run.protocol, "targets": list(run.protocol.get("targets", ()))})
 
 
@@ -199,31 +222,42 @@ def described(
     splits: Splits,
     best: Best,
     seconds: float,
-    reached: tuple[float, float],
+    judged: Judged,
     device: str,
 ) -> dict[str, Any]:
-    """The record of a run: what its file holds; ``parameters`` of adapter and head, metric and loss on eval."""
+    """The record of a run: what its file holds; ``parameters`` of adapter and head, ``judged`` on eval."""
     import torch
 
-    steps = best.curve[-1][0]
+    steps, task = best.curve[-1][0], terms(run)[0]
+    scores = judged.scores(len(task.labels))
     return {
         "key": run.key,
         "run": run.identity,
         "parameters": parameters[0],
         "head_parameters": parameters[1],
         "examples": [len(splits.train), len(splits.dev), len(splits.eval)],
-        "metric": terms(run)[0].metric,
+        "metric": task.metric,
         "dev": best.dev,
-        "eval": reached[0],
-        "eval_loss": reached[1],
+        "eval": scores[task.metric],
+        "eval_loss": finite(judged.loss),
+        "scores": scores,
         "best_step": best.step,
         "steps": steps,
-        "curve": [list(row) for row in best.curve],
+        "curve": [[row[0], *map(finite, row[1:])] for row in best.curve],
         "timing": {"train_seconds": round(seconds, 3), "step_ms": round(1000 * seconds / max(1, steps), 3)},
         "versions": versions(),
         "machine": {"device": device, "threads": torch.get_num_threads(), "cores": os.cpu_count()},
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def finite(value: float) -> float | None:
+    """A number as JSON has it: none if it is not finite.
+
+    >>> finite(0.5), finite(float("nan"))
+    (0.5, None)
+    """
+    return value if math.isfinite(value) else None
 
 
 def versions() -> dict[str, str]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from tnpeft.studies.data import Example
 from tnpeft.studies.files import StudyError
-from tnpeft.studies.tasks import Task
+from tnpeft.studies.lots import Lot, lots
+from tnpeft.studies.tasks import METRICS, Task
 
 Batch = dict[str, torch.Tensor]
 
@@ -72,6 +76,32 @@ class Scorer:
         ids = [p + r if left else r + p for r, p in zip(ids, pads, strict=True)]
         return {"labels": labels, "input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
+    def cut(self, batch: Batch, runs: int = 1) -> Iterator[tuple[Lot, Batch]]:
+        """The batch in lots of about equal length, without the padding that they do not need.
+
+        Args:
+            batch: what :meth:`collate` made.
+            runs: blocks of equally many examples in it, each of which takes part in every lot.
+
+        Yields:
+            The places of a lot's examples in their blocks, and the lot as a batch of as many blocks.
+        """
+        count, device = len(batch["labels"]), batch["labels"].device
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        lengths = mask.sum(1).view(count, -1).amax(1).view(runs, -1)
+        starts = torch.arange(0, count, count // runs)[:, None]
+        for lot in lots(lengths.tolist(), len(ids) // count, device.type):
+            places = (torch.tensor(lot) + starts).flatten().to(device)
+            rows = torch.arange(len(ids), device=device).view(count, -1)[places].flatten()
+            longest = int(mask[rows].sum(1).max())
+            columns = slice(-longest, None) if self.head == "words" else slice(longest)
+            part = {"input_ids": ids[rows, columns], "attention_mask": mask[rows, columns]}
+            yield lot, {"labels": batch["labels"][places], **part}
+
+    def losses(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """The cross-entropy of every example, ``[examples]``."""
+        return nn.functional.cross_entropy(self.scores(model, batch), batch["labels"], reduction="none")
+
     def scores(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Scores ``[examples, classes]`` of a batch; a cross-entropy over them is the training loss."""
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -81,10 +111,12 @@ class Scorer:
             inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         if _takes(model, "logits_to_keep"):
             inputs["logits_to_keep"] = self.width
-        logits = model(**inputs).logits[:, -self.width :].float()
-        if self.width == 1:
-            return logits[:, -1, [ids[0] for ids in self.words]]
-        return self._mean_log_probabilities(logits)
+        if self.width > 1:
+            return self._mean_log_probabilities(model(**inputs).logits[:, -self.width :].float())
+        words = [ids[0] for ids in self.words]
+        with only(model, words) as alone:
+            logits = model(**inputs).logits[:, -1].float()
+        return logits if alone else logits[:, words]
 
     def _mean_log_probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """The rows are example by example, class by class; a word's tokens are predicted at its row's last places."""
@@ -99,30 +131,98 @@ class Scorer:
         return torch.stack([column.squeeze(-1).mean(-1) for column in columns], dim=1)
 
 
+@contextmanager
+def only(model: Any, tokens: Sequence[int]) -> Iterator[bool]:
+    """Let a language model's head give the logits of a few tokens, of the last place alone, while this lasts.
+
+    The product with a whole vocabulary can take longer than all else in a small model. Yields False where the head is
+    more than a plain linear, and stays as it is.
+
+    >>> from transformers import OPTConfig, OPTForCausalLM
+    >>> sizes = dict(hidden_size=8, word_embed_proj_dim=8, num_attention_heads=1, num_hidden_layers=1, ffn_dim=8)
+    >>> model, ids = OPTForCausalLM(OPTConfig(vocab_size=9, **sizes)).eval(), torch.ones(2, 4, dtype=torch.long)
+    >>> with only(model, [3, 5]):
+    ...     few = model(ids).logits
+    >>> few.shape, torch.allclose(few[:, 0], model(ids).logits[:, -1, [3, 5]])
+    (torch.Size([2, 1, 2]), True)
+    """
+    head = _inner(model).get_output_embeddings()
+    if type(head) is not nn.Linear or "forward" in vars(head) or type(head.weight.detach()) is not torch.Tensor:
+        yield False
+        return
+    if head._forward_hooks or head._forward_pre_hooks:
+        yield False
+        return
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        bias = None if head.bias is None else head.bias[rows]
+        return nn.functional.linear(hidden[:, -1], head.weight[rows], bias)[:, None]
+
+    rows = torch.tensor(tokens, device=head.weight.device)
+    head.forward = forward
+    try:
+        yield True
+    finally:
+        del head.forward
+
+
+def _inner(model: Any) -> Any:
+    """The transformer inside DDP's and PEFT's wrappers, if any."""
+    inner = model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
 def _takes(model: Any, name: str) -> bool:
-    """Whether the forward of the transformer (inside PEFT's wrapper, if there is one) has that argument."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return name in inspect.signature(inner.forward).parameters
+    """Whether the transformer's forward has that argument."""
+    return name in inspect.signature(_inner(model).forward).parameters
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A model's guesses beside the labels, and its mean cross-entropy."""
+
+    guesses: list[int]
+    labels: list[int]
+    loss: float
+
+    def scores(self, classes: int) -> dict[str, float]:
+        """Every metric that so many classes have.
+
+        >>> Judged([1, 1], [0, 1], 0.5).scores(2)
+        {'accuracy': 0.5, 'matthews': 0.0, 'f1': 0.6666666666666666}
+        """
+        names = METRICS if classes == 2 else METRICS[:1]
+        return {name: metric(name, self.guesses, self.labels) for name in names}
+
+
+def evaluate(scorer: Scorer, model: torch.nn.Module, rows: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    """The task's metric and the mean cross-entropy over encoded examples, in evaluation mode."""
+    (found,) = judge(scorer, model, [rows])
+    return metric(scorer.task.metric, found.guesses, found.labels), found.loss
 
 
 @torch.no_grad()
-def evaluate(
-    scorer: Scorer, model: torch.nn.Module, rows: Sequence[dict[str, Any]], batch: int = 64
-) -> tuple[float, float]:
-    """The task's metric and the mean cross-entropy over encoded examples, in evaluation mode."""
-    was, device = model.training, next(model.parameters()).device
+def judge(scorer: Scorer, model: torch.nn.Module, rows: Sequence[Sequence[dict[str, Any]]]) -> list[Judged]:
+    """What a model guesses for encoded examples, in evaluation mode: each of its replicas for its own rows.
+
+    Raises:
+        StudyError: these differ in number.
+    """
+    if len({len(its) for its in rows}) > 1:
+        raise StudyError("the runs are judged on sets of different sizes", remedy="make these runs alone")
+    was, device, runs = model.training, next(model.parameters()).device, len(rows)
     model.eval()
-    order = sorted(range(len(rows)), key=lambda k: len(rows[k]["ids"]))  # batches of equal lengths waste no padding
-    guesses, labels, loss = [], [], 0.0
-    for start in range(0, len(rows), batch):
-        part = scorer.collate([rows[k] for k in order[start : start + batch]])
-        part = {name: tensor.to(device) for name, tensor in part.items()}
-        scores = scorer.scores(model, part)
-        loss += torch.nn.functional.cross_entropy(scores, part["labels"], reduction="sum").item()
-        guesses += scores.argmax(-1).tolist()
-        labels += part["labels"].tolist()
+    guesses, labels, loss = [list[int]() for _ in rows], [list[int]() for _ in rows], torch.zeros(runs)
+    whole = scorer.collate([row for its in rows for row in its])
+    for _, batch in scorer.cut({name: tensor.to(device) for name, tensor in whole.items()}, runs):
+        scores = scorer.scores(model, batch)
+        each = nn.functional.cross_entropy(scores, batch["labels"], reduction="none")
+        loss += each.view(runs, -1).sum(1).cpu()
+        for k in range(runs):
+            guesses[k] += scores.argmax(-1).view(runs, -1)[k].tolist()
+            labels[k] += batch["labels"].view(runs, -1)[k].tolist()
     model.train(was)
-    return metric(scorer.task.metric, guesses, labels), loss / len(rows)
+    return [Judged(*its) for its in zip(guesses, labels, (loss / len(rows[0])).tolist(), strict=True)]
 
 
 def metric(name: str, guesses: Sequence[int], labels: Sequence[int]) -> float:

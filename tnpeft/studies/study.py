@@ -18,17 +18,33 @@ from tnpeft.studies.tasks import Task, task
 
 _KEYS = ("name", "title", "source", "ours", "backbone", "tokenizer", "data", "cache", "tasks", "seeds")
 _METHOD_KEYS = (*methods.KINDS, "label", "args", "change", "grid", "budgets", "learning_rates", "protocol")
+_CALLED = {str: "text", int: "whole number", float | int: "number", Mapping: "table", object: "value"}
+_CALLED |= {str | Mapping: "name or table"}
+_KINDS = dict.fromkeys(("name", "title", "source", "backbone", "tokenizer", "data", "cache"), str) | {
+    "ours": [str],
+    "tasks": [str | Mapping],
+    "seeds": [int],
+    "protocol": Mapping,
+    "methods": [Mapping],
+}
+_METHOD_KINDS = dict.fromkeys(("family", "line", "peft", "label"), str) | {
+    "args": Mapping,
+    "change": Mapping,
+    "grid": Mapping,
+    "budgets": [int],
+    "learning_rates": [float | int],
+    "protocol": Mapping,
+}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One method at one size: a point of the study's figures."""
+    """One method at one size: a point of the study's figures; ``own`` are the settings that it changes."""
 
     label: str
     size: str
     method: Mapping[str, Any]
-    learning_rates: tuple[float, ...]
-    protocol: Protocol
+    own: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -66,13 +82,18 @@ class Study:
         for key in ("backbone", "tasks", "seeds", "methods"):
             if not table.get(key):
                 raise StudyError(f"no {key}", where=where, remedy=f"add {key}")
+        _kinds(table, _KINDS, where)
+        if len(set(table["seeds"])) < len(table["seeds"]):
+            raise StudyError("a seed stands twice", where=where, remedy="name each once")
         places = {}
         for key, name in (("model", "backbone"), ("tokenizer", "tokenizer"), ("data", "data"), ("cache", "cache")):
             value = str(table.get(name, "runs/cache" if name == "cache" else ""))
             local = base / value
             places[key] = str(local) if value and name not in as_given and local.exists() else value
+        places["data"] = places["data"] or str(base)  # files that a study names lie beside it
         study = Study(table, places)
-        study.cells  # noqa: B018  every method is checked before anything runs
+        for cell, its in itertools.product(study.cells, study.tasks):
+            study.terms(cell, its)  # every setting is checked before anything runs
         return study
 
     @property
@@ -88,7 +109,22 @@ class Study:
     @cached_property
     def tasks(self) -> tuple[Task, ...]:
         """The tasks."""
-        return tuple(map(task, self.table["tasks"]))
+        found = tuple(task(_without(given, "protocol")) for given in self._tasks)
+        names = [its.name for its in found]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice:
+            raise StudyError(f"two tasks are called {twice!r}", where=self.name, remedy="name them apart")
+        return found
+
+    @cached_property
+    def _tasks(self) -> list[Mapping[str, Any]]:
+        """The tasks as the file has them, with the settings that each changes under ``protocol``."""
+        return [given if isinstance(given, Mapping) else {"name": given} for given in self.table["tasks"]]
+
+    def terms(self, cell: Cell, its: Task) -> Protocol:
+        """The settings of a cell on a task: the method's own before the task's before the study's."""
+        of_task = self._tasks[[known.name for known in self.tasks].index(its.name)].get("protocol", {})
+        return Protocol.of(merged(merged(self.table.get("protocol", {}), of_task), cell.own))
 
     @cached_property
     def cells(self) -> tuple[Cell, ...]:
@@ -109,9 +145,12 @@ class Study:
             raise StudyError(
                 f"unknown key {unknown[0]!r} in a method", where=self.name, remedy=f"the keys are {keys}"
             )
+        _kinds(given, _METHOD_KINDS, f"{self.name}, a method")
+        grid = given.get("grid", {})
+        _kinds(grid, {key: [object] for key in grid}, f"{self.name}, a grid")
         kind = next((kind for kind in methods.KINDS if kind in given), "")
-        protocol = Protocol.of(merged(self.table.get("protocol", {}), given.get("protocol", {})))
-        rates = tuple(map(float, given.get("learning_rates", protocol.learning_rates)))
+        own = dict(given.get("protocol", {}))
+        own |= {"learning_rates": list(map(float, given["learning_rates"]))} if "learning_rates" in given else {}
         name = given[kind] if isinstance(given.get(kind), str) and kind != "line" else kind
         for args in self._sizes(given):
             method = {key: given[key] for key in methods.KINDS if key in given}
@@ -119,7 +158,7 @@ class Study:
             method |= {"change": given["change"]} if "change" in given else {}
             methods.check(method)
             size = ", ".join(f"{key}={value}" for key, value in args.items())
-            yield Cell(str(given.get("label", name)), size, method, rates, protocol)
+            yield Cell(str(given.get("label", name)), size, method, own)
 
     def _sizes(self, given: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         if "budgets" in given:
@@ -140,13 +179,13 @@ class Study:
 
     def run(self, cell: Cell, task: Task, lr: float, seed: int) -> Run:
         """The run of a cell on a task."""
-        table = {key: value for key, value in asdict(task).items() if key not in ("train", "eval", "hub")}
+        table = {key: value for key, value in asdict(task).items() if key not in ("train", "eval", "hub", "also")}
         files = {key: getattr(task, key) for key in ("train", "eval", "hub")}
         return Run(
             {**table, **files},
             load(task, self.places["data"]).digest,
             cell.method,
-            cell.protocol.training,
+            self.terms(cell, task).training,
             lr,
             seed,
             self._backbone,
@@ -160,10 +199,10 @@ class Study:
         its = backbones.identity(self.places["model"], cache)
         return digest([its, backbones.identity(words, cache)]) if words else its
 
-    def seeds_to_tune(self, cell: Cell) -> tuple[int, ...]:
+    def seeds_to_tune(self, cell: Cell, task: Task) -> tuple[int, ...]:
         """The seeds that sweep the grid of learning rates: all of them if there is but one rate."""
-        seeds = tuple(self.table["seeds"])
-        return seeds if len(cell.learning_rates) == 1 else seeds[: cell.protocol.tune_seeds]
+        seeds, terms = tuple(self.table["seeds"]), self.terms(cell, task)
+        return seeds if len(terms.learning_rates) == 1 else seeds[: terms.tune_seeds]
 
     def search(self) -> list[Run]:
         """The runs that choose the learning rates, seed by seed."""
@@ -171,19 +210,20 @@ class Study:
             (place, self.run(cell, task, lr, seed))
             for cell in self.cells
             for task in self.tasks
-            for lr in cell.learning_rates
-            for place, seed in enumerate(self.seeds_to_tune(cell))
+            for lr in self.terms(cell, task).learning_rates
+            for place, seed in enumerate(self.seeds_to_tune(cell, task))
         ]
         return [run for _, run in sorted(found, key=lambda pair: pair[0])]
 
     def best_rate(self, cell: Cell, task: Task, store: Store) -> float | None:
         """The rate with the best mean dev score over the tuning seeds (ties: the smaller), or the only one there is;
         None before the search."""
-        if len(cell.learning_rates) == 1:
-            return cell.learning_rates[0]
+        rates = self.terms(cell, task).learning_rates
+        if len(rates) == 1:
+            return rates[0]
         scores = []
-        for lr in sorted(cell.learning_rates):
-            results = [store.result(self.run(cell, task, lr, seed).key) for seed in self.seeds_to_tune(cell)]
+        for lr in sorted(rates):
+            results = [store.result(self.run(cell, task, lr, seed).key) for seed in self.seeds_to_tune(cell, task)]
             if all(results):
                 scores.append((sum(r["dev"] for r in results if r) / len(results), -lr))
         return -max(scores)[1] if scores else None
@@ -197,3 +237,17 @@ class Study:
             for task in self.tasks
             if (lr := self.best_rate(cell, task, store)) is not None
         ]
+
+
+def _kinds(table: Mapping[str, Any], kinds: Mapping[str, Any], where: str) -> None:
+    """Refuse values of the wrong kind; ``[int]`` is a list of whole numbers."""
+    for key, value in table.items():
+        kind = kinds.get(key, object)
+        fits = isinstance(value, list | tuple) if isinstance(kind, list) else isinstance(value, kind)
+        if not fits or (isinstance(kind, list) and not all(isinstance(item, kind[0]) for item in value)):
+            called = f"list of {_CALLED[kind[0]]}s" if isinstance(kind, list) else _CALLED[kind]
+            raise StudyError(f"{key} = {value!r} is no {called}", where=where, remedy=f"give a {called}")
+
+
+def _without(table: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in table.items() if name != key}

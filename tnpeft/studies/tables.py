@@ -10,7 +10,7 @@ from typing import Any
 
 from tnpeft.studies.files import write_text
 from tnpeft.studies.results import Point, nearest
-from tnpeft.studies.statistics import best_under, paired
+from tnpeft.studies.statistics import best_under, paired, summary
 
 Row = Mapping[str, Any]
 
@@ -81,6 +81,17 @@ def curve_table(points: Sequence[Point]) -> list[Row]:
     return rows
 
 
+def metrics_table(points: Sequence[Point]) -> list[Row]:
+    """Further metrics of the tasks that name some: one row for each point and metric."""
+    rows = []
+    for p in points:
+        for name, scores in p.also.items():
+            its = summary(list(scores.values()))
+            at = {"task": p.task, "method": p.label, "size": p.size, "parameters": p.parameters, "metric": name}
+            rows.append({**at, "seeds": its.n, "mean": f"{its.mean:.4f}", "sd": f"{its.sd:.4f}" if its.n > 1 else ""})
+    return rows
+
+
 def markdown(rows: Sequence[Row]) -> str:
     """A Markdown table; empty text for no rows.
 
@@ -96,8 +107,11 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def _cell(value: Any) -> str:
-    text = f"{value:,}" if isinstance(value, int) else str(value)
-    return text.replace("|", "\\|")
+    return _text(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _text(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def as_csv(rows: Sequence[Row]) -> str:
@@ -115,7 +129,9 @@ def as_csv(rows: Sequence[Row]) -> str:
     return stream.getvalue()
 
 
-_TEX = {"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}"}
+_TEX = {character: f"\\{character}" for character in "%_&#${}"}
+_TEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "|": r"\textbar{}"}
+_TEX |= {"<": r"\textless{}", ">": r"\textgreater{}", "±": r"\textpm{}", "×": r"\texttimes{}", "−": "-", "\n": " "}
 
 
 def latex(rows: Sequence[Row]) -> str:
@@ -134,7 +150,7 @@ def latex(rows: Sequence[Row]) -> str:
         return ""
 
     def line(values: Any) -> str:
-        return " & ".join("".join(_TEX.get(c, c) for c in _cell(v)) for v in values) + r" \\"
+        return " & ".join("".join(_TEX.get(c, c) for c in _text(v)) for v in values) + r" \\"
 
     kinds = "".join("r" if isinstance(v, int) else "l" for v in rows[0].values())
     body = [line(row.values()) for row in rows]

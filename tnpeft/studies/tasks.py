@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from string import Formatter
 from typing import Any
 
 from tnpeft.studies.files import StudyError
 
 METRICS = ("accuracy", "matthews", "f1")
+_LISTS = ("hub", "also")
+_KINDS: dict[str, Any] = {"words": (Mapping, "table"), **dict.fromkeys(_LISTS, (list | tuple, "list"))}
+_LIKE = "write it like 'Text: {text} It was', and {{ or }} for a brace"
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Task:
         hub: path, configuration, training split and evaluation split on the hub.
         label: field of the label.
         metric: accuracy, matthews (correlation) or f1 (of the second label).
+        also: further metrics that a report shows.
 
     >>> SST2.fields, SST2.labels
     (('sentence',), ('0', '1'))
@@ -40,17 +44,23 @@ class Task:
     hub: tuple[str, ...] = ()
     label: str = "label"
     metric: str = "accuracy"
+    also: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         where = f"task {self.name!r}"
-        if self.metric not in METRICS:
-            raise StudyError(
-                f"unknown metric {self.metric!r}", where=where, remedy=f"use one of {', '.join(METRICS)}"
-            )
+        for name in (self.metric, *self.also):
+            if name not in METRICS:
+                raise StudyError(f"unknown metric {name!r}", where=where, remedy=f"use one of {', '.join(METRICS)}")
+            if name != "accuracy" and len(self.words) > 2:
+                raise StudyError(f"{name} is for two labels", where=where, remedy="use accuracy")
         if len(self.words) < 2:
             raise StudyError("needs a word for each of at least two labels", where=where, remedy="complete words")
-        if not self.fields:
-            raise StudyError("the prompt names no field", where=where, remedy="write it like 'Text: {text} It was'")
+        try:
+            fields = self.fields
+        except ValueError as error:
+            raise StudyError(f"the prompt is no format: {error}", where=where, remedy=_LIKE) from None
+        if not fields or "" in fields:
+            raise StudyError("the prompt names no field", where=where, remedy=_LIKE)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -60,11 +70,11 @@ class Task:
     @property
     def fields(self) -> tuple[str, ...]:
         """The fields that the prompt and the text name."""
-        names = (name for part in (self.prompt, self.text) for _, name, _, _ in Formatter().parse(part) if name)
-        return tuple(dict.fromkeys(names))
+        parts = (part for text in (self.prompt, self.text) for part in Formatter().parse(text))
+        return tuple(dict.fromkeys(name for _, name, _, _ in parts if name is not None))
 
 
-_GLUE = "nyu-mll/glue"
+_GLUE = "nyu-mll/glue"  # columns sentence, or sentence1 and sentence2, and label
 
 # Prompts and words of SST-2, RTE and BoolQ: the public MeZO code, the CP paper's own are unknown.
 SST2 = Task(
@@ -94,6 +104,7 @@ BOOLQ = Task(
     eval="boolq/dev.jsonl.gz",
     hub=("aps/super_glue", "boolq", "train", "validation"),
 )
+BOOLQ_GOOGLE = replace(BOOLQ, name="boolq_google", hub=("google/boolq", "", "train", "validation"), label="answer")
 MRPC = Task(
     "mrpc",
     '{sentence1}\nDoes this mean the same as "{sentence2}"? Yes or No?\n',
@@ -102,6 +113,7 @@ MRPC = Task(
     train="mrpc/train.jsonl.gz",
     eval="mrpc/dev.jsonl.gz",
     hub=(_GLUE, "mrpc", "train", "validation"),
+    also=("f1", "matthews"),
 )
 COLA = Task(
     "cola",
@@ -112,6 +124,7 @@ COLA = Task(
     eval="cola/dev.jsonl.gz",
     hub=(_GLUE, "cola", "train", "validation"),
     metric="matthews",
+    also=("accuracy",),
 )
 
 
@@ -121,7 +134,7 @@ def _digits(shift: str) -> Task:
     return Task(f"digits_{shift}", "{image}", words, text="{image}", **parts)
 
 
-TASKS: dict[str, Task] = {task.name: task for task in (SST2, RTE, BOOLQ, MRPC, COLA)}
+TASKS: dict[str, Task] = {task.name: task for task in (SST2, RTE, BOOLQ, BOOLQ_GOOGLE, MRPC, COLA)}
 TASKS |= {task.name: task for task in map(_digits, ("upright", "inverted", "transposed", "shifted"))}
 
 
@@ -144,11 +157,18 @@ def task(given: str | Mapping[str, Any]) -> Task:
         if given not in TASKS:
             raise StudyError(f"no task is called {given!r}", remedy=f"the tasks are {', '.join(TASKS)}")
         return TASKS[given]
+    if set(given) == {"name"}:
+        return task(given["name"])
     given = {**asdict(TASKS[given["name"]]), **given} if given.get("name") in TASKS else given
     unknown = sorted(set(given) - set(Task.__dataclass_fields__))
     missing = [key for key in ("name", "prompt", "words") if key not in given]
     if unknown or missing:
         problem = f"unknown key {unknown[0]!r}" if unknown else f"no {missing[0]}"
         raise StudyError(problem, where=f"task {given.get('name', '?')!r}", remedy="see tnpeft.studies.Task")
+    for key, value in given.items():
+        kind, called = _KINDS.get(key, (str, "text"))
+        if not isinstance(value, kind):
+            problem = f"{key} = {value!r} is no {called}"
+            raise StudyError(problem, where=f"task {given['name']!r}", remedy="see tnpeft.studies.Task")
     words = {str(label): str(word) for label, word in given["words"].items()}
-    return Task(**{**given, "words": words, "hub": tuple(given.get("hub", ()))})
+    return Task(**{**given, "words": words, **{key: tuple(given.get(key, ())) for key in _LISTS}})

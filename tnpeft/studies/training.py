@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -13,11 +14,11 @@ from typing import Any
 
 import torch
 import transformers
-from torch.nn.functional import cross_entropy
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from tnpeft.studies import methods, processes
 from tnpeft.studies.data import Splits
 from tnpeft.studies.files import write_json
 from tnpeft.studies.protocol import Protocol
@@ -42,14 +43,21 @@ class Best:
     def offer(self, step: int, dev: float, loss: float, by: str) -> bool:
         """Whether this evaluation is the best so far; it is then taken."""
         better = (dev, -loss) > (self.dev, -self.loss) if by == "metric" else loss < self.loss
-        if self.step < 0 or better:
+        if self.step < 0 or (better and math.isfinite(loss)):
             self.step, self.dev, self.loss = step, dev, loss
             return True
         return False
 
+    def hopeless(self, patience: int) -> bool:
+        """Whether to stop: no better checkpoint at the last ``patience`` evaluations (0 asks for no such thing), or
+        losses that are no numbers any more, from which nothing comes back."""
+        waited = sum(row[0] > self.step for row in self.curve)
+        _, trained, _, loss = self.curve[-1]
+        return bool(patience and waited >= patience) or not (math.isfinite(trained) and math.isfinite(loss))
+
 
 class _Judge(TrainerCallback):
-    """Evaluates on dev, keeps the best weights, stops a run that its protocol calls hopeless."""
+    """Evaluates on dev, keeps the best weights, stops a run that is hopeless."""
 
     def __init__(
         self, scorer: Scorer, dev: list[dict[str, Any]], protocol: Protocol, progress: Progress | None
@@ -67,20 +75,18 @@ class _Judge(TrainerCallback):
         start = time.perf_counter()
         self.judge(kwargs["model"], step)
         self.seconds += time.perf_counter() - start
-        waited = sum(row[0] > self.best.step for row in self.best.curve)
-        if protocol.patience and waited >= protocol.patience:
-            control.should_training_stop = True
+        control.should_training_stop |= self.best.hopeless(protocol.patience)
 
     def judge(self, model: torch.nn.Module, step: int) -> None:
         dev, loss = evaluate(self.scorer, model, self.dev)
-        trained = torch.stack(self.losses).mean().item() if self.losses else 0.0
+        trained = processes.mean(torch.stack(self.losses).mean()) if self.losses else 0.0
         self.losses.clear()
         self.best.curve.append((step, trained, dev, loss))
         if self.best.offer(step, dev, loss, self.protocol.best_by):
             self.best.weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-            if self.folder:
+            if self.folder and processes.first():
                 torch.save(self.best.weights, self.folder / "best.pt")
-        if self.folder:
+        if self.folder and processes.first():
             best = {"step": self.best.step, "dev": self.best.dev, "loss": self.best.loss, "curve": self.best.curve}
             write_json(self.folder / "best.json", best)
         if self.progress:
@@ -106,6 +112,14 @@ class Ordered(Trainer):
         self.protocol = protocol
         self.model_accepts_loss_kwargs = False
 
+    def get_train_dataloader(self) -> Any:
+        """Every process is given the whole batches of a run alone, and takes its share of each."""
+        loader = super().get_train_dataloader()
+        if processes.count() > 1:
+            shard = loader.batch_sampler
+            shard.num_processes, shard.process_index, shard.even_batches = 1, 0, False
+        return loader
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if not self.protocol.by_length:
             return super()._get_train_sampler(train_dataset)
@@ -117,11 +131,17 @@ class _Scored(Ordered):
     """A Trainer whose loss is the cross-entropy over the scorer's class scores."""
 
     def __init__(self, *, scorer: Scorer, judge: _Judge, **kwargs: Any) -> None:
-        super().__init__(protocol=judge.protocol, data_collator=scorer.collate, callbacks=[judge], **kwargs)
+        super().__init__(protocol=judge.protocol, data_collator=self._collate, callbacks=[judge], **kwargs)
         self.scorer, self.judge = scorer, judge
 
+    def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        mine, factor = processes.share(rows)
+        return {**self.scorer.collate(mine), "factor": torch.tensor(factor)}
+
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
-        loss = cross_entropy(self.scorer.scores(model, inputs), inputs["labels"])
+        whole = processes.count() > 1  # DDP expects one forward for each backward
+        parts = [inputs] if whole else [part for _, part in self.scorer.cut(inputs)]
+        loss = sum(self.scorer.losses(model, part).sum() for part in parts) / len(inputs["labels"]) * inputs["factor"]
         self.judge.losses.append(loss.detach())
         return (loss, {}) if return_outputs else loss
 
@@ -145,13 +165,18 @@ class _ByLength(Sampler[int]):
 
 
 def optimizer(model: torch.nn.Module, protocol: Protocol, lr: float) -> torch.optim.Optimizer:
-    """A fused AdamW; factors with a multiplier of their own learn at their own rate."""
+    """A fused AdamW; factors with a multiplier of their own, and the head, learn at their own rates."""
     groups: Any = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": lr}]
     configs = getattr(model, "peft_config", {}).values()
     if any(hasattr(config, "lr_multiplier") for config in configs):
         import tnpeft
 
         groups = tnpeft.parameter_groups(model, lr=lr)
+    if protocol.head_lr:
+        head = {id(p): p for name, p in model.named_parameters() if p.requires_grad and methods.of_head(name)}
+        groups = [{**group, "params": [p for p in group["params"] if id(p) not in head]} for group in groups]
+        groups = [group for group in groups if group["params"]]
+        groups += [{"params": list(head.values()), "lr": protocol.head_lr}] if head else []
     return torch.optim.AdamW(groups, lr=lr, weight_decay=protocol.weight_decay, fused=True)
 
 
@@ -175,6 +200,7 @@ def fit(
     """
     with contextlib.ExitStack() as stack:
         where = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        where.mkdir(parents=True, exist_ok=True)
         judge = _Judge(scorer, scorer.encode(splits.dev), protocol, progress)
         judge.folder = folder
         transformers.set_seed(seed)
@@ -230,4 +256,5 @@ def arguments(where: Path, protocol: Protocol, lr: float, seed: int, *, keep: bo
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=processes.device() == "cpu",
     )

@@ -1,0 +1,214 @@
+"""Where runs are made: in this process, in processes of this machine, or on Ray."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Collection, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from tnpeft.studies.files import StudyError
+from tnpeft.studies.packing import Job, execute_pack, packs
+from tnpeft.studies.runs import Run, Store
+
+Outcome = tuple[Run, str, float]  # a run, what became of it, seconds
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Where runs are made, and how many at once.
+
+    Attributes:
+        kind: ``processes`` of this machine, ``serial`` in this process, or ``ray``: a cluster that ``RAY_ADDRESS``
+            names, else one that Ray starts here. Its machines must see the same folders.
+        workers: runs side by side; 0 for as many as there are cores for.
+        threads: of each run.
+        retry: whether runs that failed before are made again.
+        pack: runs that differ in seed and learning rate alone and are trained in one pass (see
+            :mod:`tnpeft.studies.packing`): faster where a step's fixed costs count, and equal to rounding only.
+        gpus: of each run on Ray, if the cluster has any; 0.5 lets two share one.
+    """
+
+    kind: str = "processes"
+    workers: int = 0
+    threads: int = 1
+    retry: bool = False
+    pack: int = 1
+    gpus: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("serial", *_POOLS):
+            raise StudyError(f"unknown engine {self.kind!r}", remedy=f"use one of {', '.join(('serial', *_POOLS))}")
+        for name, least in (("pack", 1), ("threads", 1), ("workers", 0), ("gpus", 0)):
+            if getattr(self, name) < least:
+                raise StudyError(f"{name} = {getattr(self, name)}", where="engine", remedy=f"give at least {least}")
+
+    @property
+    def width(self) -> int:
+        """Runs side by side."""
+        if self.kind == "serial":
+            return 1
+        return self.workers or max(1, _POOLS[self.kind].cores() // self.threads)
+
+    def map(self, runs: Sequence[Run], folder: Path) -> Iterator[Outcome]:
+        """Outcomes of the runs as they come in.
+
+        A worker may die (out of memory, killed): what was under way is made again by itself, first as it was, then
+        run by run, and a run that dies alone is recorded as failed.
+        """
+        waiting: list[Job] = packs(runs, self.pack)
+        if self.kind == "serial":
+            for job in waiting:
+                yield from work(job, str(folder), self.threads, self.retry)
+            return
+        suspects: list[Job] = []
+        while waiting or suspects:
+            if waiting:
+                lost, waiting = yield from self._round(waiting, folder, self.width)
+                suspects += lost
+                continue
+            job = suspects.pop(0)
+            lost, _ = yield from self._round([job], folder, 1)
+            if lost and len(job) > 1:
+                suspects = [*((run,) for run in job), *suspects]
+            elif lost:
+                Store(folder).fail(job[0], "its process died (killed, or out of memory)")
+                yield job[0], "failed", 0.0
+
+    def _round(
+        self, jobs: Sequence[Job], folder: Path, width: int
+    ) -> Generator[Outcome, None, tuple[list[Job], list[Job]]]:
+        """Outcomes of the jobs until a worker dies; returns the jobs that were lost and those not begun."""
+        queue, lost, under_way = deque(jobs), list[Job](), dict[Any, Job]()
+        with _POOLS[self.kind](self, folder.resolve(), width) as pool:
+            while under_way or (queue and not lost):
+                while queue and not lost and len(under_way) < width:
+                    job = queue.popleft()
+                    under_way[pool.submit(job)] = job
+                task = pool.first(under_way)
+                job = under_way.pop(task)
+                try:
+                    outcomes = pool.outcomes(task)
+                except pool.died:
+                    lost.append(job)
+                else:
+                    yield from outcomes
+        return lost, list(queue)
+
+
+class _Processes:
+    """Processes of this machine, which end with this one, however that dies."""
+
+    died: Any = BrokenProcessPool
+
+    def __init__(self, engine: Engine, folder: Path, width: int) -> None:
+        self.rest = (str(folder), engine.threads, engine.retry)
+        spawn = get_context("spawn")
+        self.pool = ProcessPoolExecutor(width, mp_context=spawn, initializer=follow, initargs=(os.getpid(),))
+
+    def __enter__(self) -> _Processes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+    @staticmethod
+    def cores() -> int:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+    def submit(self, job: Job) -> Any:
+        return self.pool.submit(work, job, *self.rest)
+
+    def first(self, tasks: Collection[Any]) -> Any:
+        return next(iter(wait(tasks, return_when=FIRST_COMPLETED).done))
+
+    def outcomes(self, task: Any) -> list[Outcome]:
+        found: list[Outcome] = task.result()
+        return found
+
+
+class _Ray:
+    """Tasks of a Ray cluster; one that is there already stays, one that is started here ends with this process."""
+
+    def __init__(self, engine: Engine, folder: Path, _: int) -> None:
+        ray = _ray()
+        self.died = (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
+        self.rest = (str(folder), engine.threads, engine.retry)
+        gpus = engine.gpus if ray.cluster_resources().get("GPU") else 0
+        self.remote = ray.remote(num_cpus=engine.threads, num_gpus=gpus, max_retries=0)(work)
+
+    def __enter__(self) -> _Ray:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    @staticmethod
+    def cores() -> int:
+        return int(_ray().cluster_resources().get("CPU", 1))
+
+    def submit(self, job: Job) -> Any:
+        return self.remote.remote(tuple(map(_anywhere, job)), *self.rest)
+
+    def first(self, tasks: Collection[Any]) -> Any:
+        return _ray().wait(list(tasks), num_returns=1)[0][0]
+
+    def outcomes(self, task: Any) -> list[Outcome]:
+        found: list[Outcome] = _ray().get(task)
+        return found
+
+
+_POOLS: dict[str, Any] = {"processes": _Processes, "ray": _Ray}
+
+
+def _ray() -> Any:
+    """The library, connected.
+
+    Raises:
+        StudyError: it is not installed.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise StudyError("the engine ray needs Ray", remedy="pip install 'tnpeft[ray]'") from None
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, logging_level="warning", include_dashboard=False)
+    return ray
+
+
+def _anywhere(run: Run) -> Run:
+    """The run with the folders of its model, data and cache as a process of another working directory finds them."""
+    places = dict(run.places)
+    for key, place in run.places.items():
+        if place and (key == "cache" or Path(place).exists()):
+            places[key] = str(Path(place).resolve())
+    return replace(run, places=places)
+
+
+def follow(parent: int) -> None:
+    """Let a worker end with its parent, however that dies."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def work(job: Job, folder: str, threads: int, retry: bool) -> list[Outcome]:
+    """Make the runs of a job that have no result in ``folder`` yet, with so many threads."""
+    import torch
+
+    torch.set_num_threads(threads)
+    start = time.perf_counter()
+    statuses = execute_pack(job, Store(Path(folder)), retry=retry)
+    seconds = (time.perf_counter() - start) / len(job)
+    return [(run, status, seconds) for run, status in zip(job, statuses, strict=True)]

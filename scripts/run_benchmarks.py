@@ -15,7 +15,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import _bench
@@ -23,15 +22,15 @@ import _bench
 from tnpeft.studies.files import write_text
 
 HERE = Path(__file__).resolve().parent
-RUNS: Mapping[str, Sequence[str]] = {
-    "saved": ["bench_saved.py"],
-    "step_bare": "bench_step.py --bare --layers 2 --samples 9 --clock cpu --name step_bare".split(),
-    "rebuilt": "bench_rebuilt.py --samples 9 --clock cpu".split(),
-    "decode": "bench_decode.py --samples 9 --clock cpu".split(),
-    "attach": "bench_attach.py --clock cpu".split(),
-    "growth": "bench_growth.py --samples 5 --clock cpu".split(),
-    "replicas": "bench_replicas.py --samples 3 --clock cpu --batches 1x8 4x8 4x32 16x32".split(),
-    "step": "bench_step.py --layers 2 --samples 5 --clock cpu".split(),
+RUNS = {
+    "saved": "bench_saved.py",
+    "step_bare": "bench_step.py --bare --layers 2 --samples 9 --clock cpu --name step_bare",
+    "rebuilt": "bench_rebuilt.py --samples 9 --clock cpu",
+    "decode": "bench_decode.py --samples 9 --clock cpu",
+    "attach": "bench_attach.py --clock cpu",
+    "growth": "bench_growth.py --samples 5 --clock cpu",
+    "replicas": "bench_replicas.py --samples 3 --clock cpu --batches 1x8 4x8 4x32 16x32",
+    "step": "bench_step.py --layers 2 --samples 5 --clock cpu",
 }
 # Memory that is given back to the system after every large array is paid for anew with the next one.
 KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
@@ -57,8 +56,8 @@ def main() -> None:
     if unknown:
         sys.exit(f"there is no benchmark {unknown[0]!r}; there are {', '.join(RUNS)}")
     for name in options.names or RUNS:
-        script, *rest = RUNS[name]
-        note, what = options.done / f"{name}.txt", f"{code()} {' '.join(RUNS[name])}\n"
+        script, *rest = RUNS[name].split()
+        note, what = options.done / f"{name}.txt", f"{code()} {RUNS[name]}\n"
         if not options.again and note.is_file() and note.read_text() == what and _result(options.out, name).is_file():
             print(f"== {name} has run", file=sys.stderr, flush=True)
             continue

@@ -95,9 +95,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def power(rows: Sequence[Mapping[str, Any]], what: str, cost: str) -> float:
-    """The power of ``what`` with which a cost grows from its first value to its last."""
-    first, last = rows[0], rows[-1]
-    return log(last[cost] / first[cost]) / log(last[what] / first[what])
+    """The power of ``what`` with which a cost grows from its first value to its last; a time may be lost in noise."""
+    first, last = (max(row[cost], 1e-3) for row in (rows[0], rows[-1]))
+    return log(last / first) / log(rows[-1][what] / rows[0][what])
 
 
 def report(data: Mapping[str, Any]) -> str:

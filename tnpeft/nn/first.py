@@ -247,7 +247,7 @@ class Joint:
 
     >>> from tnpeft import network
     >>> from tnpeft.nn.execute import program
-    >>> run = program(network("B[out r] A[r inp] -> out inp"), {"out": 5, "r": 1, "inp": 4})
+    >>> run = program(network("B[out r] A[r inp] -> out inp"), {"out": 5, "r": 1, "inp": 4}, tokens=1)
     >>> factors = [torch.ones(5, 1), torch.ones(1, 4, requires_grad=True)]
     >>> started = Joint([Source(run.first, key="A")] * 2)([factors, factors], torch.ones(3, 4))
     >>> started.narrow[0] is started.narrow[1], started.narrow[0].T

@@ -189,7 +189,7 @@ def rest(
     >>> from tnpeft import network
     >>> from tnpeft.nn.execute import program
     >>> from tnpeft.nn.first import Joint, Source
-    >>> first = program(network("B[out r] A[r inp] -> out inp"), {"out": 5, "r": 1, "inp": 4}).first
+    >>> first = program(network("B[out r] A[r inp] -> out inp"), {"out": 5, "r": 1, "inp": 4}, tokens=1).first
     >>> factors = torch.ones(5, 1), torch.ones(1, 4)
     >>> started = Joint([Source(first)])([factors], torch.ones(3, 4))
     >>> rest(started.links[0], started.narrow[0], 0.5, started.x, torch.zeros(5, 4), None, factors).unique()

@@ -44,9 +44,7 @@ class Named:
     def hand(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Name the adapters of what a module is given: a forward pre-hook of the module."""
         names = self.of(args[0]) if args else self.names
-        if isinstance(
-            module, AuxiliaryTrainingWrapper
-        ):  # which has to be told where an adapter left its module alone
+        if isinstance(module, AuxiliaryTrainingWrapper):  # which knows only adapters that have their own such module
             names = [name if name in module._adapters else BASE for name in names]
         return args, {**kwargs, "adapter_names": names}
 

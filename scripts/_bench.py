@@ -119,6 +119,23 @@ def _accumulated(total: Sequence[int], left: Sequence[int], right: Sequence[int]
     return 2 * prod(left) * right[-1]
 
 
+@dataclass(frozen=True)
+class Counts:
+    """One step of something large: flops, bytes kept for backward."""
+
+    flops: int
+    saved: int
+
+
+def counted(module: nn.Module, forward: Callable[[], Tensor]) -> Counts:
+    """The flops and kept bytes of one forward and backward."""
+    saved = saved_bytes(module, forward)
+    with flop_counter() as counter:
+        forward().backward()
+    module.zero_grad()
+    return Counts(counter.get_total_flops(), saved)
+
+
 def meters(module: nn.Module, forward: Callable[[], Tensor], device: str = "cpu") -> Meters:
     """What one forward and backward costs, counted and not timed."""
     saved = saved_bytes(module, forward)

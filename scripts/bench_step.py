@@ -37,7 +37,11 @@ FAMILIES: Sequence[tuple[str, Mapping[str, Any]]] = (
     ("cp", {"rank": 8}),
     ("cp", {"rank": 64}),
     ("lorta", {"rank": 8}),
+    ("lorta", {"rank": 64}),
     *(("tenslora", {"construction": name, "ranks": 8}) for name in CONSTRUCTIONS),
+    ("tenslora", {"construction": "qkv_depth", "ranks": (64, 64, 3, 2)}),
+    ("tera", {"ranks": (8, 8), "out": (None,), "inp": (None,)}),
+    ("tera", {"ranks": (64, 64), "out": (None,), "inp": (None,)}),
     ("lotr", {"rank": 8}),
     ("fact_tt", {"rank": 8}),
     ("fact_tk", {"rank": 8}),
@@ -82,7 +86,13 @@ def peft_configs() -> dict[str, Any]:
 
 def title(name: str, options: Mapping[str, Any]) -> str:
     """A family with its options, as the tables call it."""
-    return " ".join([name, *(str(v) if isinstance(v, str) else f"{k}={v}" for k, v in options.items())])
+    shown = {k: v for k, v in options.items() if v != (None,)}  # a side in one piece
+    return " ".join([name, *(v if isinstance(v, str) else f"{k}={_short(v)}" for k, v in shown.items())])
+
+
+def _short(value: Any) -> str:
+    same = isinstance(value, tuple) and len({*value}) == 1
+    return str(value[0] if same else value)
 
 
 def cases(tokens: int) -> dict[str, Callable[[nn.Module], nn.Module]]:
@@ -93,23 +103,25 @@ def cases(tokens: int) -> dict[str, Callable[[nn.Module], nn.Module]]:
     for name, config in peft_configs().items():
         found[name] = partial(peft.get_peft_model, peft_config=config)
     for name, options in FAMILIES:
-        found[title(name, options)] = partial(_attach, f=tnpeft.families.get(name)(**options), tokens=tokens)
+        found[title(name, options)] = partial(attach, f=tnpeft.families.get(name)(**options), tokens=tokens)
     for construction in CONSTRUCTIONS:
         f = tnpeft.families.tenslora(construction, ranks=8)
-        found[f"rebuilt tensor: {construction}"] = partial(_rebuild, f=f, whole=True)
-    found["rebuilt site: qkv_depth"] = partial(_rebuild, f=tnpeft.families.tenslora(ranks=8), whole=False)
+        found[f"rebuilt tensor: {construction}"] = partial(rebuild, f=f, whole=True)
+    found["rebuilt site: qkv_depth"] = partial(rebuild, f=tnpeft.families.tenslora(ranks=8), whole=False)
     return found
 
 
-def _attach(model: nn.Module, f: Factorization, tokens: int) -> nn.Module:
+def attach(model: nn.Module, f: Factorization, tokens: int) -> nn.Module:
+    """The model with adapters on its q, k and v."""
     import peft
 
     config = tnpeft.TensorNetworkConfig(network=f, target_modules=list(TARGETS), tokens=tokens)
     return peft.get_peft_model(model, config)
 
 
-def _rebuild(model: nn.Module, f: Factorization, whole: bool) -> nn.Module:
-    stacked = tnpeft.factors(_attach(copy.deepcopy(model), f, 1))
+def rebuild(model: nn.Module, f: Factorization, whole: bool) -> nn.Module:
+    """The model with linears that form their update at every call: the site's, or the ``whole`` tensor it is in."""
+    stacked = tnpeft.factors(attach(copy.deepcopy(model), f, 1))
     arrays = nn.ParameterDict({name: nn.Parameter(value) for name, value in stacked.items()})
     for number, layer in enumerate(model.decoder.layers):
         for place, name in enumerate(TARGETS):

@@ -1,6 +1,7 @@
 """Run the benchmarks whose tables are published, in order, with the settings that are published; about 25 minutes.
 
-Nothing else should run beside it. Names choose some of them.
+Nothing else should run beside it. Names choose some of them. What has run already with the same code and settings is
+left as it is, so that an interrupted run goes on where it was; ``--again`` runs it anew.
 
     python scripts/run_benchmarks.py
     python scripts/run_benchmarks.py step_bare decode
@@ -9,52 +10,67 @@ Nothing else should run beside it. Names choose some of them.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-from speed_goals import CONSTRUCTIONS
+import _bench
+
+from tnpeft.studies.files import write_text
 
 HERE = Path(__file__).resolve().parent
-REBUILT = [case for name in CONSTRUCTIONS for case in (f"tenslora {name} ranks=8", f"rebuilt tensor: {name}")]
 RUNS = {
-    "step_bare": [
-        "bench_step.py",
-        "--bare",
-        "--layers",
-        "2",
-        "--samples",
-        "9",
-        "--clock",
-        "cpu",
-        "--name",
-        "step_bare",
-    ],
-    "step_rebuilt": [
-        *("bench_step.py", "--bare", "--layers", "12", "--samples", "3", "--clock", "cpu", "--name", "step_rebuilt"),
-        *("--only", *REBUILT),
-    ],
-    "decode": ["bench_decode.py", "--samples", "9", "--clock", "cpu"],
-    "attach": ["bench_attach.py"],
-    "replicas": ["bench_replicas.py", "--samples", "5", "--clock", "cpu"],
-    "step": ["bench_step.py", "--layers", "2", "--samples", "5", "--clock", "cpu"],
+    "saved": "bench_saved.py",
+    "step_bare": "bench_step.py --bare --layers 2 --samples 9 --clock cpu --name step_bare",
+    "rebuilt": "bench_rebuilt.py --samples 9 --clock cpu",
+    "decode": "bench_decode.py --samples 9 --clock cpu",
+    "attach": "bench_attach.py --clock cpu",
+    "growth": "bench_growth.py --samples 5 --clock cpu",
+    "replicas": "bench_replicas.py --samples 3 --clock cpu --batches 1x8 4x8 4x32 16x32",
+    "step": "bench_step.py --layers 2 --samples 5 --clock cpu",
 }
 # Memory that is given back to the system after every large array is paid for anew with the next one.
 KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 
 
+def code() -> str:
+    """A hash of all that determines what a benchmark measures but its options."""
+    total = hashlib.sha256()
+    for path in sorted([*HERE.glob("*bench*.py"), *HERE.parent.glob("tnpeft/**/*.py")]):
+        total.update(path.relative_to(HERE.parent).as_posix().encode() + path.read_bytes())
+    return total.hexdigest()[:16]
+
+
 def main() -> None:
+    """Run what is asked for and has not run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help=f"some of {', '.join(RUNS)} (default: all)")
-    names = parser.parse_args().names or [*RUNS]
-    unknown = [name for name in names if name not in RUNS]
+    parser.add_argument("--again", action="store_true", help="run what has run already as well")
+    parser.add_argument("--out", type=Path, default=_bench.TABLES, help="folder of the results")
+    parser.add_argument("--done", type=Path, default=HERE.parent / "runs" / "benchmarks", help="folder of the notes")
+    options = parser.parse_args()
+    unknown = [name for name in options.names if name not in RUNS]
     if unknown:
         sys.exit(f"there is no benchmark {unknown[0]!r}; there are {', '.join(RUNS)}")
-    for name in names:
-        script, *options = RUNS[name]
+    for name in options.names or RUNS:
+        script, *rest = RUNS[name].split()
+        note, what = options.done / f"{name}.txt", f"{code()} {RUNS[name]}\n"
+        if not options.again and note.is_file() and note.read_text() == what and _result(options.out, name).is_file():
+            print(f"== {name} has run", file=sys.stderr, flush=True)
+            continue
         print(f"== {name}", file=sys.stderr, flush=True)
-        subprocess.run([sys.executable, str(HERE / script), *options], check=True, env={**os.environ, **KEPT})
+        start = time.perf_counter()
+        command = [sys.executable, str(HERE / script), *rest, "--out", str(options.out)]
+        subprocess.run(command, check=True, env={**os.environ, **KEPT})
+        write_text(note, what)
+        print(f"== {name} took {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+
+
+def _result(folder: Path, name: str) -> Path:
+    return folder / f"{name}.json"
 
 
 if __name__ == "__main__":

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import _bench
+from bench_growth import COUNTED, FAMILIES, power
 
 CONSTRUCTIONS = ("att", "qkv", "depth", "att_qkv", "att_depth", "qkv_depth", "att_qkv_depth")
 OF_WIDTH = {  # families of the founding papers by the rank of PEFT's LoRA that is as wide inside
-    8: ("cp rank=8", "lorta rank=8", *(f"tenslora {name} ranks=8" for name in CONSTRUCTIONS)),
-    64: ("cp rank=64",),
+    8: ("cp rank=8", "lorta rank=8", "tera ranks=8", *(f"tenslora {name} ranks=8" for name in CONSTRUCTIONS)),
+    64: ("cp rank=64", "lorta rank=64", "tera ranks=64", "tenslora qkv_depth ranks=(64, 64, 3, 2)"),
 }
 PEERS = {
     "vera rank=256": "PEFT VeRA r=256",
@@ -70,17 +71,17 @@ class Results:
 
 def goals(results: Results) -> Iterator[Goal]:
     """Every goal in turn."""
-    bare = results.cases("step_bare")
-    sites = 3 * results["step_bare"]["settings"]["layers"]
-    over = {name: case["overhead"] for name, case in bare.items()}
-    half = over["lora rank=8"] / over["PEFT LoRA r=8"]
-    yield Goal(
-        "overhead of LoRA r=8 on q, k and v, bare linears",
-        "at most half of PEFT LoRA's",
-        f"{over['lora rank=8']:+.1%} against {over['PEFT LoRA r=8']:+.1%}: {half:.2f} of it",
-        half <= 0.5,
-        "step_bare",
-    )
+    for name, over in (("bare linears", "step_bare"), ("whole layers", "step")):
+        cases = results.cases(over)
+        ours, theirs = cases["lora rank=8"]["overhead"], cases["PEFT LoRA r=8"]["overhead"]
+        yield Goal(
+            f"overhead of LoRA r=8 on q, k and v, {name}",
+            "at most half of PEFT LoRA's",
+            f"{ours:+.1%} against {theirs:+.1%}: {ours / theirs:.2f} of it",
+            ours <= theirs / 2,
+            over,
+        )
+    over = {name: case["overhead"] for name, case in results.cases("step_bare").items()}
     for width, names in OF_WIDTH.items():
         peer = f"PEFT LoRA r={width}"
         worst = max(names, key=over.__getitem__)
@@ -99,19 +100,9 @@ def goals(results: Results) -> Iterator[Goal]:
             over[name] <= over[peer],
             "step_bare",
         )
-    saved = {name: (case["saved"] - bare["floor"]["saved"]) // sites for name, case in bare.items()}
-    width, wide = saved["lora rank=8"], saved["lora rank=64"]
-    for rank, names in OF_WIDTH.items():
-        most, limit = max(names, key=saved.__getitem__), {8: width, 64: wide}[rank]
-        extra = saved[most] - limit
-        yield Goal(
-            f"bytes saved per site, inner width {rank}",
-            "at most LoRA's of equal width plus the factors",
-            f"the most, {most}: {saved[most]:,} against {limit:,} and {4 * bare[most]['parameters']:,} of factors",
-            extra <= 4 * bare[most]["parameters"],
-            "step_bare",
-        )
+    yield from kept(results)
     yield from against_rebuilding(results)
+    yield from growing(results)
     yield from before_the_first_step(results)
     decode = {name: case["overhead"] for name, case in results.cases("decode").items()}
     yield Goal(
@@ -129,27 +120,77 @@ def goals(results: Results) -> Iterator[Goal]:
         yield Goal(what, goal, "no GPU was at hand", None, "")
 
 
+def kept(results: Results) -> Iterator[Goal]:
+    """What one linear keeps for backward, against PEFT's own and against a LoRA as wide inside."""
+    sizes = dict.fromkeys((case["linear"], case["tokens"]) for case in results["saved"]["cases"])
+    for linear, tokens in sizes:
+        cases = {c["case"]: c for c in results["saved"]["cases"] if (c["linear"], c["tokens"]) == (linear, tokens)}
+        at, inputs = f"{linear} x {linear}, {tokens} tokens", 4 * linear * tokens
+        for what, common in (("", 0), (" beside the input", inputs)):
+            found = {
+                name: (cases[PEERS[name]]["saved"] - common) / max(cases[name]["saved"] - common, 1)
+                for name in PEERS
+                if not name.startswith("vera")
+            }
+            least = min(found, key=found.__getitem__)
+            yield Goal(
+                f"bytes kept{what}, LoKr, LoHa, RandLoRA: {at}",
+                "at most a tenth of PEFT's",
+                f"the least gain, {least.partition(' ')[0]}: {cases[least]['saved'] - common:,} "
+                f"against {cases[PEERS[least]]['saved'] - common:,}",
+                found[least] >= 10,
+                "saved",
+            )
+        names = [name for its in OF_WIDTH.values() for name in its]
+        beyond = {
+            name: cases[name]["saved"] - inputs - 4 * tokens * cases[name]["width"] - cases[name]["factors"]
+            for name in names
+        }
+        most = max(beyond, key=beyond.__getitem__)
+        yield Goal(
+            f"bytes kept, founding papers' families: {at}",
+            "at most LoRA's of equal inner width plus the factors",
+            f"the most, {most}: {beyond[most]:+,} to that",
+            beyond[most] <= 0,
+            "saved",
+        )
+
+
 def against_rebuilding(results: Results) -> Iterator[Goal]:
     """TensLoRA through its factors against its whole tensor rebuilt on every call."""
-    cases, floor = results.cases("step_rebuilt"), results.cases("step_rebuilt")["floor"]
-    calls = 3 * results["step_rebuilt"]["settings"]["layers"]
-    pairs = [(f"tenslora {name} ranks=8", f"rebuilt tensor: {name}") for name in CONSTRUCTIONS]
-    time = {
-        name: cases[b]["overhead"] / cases[a]["overhead"] for name, (a, b) in zip(CONSTRUCTIONS, pairs, strict=True)
-    }
-    kept = {
-        name: (cases[b]["saved"] - floor["saved"]) / (cases[a]["saved"] - floor["saved"])
-        for name, (a, b) in zip(CONSTRUCTIONS, pairs, strict=True)
-    }
-    left = "; what is left is the input, which every adapter's gradient reads"
-    for what, found, goal, why in (("adapter time", time, 50, ""), ("saved bytes", kept, 100, left)):
-        least, most = min(found, key=found.__getitem__), max(found, key=found.__getitem__)
+    if not (results.folder / "rebuilt.json").exists():
+        yield Goal("TensLoRA against its tensor rebuilt on every call", "50 times less time", "not run", None, "")
+        return
+    cases, calls = results["rebuilt"]["constructions"], results["rebuilt"]["settings"]["sites"]
+    for what, key, goal in (("adapter time", "seconds", 50), ("saved bytes", "saved", 100)):
+        found = {name: case["rebuilt"][key] / case["factors"][key] for name, case in cases.items()}
+        short = [f"{name} {times:.0f}" for name, times in found.items() if times < goal]
+        least, most = min(found.values()), max(found.values())
         yield Goal(
-            f"TensLoRA's constructions against rebuilding the tensor on each of {calls} calls: {what}",
+            f"TensLoRA's seven constructions against rebuilding the tensor on each of {calls} calls: {what}",
             f"at least {goal} times less",
-            f"{found[least]:.0f} ({least}) to {found[most]:.0f} times ({most}){why}",
-            found[least] >= goal,
-            "step_rebuilt",
+            f"{least:.0f} to {most:.0f} times"
+            + (f"; short of it, whose tensors span fewest sites: {', '.join(short)}" if short else ""),
+            not short,
+            "rebuilt",
+        )
+
+
+def growing(results: Results) -> Iterator[Goal]:
+    """How the cost of a step's adapters grows."""
+    for what, points in results["growth"]["growth"].items():
+        powers = {
+            cost: max(power([row for row in points if row["family"] == name], what, cost) for name in FAMILIES)
+            for cost in (*COUNTED, "milliseconds")
+        }
+        first, last = points[0][what], points[-1][what]
+        yield Goal(
+            f"cost of a step's adapters from {what} {first:,} to {last:,}",
+            "no more than linear (no term in rows times columns)" if what == "width" else "no more than linear",
+            "largest powers: "
+            + ", ".join(f"{cost if cost != 'saved' else 'bytes kept'} {p:.2f}" for cost, p in powers.items()),
+            all(round(powers[cost], 2) <= 1 for cost in COUNTED) and powers["milliseconds"] <= 1.15,
+            "growth",
         )
 
 
@@ -180,12 +221,13 @@ def before_the_first_step(results: Results) -> Iterator[Goal]:
 
 
 def replicas(results: Results) -> Iterator[Goal]:
-    """Eight adapters in one pass against eight runs in turn, at SST-2's sizes: 128 to 512 tokens for each."""
+    """Eight adapters in one pass against eight runs in turn, with SST-2's 128 to 512 tokens for each."""
     for case in results["replicas"]["cases"]:
-        if case["family"] == "lora" and 128 <= case["rows"] * case["length"] <= 512 and "8" in case["gain"]:
-            gain, size = case["gain"]["8"], f"{case['rows']} x {case['length']} tokens each"
+        if case["family"] == "lora r=8" and 128 <= case["rows"] * case["length"] <= 512 and "8" in case["gain"]:
+            gain = case["gain"]["8"]
             yield Goal(
-                f"K = 8 replicas, {case['shape']}, {case['layers']} layers, {size}",
+                f"K = 8 replicas, {case['shape']}, {case['layers']} layers, "
+                f"{case['rows']} x {case['length']} tokens each",
                 "at least 1.1 times 8 runs in turn",
                 f"{gain:.2f} times",
                 gain >= 1.1,

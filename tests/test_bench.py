@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 import _bench
 import bench_attach
 import bench_decode
+import bench_growth
 import bench_packs
+import bench_rebuilt
 import bench_replicas
+import bench_saved
 import bench_step
+import run_benchmarks
+import speed_goals
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -126,3 +132,146 @@ def test_packs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert row["runs"] == 4
     assert row["packs"]["4"]["loss"] <= 1e-4
     assert "lora" in (tmp_path / "packs.md").read_text()
+
+
+def test_rebuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    call(bench_rebuilt, tmp_path, monkeypatch, "--shape", "tiny", "--layers", "2", "--tokens", "16")
+    rows = json.loads((tmp_path / "rebuilt.json").read_text())["constructions"]
+    assert {*rows} == {*bench_rebuilt.CONSTRUCTIONS}
+    matrix, sites = 4 * 256 * 256, 6
+    whole = dict.fromkeys(rows, 1) | {"qkv": 3, "att_qkv": 3, "depth": 2, "att_depth": 2}
+    whole |= {"qkv_depth": 6, "att_qkv_depth": 6}
+    for name, row in rows.items():
+        assert row["rebuilt"]["saved"] >= sites * whole[name] * matrix
+        assert row["factors"]["saved"] < matrix
+        assert row["rebuilt"]["flops"] > 5 * row["factors"]["flops"]
+
+
+def test_growth_is_linear_where_it_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In sites, tokens and width; nothing grows with rows times columns."""
+    sizes = ["--sites", "6", "12", "24", "--tokens", "128", "256", "512", "--widths", "128", "256", "512"]
+    monkeypatch.setattr(bench_growth, "SMALL", {"sites": 6, "tokens": 128, "width": 128})
+    call(bench_growth, tmp_path, monkeypatch, *sizes)
+    growth = json.loads((tmp_path / "growth.json").read_text())["growth"]
+    for what, points in growth.items():
+        for family in bench_growth.FAMILIES:
+            rows = [row for row in points if row["family"] == family]
+            for cost in bench_growth.COUNTED:
+                steps = [b[cost] - a[cost] for a, b in pairwise(rows)]
+                if what == "sites":
+                    assert steps[1] == 2 * steps[0]
+                    assert rows[0][cost] == steps[0]
+                else:
+                    assert bench_growth.power(rows, what, cost) <= 1 + 1e-12
+    assert (tmp_path / "growth.svg").stat().st_size > 0
+
+
+def test_the_power_of_a_growth() -> None:
+    rows = [{"width": 2, "flops": 3}, {"width": 8, "flops": 48}]
+    assert bench_growth.power(rows, "width", "flops") == pytest.approx(2)
+
+
+def test_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_saved, "SIZES", ((128, 8),))
+    monkeypatch.setattr(bench_saved, "FAMILIES", [("lora", {"rank": 8}), ("lokr", {"rank": 8})])
+    monkeypatch.setattr(sys, "argv", ["bench", "--out", str(tmp_path)])
+    bench_saved.main()
+    rows = {row["case"]: row for row in json.loads((tmp_path / "saved.json").read_text())["cases"]}
+    assert rows["lora rank=8"]["saved"] == rows["PEFT LoRA r=8"]["saved"] == 4 * 8 * (128 + 8)
+    assert (rows["lora rank=8"]["width"], rows["lora rank=8"]["factors"]) == (8, 4 * 2 * 8 * 128)
+    assert rows["PEFT LoKr r=8"]["saved"] - rows["lokr rank=8"]["saved"] >= 4 * 128 * 128
+
+
+def test_benchmarks_that_have_run_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+
+    def run(command: list[str], **_: Any) -> None:
+        ran.append(Path(command[1]).name)
+        (tmp_path / "decode.json").write_text("{}")
+
+    monkeypatch.setattr(run_benchmarks.subprocess, "run", run)
+    options = ["decode", "--out", str(tmp_path), "--done", str(tmp_path / "notes")]
+    for more, count in (([], 1), ([], 1), (["--again"], 2)):
+        monkeypatch.setattr(sys, "argv", ["run", *options, *more])
+        run_benchmarks.main()
+        assert ran == ["bench_decode.py"] * count
+    monkeypatch.setattr(run_benchmarks, "code", lambda: "another")
+    monkeypatch.setattr(sys, "argv", ["run", *options])
+    run_benchmarks.main()
+    (tmp_path / "decode.json").unlink()
+    run_benchmarks.main()
+    assert len(ran) == 4
+    assert all((run_benchmarks.HERE / command.split()[0]).is_file() for command in run_benchmarks.RUNS.values())
+
+
+class Faked(speed_goals.Results):
+    """Results that reach every goal, or miss every one."""
+
+    def __init__(self, good: bool) -> None:
+        ours, theirs = (0.1, 0.3) if good else (0.3, 0.1)
+        names = [name for its in speed_goals.OF_WIDTH.values() for name in its]
+        over = {name: {"overhead": ours} for name in (*names, *speed_goals.PEERS, "lora rank=8")}
+        peers = ("PEFT LoRA r=8", "PEFT LoRA r=64", *speed_goals.PEERS.values())
+        over |= {name: {"overhead": theirs} for name in peers}
+        inputs = 4 * 128 * 8
+        saved = dict.fromkeys(names, inputs + 4 * 8 * 8 + 7 + (not good))
+        saved |= dict.fromkeys(speed_goals.PEERS, inputs + 1000)
+        saved |= dict.fromkeys(speed_goals.PEERS.values(), 10 * (inputs + 1000) if good else inputs + 9000)
+        costs = (*speed_goals.COUNTED, "milliseconds")
+        points = [
+            {"family": name, "sites": size, "tokens": size, "width": size}
+            | dict.fromkeys(costs, size if good else size**2)
+            for size in (1, 4)
+            for name in speed_goals.FAMILIES
+        ]
+        attach = [
+            {
+                "family": "lora",
+                "sites": sites,
+                "attach s": sites * (0.1 if good else sites),
+                "of which planning s": ours,
+            }
+            for sites in (1, 4)
+        ]
+        less = {"seconds": 50, "saved": 100} if good else {"seconds": 49, "saved": 99}
+        case = {"factors": {"seconds": 1, "saved": 1}, "rebuilt": less}
+        gain = {
+            "family": "lora r=8",
+            "shape": "tiny",
+            "layers": 2,
+            "rows": 16,
+            "length": 32,
+            "gain": {"8": 4 * theirs},
+        }
+        machine = {"cores": 2, "processor": "P", "torch": "T", "peft": "F"}
+        self.data: dict[str, Any] = {
+            "step_bare": {"cases": over, "machine": machine},
+            "step": {"cases": over},
+            "decode": {"cases": over},
+            "saved": {
+                "cases": [
+                    {"case": name, "linear": 128, "tokens": 8, "width": 8, "factors": 7, "saved": value}
+                    for name, value in saved.items()
+                ]
+            },
+            "rebuilt": {
+                "settings": {"sites": 36},
+                "constructions": dict.fromkeys(speed_goals.CONSTRUCTIONS, case),
+            },
+            "growth": {"growth": dict.fromkeys(("sites", "tokens", "width"), points)},
+            "attach": {"attach": attach[-1:], "growth": attach},
+            "replicas": {"cases": [gain]},
+        }
+
+    def __getitem__(self, name: str) -> Any:
+        return self.data[name]
+
+
+def test_goals_are_judged_by_the_measurements() -> None:
+    good, bad = ([*speed_goals.goals(Faked(which))] for which in (True, False))
+    assert {goal.measured for goal in good if goal.reached is None} == {"no GPU was at hand"}
+    assert [goal.what for goal in good if goal.reached is False] == []
+    assert [goal.what for goal in bad if goal.reached] == []
+    text, missed = speed_goals.page(bad, Faked(False)), sum(goal.reached is False for goal in bad)
+    assert f"{len(bad)} goals, {missed} missed" in text
+    assert text.count("**no**") == missed

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from tnpeft.adapters import siblings
 from tnpeft.networks import NetworkError
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -84,9 +85,12 @@ def static_graph(key: str, rank: int) -> str:
     return "equal"
 
 
-def sharded(key: str, checkpointing: str, rank: int) -> str:
+def sharded(key: str, checkpointing: str, rank: int, each: bool = False) -> str:
+    """With ``each`` linear a unit of its own, whose factors are not there while another one's forward runs."""
     model = build(key, checkpointing)
     for layer in model.base_model.model.model.decoder.layers:
+        for linear in [module for module in layer.modules() if hasattr(module, "siblings")] if each else ():
+            fully_shard(linear)
         fully_shard(layer)
     fully_shard(model)
     loss(model, IDS[2 * rank : 2 * rank + 2]).backward()
@@ -98,11 +102,13 @@ def main() -> None:
     rank = int(sys.argv[1])
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[2]}
     torch.set_num_threads(1)
+    siblings._WORTH = 0  # inputs of any size are shared by the linears that read them
     dist.init_process_group("gloo", rank=rank, world_size=2)
     for key in FAMILIES:
         for checkpointing in ("none", "nonreentrant", "reentrant"):
             print("DDP", key, checkpointing, data_parallel(key, checkpointing, rank), flush=True)
             print("FSDP2", key, checkpointing, sharded(key, checkpointing, rank), flush=True)
+            print("FSDP2-each", key, checkpointing, sharded(key, checkpointing, rank, each=True), flush=True)
         print("DDP-static", key, "reentrant", static_graph(key, rank), flush=True)
     dist.destroy_process_group()
 

@@ -28,7 +28,7 @@ def test_two_processes() -> None:
     verdicts = {tuple(line.split()[:3]): line.split()[3] for line in outputs[0][0].splitlines()}
     families = ("lora", "cp", "lorta", "tenslora")
     kinds = ("none", "nonreentrant", "reentrant")
-    assert set(verdicts) == {(w, f, k) for w in ("DDP", "FSDP2") for f in families for k in kinds} | {
+    assert set(verdicts) == {(w, f, k) for w in ("DDP", "FSDP2", "FSDP2-each") for f in families for k in kinds} | {
         ("DDP-static", f, "reentrant") for f in families
     }
     refused = {case for case, verdict in verdicts.items() if verdict == "refused"}

@@ -117,11 +117,20 @@ SETTINGS: dict[str, tuple[Edit, str]] = {
             ("exclude_modules", 5), ("layers_to_transform", "x"), ("layers_to_transform", [1.5]),
             ("modules_to_save", 5), ("modules_to_save", [1]), ("bias", 5), ("dropout", "x"), ("dropout", -1),
             ("seed", 1.0), ("seed", 2**200), ("tokens", 0), ("save_frozen", "yes"), ("dora", 1), ("layers", []),
-            ("layers", {"a": "x"}), ("projections", "x"), ("projections", {"q_proj": 0, "v_proj": 2}), ("frozen", []),
+            ("inference_mode", "x"), ("base_model_name_or_path", 5), ("trainable_token_indices", 5),
+            ("layers", {"a": "x"}), ("layers", None),
+            ("projections", "x"), ("projections", {"q_proj": 0, "v_proj": 2}), ("frozen", []),
         ]
     },
 }  # fmt: skip
-CASES = FILES | SETTINGS
+CONFIGS: dict[str, tuple[Edit, str]] = {
+    f"configuration: {data[:10]!r}": (
+        lambda folder, data=data: (folder / "adapter_config.json").write_bytes(data),  # type: ignore[misc]
+        "adapter_config.json is no configuration of an adapter",
+    )
+    for data in (b"{cut sho", b"", b"[1, 2]", b'"text"', b"null", b"\xff\xfe{}", b"[" * 100_000)
+}
+CASES = FILES | SETTINGS | CONFIGS
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -312,6 +321,15 @@ def snapshot(model: nn.Module) -> tuple[list[str], dict[str, torch.Tensor], dict
 def same(one: Any, two: Any) -> bool:
     arrays = one[1].keys() == two[1].keys() and all(torch.equal(v, two[1][n]) for n, v in one[1].items())
     return bool(one[0] == two[0] and arrays and one[2] == two[2])
+
+
+def test_a_folder_of_another_kind_of_adapter_is_not_swapped_in(tmp_path: Path) -> None:
+    peft.get_peft_model(opt(), peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    model = adapted("mixed")
+    before = snapshot(model)
+    with pytest.raises(NetworkError, match=r"is a .*LORA"):
+        tnpeft.hotswap(model, str(tmp_path))
+    assert same(snapshot(model), before)
 
 
 def test_the_good_folder_loads(good: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import torch._dynamo.testing
 from adapter_models import NETWORKS, adapted, config, inputs, logits, opt, shake
 from torch import Tensor
 
@@ -36,8 +37,35 @@ def test_checkpointing_gives_the_same_gradients(key: str, reentrant: bool) -> No
         assert float((found[name] - value).abs().max()) <= 1e-6 * max(1.0, float(value.abs().max()))
 
 
+@pytest.mark.parametrize("key", ["lora", "shared", "cp"])
+def test_compiled_training_takes_no_more_graphs_than_the_backbone(key: str) -> None:
+    """Forward and backward, the same gradients at every batch size, and nothing is compiled a second time."""
+    adapter = adapted(key).train()
+    shake(adapter)
+    counts = []
+    for model in (opt().train(), adapter):
+        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+        seen = []
+        for rows, tokens in ((2, 7), (3, 9), (5, 4)):
+            ids = torch.randint(2, 60, (rows, tokens), generator=torch.Generator().manual_seed(rows))
+            grads = []
+            for run in (model, compiled):
+                model.zero_grad()
+                run(input_ids=ids).logits.square().sum().backward()
+                grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+            seen.append(counter.frame_count)
+            assert grads[0].keys() == grads[1].keys()
+            for name, wanted in grads[0].items():
+                assert (grads[1][name] - wanted).abs().max() <= 1e-5 * max(1.0, float(wanted.abs().max()))
+        counts.append(seen)
+    assert len(set(counts[0])) == 1
+    assert counts[1] == counts[0]
+
+
 @pytest.mark.parametrize("key", KEYS)
-def test_one_dynamic_graph_when_compiled(key: str) -> None:
+def test_one_dynamic_graph_when_compiled(key: str, tmp_path: Path) -> None:
     model = adapted(key)
     shake(model)
     graphs: list[Any] = []
@@ -55,9 +83,13 @@ def test_one_dynamic_graph_when_compiled(key: str) -> None:
             wanted, found = model(input_ids=ids).logits, compiled(input_ids=ids).logits
         assert float((wanted - found).abs().max()) <= 1e-5
     assert len(graphs) == 1
-    shake(model, 5)
+    other = adapted(key)
+    shake(other, 5)
+    other.save_pretrained(tmp_path)
+    tnpeft.hotswap(model, str(tmp_path))
     with torch.no_grad():
-        compiled(input_ids=ids)
+        found, wanted = compiled(input_ids=ids).logits, other(input_ids=ids).logits
+    assert float((wanted - found).abs().max()) <= 1e-5
     assert len(graphs) == 1
 
 

@@ -12,7 +12,7 @@ from peft.utils.constants import EMBEDDING_LAYER_NAMES
 
 from tnpeft import registration
 from tnpeft.adapters.checks import check_fields, check_replicas
-from tnpeft.adapters.files import describe, fetch, stored_shapes
+from tnpeft.adapters.files import AGAIN, describe, fetch, stored_shapes
 from tnpeft.adapters.plain import factorization, lower, with_rank_pattern
 from tnpeft.networks import Factorization, NetworkError, replicated
 
@@ -195,6 +195,12 @@ class TensorNetworkConfig(PeftConfig):
                 reads.
         """
         config: TensorNetworkConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        if not isinstance(config, TensorNetworkConfig):
+            return config  # as PEFT's own classes do with a file of another kind
+        if config.layers is None or config.projections is None or config.frozen is None:
+            raise NetworkError(
+                "the configuration lacks layers, projections or frozen, which every saved adapter has", remedy=AGAIN
+            )
         file = fetch(pretrained_model_name_or_path, subfolder, **cls._split_kwargs(kwargs)[0])
         config.stored = stored_shapes(file, config.beside)
         return config

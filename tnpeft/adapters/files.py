@@ -14,7 +14,7 @@ from tnpeft.registration import PREFIX
 
 _MARK = "## Tensor-network adapter"
 _SHOWN = 3  # names that an error lists
-_AGAIN = "copy the adapter's folder again from where it was saved"
+AGAIN = "copy the adapter's folder again from where it was saved"
 
 
 def fetch(name: str, subfolder: str | None = None, **hub: Any) -> Path:
@@ -47,7 +47,7 @@ def fetch(name: str, subfolder: str | None = None, **hub: Any) -> Path:
             ) from error
     if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
         pickled = (folder / WEIGHTS_NAME).is_file()
-        remedy = "save it with safe_serialization=True: pickles are not read" if pickled else _AGAIN
+        remedy = "save it with safe_serialization=True: pickles are not read" if pickled else AGAIN
         raise NetworkError(f"there is no {SAFETENSORS_WEIGHTS_NAME} in {str(folder)!r}", remedy=remedy)
     return folder / SAFETENSORS_WEIGHTS_NAME
 
@@ -73,7 +73,7 @@ def stored_shapes(path: Path, others: Collection[str] = ()) -> dict[str, tuple[i
         with safe_open(path, framework="pt") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise NetworkError(f"{SAFETENSORS_WEIGHTS_NAME} is damaged: {error}", remedy=_AGAIN) from None
+        raise NetworkError(f"{SAFETENSORS_WEIGHTS_NAME} is damaged: {error}", remedy=AGAIN) from None
     return checked_shapes(arrays, others, SAFETENSORS_WEIGHTS_NAME)
 
 
@@ -100,7 +100,7 @@ def checked_shapes(arrays: Mapping[str, Any], others: Collection[str], where: st
             )
         if not array.is_floating_point() or not array.isfinite().all():
             problem = "not finite" if array.is_floating_point() else f"of type {array.dtype}"
-            raise NetworkError(f"{name} in {where} is {problem}", remedy=_AGAIN)
+            raise NetworkError(f"{name} in {where} is {problem}", remedy=AGAIN)
     return {name: tuple(array.shape) for name, array in arrays.items()}
 
 
@@ -163,6 +163,8 @@ def hotswap(model: Any, folder: str, adapter: str = "default") -> None:
         )
     own = model.peft_config[adapter]
     new = type(own).from_pretrained(folder)
+    if not isinstance(new, type(own)):
+        raise NetworkError(f"the adapter in {folder!r} is a {new.peft_type}", remedy="swap in one of this package")
     fixed = ("network", "dora", "bias", "layers", "projections", "save_frozen", "frozen")
     fixed += ("replicas", "replica_ranks", "replica_scales")
     for name in fixed:

@@ -1,6 +1,7 @@
 """What is set on PEFT's own classes when the tuner registers, where they leave no other place for it.
 
-Each is one attribute of one class; every other kind of adapter meets what was there before.
+Each is one attribute of one class; every other kind of adapter meets what was there before, and a configuration that
+is no JSON, of whatever kind it was, an error that names the file.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from transformers.utils.hub import PushToHubMixin
 
 from tnpeft.adapters.bank import ConvertedLayer
 from tnpeft.adapters.config import TensorNetworkConfig
-from tnpeft.adapters.files import checked_shapes, describe
+from tnpeft.adapters.files import AGAIN, checked_shapes, describe
+from tnpeft.networks import NetworkError
 
 _read = PeftConfigMixin.from_pretrained.__func__
+_json = PeftConfigMixin.from_json_file.__func__
 _load = PeftAdapterMixin.load_adapter
 _upload = PushToHubMixin._upload_modified_files
 
@@ -34,8 +37,20 @@ def hook() -> None:
     # to tuner layers, and has no update; the conversion's own name for them is the one place to tell the two apart.
     conversion.BaseTunerLayer = ConvertedLayer  # type: ignore[misc, assignment]
     PeftConfig.from_pretrained = classmethod(_from_pretrained)
+    PeftConfig.from_json_file = classmethod(_from_json_file)
     PeftModel._upload_modified_files = _upload_with_card
     PeftAdapterMixin.load_adapter = _load_checked
+
+
+def _from_json_file(cls: type[PeftConfig], path: str, **kwargs: Any) -> dict[str, Any]:
+    try:
+        found = _json(cls, path, **kwargs)
+        problem = "" if isinstance(found, dict) else f"it holds a {type(found).__name__}"
+    except (ValueError, TypeError, RecursionError) as error:  # of the parser, or of PEFT, which expects a table
+        problem = str(error)
+    if problem:
+        raise NetworkError(f"{path} is no configuration of an adapter: {problem}", remedy=AGAIN)
+    return found  # type: ignore[no-any-return]
 
 
 def _from_pretrained(cls: type[PeftConfig], path: Any, subfolder: str | None = None, **kwargs: Any) -> PeftConfig:

@@ -56,6 +56,8 @@ class Joined:
             or not may_join(layer._modules["base_layer"], x)  # type: ignore[arg-type]
         ):
             return None
+        if layer._modules["base_layer"]._parameters.get("weight") is None:  # type: ignore[union-attr]
+            return None  # it is computed, or kept elsewhere
         found = [table.get(key) for table, key in self.tables]
         dtype, device = x.dtype, x.device
         for array in found:

@@ -33,7 +33,7 @@ def may_share(item: Update) -> bool:
     >>> from tnpeft.counting.layout import layout
     >>> from tnpeft.networks import Factorization, Site
     >>> f = Factorization.of("B[layer proj out r] A[r inp] -> layer proj out inp", ranks={"r": 2})
-    >>> may_share(update(layout(f, [Site(0, "q_proj", 8, 9, module="q")]).placements[0], (), (), 1.0, 64))
+    >>> may_share(update(layout(f, [Site(0, "q_proj", 8, 9, module="q")]).placements[0], (), (), 1.0, 4))
     True
     """
     return item.run.first is not None and not item.side and all(operand.source != "base" for operand in item.operands)

@@ -116,9 +116,9 @@ def _below(body: Any, places: Sequence[int], stop: int) -> set[int]:
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
-    """A first step among others: the axes over which the factors that its matrix is made of are normalised, and which
-    of all operands these factors are."""
+class Share:
+    """A program's share in a joined first step: the axes over which the factors that its matrix is made of are
+    normalised, and which of all operands these factors are."""
 
     first: First
     norms: Norms | None
@@ -139,20 +139,20 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Made:
-    """The matrix of a step, with all that it was made from."""
+    """The matrix of a share, with all that it was made from."""
 
-    step: Step
+    share: Share
     units: Units | None
     values: list[Tensor]
 
     @property
     def matrix(self) -> Tensor:
         """The matrix itself."""
-        return self.step.first.matrix(self.values)
+        return self.share.first.matrix(self.values)
 
     def gradients(self, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
         """The gradients of the factors from that of the matrix."""
-        found = self.step.first.gradients(grad, self.values, needs)
+        found = self.share.first.gradients(grad, self.values, needs)
         return found if self.units is None else self.units.gradients(found)
 
 
@@ -164,7 +164,7 @@ class Link:
     computed; this place is common to all that are joined. ``holder`` is what has to live as long as the operation.
     """
 
-    step: Step
+    share: Share
     reads: bool
     brought: list[Tensor]
     holder: Any = None
@@ -174,10 +174,10 @@ class _Start(torch.autograd.Function):
     """The products of ``x`` with the matrices of several programs, and ``x`` once more if it needs a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, steps: Sequence[Step], brought: Any, x: Tensor, *operands: Tensor) -> tuple[Tensor, ...]:
-        ctx.steps, ctx.brought, ctx.operands = steps, brought, operands  # the operands are small, and there anyway
+    def forward(ctx: Any, shares: Sequence[Share], brought: Any, x: Tensor, *operands: Tensor) -> tuple[Tensor, ...]:
+        ctx.shares, ctx.brought, ctx.operands = shares, brought, operands  # the operands are small, and there anyway
         ctx.set_materialize_grads(False)
-        matrices = [step.made(operands).matrix for step in steps]
+        matrices = [share.made(operands).matrix for share in shares]
         if len(matrices) == 1:
             parts = [times_rows(x, matrices[0])]
         else:
@@ -189,15 +189,15 @@ class _Start(torch.autograd.Function):
         operands, brought = ctx.operands, ctx.brought
         _, _, on_x, *on_operands = ctx.needs_input_grad
         to_x = grads[-1] if on_x else None
-        live = [(step, grad) for step, grad in zip(ctx.steps, grads, strict=False) if grad is not None]
+        live = [(share, grad) for share, grad in zip(ctx.shares, grads, strict=False) if grad is not None]
         found: list[Tensor | None] = [None] * len(operands)
         if live:
-            made = [step.made(operands) for step, _ in live]
+            made = [share.made(operands) for share, _ in live]
             inner = _side_by_side([grad for _, grad in live])
             if brought:
                 parts = times(inner.t(), brought.pop()).split_with_sizes([grad.shape[1] for _, grad in live])
                 for its, part in zip(made, parts, strict=True):
-                    found[its.step.own] = its.gradients(part, on_operands[its.step.own])
+                    found[its.share.own] = its.gradients(part, on_operands[its.share.own])
             if on_x:
                 matrix = _rows([its.matrix for its in made])
                 if to_x is None:
@@ -247,7 +247,7 @@ class Joint:
 
     >>> from tnpeft import network
     >>> from tnpeft.nn.execute import program
-    >>> run = program(network("B[out r] A[r inp] -> out inp"), {"out": 5, "r": 1, "inp": 4})
+    >>> run = program(network("B[out r] A[r inp] -> out inp"), {"out": 5, "r": 1, "inp": 4}, tokens=1)
     >>> factors = [torch.ones(5, 1), torch.ones(1, 4, requires_grad=True)]
     >>> started = Joint([Source(run.first, key="A")] * 2)([factors, factors], torch.ones(3, 4))
     >>> started.narrow[0] is started.narrow[1], started.narrow[0].T
@@ -261,20 +261,20 @@ class Joint:
         places = {key: place for place, key in enumerate(chosen)}
         self._places = [places[k if source.key is None else source.key] for k, source in enumerate(sources)]
         self._chosen = [*chosen.values()]
-        self._steps: list[Step] = []
+        self._shares: list[Share] = []
         at = 0
         for source in (sources[k] for k in self._chosen):
             reads, norms = source.first.reads, source.norms
             own = slice(at, at + len(reads))
-            self._steps.append(Step(source.first, None if norms is None else [norms[k] for k in reads], own))
+            self._shares.append(Share(source.first, None if norms is None else [norms[k] for k in reads], own))
             at = own.stop
 
     def __call__(self, factors: Sequence[Sequence[Tensor]], x: Tensor) -> Started:
         """Take the steps, of programs with all these factors, on the input ``[tokens, inp]``."""
-        both = zip(self._chosen, self._steps, strict=True)
-        operands = [factors[k][place] for k, step in both for place in step.first.reads]
+        both = zip(self._chosen, self._shares, strict=True)
+        operands = [factors[k][place] for k, share in both for place in share.first.reads]
         reads = any(operand.requires_grad for operand in operands)
         brought: list[Tensor] = []
-        parts = _Start.apply(self._steps, brought, x, *operands)
-        links = tuple(Link(self._steps[place], reads, brought) for place in self._places)
+        parts = _Start.apply(self._shares, brought, x, *operands)
+        links = tuple(Link(self._shares[place], reads, brought) for place in self._places)
         return Started(parts[-1] if x.requires_grad else x, tuple(parts[place] for place in self._places), links)

@@ -69,7 +69,7 @@ class _Together(torch.autograd.Function):
         with _same(ctx.autocast):
             thawed = any(on_factors[place] for place in flow.frozen)
             if link is not None and link.reads and twice:
-                narrow = link.step.again(x, factors)
+                narrow = link.share.again(x, factors)
             units = None if norms is None else Units(factors, norms, flow.reads)
             ready = factors if units is None else units.factors
             values = flow.restored(ready, x if link is None else narrow, kept, everything=twice or thawed)
@@ -189,13 +189,13 @@ def rest(
     >>> from tnpeft import network
     >>> from tnpeft.nn.execute import program
     >>> from tnpeft.nn.first import Joint, Source
-    >>> first = program(network("B[out r] A[r inp] -> out inp"), {"out": 5, "r": 1, "inp": 4}).first
+    >>> first = program(network("B[out r] A[r inp] -> out inp"), {"out": 5, "r": 1, "inp": 4}, tokens=1).first
     >>> factors = torch.ones(5, 1), torch.ones(1, 4)
     >>> started = Joint([Source(first)])([factors], torch.ones(3, 4))
     >>> rest(started.links[0], started.narrow[0], 0.5, started.x, torch.zeros(5, 4), None, factors).unique()
     tensor([2.])
     """
-    flow = link.step.first.rest
+    flow = link.share.first.rest
     result: Tensor = _Together.apply(flow, scale, True, link, norms, x, narrow, weight, bias, None, *factors)
     return result
 

@@ -39,7 +39,6 @@ from tnpeft.studies.tasks import TASKS
 FAMILIES = {"lora r=8": tnpeft.families.lora(rank=8), "cp r=16": tnpeft.families.cp(rank=16)}
 TARGETS = ("q_proj", "v_proj")
 ORDERS = {"shuffled": False, "by length": True}
-WORDS = {"0": " bad", "1": " good"}
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,7 @@ class Case:
     order: str
     data: str
     tokenizer: str
+    words: tuple[str, str]
     train: int
 
     @property
@@ -64,21 +64,22 @@ class Case:
 
 
 @lru_cache(maxsize=1)
-def scorer_of(tokenizer: str) -> Scorer:
+def scorer_of(tokenizer: str, words: tuple[str, str]) -> Scorer:
     """Label words of one token each."""
     from transformers import AutoTokenizer
 
-    return Scorer(replace(TASKS["sst2"], words=WORDS), AutoTokenizer.from_pretrained(tokenizer), "words", 128)
+    task = replace(TASKS["sst2"], words=dict(zip("01", words, strict=True)))
+    return Scorer(task, AutoTokenizer.from_pretrained(tokenizer), "words", 128)
 
 
 @lru_cache(maxsize=1)
-def backbone(shape: str, layers: int, tokenizer: str) -> nn.Module:
-    """A frozen OPT with random weights and the tokenizer's vocabulary."""
+def backbone(shape: str, layers: int, vocabulary: int, pad: int) -> nn.Module:
+    """A frozen OPT with random weights."""
     from transformers import OPTForCausalLM
 
     torch.manual_seed(0)
     config = opt_config(shape, layers, dropout=0.0)
-    config.vocab_size, config.pad_token_id = len(scorer_of(tokenizer).tokenizer), scorer_of(tokenizer).pad
+    config.vocab_size, config.pad_token_id = vocabulary, pad
     return OPTForCausalLM(config).requires_grad_(False)
 
 
@@ -89,11 +90,11 @@ class Runs:
         import peft
 
         together &= len(numbers) > 1
-        self.scorer, self.together = scorer_of(case.tokenizer), together
+        self.scorer, self.together = scorer_of(case.tokenizer, case.words), together
         data, its = load(self.scorer.task, case.data), case.protocol
         self.rows = [self.scorer.encode(data.splits(k, its.train, its.dev, its.eval).train) for k in numbers]
         self.steps = [packed.rehearse(rows, its, 1e-3, k) for rows, k in zip(self.rows, numbers, strict=True)]
-        base = backbone(case.shape, case.layers, case.tokenizer)
+        base = backbone(case.shape, case.layers, len(self.scorer.tokenizer), self.scorer.pad)
         config = tnpeft.TensorNetworkConfig(
             network=FAMILIES[case.family],
             target_modules=[*TARGETS],
@@ -262,8 +263,11 @@ def report(data: Mapping[str, Any]) -> str:
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="folder with sst2/train.jsonl.gz and sst2/dev.jsonl.gz")
-    parser.add_argument("--tokenizer", required=True, help="folder or name of a Hugging Face tokenizer")
+    parser.add_argument(
+        "--data", default="", help="folder with sst2/train.jsonl.gz and sst2/dev.jsonl.gz, or the hub"
+    )
+    parser.add_argument("--tokenizer", default="facebook/opt-125m", help="folder or name (default: %(default)s)")
+    parser.add_argument("--words", nargs=2, default=[" bad", " good"], help="of the labels, a token each")
     parser.add_argument("--shapes", nargs="+", default=["tiny:4", "opt-125m:2"], help="shape:layers")
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=["lora r=8"])
     parser.add_argument("--batches", nargs="+", type=int, default=[8, 16], help="examples of a step")
@@ -285,7 +289,7 @@ def main() -> None:
             for batch in options.batches:
                 for order in options.orders:
                     its = (name, int(layers or SHAPES[name][2]), family, batch, order)
-                    case = Case(*its, options.data, options.tokenizer, options.train)
+                    case = Case(*its, options.data, options.tokenizer, tuple(options.words), options.train)
                     found = several_processes(case, options) if options.cores else one_process(case, options)
                     names = ("shape", "layers", "family", "batch", "order")
                     cases.append({**{key: getattr(case, key) for key in names}, **found})

@@ -31,7 +31,9 @@ RUNS = {
     "growth": "bench_growth.py --samples 5 --clock cpu",
     "replicas": "bench_replicas.py --samples 3 --clock cpu --batches 1x8 4x8 4x32 16x32",
     "step": "bench_step.py --layers 2 --samples 5 --clock cpu",
+    "sst2": "bench_sst2.py --steps 7 --samples 3 --clock cpu",
 }
+SENTENCES = ("sst2",)  # which take data and a tokenizer, from the Hugging Face hub unless they are given
 # Memory that is given back to the system after every large array is paid for anew with the next one.
 KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 
@@ -48,6 +50,8 @@ def main() -> None:
     """Run what is asked for and has not run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help=f"some of {', '.join(RUNS)} (default: all)")
+    parser.add_argument("--data", help="folder with sst2/train.jsonl.gz and sst2/dev.jsonl.gz")
+    parser.add_argument("--tokenizer", help="folder or name of OPT's tokenizer")
     parser.add_argument("--again", action="store_true", help="run what has run already as well")
     parser.add_argument("--out", type=Path, default=_bench.TABLES, help="folder of the results")
     parser.add_argument("--done", type=Path, default=HERE.parent / "runs" / "benchmarks", help="folder of the notes")
@@ -64,6 +68,8 @@ def main() -> None:
         print(f"== {name}", file=sys.stderr, flush=True)
         start = time.perf_counter()
         command = [sys.executable, str(HERE / script), *rest, "--out", str(options.out)]
+        for given in ("data", "tokenizer") if name in SENTENCES else ():
+            command += [f"--{given}", getattr(options, given)] if getattr(options, given) else []
         subprocess.run(command, check=True, env={**os.environ, **KEPT})
         write_text(note, what)
         print(f"== {name} took {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)

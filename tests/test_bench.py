@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import sys
 import time
@@ -22,6 +23,7 @@ import bench_packs
 import bench_rebuilt
 import bench_replicas
 import bench_saved
+import bench_sst2
 import bench_step
 import run_benchmarks
 import speed_goals
@@ -109,6 +111,32 @@ def test_replicas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(set(row["gain"]) == {"2", "3"} and min(row["gain"].values()) > 0 for row in data["cases"])
     assert "K=3" in (tmp_path / "replicas.md").read_text()
     assert (tmp_path / "replicas.svg").stat().st_size > 0
+
+
+@pytest.mark.parametrize("cores", [0, 2])
+def test_sst2(cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tnpeft.studies.digits import save_tokenizer
+
+    save_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "sst2").mkdir()
+    rows = [{"sentence": " ".join(["p1"] * (1 + 7 * k % 20)), "label": k % 2} for k in range(40)]
+    for part in ("train", "dev"):
+        with gzip.open(tmp_path / "sst2" / f"{part}.jsonl.gz", "wt") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    size = ["--shapes", "tiny:1", "--batches", "4", "--replicas", "2", "3", "--train", "12", "--steps", "2"]
+    where = ["--data", str(tmp_path), "--tokenizer", str(tmp_path / "tokenizer"), "--cores", str(cores)]
+    where += ["--words", " p2", " p3"]
+    call(bench_sst2, tmp_path, monkeypatch, *size, *where, "--orders", "shuffled")
+    (row,) = json.loads((tmp_path / "sst2.json").read_text())["cases"]
+    assert row["milliseconds"] > 0
+    if cores:
+        assert {*row["ways"]} == {
+            "alone, a thread each", "packs, a thread each", "alone, all threads", "one pack, all threads"
+        }  # fmt: skip
+        assert row["ways"]["alone, a thread each"] == 1.0
+    else:
+        assert {*row["gain"]} == {"2", "3"}
+        assert row["tokens"] <= row["padded"]
 
 
 def test_packs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,8 +267,9 @@ class Faked(speed_goals.Results):
             "family": "lora r=8",
             "shape": "tiny",
             "layers": 2,
-            "rows": 16,
-            "length": 32,
+            "batch": 16,
+            "order": "shuffled",
+            "cut": 1.0,
             "gain": {"8": 4 * theirs},
         }
         machine = {"cores": 2, "processor": "P", "torch": "T", "peft": "F"}
@@ -260,7 +289,7 @@ class Faked(speed_goals.Results):
             },
             "growth": {"growth": dict.fromkeys(("sites", "tokens", "width"), points)},
             "attach": {"attach": attach[-1:], "growth": attach},
-            "replicas": {"cases": [gain]},
+            "sst2": {"cases": [gain]},
         }
 
     def __getitem__(self, name: str) -> Any:

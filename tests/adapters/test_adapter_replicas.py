@@ -388,7 +388,7 @@ def test_batches_that_are_no_blocks() -> None:
         ({"replicas": 2, "replica_scales": [1.0, float("inf")]}, "replica_scales is"),
         (
             {"replicas": 2, "replica_ranks": [{"r": 1}, {}], "ranks": {"r": "min(out, 4)"}},
-            "rank of 'r', which a rule gives",
+            "may differ in scale, and in ranks",
         ),
         ({"replicas": 2, "replica_seeds": [1, -1]}, "replica_seeds is"),
         ({"replicas": 2, "dora": True}, "no magnitudes"),

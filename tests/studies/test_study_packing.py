@@ -42,10 +42,18 @@ def three(table: dict[str, Any], cell: str = "CP", **over: Any) -> tuple[Run, ..
         ("CP", {"by_length": True}),
     ],
 )
+@pytest.mark.parametrize("mixed", [False, True])
 def test_a_pack_gives_the_results_of_its_runs(
-    table: dict[str, Any], tmp_path: Path, cell: str, over: dict[str, Any]
+    table: dict[str, Any], tmp_path: Path, cell: str, over: dict[str, Any], mixed: bool
 ) -> None:
     runs, alone, together = three(table, cell, **over), Store(tmp_path / "alone"), Store(tmp_path / "together")
+    if mixed:
+        args: dict[str, Any] = {"LoRA": {"alpha": 2}, "CP": {}}[cell]
+        runs = tuple(
+            replace(run, method={**run.method, "args": {"rank": r, **args}})
+            for run, r in zip(runs, (3, 5, 1), strict=True)
+        )
+    assert packs(runs, 3) == [runs]
     assert execute_pack(runs, together) == ["done"] * 3
     for run in runs:
         assert execute(run, alone) == "done"
@@ -102,7 +110,7 @@ def test_a_sweep_in_packs_makes_the_same_files(table: dict[str, Any], tmp_path: 
     names = [{path.name for path in (tmp_path / str(n)).glob("*.json")} for n in (1, 4)]
     assert names[0] == names[1]
     found = [json.loads(path.read_text()) for path in (tmp_path / "4").glob("*.json")]
-    assert sorted(record.get("pack", 1) for record in found) == [1, 1, 1] + [2] * 6
+    assert sorted(record.get("pack", 1) for record in found) == [1, 1, 1, 2, 2, 4, 4, 4, 4]
     assert "unpacked" not in {key for record in found for key in record}
     assert sweep(study, tmp_path / "4", Engine("serial", pack=4), lambda _: None).kept == 9
 

@@ -5,7 +5,7 @@ from tnpeft.networks.factor import Factor, Term
 from tnpeft.networks.factorization import STACK, Factorization, Line, Site
 from tnpeft.networks.network import Network
 from tnpeft.networks.notation import network
-from tnpeft.networks.replicas import REPLICA, replicated
+from tnpeft.networks.replicas import REPLICA, common, replicated
 
 __all__ = [
     "REPLICA",
@@ -17,6 +17,7 @@ __all__ = [
     "NetworkError",
     "Site",
     "Term",
+    "common",
     "network",
     "replicated",
 ]

@@ -22,8 +22,7 @@ def replicated(*each: Factorization) -> Factorization:
     another holds the scales. One factorization stands for any number of adapters that do not differ.
 
     Raises:
-        NetworkError: a line carries the index already, the lines differ, or a rule derives a size from a rank that
-            differs.
+        NetworkError: a line carries the index already, or the adapters have not what is :func:`common` in common.
 
     >>> print(replicated(Factorization.of("d[out] ^W[out inp] -> out inp")).network)
     d[replica out] ^W[out inp] -> replica out inp
@@ -33,12 +32,16 @@ def replicated(*each: Factorization) -> Factorization:
     B[replica out r] A[replica r inp] ^mask_r[replica r] -> replica out inp {'mask_r': [[1, 1, 1], [1, 0, 0]]}
     """
     first = each[0]
-    if any(f.lines != first.lines for f in each):
-        raise NetworkError("replicas have the same lines", remedy="train adapters of other networks apart")
+    if any(common(f) != common(first) for f in each):
+        raise NetworkError(
+            "replicas may differ in scale, and in ranks that are numbers from which no rule derives a size",
+            line=str(first.network),
+            remedy="train adapters that differ in more apart",
+        )
     taken = {factor.name for line in first.lines for factor in line.network.factors}
     ranks, scale, constants = dict(first.ranks), first.scale, list[Factor]()
     values: dict[str, Any] = {}
-    for bond in _differing(each):
+    for bond in [bond for bond, rank in first.ranks.items() if any(f.ranks[bond] != rank for f in each)]:
         own = [int(f.ranks[bond]) for f in each]
         ranks[bond] = max(own)
         constants.append(Factor(_free(f"mask_{bond}", taken), (REPLICA, bond), "constant"))
@@ -49,6 +52,19 @@ def replicated(*each: Factorization) -> Factorization:
         values[constants[-1].name] = [f.scale for f in each]
     lines = tuple(Line(with_replicas(line.network, *constants), line.sites) for line in first.lines)
     return replace(first, lines=lines, ranks=ranks, init={**first.init, **values}, scale=scale)
+
+
+def common(f: Factorization) -> Factorization:
+    """The factorization without what replicas may differ in: its scale, and ranks that are not part of any rule.
+
+    >>> f = Factorization.of("B[out r] A[r inp] -> out inp", ranks={"r": 8}, scale=2.0)
+    >>> common(f) == common(f.with_ranks(r=4)), common(f).ranks, common(f.with_ranks(r="min(out, 4)")).ranks
+    (True, {'r': 1}, {'r': 'min(out, 4)'})
+    """
+    rules = [*f.ranks.values(), *(part for parts in f.splits.values() for part in parts)]
+    words = {word for rule in rules if isinstance(rule, str) for word in re.findall(r"\w+", rule)}
+    ranks = {bond: rank if isinstance(rank, str) or bond in words else 1 for bond, rank in f.ranks.items()}
+    return replace(f, ranks=ranks, scale=1.0)
 
 
 def with_replicas(net: Network, *constants: Factor) -> Network:
@@ -74,26 +90,6 @@ def with_replicas(net: Network, *constants: Factor) -> Network:
 
 def _factor(factor: Factor) -> Factor:
     return factor if factor.kind == "constant" else replace(factor, indices=(REPLICA, *factor.indices))
-
-
-def _differing(each: tuple[Factorization, ...]) -> list[str]:
-    """The bonds of several ranks: numbers, from which no rule derives anything."""
-    first = each[0]
-    found = [bond for bond, rank in first.ranks.items() if any(f.ranks[bond] != rank for f in each)]
-    rules = [*first.ranks.values(), *(part for parts in first.splits.values() for part in parts)]
-    for bond in found:
-        if any(isinstance(f.ranks[bond], str) for f in each) or bond in _words(rules):
-            raise NetworkError(
-                f"replicas differ in the rank of {bond!r}, which a rule gives or derives sizes from",
-                line=str(first.network),
-                remedy="train adapters of other ranks apart",
-            )
-    return found
-
-
-def _words(rules: list[int | str | None]) -> set[str]:
-    """The names in rules of sizes."""
-    return {word for rule in rules if isinstance(rule, str) for word in re.findall(r"\w+", rule)}
 
 
 def _free(name: str, taken: set[str]) -> str:

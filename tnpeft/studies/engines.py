@@ -31,7 +31,7 @@ class Engine:
         workers: runs side by side; 0 for as many as there are cores for.
         threads: of each run.
         retry: whether runs that failed before are made again.
-        pack: runs that differ in seed and learning rate alone and are trained in one pass (see
+        pack: runs that differ in seed, learning rate, ranks and scale alone and are trained in one pass (see
             :mod:`tnpeft.studies.packing`): faster where a step's fixed costs count, and equal to rounding only.
         gpus: of each run on Ray, if the cluster has any; 0.5 lets two share one.
     """

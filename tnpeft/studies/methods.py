@@ -77,11 +77,12 @@ def attach(
     *,
     classifier: bool,
     seed: int,
-    replica_seeds: Sequence[int] = (),
+    replicas: Sequence[tuple[Method, int]] = (),
 ) -> Any:
     """The model with the method's adapter on it, everything else frozen; ``full`` frees every weight.
 
-    With ``replica_seeds`` a family or line is attached once for each of them, to train in one pass.
+    ``replicas`` are methods and seeds of several adapters that train in one pass: families or lines that differ in
+    ranks and scale alone.
 
     Raises:
         StudyError: a library that the method needs cannot do it.
@@ -104,9 +105,13 @@ def attach(
     else:
         import tnpeft
 
-        if replica_seeds:
-            common |= {"replicas": len(replica_seeds), "replica_seeds": list(replica_seeds)}
-        config = tnpeft.TensorNetworkConfig(network=factorization(method), seed=seed, **common)
+        f = factorization(method)
+        if replicas:
+            each = [factorization(its) for its, _ in replicas]
+            common |= {"replicas": len(each), "replica_seeds": [its for _, its in replicas]}
+            ranks = [{bond: rank for bond, rank in its.ranks.items() if rank != f.ranks[bond]} for its in each]
+            common |= {"replica_ranks": ranks, "replica_scales": [float(its.scale) for its in each]}
+        config = tnpeft.TensorNetworkConfig(network=f, seed=seed, **common)
     return peft.get_peft_model(model, config)
 
 

@@ -1,4 +1,4 @@
-"""Runs that differ in seed and learning rate alone, made in one pass over one frozen backbone."""
+"""Runs that differ in seed, learning rate, ranks and scale alone, made in one pass over one frozen backbone."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Sequence
 from typing import Any
 
+from tnpeft.networks import common
+from tnpeft.studies import methods
 from tnpeft.studies.backbones import RANDOM
 from tnpeft.studies.files import StudyError, canonical
 from tnpeft.studies.runs import Run, Store, backbone, described, execute, make, quiet, settled, terms
@@ -16,8 +18,8 @@ Job = tuple[Run, ...]  # runs that are made in one pass
 def packs(runs: Sequence[Run], size: int) -> list[Job]:
     """The runs as jobs of up to ``size`` that can share a pass, in the order of their first runs.
 
-    They can if they train a family or a line and differ in nothing but seed and learning rate. A new head or a
-    backbone with random weights would come out of each run's own seed, so these are made alone.
+    They can if they train a family or a line and differ in nothing but seed, learning rate, ranks and scale. A new
+    head or a backbone with random weights would come out of each run's own seed, so these are made alone.
 
     >>> protocol = {"steps": 1, "head": "words"}
     >>> three = [Run({"name": "a"}, "d", {"family": "lora"}, protocol, 1e-3, seed, "b") for seed in (0, 1, 2)]
@@ -46,7 +48,8 @@ def _kind(run: Run) -> str:
     fixed = not run.places.get("model", run.backbone).startswith(RANDOM)
     if not (adapter and words and fixed):
         return ""
-    return canonical([{k: v for k, v in run.identity.items() if k not in ("lr", "seed")}, dict(run.places)])
+    shared = {k: v for k, v in run.identity.items() if k not in ("lr", "seed", "method")}
+    return canonical([shared, dict(run.places), str(common(methods.factorization(run.method)))])
 
 
 def execute_pack(runs: Job, store: Store, *, retry: bool = False) -> list[str]:
@@ -83,7 +86,8 @@ def perform_pack(runs: Job) -> list[dict[str, Any]]:
     """
     import torch
 
-    from tnpeft.studies import methods, packed
+    import tnpeft
+    from tnpeft.studies import packed
     from tnpeft.studies.data import load
     from tnpeft.studies.scoring import Scorer, judge
 
@@ -96,18 +100,18 @@ def perform_pack(runs: Job) -> list[dict[str, Any]]:
     model, tokenizer = backbone(first, task, protocol)
     _refuse_dropout(model.config.to_dict())
     seeds = [run.seed for run in runs]
-    model = methods.attach(
-        model, first.method, protocol.targets, classifier=False, seed=seeds[0], replica_seeds=seeds
-    )
+    each = [(run.method, run.seed) for run in runs]
+    model = methods.attach(model, first.method, protocol.targets, classifier=False, seed=seeds[0], replicas=each)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     scorer = Scorer(task, tokenizer, protocol.head, protocol.max_length)
     best, seconds = packed.fit(model, scorer, splits, protocol, lrs=[run.lr for run in runs], seeds=seeds)
     reached = judge(scorer, model, [scorer.encode(its.eval) for its in splits])
-    parameters = methods.trainable(model)[0] // len(runs), 0
-    return [
-        {**described(run, parameters, its, own, seconds / len(runs), judged, str(model.device)), "pack": len(runs)}
-        for run, its, own, judged in zip(runs, splits, best, reached, strict=True)
-    ]
+    records = []
+    for k, (run, its, own, judged) in enumerate(zip(runs, splits, best, reached, strict=True)):
+        parameters = tnpeft.replicas.parameters(model, k), 0
+        record = described(run, parameters, its, own, seconds / len(runs), judged, str(model.device))
+        records.append({**record, "pack": len(runs)})
+    return records
 
 
 def _refuse_dropout(config: dict[str, Any]) -> None:

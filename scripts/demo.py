@@ -30,7 +30,7 @@ def main() -> None:
     args = parser.parse_args()
     start = time.perf_counter()
     study = Study.read(PRESET, cache=str(args.out / "cache"))
-    sweep(study, args.out / "runs", Engine(workers=args.workers), say=lambda line: print(line, flush=True))
+    sweep(study, args.out / "runs", Engine(workers=args.workers, pack=8), say=lambda line: print(line, flush=True))
     points = report(study, args.out / "runs", args.out)
     print(markdown(results_table(points)))
     print(f"\n{args.out / study.name}.md and {args.out / study.name}.png, {time.perf_counter() - start:.0f} s")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -56,7 +57,7 @@ def table(tiny: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def ray() -> Iterator[Any]:
+def ray(request: pytest.FixtureRequest) -> Iterator[Any]:
     """Ray on this machine; ended after the test, so that no process of it stays."""
     if find_spec("ray") is None:
         reason = "Ray is not installed: pip install --constraint constraints.txt 'tnpeft[ray]'"
@@ -65,5 +66,8 @@ def ray() -> Iterator[Any]:
         pytest.skip(reason)
     import ray as library
 
+    here = sys.modules[request.module.__name__]  # which the workers cannot import
+    library.cloudpickle.register_pickle_by_value(here)
     yield library
+    library.cloudpickle.unregister_pickle_by_value(here)
     library.shutdown()

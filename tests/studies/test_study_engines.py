@@ -82,10 +82,7 @@ class _Flaky:
 
     def __init__(self, *_: Any) -> None: ...
 
-    def __enter__(self) -> _Flaky:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
+    def close(self) -> None: ...
 
     @staticmethod
     def cores() -> int:
@@ -112,12 +109,24 @@ def test_what_was_under_way_is_made_again_as_it_was_then_run_by_run(
     monkeypatch.setitem(engines._POOLS, "processes", _Flaky)
     study = Study.of({**table, "seeds": [0, 2, 1]}, Path("."))
     runs = study.search()
-    outcomes = list(Engine("processes", pack=2).map(runs, tmp_path))
+    with Engine("processes", pack=2).open(tmp_path) as workers:
+        outcomes = list(workers.map(runs))
     assert sorted(run.key for run, _, _ in outcomes) == sorted(run.key for run in runs)
     failed = [run for run, status, _ in outcomes if status == "failed"]
     assert failed == [run for run in runs if run.seed == 1]
     assert {run.key for run in failed} == {path.name.split(".")[0] for path in tmp_path.glob("*.failed.json")}
     assert max(map(len, _Flaky.made)) == 2  # a pack that dies once is made again as a pack
+
+
+def test_a_worker_that_dies_between_two_phases_is_replaced(table: dict[str, Any], tmp_path: Path) -> None:
+    runs = Study.of(table, Path(".")).search()
+    with Engine("processes", workers=1).open(tmp_path) as workers:
+        first = list(workers.map(runs[:1]))
+        for process in workers.pool.pool._processes.values():
+            process.kill()
+            process.join()
+        second = list(workers.map(runs[1:2]))
+    assert [status for _, status, _ in (*first, *second)] == ["done", "done"]
 
 
 def test_a_run_that_is_under_way_elsewhere_is_waited_for(

@@ -57,49 +57,77 @@ class Engine:
             return 1
         return self.workers or max(1, _POOLS[self.kind].cores() // self.threads)
 
-    def map(self, runs: Sequence[Run], folder: Path) -> Iterator[Outcome]:
+    def open(self, folder: Path) -> Workers:
+        """Workers for the runs whose results are in a folder, to be closed by a ``with``."""
+        return Workers(self, folder)
+
+
+class Workers:
+    """An engine at work: a pool that is there from its first run to the end of the ``with``."""
+
+    def __init__(self, engine: Engine, folder: Path) -> None:
+        self.engine, self.folder = engine, folder
+        self.pool: Any = None
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self.pool is not None:
+            self.pool.close()
+        self.pool = None
+
+    def map(self, runs: Sequence[Run]) -> Iterator[Outcome]:
         """Outcomes of the runs as they come in.
 
         A worker may die (out of memory, killed): what was under way is made again by itself, first as it was, then
         run by run, and a run that dies alone is recorded as failed.
         """
-        waiting: list[Job] = packs(runs, self.pack)
-        if self.kind == "serial":
+        engine, waiting = self.engine, list[Job](packs(runs, self.engine.pack))
+        if engine.kind == "serial":
             for job in waiting:
-                yield from work(job, str(folder), self.threads, self.retry)
+                yield from work(job, str(self.folder), engine.threads, engine.retry)
             return
         suspects: list[Job] = []
         while waiting or suspects:
             if waiting:
-                lost, waiting = yield from self._round(waiting, folder, self.width)
+                lost, waiting = yield from self._round(waiting, engine.width)
                 suspects += lost
                 continue
             job = suspects.pop(0)
-            lost, _ = yield from self._round([job], folder, 1)
+            lost, _ = yield from self._round([job], 1)
             if lost and len(job) > 1:
                 suspects = [*((run,) for run in job), *suspects]
             elif lost:
-                Store(folder).fail(job[0], "its process died (killed, or out of memory)")
+                Store(self.folder).fail(job[0], "its process died (killed, or out of memory)")
                 yield job[0], "failed", 0.0
 
-    def _round(
-        self, jobs: Sequence[Job], folder: Path, width: int
-    ) -> Generator[Outcome, None, tuple[list[Job], list[Job]]]:
+    def _round(self, jobs: Sequence[Job], width: int) -> Generator[Outcome, None, tuple[list[Job], list[Job]]]:
         """Outcomes of the jobs until a worker dies; returns the jobs that were lost and those not begun."""
         queue, lost, under_way = deque(jobs), list[Job](), dict[Any, Job]()
-        with _POOLS[self.kind](self, folder.resolve(), width) as pool:
-            while under_way or (queue and not lost):
-                while queue and not lost and len(under_way) < width:
-                    job = queue.popleft()
-                    under_way[pool.submit(job)] = job
-                task = pool.first(under_way)
-                job = under_way.pop(task)
+        self.pool = self.pool or _POOLS[self.engine.kind](self.engine, self.folder.resolve())
+        while under_way or (queue and not lost):
+            while queue and not lost and len(under_way) < width:
+                job = queue.popleft()
                 try:
-                    outcomes = pool.outcomes(task)
-                except pool.died:
+                    under_way[self.pool.submit(job)] = job
+                except self.pool.died:  # while it had nothing to do
                     lost.append(job)
-                else:
-                    yield from outcomes
+            if not under_way:
+                continue
+            task = self.pool.first(under_way)
+            job = under_way.pop(task)
+            try:
+                outcomes = self.pool.outcomes(task)
+            except self.pool.died:
+                lost.append(job)
+            else:
+                yield from outcomes
+        if lost:
+            self._close()
         return lost, list(queue)
 
 
@@ -108,15 +136,12 @@ class _Processes:
 
     died: Any = BrokenProcessPool
 
-    def __init__(self, engine: Engine, folder: Path, width: int) -> None:
+    def __init__(self, engine: Engine, folder: Path) -> None:
         self.rest = (str(folder), engine.threads, engine.retry)
         spawn = get_context("spawn")
-        self.pool = ProcessPoolExecutor(width, mp_context=spawn, initializer=follow, initargs=(os.getpid(),))
+        self.pool = ProcessPoolExecutor(engine.width, mp_context=spawn, initializer=follow, initargs=(os.getpid(),))
 
-    def __enter__(self) -> _Processes:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)
 
     @staticmethod
@@ -137,17 +162,14 @@ class _Processes:
 class _Ray:
     """Tasks of a Ray cluster; one that is there already stays, one that is started here ends with this process."""
 
-    def __init__(self, engine: Engine, folder: Path, _: int) -> None:
+    def __init__(self, engine: Engine, folder: Path) -> None:
         ray = _ray()
         self.died = (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
         self.rest = (str(folder), engine.threads, engine.retry)
         gpus = engine.gpus if ray.cluster_resources().get("GPU") else 0
         self.remote = ray.remote(num_cpus=engine.threads, num_gpus=gpus, max_retries=0)(work)
 
-    def __enter__(self) -> _Ray:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         pass
 
     @staticmethod

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,13 @@ def rehearse(rows: Rows, protocol: Protocol, lr: float, seed: int) -> list[Step]
     >>> [len(batch) for step in steps for batch in step.batches], steps[0].lr
     ([2, 2, 1], 0.1)
     """
+    steps = _rehearsed(tuple(len(row["ids"]) for row in rows), protocol, seed)
+    return [Step(step.batches, lr * step.lr) for step in steps]
+
+
+@lru_cache(maxsize=64)
+def _rehearsed(lengths: tuple[int, ...], protocol: Protocol, seed: int) -> list[Step]:
+    """The steps at the learning rate 1; the runs of a sweep ask for the same ones again and again."""
     noted = _Rehearsal()
     with tempfile.TemporaryDirectory() as folder:
         transformers.set_seed(seed)
@@ -74,10 +82,10 @@ def rehearse(rows: Rows, protocol: Protocol, lr: float, seed: int) -> list[Step]
             noted,
             protocol=protocol,
             model=model,
-            args=arguments(Path(folder), protocol, lr, seed, keep=False),
-            train_dataset=[{"row": k, **row} for k, row in enumerate(rows)],
+            args=arguments(Path(folder), protocol, 1.0, seed, keep=False),
+            train_dataset=[{"row": k, "ids": range(length)} for k, length in enumerate(lengths)],
             data_collator=lambda rows: {"rows": torch.tensor([row["row"] for row in rows])},
-            optimizers=(torch.optim.SGD(model.parameters(), lr=lr), None),
+            optimizers=(torch.optim.SGD(model.parameters(), lr=1.0), None),
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()

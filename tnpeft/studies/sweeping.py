@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tnpeft.studies.engines import Engine
+from tnpeft.studies.engines import Engine, Workers
 from tnpeft.studies.files import StudyError
 from tnpeft.studies.runs import Run, Store
 from tnpeft.studies.study import Study
@@ -50,13 +50,14 @@ def sweep(study: Study, folder: str | Path, engine: Engine | None = None, say: S
     seen: set[str] = set()
     study.search()  # reads all data
     prepare(study, say)
-    for title, runs in (("learning rates", study.search), ("all seeds", lambda: study.confirmation(store))):
-        fresh = {run.key: run for run in runs() if run.key not in seen}
-        seen |= set(fresh)
-        missing = [run for key, run in fresh.items() if not store.result(key)]
-        tally.kept += len(fresh) - len(missing)
-        say(f"{study.name}, {title}: {len(fresh)} runs, {len(missing)} to make, {engine.width} side by side")
-        _make(missing, store, engine, tally, say)
+    with engine.open(store.folder) as workers:
+        for title, runs in (("learning rates", study.search), ("all seeds", lambda: study.confirmation(store))):
+            fresh = {run.key: run for run in runs() if run.key not in seen}
+            seen |= set(fresh)
+            missing = [run for key, run in fresh.items() if not store.result(key)]
+            tally.kept += len(fresh) - len(missing)
+            say(f"{study.name}, {title}: {len(fresh)} runs, {len(missing)} to make, {engine.width} side by side")
+            _make(missing, store, workers, tally, say)
     say(str(tally))
     return tally
 
@@ -81,11 +82,11 @@ def prepare(study: Study, say: Say = print) -> None:
         Scorer(its, words, study.protocol.head)
 
 
-def _make(runs: Sequence[Run], store: Store, engine: Engine, tally: Tally, say: Say) -> None:
+def _make(runs: Sequence[Run], store: Store, workers: Workers, tally: Tally, say: Say) -> None:
     start, ended, waiting = time.perf_counter(), 0, list(runs)
     while waiting:
         busy: list[Run] = []
-        for run, status, seconds in engine.map(waiting, store.folder):
+        for run, status, seconds in workers.map(waiting):
             if status == "busy":
                 busy.append(run)
                 continue

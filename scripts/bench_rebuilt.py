@@ -3,9 +3,10 @@
 Released code forms the whole tensor that a site's factors belong to, all layers and projections in it, at every call,
 and takes one slice of it. Both ways run here over the bare q, k and v linears of a decoder, forward and backward; an
 adapter's time is what it adds to the linears' own, which run in turn with it. A rebuilt step is run in full, once
-for its time. Writes ``rebuilt.json`` and ``rebuilt.md``.
+for its time. Writes ``rebuilt.json`` and ``rebuilt.md``; some constructions take 8 GB of memory.
 
     python scripts/bench_rebuilt.py --clock cpu
+    python scripts/bench_rebuilt.py --clock cpu --tokens 128 --name rebuilt_short
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for name, row in rows.items():
         row["factors"]["seconds"] = median(a - b for a, b in zip(times[name], times["floor"], strict=True))
         row["rebuilt"]["seconds"] -= median(times["floor"])
-    settings = {name: value for name, value in vars(options).items() if name != "out"}
+    settings = {name: value for name, value in vars(options).items() if name not in ("out", "name")}
     return {
         "settings": {**settings, "sites": len(TARGETS) * len(base.decoder.layers)},
         "machine": _bench.machine(options.threads),
@@ -118,11 +119,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--samples", type=int, default=15)
     parser.add_argument("--clock", choices=_bench.CLOCKS, default="wall")
+    parser.add_argument("--name", default="rebuilt", help="of the files")
     parser.add_argument("--out", type=Path, default=_bench.TABLES)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     data = measure(options)
-    _bench.write(options.out, "rebuilt", data, report(data))
+    _bench.write(options.out, options.name, data, report(data))
     print(report(data))
 
 

@@ -26,6 +26,7 @@ RUNS = {
     "saved": "bench_saved.py",
     "step_bare": "bench_step.py --bare --layers 2 --samples 9 --clock cpu --name step_bare",
     "rebuilt": "bench_rebuilt.py --samples 9 --clock cpu",
+    "rebuilt_short": "bench_rebuilt.py --samples 9 --clock cpu --tokens 128 --name rebuilt_short",
     "decode": "bench_decode.py --samples 9 --clock cpu",
     "attach": "bench_attach.py --clock cpu",
     "growth": "bench_growth.py --samples 5 --clock cpu",

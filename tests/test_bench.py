@@ -263,6 +263,10 @@ class Faked(speed_goals.Results):
         ]
         less = {"seconds": 50, "saved": 100} if good else {"seconds": 49, "saved": 99}
         case = {"factors": {"seconds": 1, "saved": 1}, "rebuilt": less}
+        rebuilt = {
+            "settings": {"sites": 36, "tokens": 128},
+            "constructions": dict.fromkeys(speed_goals.CONSTRUCTIONS, case),
+        }
         gain = {
             "family": "lora r=8",
             "shape": "tiny",
@@ -283,10 +287,8 @@ class Faked(speed_goals.Results):
                     for name, value in saved.items()
                 ]
             },
-            "rebuilt": {
-                "settings": {"sites": 36},
-                "constructions": dict.fromkeys(speed_goals.CONSTRUCTIONS, case),
-            },
+            "rebuilt": rebuilt,
+            "rebuilt_short": rebuilt,
             "growth": {"growth": dict.fromkeys(("sites", "tokens", "width"), points)},
             "attach": {"attach": attach[-1:], "growth": attach},
             "sst2": {"cases": [gain]},

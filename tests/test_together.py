@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
@@ -283,6 +285,46 @@ def test_per_sample_gradients() -> None:
         for name, parameter in net.named_parameters():
             if name in given:
                 torch.testing.assert_close(found[name][k], parameter.grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_forward_differentiation_and_traces_take_the_general_way(tmp_path: Path) -> None:
+    net = model("lora")
+    x = torch.linspace(-1, 1, 2 * 48, dtype=torch.float64).reshape(2, 48)
+    jacobian = torch.autograd.functional.jacobian
+    found = jacobian(net, x, strategy="forward-mode", vectorize=True)
+    torch.testing.assert_close(found, jacobian(net, x), rtol=1e-12, atol=1e-12)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(net(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+    assert tangent is not None
+    torch.testing.assert_close(tangent, found.sum((2, 3)), rtol=1e-12, atol=1e-12)
+    torch.jit.trace(net, x).save(tmp_path / "net.pt")
+    torch.testing.assert_close(torch.jit.load(tmp_path / "net.pt")(2 * x), net(2 * x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_on_the_meta_device(training: bool) -> None:
+    net = model("lora").train(training)
+    x = torch.ones(2, 48, dtype=torch.float64)
+    wanted = net(x).shape
+    net, x = net.to("meta"), x.to("meta")
+    assert net(x).shape == wanted
+    with torch.no_grad():
+        assert net(x).device.type == "meta"
+
+
+@pytest.mark.parametrize("grads", [True, False])
+def test_a_hook_of_all_modules_sees_the_linears(grads: bool) -> None:
+    net, seen = model("lora").eval(), list[nn.Module]()
+    x = torch.ones(2, 48, dtype=torch.float64)
+    with torch.set_grad_enabled(grads):
+        wanted = [net(x) for _ in range(3)][-1]
+        handle = nn.modules.module.register_module_forward_hook(lambda module, args, result: seen.append(module))
+        try:
+            torch.testing.assert_close(net(x), wanted, rtol=1e-12, atol=1e-12)
+        finally:
+            handle.remove()
+    assert all(m in seen for m in net.modules() if type(m) is nn.Linear)
 
 
 def test_dropout_autocast_and_other_dtypes_take_the_general_way(monkeypatch: pytest.MonkeyPatch) -> None:

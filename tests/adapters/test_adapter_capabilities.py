@@ -221,6 +221,8 @@ def test_a_quantised_layer_is_adapted_as_its_back_end_allows(name: str, monkeypa
     assert close(model(x), x.flip(-1) + x @ delta.T, SIZE)
     model(x).square().sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    rows = model.eval()(x, adapter_names=["__base__", "default"])
+    assert close(rows, x.flip(-1) + torch.stack([0 * x[0], x[1] @ delta.T]), SIZE)
     if not BACKENDS[name].supports_merge:
         for merge in (model.merge_adapter, model.merge_and_unload):
             with pytest.raises(tnpeft.NetworkError, match=f"layer is quantised with {name}"):

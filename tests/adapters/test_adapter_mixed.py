@@ -52,10 +52,9 @@ def test_every_row_meets_its_own_adapter(key: str) -> None:
     ids = tokens(len(NAMES))
     wanted = row_by_row(model, ids, NAMES)
     layers = [m for m in model.modules() if isinstance(m, TensorNetworkLinear)]
-    grouped = {name: lots(m, [n for n in ("default", "second", "third", "other") if n in m.updates]) for name, m in
-               model.named_modules() if isinstance(m, TensorNetworkLinear)}  # fmt: skip
-    assert any(["default", "second", "third"] in lot for lot in grouped.values())
-    assert len(layers) == len(grouped)
+    x, adapters = torch.ones(1, dtype=torch.float64), ("default", "second", "third", "other")
+    grouped = [lots(layer, [name for name in adapters if name in layer.updates], x) for layer in layers]
+    assert any(["default", "second", "third"] in lot for lot in grouped)
     for _ in range(2):  # the second time with what the first has kept
         with torch.no_grad():
             found = model(input_ids=ids, adapter_names=NAMES).logits
@@ -66,6 +65,33 @@ def test_every_row_meets_its_own_adapter(key: str) -> None:
         found = model(input_ids=ids, adapter_names=NAMES).logits
     assert not torch.equal(again[3], wanted[3])
     assert float((found - again).abs().max()) <= 1e-12 * float(again.abs().max())
+
+
+@pytest.mark.parametrize("key", sorted(NETWORKS))
+def test_gradients_of_a_mixed_batch_are_those_of_its_rows(key: str) -> None:
+    """In blocks of one, two and three rows, so that two of them are padded."""
+    model = family(key)
+    embedded = torch.randn(len(NAMES), 7, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    weights = torch.randn(len(NAMES), 7, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.dtype.is_floating_point)
+
+    def gradients(names: list[str], rows: slice) -> list[torch.Tensor]:
+        given = embedded[rows].clone().requires_grad_()
+        found = model(inputs_embeds=given, adapter_names=names).logits
+        (found * weights[rows]).sum().backward()
+        factors = [p for name, p in sorted(model.named_parameters()) if "tnpeft" in name]
+        got = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in factors]
+        model.zero_grad()
+        assert given.grad is not None
+        return [given.grad, *got]
+
+    inputs, *together = gradients(NAMES, slice(None))
+    single = [gradients([name], slice(row, row + 1)) for row, name in enumerate(NAMES)]
+    wanted = [sum(parts) for parts in zip(*(parts for _, *parts in single), strict=True)]
+    for ours, theirs in zip([inputs, *together], [torch.cat([x for x, *_ in single]), *wanted], strict=True):
+        assert float((ours - theirs).abs().max()) <= 1e-12 * float(torch.as_tensor(theirs).abs().max())
+    assert any(t.any() for t in together)
 
 
 @pytest.mark.parametrize("key", ["lora", "mixed"])
@@ -138,7 +164,8 @@ def test_other_dtypes_and_magnitudes() -> None:
         found = model(input_ids=ids, adapter_names=NAMES).logits
     assert float((found - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
     layer = next(m for m in model.modules() if isinstance(m, TensorNetworkLinear) and "second" in m.updates)
-    assert all(len(lot) == 1 for lot in lots(layer, ["default", "second", "third"]))  # a magnitude each: one by one
+    own = lots(layer, ["default", "second", "third"], torch.ones(1))
+    assert all(len(lot) == 1 for lot in own)  # a magnitude each: one by one
     half = adapted("mixed", opt().to(torch.bfloat16))  # factors stay in fp32
     half.add_adapter("second", config("mixed", seed=1))
     half.eval()
@@ -156,5 +183,6 @@ def test_other_numbers_are_no_lot() -> None:
     for name, changes in {"scaled": {"scale": 2.0}, "wide": {"ranks": {"r": 4}}, "twin": {"seed": 5}}.items():
         model.add_adapter(name, config("lora", **changes))
     layer = next(m for m in model.modules() if isinstance(m, TensorNetworkLinear))
-    assert lots(layer, ["default", "scaled", "wide", "twin"]) == [["default", "twin"], ["scaled"], ["wide"]]
-    assert in_blocks(["twin", "default"], ["default", "default", "twin"]) == [2, 2, 0, 1]
+    found = lots(layer, ["default", "scaled", "wide", "twin"], torch.ones(1))
+    assert found == [["default", "twin"], ["scaled"], ["wide"]]
+    assert in_blocks(["twin", "default"], ["default", "default", "twin"]) == ([2, 2, 0, 1], [0, 2, 3])

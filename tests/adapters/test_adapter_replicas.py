@@ -296,6 +296,27 @@ def test_one_of_them_merges_and_exports(tmp_path: Path) -> None:
     near(logits(model.merge_and_unload()), wanted, 1e-5)
 
 
+def test_one_of_them_in_a_model_of_transformers() -> None:
+    model = opt().eval()
+    model.add_adapter(config("lora", replicas=3), adapter_name="many")
+    shake(model, adapter="many")
+    tnpeft.replicas.attach(model, 1, "one", "many")
+    assert model.active_adapters() == ["many"]
+    for name, value in tnpeft.replica(model, 1, "many").items():
+        assert torch.equal(tnpeft.factors(model, "one")[name], value)
+    with pytest.raises(tnpeft.NetworkError, match="'one' exists"):
+        tnpeft.replicas.attach(model, 1, "one", "many")
+    bare = torch.nn.Sequential(torch.nn.Linear(2, 3))
+    peft.inject_adapter_in_model(config("lora", replicas=3, target_modules=["0"]), bare)
+    tnpeft.replicas.attach(bare, 1, "one")
+    assert bare[0].active_adapters == ["default"]
+    assert set(tnpeft.factors(bare, "one")) == {"A", "B"}
+
+
+def test_nothing_to_clip() -> None:
+    assert torch.equal(tnpeft.replicas.clip(together("lora"), 1.0), torch.zeros(3, dtype=torch.float64))
+
+
 def test_the_hook_goes_with_the_adapter() -> None:
     model = together("lora", dtype=torch.float32)
     assert len(model.base_model.model._forward_pre_hooks) == 2

@@ -63,10 +63,10 @@ def test_a_pack_gives_the_results_of_its_runs(
         for name in ("run", "parameters", "head_parameters", "examples", "metric", "best_step", "steps"):
             assert packed_one[name] == one[name], name
         assert (packed_one["dev"], packed_one["eval"]) == (one["dev"], one["eval"])
-        assert packed_one["eval_loss"] == pytest.approx(one["eval_loss"], abs=1e-4)
+        assert packed_one["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-5)
         for mine, theirs in zip(packed_one["curve"], one["curve"], strict=True):
             assert mine[0] == theirs[0]
-            assert mine[1:] == pytest.approx(theirs[1:], abs=1e-4)
+            assert mine[1:] == pytest.approx(theirs[1:], rel=1e-5)
     losses = {round((together.result(run.key) or {})["eval_loss"], 3) for run in runs}
     assert len(losses) == 3  # the three runs are three
     assert execute_pack(runs, together) == ["kept"] * 3

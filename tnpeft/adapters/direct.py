@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from tnpeft.adapters.prepared import Stamps, may_keep, quiet
+from tnpeft.nn.modes import hooked
 
 if TYPE_CHECKING:
     from tnpeft.adapters.layer import TensorNetworkLinear
@@ -87,4 +88,5 @@ def _plain(base: nn.Module) -> bool:
         and not base._forward_pre_hooks
         and "forward" not in base.__dict__
         and type(base._parameters.get("weight")) is nn.Parameter
+        and not hooked()
     )

@@ -34,7 +34,7 @@ class Joined:
         if len(active) != 1 or active[0] in layer.tnpeft_magnitude:
             return None
         item = layer.updates[active[0]][0]
-        if not item.run.joins or item.side or any(operand.source == "base" for operand in item.operands):
+        if item.side or any(operand.source == "base" for operand in item.operands):
             return None
         tables = tuple(
             (layer.owner(operand).tnpeft_factors[active[0]].table(operand.key), operand.key)

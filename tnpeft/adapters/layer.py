@@ -18,6 +18,7 @@ from tnpeft.adapters.prepared import Prepared, may_keep
 from tnpeft.adapters.update import Update
 from tnpeft.counting.layout import Piece
 from tnpeft.networks import NetworkError
+from tnpeft.nn.modes import autocasting
 from tnpeft.nn.together import may_join
 
 
@@ -99,13 +100,13 @@ class TensorNetworkLinear(DenseLinear):
             return x.new_zeros((*x.shape[:-1], stop - start))
         return result.narrow(-1, start, stop - start)
 
-    def _adapted(self, adapter: str, x: Tensor, result: Tensor) -> Tensor:
-        """The output with the update of one adapter added."""
+    def _adapted(self, adapter: str, x: Tensor, result: Tensor, base: Tensor) -> Tensor:
+        """``result`` with the update of one adapter added; ``base`` is the output of the base linear alone."""
         drop = self.dropouts[adapter]
         if drop and self.training:
             x = nn.functional.dropout(x, drop)
         if adapter in self.tnpeft_magnitude:
-            return self._dora(adapter, x, result, dropped=bool(drop) and self.training)
+            return result + self._dora(adapter, x, base, dropped=bool(drop) and self.training)
         dtype = self._compute_dtype(adapter, x)
         if x.dtype == dtype == result.dtype:
             return self._update(adapter, x, result)
@@ -113,7 +114,7 @@ class TensorNetworkLinear(DenseLinear):
 
     def _compute_dtype(self, adapter: str, x: Tensor) -> torch.dtype:
         """The wider dtype of input and factors; under autocast, which casts by itself, that of the input."""
-        if torch.is_autocast_enabled(x.device.type):
+        if autocasting(x.device.type):
             return x.dtype
         for operand in self.updates[adapter][0].operands:
             if operand.source != "base":
@@ -122,8 +123,8 @@ class TensorNetworkLinear(DenseLinear):
                 return x.dtype if x.dtype == dtype else torch.promote_types(x.dtype, dtype)
         return x.dtype
 
-    def _dora(self, adapter: str, x: Tensor, result: Tensor, dropped: bool) -> Tensor:
-        """The output of the weight whose rows are rescaled to the learned magnitudes (arXiv 2402.09353, 4.3)."""
+    def _dora(self, adapter: str, x: Tensor, base: Tensor, dropped: bool) -> Tensor:
+        """What rescaling the weight's rows to the learned magnitudes adds to ``base`` (arXiv 2402.09353, 4.3)."""
         dtype = self._compute_dtype(adapter, x)
         magnitude = self.tnpeft_magnitude[adapter].to(dtype)
         with torch.no_grad():
@@ -133,9 +134,9 @@ class TensorNetworkLinear(DenseLinear):
         if dropped:
             plain = nn.functional.linear(x.to(dtype), self.base_matrix().to(dtype))
         else:
-            plain = result.to(dtype) if bias is None else result.to(dtype) - bias.to(dtype)
+            plain = base.to(dtype) if bias is None else base.to(dtype) - bias.to(dtype)
         change = (ratio - 1) * plain + ratio * self._update(adapter, x.to(dtype), None)
-        return result + change.to(result.dtype)
+        return change.to(base.dtype)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
         """The base linear's output plus the updates of the active adapters, or of each row's own adapter."""
@@ -163,19 +164,18 @@ class TensorNetworkLinear(DenseLinear):
             self._prepared.direct = direct = Direct.of(self, active[0], x)
             if direct is not None and (kept := direct(self, x)) is not None:
                 return kept
-        result = self.base_layer(x, *args, **kwargs)
+        result = base = self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
-            return self._mixed(x, result, adapter_names)
+            return self._mixed(x, base, adapter_names)
         for adapter in active:
-            result = self._adapted(adapter, x, result)
+            result = self._adapted(adapter, x, result, base)
         return result
 
     def _joins(self, adapter: str, x: Tensor) -> bool:
         """Whether the base linear and the update can be one operation here, with nothing in between."""
         item = self.updates[adapter][0]
         return (
-            item.run.joins
-            and not item.side
+            not item.side
             and not (self.training and self.dropouts[adapter])
             and adapter not in self.tnpeft_magnitude
             and may_join(self.base_layer, x)
@@ -189,17 +189,20 @@ class TensorNetworkLinear(DenseLinear):
             self._prepared.joined = kept = Joined.of(self)
         return kept
 
-    def _mixed(self, x: Tensor, result: Tensor, names: Sequence[str]) -> Tensor:
+    def _mixed(self, x: Tensor, base: Tensor, names: Sequence[str]) -> Tensor:
+        """``base`` with the update of every row's own adapter added."""
         if len(names) != len(x):
             raise NetworkError(
                 f"adapter_names has {len(names)} entries for {len(x)} rows",
                 remedy="name one adapter per row; linears that see other rows than the batch's take one adapter only",
             )
-        result = result.clone()
-        for lot in lots(self, [adapter for adapter in dict.fromkeys(names) if adapter in self.updates]):
-            rows = torch.tensor(in_blocks(lot, names), device=x.device)
+        result = base.clone()
+        for lot in lots(self, [adapter for adapter in dict.fromkeys(names) if adapter in self.updates], x):
+            rows, own = (torch.tensor(places, device=x.device) for places in in_blocks(lot, names))
+            given = base[rows]
             if len(lot) == 1:
-                result[rows] = self._adapted(lot[0], x[rows], result[rows])
+                adapted = self._adapted(lot[0], x[rows], given, given)
             else:
-                result[rows] = update_blocks(self, lot, x[rows], result[rows])
+                adapted = update_blocks(self, lot, x[rows], given)
+            result[rows[own]] = adapted[own]
         return result

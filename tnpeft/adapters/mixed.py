@@ -67,39 +67,36 @@ def expanded(names: Sequence[str], options: Mapping[str, Any]) -> list[str]:
     return [name for name in names for _ in range(each)]
 
 
-def lots(layer: TensorNetworkLinear, adapters: Sequence[str]) -> list[list[str]]:
-    """The adapters in lots of one network at this linear, which can be one contraction; any other is alone.
+def lots(layer: TensorNetworkLinear, adapters: Sequence[str], x: Tensor) -> list[list[str]]:
+    """The adapters in lots of one network at this linear, which can be one contraction of ``x``; any other is alone.
 
     It takes one update of the whole linear, factors of one dtype, and no constants but the base weight.
     """
     found: dict[Hashable, list[str]] = {}
     for adapter in adapters:
-        found.setdefault(_kind(layer, adapter), []).append(adapter)
+        found.setdefault(_kind(layer, adapter, x), []).append(adapter)
     return [*found.values()]
 
 
-def _kind(layer: TensorNetworkLinear, adapter: str) -> Hashable:
+def _kind(layer: TensorNetworkLinear, adapter: str, x: Tensor) -> Hashable:
     item = layer.updates[adapter][0]
     if item.side or item.data or adapter in layer.tnpeft_magnitude:
         return adapter
-    return (
-        item.run,
-        item.unit_norm,
-        item.constants,
-        item.scale,
-        layer._compute_dtype(adapter, layer.base_layer.weight),
-    )
+    return item.run, item.unit_norm, item.constants, item.scale, layer._compute_dtype(adapter, x)
 
 
-def in_blocks(lot: Sequence[str], names: Sequence[str]) -> list[int]:
+def in_blocks(lot: Sequence[str], names: Sequence[str]) -> tuple[list[int], list[int]]:
     """The rows of every adapter of the lot, block by block; a shorter block repeats its first row.
 
+    The second list has the places of the blocks' own rows in the first: every row once.
+
     >>> in_blocks(["b", "a"], ["a", "b", "c", "a"])
-    [1, 1, 0, 3]
+    ([1, 1, 0, 3], [0, 2, 3])
     """
     blocks = [[row for row, name in enumerate(names) if name == adapter] for adapter in lot]
     longest = max(map(len, blocks))
-    return [row for block in blocks for row in block + block[:1] * (longest - len(block))]
+    rows = [row for block in blocks for row in block + block[:1] * (longest - len(block))]
+    return rows, [k * longest + place for k, block in enumerate(blocks) for place in range(len(block))]
 
 
 def update_blocks(layer: TensorNetworkLinear, lot: Sequence[str], x: Tensor, result: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from tnpeft.nn.modes import autocasting, transformed
+
 _Values = list[Tensor]
 
 
@@ -126,8 +128,7 @@ def quiet(device: str) -> bool:
     return not (
         torch.is_grad_enabled()
         or torch.is_inference_mode_enabled()
-        or torch.is_autocast_enabled(device)
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
+        or autocasting(device)
+        or transformed()
         or (torch.distributed.is_available() and torch.distributed.is_initialized())
     )

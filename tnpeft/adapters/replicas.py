@@ -8,11 +8,14 @@ clipping all at once, and :func:`learning_rates`, K runs are one.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -65,7 +68,10 @@ def clip(model: nn.Module, max_norm: float, adapter: str = "default") -> Tensor:
     >>> clip(model, 1.0) > 1, clip(model, 1.0) > 1 + 1e-6
     (tensor([ True, False]), tensor([False, False]))
     """
-    grads = [array.grad for array in _trained(model, adapter).values() if array.grad is not None]
+    trained = [*_trained(model, adapter).values()]
+    grads = [array.grad for array in trained if array.grad is not None]
+    if not grads:
+        return trained[0].new_zeros(len(trained[0]))
     norms = torch.stack([torch.linalg.vector_norm(grad.flatten(1), dim=1) for grad in grads])
     norm = torch.linalg.vector_norm(norms, dim=0)
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -182,18 +188,20 @@ def attach(model: nn.Module, k: int, name: str, adapter: str = "default") -> Non
     <class 'torch.nn.modules.linear.Linear'>
     """
     config = _config(model, k, adapter)
-    tuner: Any = model.base_model if hasattr(model, "base_model") else model
-    if name in tuner.peft_config:
+    its: Any = model
+    if name in its.peft_config:
         raise NetworkError(f"the adapter {name!r} exists already", remedy="choose another name")
     values = replica(model, k, adapter)
-    active = [*tuner.active_adapters]
-    tuner.peft_config[name] = config
-    try:
-        tuner.inject_adapter(tuner.model, name)
-    except NetworkError:
-        tuner.peft_config.pop(name, None)
-        raise
-    tuner.set_adapter(active)
+    if isinstance(model, (PeftModel, BaseTuner)):
+        _inject(model.base_model if isinstance(model, PeftModel) else model, name, config)
+    else:  # transformers' add_adapter, or peft.inject_adapter_in_model
+        layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+        active = [*layers[0].active_adapters]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # so we did
+            inject_adapter_in_model(config, model, name)
+        for layer in layers:
+            layer.set_adapter(active)
     kinds = {piece.label: piece.kind for piece in bank_of(model, name).layouts[name].pieces}
     set_factors(model, {n: v for n, v in values.items() if kinds[_label(n)] == "trainable"}, name)
 
@@ -228,6 +236,17 @@ def save(model: nn.Module, k: int, folder: str | Path, adapter: str = "default")
 # ---- inside
 
 
+def _inject(tuner: Any, name: str, config: Any) -> None:
+    active = [*tuner.active_adapters]
+    tuner.peft_config[name] = config
+    try:
+        tuner.inject_adapter(tuner.model, name)
+    except NetworkError:
+        tuner.peft_config.pop(name, None)
+        raise
+    tuner.set_adapter(active)
+
+
 def _trained(model: nn.Module, adapter: str) -> dict[Piece, Tensor]:
     bank = bank_of(model, adapter)
     found = arrays(model, bank, adapter, kinds=("trainable",))
@@ -239,8 +258,11 @@ def _trained(model: nn.Module, adapter: str) -> dict[Piece, Tensor]:
 def _config(model: nn.Module, k: int, adapter: str) -> Any:
     """The configuration of replica k as an adapter of its own, as if read from a file."""
     bank_of(model, adapter)
-    configs: Any = model.peft_config
-    config = configs[adapter]
+    config: Any = getattr(model, "peft_config", {}).get(adapter)
+    if config is None:
+        raise NetworkError(
+            "the model keeps no configuration of its adapters", remedy="attach them with peft.get_peft_model"
+        )
     if config.replicas == 1 or isinstance(k, bool) or not isinstance(k, int) or not 0 <= k < config.replicas:
         raise NetworkError(f"there is no replica {k!r}", remedy=f"{adapter!r} has {config.replicas}, from 0 on")
     return config.alone(k)

@@ -133,6 +133,8 @@ class Siblings:
                 ready[one] = its, own
         if len(ready) < 2 or linear not in ready:
             return None
+        if not x.requires_grad and not any(factor.requires_grad for _, own in ready.values() for factor in own):
+            return None  # nothing would keep what is begun
         rows = x.reshape(-1, x.shape[-1])
         started = self._joined(ready)([own for _, own in ready.values()], rows)
         begun = Begun(x, started.x)

@@ -65,7 +65,7 @@ class Program:
 
     ``labels`` is the order in which the factors' tensors are passed; ``prepares`` says that something is computed
     from the factors alone, ``again`` names the steps that the backward pass takes again instead of keeping what they
-    gave; a program ``joins`` if it can be one operation with a linear, and is ``direct`` if all activations pass
+    gave; a program is ``direct`` if all activations pass
     between two matrices (most families' do); ``first`` is its first step, if that can be taken elsewhere. A call is a
     pure function of factors, activations and base output: no state, so checkpointing, compiling and double
     differentiation work.
@@ -105,7 +105,6 @@ class Program:
         self.flow = Flow(found, self.rows, [size > 0 for size in trainable])
         self.prepares = bool(found.weights)
         self.again = found.again_names
-        self.joins = True
         self._merged: Flow | None = None
         if joined.form == "merged":
             merged = stages(lower(joined, self.labels), trainable)

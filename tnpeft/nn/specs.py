@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod, sqrt
 from typing import Any
@@ -196,9 +196,9 @@ def zero_labels(f: Factorization, named: Mapping[str, Start]) -> frozenset[str]:
     terms = [(net, term) for net in networks for term in net.terms]
     for net, term in terms:
         if not _has_twins(net) and not any(factor.name in zeros for factor in term.factors):
-            zeros |= _choose(term, [other for _, other in terms], named, zeros)
+            zeros |= _choose(term, [other for _, other in terms], named, zeros, f.unit_norm)
     for net, term in terms:
-        _refuse_dead_start(net, term, zeros)
+        _refuse_dead_start(net, term, zeros, f.unit_norm)
     return frozenset(zeros)
 
 
@@ -213,10 +213,13 @@ def _has_twins(net: Network) -> bool:
     return any(net.label(factor).startswith("~") for factor in net.factors)
 
 
-def _choose(term: Term, others: list[Term], named: Mapping[str, Start], zeros: set[str]) -> set[str]:
+def _choose(
+    term: Term, others: list[Term], named: Mapping[str, Start], zeros: set[str], unit_norm: Sequence[str]
+) -> set[str]:
     """The first factor of the term that may start at zero, best one that leaves no other term with two zeros."""
     uses = Counter(factor.name for factor in term.factors)
     free = [f.name for f in term.factors if f.kind == "trainable" and f.name not in named and uses[f.name] == 1]
+    free.sort(key=lambda name: name in unit_norm)  # these only if there is no other
     for name in free:
         mates = {f.name for other in others if any(f.name == name for f in other.factors) for f in other.factors}
         if not mates & zeros:
@@ -224,8 +227,15 @@ def _choose(term: Term, others: list[Term], named: Mapping[str, Start], zeros: s
     return set(free[:1])
 
 
-def _refuse_dead_start(net: Network, term: Term, zeros: set[str]) -> None:
+def _refuse_dead_start(net: Network, term: Term, zeros: set[str], unit_norm: Sequence[str]) -> None:
     zero = [factor for factor in term.factors if factor.name in zeros]
+    unit = [factor.name for factor in zero if net.label(factor) in unit_norm]
+    if unit:
+        raise NetworkError(
+            f"{unit[0]} is to have columns of unit norm, and starts at zero",
+            line=str(net),
+            remedy="give the term a factor that is not normalised, such as w[r], or name a start for each factor",
+        )
     if len(zero) > 1:
         problem = f"{' and '.join(f.name for f in zero)} both start at zero: no gradient would reach them"
     elif zero and zero[0].kind == "constant":

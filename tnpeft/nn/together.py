@@ -17,6 +17,7 @@ from torch.nn.functional import linear
 
 from tnpeft.nn.first import Link
 from tnpeft.nn.flow import Flow
+from tnpeft.nn.modes import autocasting, hooked, transformed
 from tnpeft.nn.units import Norms, Units
 
 _Grads = tuple[Tensor | None, ...]
@@ -82,6 +83,7 @@ class _Together(torch.autograd.Function):
             else:
                 needs = [*on_factors, on_narrow]
                 *to_factors, to_narrow = flow.gradients(grad, values, scale, needs, None, merged, twice)
+                link.holder = None  # whoever has not come yet begins anew
                 if link.reads:
                     link.brought[:] = [x]
             if units is not None:
@@ -136,7 +138,7 @@ def _merged(flow: Flow, weight: Tensor, values: Sequence[Tensor], scale: float) 
 
 def _autocast(x: Tensor) -> tuple[str, torch.dtype] | None:
     kind = x.device.type
-    return (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+    return (kind, torch.get_autocast_dtype(kind)) if autocasting(kind) else None
 
 
 def _same(autocast: tuple[str, torch.dtype] | None) -> AbstractContextManager[Any]:
@@ -224,9 +226,10 @@ def takes(weight: Tensor) -> bool:
 
 
 def may_reverse(x: Tensor) -> bool:
-    """Whether a program may bring its own backward pass: there is one, and no transform of ``torch.func`` is active.
+    """Whether a program may bring its own backward pass: there is one, and no operation has to be seen on its own.
 
-    Nor is it compiled under autocast, where the compiler decides what is kept.
+    That is: nothing is transformed, differentiated forward or traced, nor compiled under autocast, where the compiler
+    decides what is kept.
 
     >>> may_reverse(torch.ones(1))
     True
@@ -237,15 +240,15 @@ def may_reverse(x: Tensor) -> bool:
     if not torch.is_grad_enabled():
         return False
     if torch.compiler.is_compiling():
-        return not torch.is_autocast_enabled(x.device.type)
-    return not torch._C._are_functorch_transforms_active()
+        return not autocasting(x.device.type)
+    return not transformed()
 
 
 def may_join(linear: nn.Module, x: Tensor) -> bool:
     """Whether a module's forward on ``x`` may be taken apart: it is torch's own linear and nothing looks on.
 
-    That is: gradients are on; no subclass, hook, replaced forward or replaced weight; ``x`` has the weight's dtype;
-    neither autocast nor a transform of ``torch.func`` is active.
+    That is: no subclass, hook, replaced forward or replaced weight; ``x`` has the weight's dtype; no autocast, and
+    :func:`may_reverse` holds.
 
     >>> linear, x = nn.Linear(2, 2), torch.ones(1, 2)
     >>> may_join(linear, x), may_join(linear, x.double()), linear.register_forward_hook(print) and may_join(linear, x)
@@ -256,12 +259,14 @@ def may_join(linear: nn.Module, x: Tensor) -> bool:
         return False
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return False
+    if hooked():
+        return False
     weight = own["_parameters"].get("weight")
     if weight is None:
         weight = linear.weight
     return (
         type(weight) in (nn.Parameter, Tensor)
         and x.dtype == weight.dtype
-        and not torch.is_autocast_enabled(x.device.type)
+        and not autocasting(x.device.type)
         and may_reverse(x)
     )

@@ -47,13 +47,30 @@ def write_text(path: Path, text: str) -> Path:
     'done'
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with part.open("w", encoding="utf-8", newline="\n") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(part, path)
+    with whole(path) as part:
+        part.write_text(text, encoding="utf-8", newline="\n")
     return path
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A file to write; at the end it becomes ``path``. A reader sees the old file or the new one.
+
+    >>> import tempfile
+    >>> goal = Path(tempfile.mkdtemp()) / "note.txt"
+    >>> with whole(goal) as part:
+    ...     _ = part.write_text("done")
+    >>> [file.name for file in goal.parent.iterdir()]
+    ['note.txt']
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        with part.open("rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> Path:

@@ -20,7 +20,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from tnpeft.studies import methods, processes
 from tnpeft.studies.data import Splits
-from tnpeft.studies.files import write_json
+from tnpeft.studies.files import whole, write_json
 from tnpeft.studies.protocol import Protocol
 from tnpeft.studies.scoring import Scorer, evaluate
 
@@ -85,7 +85,8 @@ class _Judge(TrainerCallback):
         if self.best.offer(step, dev, loss, self.protocol.best_by):
             self.best.weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
             if self.folder and processes.first():
-                torch.save(self.best.weights, self.folder / "best.pt")
+                with whole(self.folder / "best.pt") as part:
+                    torch.save(self.best.weights, part)
         if self.folder and processes.first():
             best = {"step": self.best.step, "dev": self.best.dev, "loss": self.best.loss, "curve": self.best.curve}
             write_json(self.folder / "best.json", best)

@@ -38,6 +38,32 @@ def chain(
     return [factor(f"{label}{k + 1}", *per, *left[k], *own, *right[k]) for k, own in enumerate(carried)]
 
 
+def _of_digits(
+    name: str,
+    ranks: Rank | Sequence[Rank],
+    out: Split,
+    inp: Split,
+    modes: Sequence[str],
+    stack: Sequence[str],
+    scale: float,
+    *,
+    closed: bool,
+) -> Factorization:
+    """A chain with one digit or mode at each factor, ``closed`` to a ring or not."""
+    per, rows, cols = separate(stack, modes), digits("out", out), digits("inp", inp)
+    sides = [(side,) for side in (*rows, *modes, *cols)]
+    names = bonds(len(sides) - (not closed))
+    return Factorization.of(
+        line(chain(sides, names, per), stack, rows, cols),
+        name=name,
+        ranks=spread(ranks, names),
+        splits=splits(out, inp),
+        init={"G1": "zeros"},
+        scale=scale,
+        source="textbook form (derived)",
+    )
+
+
 @family
 def tensor_train(
     ranks: Rank | Sequence[Rank] = 8,
@@ -60,18 +86,7 @@ def tensor_train(
     >>> print(tensor_train(out=(None,), inp=(None,), modes=["layer", "proj"]).network)
     G1[out a] G2[a layer b] G3[b proj c] G4[c inp] -> layer proj out inp
     """
-    per, rows, cols = separate(stack, modes), digits("out", out), digits("inp", inp)
-    sides = [(side,) for side in (*rows, *modes, *cols)]
-    names = bonds(len(sides) - 1)
-    return Factorization.of(
-        line(chain(sides, names, per), stack, rows, cols),
-        name="tensor_train",
-        ranks=spread(ranks, names),
-        splits=splits(out, inp),
-        init={"G1": "zeros"},
-        scale=scale,
-        source="textbook form (derived)",
-    )
+    return _of_digits("tensor_train", ranks, out, inp, modes, stack, scale, closed=False)
 
 
 @family
@@ -93,18 +108,7 @@ def tensor_ring(
     G1[layer proj d o1 a] G2[layer proj a o2 b] G3[layer proj b i1 c] G4[layer proj c i2 d]
         -> layer proj (o1 o2) (i1 i2)
     """
-    per, rows, cols = separate(stack, modes), digits("out", out), digits("inp", inp)
-    sides = [(side,) for side in (*rows, *modes, *cols)]
-    names = bonds(len(sides))
-    return Factorization.of(
-        line(chain(sides, names, per), stack, rows, cols),
-        name="tensor_ring",
-        ranks=spread(ranks, names),
-        splits=splits(out, inp),
-        init={"G1": "zeros"},
-        scale=scale,
-        source="textbook form (derived)",
-    )
+    return _of_digits("tensor_ring", ranks, out, inp, modes, stack, scale, closed=True)
 
 
 @family

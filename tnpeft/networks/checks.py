@@ -16,6 +16,12 @@ Focus = tuple[str, int, int, int]  # ("factor" or "index" or "output", term, fac
 
 
 def pieces(net: Network) -> Iterator[tuple[str, Focus]]:
+    """The line in pieces, each with what it is.
+
+    >>> from tnpeft.networks import network
+    >>> [text for text, what in pieces(network("A[out inp] -> out inp")) if what[0] == "index"]
+    ['out', 'inp']
+    """
     for t, term in enumerate(net.terms):
         if t or term.sign < 0:
             yield (" " if t else "") + ("- " if term.sign < 0 else "+ "), ("sign", t, 0, 0)
@@ -41,6 +47,12 @@ def pieces(net: Network) -> Iterator[tuple[str, Focus]]:
 
 
 def locate(net: Network, focus: Focus) -> tuple[str, int | None]:
+    """The whole line and where in it something stands; None if it does not.
+
+    >>> from tnpeft.networks import network
+    >>> locate(network("A[out inp] -> out inp"), ("output", 0, 1, 0))
+    ('A[out inp] -> out inp', 18)
+    """
     text, position = "", None
     for piece, what in pieces(net):
         if what == focus:
@@ -55,6 +67,12 @@ Fault = tuple[Focus, str, str]
 
 
 def faults(net: Network) -> Iterator[Fault]:
+    """What makes a network no contraction: where, what, and the remedy.
+
+    >>> from tnpeft.networks import network
+    >>> list(faults(network("A[out inp] -> out inp")))
+    []
+    """
     yield from _name_faults(net)
     yield from _factor_faults(net)
     yield from _output_faults(net)

@@ -130,6 +130,10 @@ BAD = [
     (["budget", "lora", "-p", LORA, *OPT], "a bond without a rank"),
     (["budget", "nosuch", "-p", "100", *OPT], "no family is called 'nosuch'"),
     (["budget", "lora", "-p", "0", *OPT], "the budget is 0"),
+    (["budget", "lora", "-p", "-5", *OPT], "the budget is -5"),
+    (["budget", "lora", "-p", "1.5", *OPT], "the budget is 1.5"),
+    (["count", "lora", "--set", "rank=0"], "the size of 'rank' is 0"),
+    (["count", "lora", "--set", "alpha=x"], "alpha is 'x'"),
 ]
 
 

@@ -391,6 +391,9 @@ def test_dead_starts_are_refused():
         Starter(place(LORA, ranks={"r": 2}, init=arrays))
     with pytest.raises(NetworkError, match="stays zero for ever"):
         Starter(place("b[out] ^C[out inp] -> out inp", init={"C": "constant(0)"}))
+    with pytest.raises(NetworkError, match="B is to have columns of unit norm, and starts at zero"):
+        Starter(place(LORA, ranks={"r": 2}, init={"A": "normal(1)"}, unit_norm=("B",)))
+    assert Starter(place(LORA, ranks={"r": 2}, unit_norm=("B",))).zeros == {"A"}
     with pytest.raises(NetworkError, match="repeats the start"):
         Starter(place("B[out inp] - ~B[out inp] -> out inp", init={"~B": "ones"}))
 

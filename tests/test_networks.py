@@ -200,6 +200,7 @@ def test_an_index_called_head_has_the_size_of_the_heads() -> None:
         ({"ranks": {"r": 2}, "unit_norm": ("C",)}, "unit_norm names 'C'"),
         ({"ranks": {"r": 2}, "lr_multiplier": {"C": 16.0}}, "lr_multiplier names 'C'"),
         ({"ranks": {"r": 2}, "init": {"A": "zeros", "B": "zeros"}}, "B and A both start at zero"),
+        ({"ranks": {"r": 2}, "splits": {"out": (2, 3)}}, "has 2 parts, and the line's side has 1: out"),
     ],
 )
 def test_what_a_factorization_refuses(fields: dict[str, object], problem: str) -> None:
@@ -208,6 +209,26 @@ def test_what_a_factorization_refuses(fields: dict[str, object], problem: str) -
     assert problem in caught.value.problem
     assert caught.value.line == LORA
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"ranks": 4}, "ranks is 4"),
+        ({"lr_multiplier": 16}, "lr_multiplier is 16"),
+        ({"init": "zeros"}, "init is 'zeros'"),
+        ({"unit_norm": "A1"}, "unit_norm is 'A1'"),
+        ({"ranks": {"r": 2}, "splits": {"out": 4}}, "the split of 'out' is 4"),
+    ],
+)
+def test_a_field_of_another_kind_is_named(fields: dict[str, object], problem: str) -> None:
+    with pytest.raises(NetworkError, match=problem):
+        Factorization.of(LORA, **fields)
+
+
+def test_a_factor_without_rows_and_columns_has_no_columns_to_normalise() -> None:
+    with pytest.raises(NetworkError, match="'w', which has no row or column index"):
+        Factorization.of("w[r] B[out r] A[r inp] -> out inp", ranks={"r": 2}, unit_norm=("w",))
 
 
 def test_a_zero_factor_used_twice_is_a_dead_start_but_two_zero_terms_are_not() -> None:

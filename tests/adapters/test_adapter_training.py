@@ -152,7 +152,7 @@ class _Data(torch.utils.data.Dataset):  # type: ignore[type-arg]
         return {"input_ids": ids, "labels": ids}
 
 
-def _trainer(folder: Path, model: Any, steps: int) -> Any:
+def _trainer(folder: Path, model: Any, steps: int, **options: Any) -> Any:
     from transformers import Trainer, TrainingArguments
 
     arguments = TrainingArguments(
@@ -160,7 +160,20 @@ def _trainer(folder: Path, model: Any, steps: int) -> Any:
         lr_scheduler_type="constant", report_to=[], disable_tqdm=True, use_cpu=True, seed=0, logging_steps=100,
         gradient_checkpointing=True,
     )  # fmt: skip
-    return Trainer(model=model, args=arguments, train_dataset=_Data())
+    return Trainer(model=model, args=arguments, train_dataset=_Data(), **options)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trainer_takes_the_learning_rates_of_factors(tmp_path: Path) -> None:
+    moved = []
+    for rates in ({}, {"G": 4.0}):
+        model = adapted("mixed", task_type="CAUSAL_LM", lr_multiplier=rates)
+        start = tnpeft.factors(model)
+        optimizer = torch.optim.SGD(tnpeft.parameter_groups(model, lr=0.1))
+        _trainer(tmp_path, model, 1, optimizers=(optimizer, None)).train()
+        moved.append({name: value - start[name] for name, value in tnpeft.factors(model).items()})
+    torch.testing.assert_close(moved[1], {**moved[0], "G": 4 * moved[0]["G"]})
+    assert any(value.any() for value in moved[0].values())
 
 
 @pytest.mark.filterwarnings("ignore")

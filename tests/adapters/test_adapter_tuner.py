@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from torch import nn
 import tnpeft
 from tnpeft.adapters.access import bank_of
 from tnpeft.adapters.layer import TensorNetworkLinear
+from tnpeft.counting import RankWarning
 from tnpeft.networks import NetworkError
 
 KEYS = sorted(NETWORKS)
@@ -268,6 +270,10 @@ def test_config_is_plain_readable_data() -> None:
     [
         ({"ranks": {"r": 10**12}}, "elements"),
         ({"scale": float("nan")}, "scale"),
+        ({"scale": 0}, "zero for ever"),
+        ({"ranks": 4}, "ranks is 4"),
+        ({"unit_norm": ["A", "B"]}, "unit norm, and starts at zero"),
+        ({"network": "~B[out r] ~A[r inp] -> out inp"}, "nothing to train"),
         ({"dropout": 1.0}, "dropout"),
         ({"seed": -1}, "seed"),
         ({"bias": "some"}, "bias"),
@@ -435,8 +441,23 @@ def test_weighted_sum_is_exact(key: str) -> None:
         model.base_model.add_weighted_adapter(["default"], [1.0], "sum")
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_what_is_odd_about_a_network_is_told_when_it_is_attached(tmp_path: Path) -> None:
+    with pytest.warns(RankWarning, match="'r' is 100, but 32 is all"):
+        model = adapted("lora", ranks={"r": 100})
+    with pytest.warns(UserWarning, match="not zero at the start"):
+        adapted("lora", network="A[out r] A[inp r] -> out inp")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RankWarning)
+        adapted("lora", network="A[out r] A[inp r] -> out inp", init={"A": "normal(0.1)"})
+        model.save_pretrained(tmp_path)
+        peft.PeftModel.from_pretrained(opt(), tmp_path)
+
+
 def test_weighted_sum_refuses_what_is_none() -> None:
     model = adapted("lora")
+    with pytest.raises(NetworkError, match="combination_type is 'svd'"):
+        model.base_model.add_weighted_adapter(["default"], [1.0], "sum", "svd")
     model.add_adapter("second", config("lora", target_modules=["q_proj"]))
     with pytest.raises(NetworkError, match="other sites"):
         model.base_model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tnpeft.studies import methods
 from tnpeft.studies.engines import Engine
 from tnpeft.studies.files import StudyError, merged, read_toml
 from tnpeft.studies.matching import ranks_for
@@ -107,6 +109,35 @@ def test_a_failed_run_is_recorded_and_the_rest_goes_on(table: dict[str, Any], tm
     assert "Traceback" in record["trace"]
     report(study, tmp_path / "runs", tmp_path / "out")
     assert "ValueError" in (tmp_path / "out" / "tiny-failed.md").read_text()
+    with pytest.raises(StudyError, match="no method 'nope'; there are none"):
+        report(study, tmp_path / "runs", tmp_path / "out", "nope")
+    said: list[str] = []
+    alone = study_of({**table, "methods": table["methods"][:1]})
+    sweep(alone, tmp_path / "runs", SERIAL, said.append)
+    assert "--retry" in said[-1]
+    with pytest.raises(StudyError, match="all 2 runs failed"):
+        report(alone, tmp_path / "runs", tmp_path / "out")
+
+
+def test_a_damaged_result_is_named(table: dict[str, Any], swept: Path, tmp_path: Path) -> None:
+    shutil.copytree(swept, tmp_path / "runs")
+    file = sorted((tmp_path / "runs").glob("*.json"))[0]
+    file.write_text(file.read_text()[:50])
+    for make in (sweep, lambda study, runs, *_: report(study, runs, tmp_path / "out")):
+        with pytest.raises(StudyError, match=f"{file.name}: is damaged"):
+            make(study_of(table), tmp_path / "runs", SERIAL, quietly)
+
+
+def test_ranks_of_a_line_stand_by_themselves(table: dict[str, Any]) -> None:
+    line = "B[layer proj out r] A[layer proj r inp] -> layer proj out inp"
+    table["methods"] = [{"label": "mine", "line": line, "grid": {"r": [1, 2]}, "args": {"scale": 2.0}}]
+    cells = study_of(table).cells
+    assert [(cell.size, methods.factorization(cell.method).ranks) for cell in cells] == [
+        ("r=1", {"r": 1}),
+        ("r=2", {"r": 2}),
+    ]
+    with pytest.raises(StudyError, match="wrong arguments"):
+        methods.factorization({"line": line, "args": {"r": 1, "q": 2}})
 
 
 def test_a_claimed_run_is_left_alone(table: dict[str, Any], tmp_path: Path) -> None:

@@ -224,6 +224,18 @@ class Stop(Exception):
     pass
 
 
+def test_a_folder_in_which_nothing_was_begun_is_free(tiny: Path, tmp_path: Path) -> None:
+    its: dict[str, Any] = {"model": str(tiny), "task": "digits_upright", "method": {"family": "lora"}}
+    with pytest.raises(StudyError, match="lr = -1"):
+        train(tmp_path / "run", lr=-1, **its)
+    with pytest.raises(StudyError, match="--settings 'dev=N'"):
+        train(tmp_path / "run", dev=10**6, **its)
+    short = {"train": 16, "dev": 8, "eval": 8, "steps": 1, "batch": 4}
+    assert train(tmp_path / "run", **short, **its)["steps"] == 1
+    with pytest.raises(StudyError, match="holds another run"):
+        train(tmp_path / "run", **{**short, "steps": 2}, **its)
+
+
 @pytest.mark.parametrize("by_length", [False, True])
 def test_train_resumes_bit_for_bit_and_keeps_its_adapter(tiny: Path, tmp_path: Path, by_length: bool) -> None:
     def go(out: Path, progress: Any = None) -> dict[str, Any]:

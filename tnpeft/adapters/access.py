@@ -97,6 +97,7 @@ def set_factors(model: nn.Module, values: Mapping[str, Tensor], adapter: str = "
         if name not in named:
             raise NetworkError(f"the adapter has no factor {name!r}", remedy=f"its factors are {', '.join(named)}")
         pieces, grid = named[name]
+        value = torch.as_tensor(value)
         own = [held[piece] for piece in pieces]
         shape = tuple(_stacked(own, pieces, layout, grid).shape)
         if tuple(value.shape) != shape or not torch.isfinite(value).all():

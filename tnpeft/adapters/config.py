@@ -98,10 +98,8 @@ class TensorNetworkConfig(PeftConfig):
         self.peft_type = registration.TENSOR_NETWORK
         *fields, rank_pattern = changes or (None,) * (len(_CHANGES) + 1)
         given = dict(zip(_CHANGES, fields, strict=True))
-        if given["splits"] is not None:
-            given["splits"] = {side: tuple(parts) for side, parts in given["splits"].items()}
-        if given["unit_norm"] is not None:
-            given["unit_norm"] = tuple(given["unit_norm"])
+        for name in ("splits", "unit_norm"):
+            given[name] = _tuples(given[name])
         f = factorization("lora" if self.network is None else self.network, **given)
         self._factorization = with_rank_pattern(f, rank_pattern) if rank_pattern else f
         self.patterns = tuple(rank_pattern or ())
@@ -212,3 +210,10 @@ class TensorNetworkConfig(PeftConfig):
         biases = (".bias",) if self.bias != "none" else ()
         tokens = (".token_adapter.",) if self.trainable_token_indices is not None else ()
         return (*(self.modules_to_save or ()), *tokens, *biases, *EMBEDDING_LAYER_NAMES)
+
+
+def _tuples(value: Any) -> Any:
+    """The value with lists as tuples."""
+    if isinstance(value, Mapping):
+        return {name: _tuples(parts) for name, parts in value.items()}
+    return tuple(value) if isinstance(value, list) else value

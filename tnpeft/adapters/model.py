@@ -219,12 +219,21 @@ class TensorNetworkModel(BaseTuner):
 
     # ---- several adapters
 
-    def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+    def add_weighted_adapter(
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "cat"
+    ) -> None:
         """Add the weighted sum of adapters as one adapter, exactly: the direct sum of their networks.
 
+        PEFT calls that ``cat`` for LoRA, where it puts matrices side by side; there is no other ``combination_type``.
+
         Raises:
-            NetworkError: the sum is not one network (see :func:`tnpeft.adapters.combine.combine`).
+            NetworkError: the sum is not one network (see :func:`tnpeft.adapters.combine.combine`), or another
+                combination is asked for.
         """
+        if combination_type != "cat":
+            raise NetworkError(
+                f"combination_type is {combination_type!r}", remedy="leave it out: the sum is exact, as with 'cat'"
+            )
         combine(self, adapters, weights, adapter_name)
 
     @contextmanager

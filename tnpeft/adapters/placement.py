@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters.sites import select
+from tnpeft.counting.cuts import warn_ranks
 from tnpeft.counting.layout import Layout, Piece, layout
 from tnpeft.networks import REPLICA, Factorization, Line, NetworkError, Site
 from tnpeft.nn.init import Starter, factor_hash
@@ -40,8 +42,9 @@ def place(model: nn.Module, modules: Mapping[str, nn.Module], config: TensorNetw
     The order of layers and projections is written into the configuration; if a file fixed it, it has to agree.
 
     Raises:
-        NetworkError: the network does not fit a linear, needs absurdly many elements, or differs from the file's, or
-            the rank pattern has an entry for none of the linears.
+        NetworkError: the network does not fit a linear, trains nothing, needs absurdly many elements, or differs from
+            the file's, or the rank pattern has an entry for none of the linears.
+        RankWarning: a bond is larger than its cut.
     """
     saved = config.loaded
     places = config.projections or {}
@@ -57,6 +60,12 @@ def place(model: nn.Module, modules: Mapping[str, nn.Module], config: TensorNetw
     check_patterns(config.factorization, config.patterns, [placement.site for placement in found.placements])
     if config.replicas > 1:
         found = layout(config.side_by_side, chosen.sites, found.projs, stack={REPLICA: config.replicas})
+    if not found.count():
+        raise NetworkError(
+            "the network has nothing to train",
+            line=str(config.factorization.network),
+            remedy="declare at least one factor without ~ (frozen) or ^ (constant)",
+        )
     count = found.count(frozen=True)
     most = max(_LEAST, _MOST * sum(p.numel() for p in model.parameters()))
     if count > most:
@@ -68,6 +77,9 @@ def place(model: nn.Module, modules: Mapping[str, nn.Module], config: TensorNetw
     check_beside(model, config)
     if config.stored is not None:
         check_stored(config, found)
+    if not saved:
+        for line, sizes in {(p.line.network, tuple(p.sizes.items())): None for p in found.placements}:
+            warn_ranks(line, dict(sizes))
     config.layers, config.projections = dict(chosen.layers), dict(chosen.projections)
     return found
 
@@ -191,6 +203,12 @@ def start_values(config: TensorNetworkConfig, found: Layout, weight: Callable[[S
     started = []
     for one, seed in zip(layouts, config.seeds, strict=True):
         starter = Starter(one, seed, weight)
+        if starter.away and not config.loaded:
+            warnings.warn(
+                f"the update is not zero at the start, for no factor can be: {starter.away}; if that is meant, name "
+                'the start of every factor, init={"A": "normal(0.02)"}',
+                stacklevel=2,
+            )
         started.append({piece: starter(piece) for piece in one.pieces if piece.label not in constants})
     hashes = frozen_hashes(started[0])
     values = started[0]

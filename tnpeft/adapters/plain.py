@@ -45,7 +45,7 @@ def factorization(given: Any, **changes: Any) -> Factorization:
             remedy="pass a Factorization such as tnpeft.families.lora(rank=8), a family's name, or a line of einsum",
         )
     for name in ("ranks", "splits", "init", "lr_multiplier"):
-        if name in changes:
+        if isinstance(changes.get(name), Mapping):  # anything else is refused by the factorization
             changes[name] = {**getattr(given, name), **changes[name]}
     return _checked(replace(given, **changes))
 
@@ -182,6 +182,8 @@ def _checked(f: Factorization) -> Factorization:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not -_LARGEST <= value <= _LARGEST:
             raise NetworkError(f"{name} is {str(value)[:60]}", remedy="pass a finite number")
+    if f.scale == 0:
+        raise NetworkError("scale is 0: the update would be zero for ever", remedy="pass another number")
     for label, rate in f.lr_multiplier.items():
         if rate < 0:
             raise NetworkError(f"the learning rate of {label!r} is multiplied by {rate}", remedy="pass 0 or more")

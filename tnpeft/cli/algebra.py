@@ -18,6 +18,7 @@ from tnpeft.cli.inputs import (
     SetOption,
     SizeOption,
     TargetsOption,
+    read_budget,
     read_network,
     read_ratios,
     read_sizes,
@@ -215,7 +216,7 @@ def budget(
 
     from tnpeft.counting import budget as rungs
 
-    goal = int(parameters) if parameters.isdecimal() else read_network(parameters, rank)
+    goal = read_budget(parameters, rank)
     if isinstance(goal, Network):
         raise NetworkError(
             "the budget's line has a bond without a rank", line=parameters, remedy="pass --rank NAME=NUMBER"

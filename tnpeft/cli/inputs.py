@@ -64,6 +64,24 @@ def read_network(
     return _family(text, given, dict(_pairs(options or ())))
 
 
+def read_budget(text: str, ranks: Iterable[str] | None = None) -> int | Network | Factorization:
+    """The budget that was typed: a number of parameters, or the network whose count it is.
+
+    Raises:
+        NetworkError: it is no whole number from 1 on, and no network.
+
+    >>> read_budget("196_608"), read_budget("1e5"), read_budget("lora", ["2"]).name
+    (196608, 100000, 'lora')
+    """
+    try:
+        number = float(text.replace(",", ""))
+    except ValueError:
+        return read_network(text, ranks)
+    if not 1 <= number < inf or number != int(number):
+        raise NetworkError(f"the budget is {text}", remedy="give a whole number from 1 on, or a network")
+    return int(number)
+
+
 def read_sizes(sizes: Iterable[str] | None, ranks: Iterable[str] | None = None, net: Any = None) -> dict[str, int]:
     """Sizes by index name; with a bare network its ranks count as sizes too.
 

@@ -8,6 +8,7 @@ from string import ascii_lowercase
 
 from tnpeft.networks import NetworkError
 from tnpeft.networks.factor import Group
+from tnpeft.networks.sizes import check_size
 
 Rank = int | str  # a whole number, or a rule over sizes such as "min(out, inp)"
 Split = Sequence[int | str | None]  # sizes of the digits of a side; None is deduced
@@ -118,12 +119,15 @@ def effective(alpha: float | None, rank: Rank, rslora: bool = False) -> float:
     """The effective scale of the alpha rules: alpha/r, or alpha/sqrt(r) (arXiv 2312.03732); no alpha means alpha = r.
 
     Raises:
-        NetworkError: the scale is to depend on a rank that depends on sizes.
+        NetworkError: rank or alpha is no such number, or the scale is to depend on a rank that depends on sizes.
 
     >>> effective(16, 8), effective(None, 8), effective(16, 4, rslora=True)
     (2.0, 1.0, 8.0)
     """
     if isinstance(rank, int):
+        check_size("rank", rank)
+        if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, int | float)):
+            raise NetworkError(f"alpha is {alpha!r}", remedy="pass a number, or leave it out")
         return (rank if alpha is None else alpha) / (sqrt(rank) if rslora else rank)
     if alpha is not None or rslora:
         raise NetworkError(

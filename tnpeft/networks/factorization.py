@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -126,6 +126,11 @@ class Factorization:
         return Factorization(**{"name": "custom", "lines": (Line(net),), **fields})
 
     def __post_init__(self) -> None:
+        for what in ("ranks", "splits", "init", "lr_multiplier"):
+            if not isinstance(getattr(self, what), Mapping):
+                raise NetworkError(f"{what} is {getattr(self, what)!r}", remedy=f"pass a map, {what}={{name: value}}")
+        if isinstance(self.unit_norm, str) or not isinstance(self.unit_norm, Sequence):
+            raise NetworkError(f"unit_norm is {self.unit_norm!r}", remedy="pass a list of factors' names")
         bonds = {bond for line in self.lines for bond in line.network.bonds}
         labels = {line.network.label(f) for line in self.lines for f in line.network.factors}
         self._known("ranks", self.ranks, bonds, "bonds")
@@ -142,8 +147,32 @@ class Factorization:
                 line=str(self.network),
                 remedy=f"pass ranks={{{missing[0]!r}: 8}}",
             )
+        self._check_splits()
         for line in self.lines:
             _refuse_dead_start(line.network, self.init)
+            for factor in line.network.factors:
+                if line.network.label(factor) in self.unit_norm and not {*factor.indices} & {*line.network.outer}:
+                    raise NetworkError(
+                        f"unit_norm names {factor.name!r}, which has no row or column index to be normalised over",
+                        line=str(line.network),
+                        remedy="leave it out of unit_norm",
+                    )
+
+    def _check_splits(self) -> None:
+        for side, parts in self.splits.items():
+            if isinstance(parts, str) or not isinstance(parts, Sequence):
+                raise NetworkError(
+                    f"the split of {side!r} is {parts!r}", remedy=f"pass a list, splits={{{side!r}: (32, None)}}"
+                )
+            groups = [line.network.rows if side == "out" else line.network.cols for line in self.lines]
+            if all(len(group) != len(parts) for group in groups):
+                raise NetworkError(
+                    f"the split of {side!r} has {len(parts)} parts, and the line's side has {len(groups[0])}: "
+                    f"{' '.join(groups[0])}",
+                    line=str(self.network),
+                    remedy=f"write a group of {len(parts)} indices in the output, such as "
+                    f"({' '.join(f'{side[0]}{k}' for k in range(1, len(parts) + 1))})",
+                )
 
     def _known(self, what: str, given: Any, known: set[str], kind: str) -> None:
         for name in given:

@@ -81,6 +81,7 @@ class Starter:
                 self._places.setdefault(piece, []).append(placement)
         self._named = {label: specs.start(value, label) for label, value in layout.factorization.init.items()}
         self.zeros = specs.zero_labels(layout.factorization, self._named)
+        self.away = specs.starting_away(layout.factorization, self._named, self.zeros)
         self._parts = lru_cache(maxsize=1)(self._svd_of)
         self._cores = lru_cache(maxsize=1)(self._tt_svd_of)
 

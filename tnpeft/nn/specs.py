@@ -202,6 +202,20 @@ def zero_labels(f: Factorization, named: Mapping[str, Start]) -> frozenset[str]:
     return frozenset(zeros)
 
 
+def starting_away(f: Factorization, named: Mapping[str, Start], zeros: frozenset[str]) -> Network | None:
+    """The first network whose update is not zero at the start although not all its starts are named.
+
+    >>> print(starting_away(Factorization.of("A[out r] A[inp r] -> out inp", ranks={"r": 8}), {}, frozenset()))
+    A[out r] A[inp r] -> out inp
+    """
+    for net in dict.fromkeys(line.network for line in f.lines):
+        for term in net.terms:
+            chosen = any(factor.kind == "trainable" and factor.name not in named for factor in term.factors)
+            if chosen and not _has_twins(net) and not any(factor.name in zeros for factor in term.factors):
+                return net
+    return None
+
+
 def _is_zero(given: Start) -> bool:
     if isinstance(given, Tensor):
         return not given.any()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -51,12 +52,14 @@ def train(
         StudyError: data or settings are wrong (nothing has been trained then), or ``out`` holds another run.
     """
     check(method)
+    if not 0 < lr < math.inf:
+        raise StudyError(f"lr = {lr}", where="train", remedy="give a positive learning rate")
     out, its, protocol = Path(out), task_of(task), Protocol.of(settings)
     cache = out / "cache"
     places = {"model": model, "data": data, "tokenizer": tokenizer, "cache": str(cache)}
     identity = backbones.identity(model, cache)
     run = Run(asdict(its), load(its, data).digest, method, protocol.training, lr, seed, identity, places)
-    if (out / "run.json").exists():
+    if (out / "run.json").exists() and begun(out):
         if json.loads((out / "run.json").read_text(encoding="utf-8"))["key"] != run.key:
             raise StudyError("holds another run", where=str(out), remedy="choose another folder, or remove it")
         if (out / "result.json").exists():
@@ -75,3 +78,8 @@ def train(
     if processes.first():
         write_json(out / "result.json", result)
     return result
+
+
+def begun(out: Path) -> bool:
+    """Whether there is anything in a run's folder that another run would spoil."""
+    return (out / "result.json").exists() or any((out / "checkpoints").glob("*"))

@@ -53,7 +53,7 @@ class Data:
             raise StudyError(
                 f"{len(pool)} training examples leave none beside {dev} for dev",
                 where=f"task {self.task.name!r}",
-                remedy="ask for fewer dev examples",
+                remedy="ask for fewer dev examples (dev in the protocol, --settings 'dev=N')",
             )
         train = min(train or len(pool), len(pool) - dev)
         return Splits(tuple(pool[:train]), tuple(pool[train : train + dev]), tuple(held[: evaluation or None]))

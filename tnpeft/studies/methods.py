@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from tnpeft.networks import Factorization
+from tnpeft.networks import Factorization, Network, network
 from tnpeft.studies.files import StudyError
 
 _HEADS = ("score", "classifier")
@@ -34,6 +34,8 @@ def check(method: Method) -> None:
 def factorization(method: Method) -> Factorization:
     """The factorization of a family or of a line with its ranks, splits and so on in ``args``.
 
+    A line's rank may stand there by itself, ``{"r": 2}``, as it does in a grid.
+
     ``change`` replaces attributes of a family's factorization, such as ``lr_multiplier`` or ``scale``.
 
     >>> print(factorization({"line": "B[layer out r] A[r inp] -> layer out inp", "args": {"ranks": {"r": 2}}}).ranks)
@@ -41,11 +43,7 @@ def factorization(method: Method) -> Factorization:
     """
     args = dict(method.get("args", {}))
     if "line" in method:
-        if "splits" in args:
-            args["splits"] = {side: tuple(parts) for side, parts in args["splits"].items()}
-        return Factorization.of(
-            method["line"], **{k: tuple(v) if isinstance(v, list) else v for k, v in args.items()}
-        )
+        return _of_line(network(method["line"]), args)
     from tnpeft import families
 
     tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in args.items()}
@@ -53,6 +51,24 @@ def factorization(method: Method) -> Factorization:
         return replace(families.get(method["family"])(**tuples), **method.get("change", {}))
     except TypeError as error:
         raise StudyError(f"wrong arguments: {error}", where=f"family {method['family']!r}") from None
+
+
+def _of_line(net: Network, args: Mapping[str, Any]) -> Factorization:
+    """A line with its arguments; those called as a bond are its rank."""
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in args.items()}
+    ranks = {name: fields.pop(name) for name in net.bonds if name in fields}
+    if isinstance(fields.get("splits"), Mapping):
+        fields["splits"] = {side: tuple(parts) for side, parts in fields["splits"].items()}
+    if ranks:
+        fields["ranks"] = {**fields.get("ranks", {}), **ranks}
+    try:
+        return Factorization.of(net, **fields)
+    except TypeError as error:
+        raise StudyError(
+            f"wrong arguments: {error}",
+            where=f"line '{net}'",
+            remedy="give ranks by bond, scale, init, splits",
+        ) from None
 
 
 def count(method: Method, model: Any, targets: tuple[str, ...]) -> int | None:

@@ -27,12 +27,21 @@ def report(study: Study, folder: str | Path, out: str | Path, reference: str = "
         reference: the method that others are compared with; the study's first if empty.
 
     Raises:
-        StudyError: no result is there yet.
+        StudyError: no result is there yet, or there is no such reference.
     """
     store, out = Store(Path(folder)), Path(out)
     points = collect(study, store)
+    failed = failures(study, store)
+    if not points and failed:
+        problem = f"no results: all {len(failed)} runs failed, {failed[0][0]} with {failed[0][1]}"
+        raise StudyError(problem, where=study.name, remedy="mend that and run the sweep with --retry")
     if not points:
         raise StudyError("no results yet", where=study.name, remedy="run the sweep first")
+    labels = dict.fromkeys(point.label for point in points)
+    if reference and reference not in labels:
+        raise StudyError(
+            f"there is no method {reference!r}", where=study.name, remedy=f"there are {', '.join(labels)}"
+        )
     facts = {
         "name": study.name,
         "title": str(study.table.get("title", "")),
@@ -47,7 +56,6 @@ def report(study: Study, folder: str | Path, out: str | Path, reference: str = "
         "points": [p.table for p in points],
     }
     write_json(out / f"{study.name}.json", facts)
-    failed = failures(study, store)
     if failed:
         tables.write([{"run": run, "cause": cause} for run, cause in failed], out / f"{study.name}-failed.md")
     return render(facts, out)

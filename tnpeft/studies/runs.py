@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tnpeft.studies.files import canonical, digest, write_json
+from tnpeft.studies.files import StudyError, canonical, digest, write_json
 from tnpeft.studies.protocol import Protocol
 from tnpeft.studies.tasks import Task
 from tnpeft.studies.tasks import task as task_of
@@ -98,7 +98,11 @@ class Store:
             found = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        return found if isinstance(found, dict) else None
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise StudyError("is damaged", where=str(path), remedy="remove it, and the run is made again")
+        return found
 
     @contextlib.contextmanager
     def claim(self, key: str) -> Iterator[bool]:

@@ -163,6 +163,12 @@ def test_the_installed_command_counts_without_torch() -> None:
     assert done.stdout.splitlines()[-1] == "code 0 False"
 
 
+def test_the_version() -> None:
+    import tnpeft
+
+    assert run("--version").stdout == f"tnpeft {tnpeft.__version__}\n"
+
+
 def test_check_takes_a_line_without_ranks_and_refuses_one_without_a_matrix() -> None:
     assert run("check", "A[out inp] -> out inp", "-s", "out=3", "-s", "inp=4").exit_code == 0
     result = run("check", "A[o] -> o")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -47,6 +47,23 @@ Wherever a NETWORK is wanted, write a family's name (`tnpeft families` lists the
 `"B[layer proj out r] A[layer proj r inp] -> layer proj out inp"`. Exit codes: 0 fine, 1 a check failed,
 2 bad input.""",
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from tnpeft import __version__
+
+        typer.echo(f"tnpeft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    asked: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options of the application itself."""
 
 
 def show(data: Any, as_json: bool, text: Callable[[], str]) -> None:

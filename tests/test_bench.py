@@ -265,6 +265,7 @@ class Faked(speed_goals.Results):
         case = {"factors": {"seconds": 1, "saved": 1}, "rebuilt": less}
         rebuilt = {
             "settings": {"sites": 36, "tokens": 128},
+            "floor": {"seconds": 10},
             "constructions": dict.fromkeys(speed_goals.CONSTRUCTIONS, case),
         }
         gain = {

@@ -32,16 +32,16 @@ PEERS = {
 
 
 WHY = {
-    "input": "Bytes kept, with the input: LoKr, LoHa and RandLoRA keep the linear's input for their factors' gradients, "
-    "as PEFT's do, and at many tokens it is a large part of what PEFT's keep. The rows beside the input leave it out.",
+    "input": "Bytes kept, with the input: LoKr, LoHa and RandLoRA keep the linear's input for the gradients of their "
+    "factors, as PEFT's do, and at many tokens it is a large part of what PEFT's keep. The rows beside the input leave "
+    "it out.",
     "loha": "Bytes kept, beside the input: LoHa is as wide inside as the square of its rank, here 64, and its narrow "
     "results at 1,024 tokens are a ninth of a 768 x 768 update, which is what PEFT keeps of it.",
-    "rebuilt": "Against rebuilding, time: a tensor of Att, QKV or Att_QKV spans one site to three, and rebuilding it "
-    "costs little beside the dense products of forward and backward in which it is then used; the narrow products take "
-    "the time of reading and writing the linears' inputs and outputs once more. The wider the tensor spans, the "
-    "larger the gain.",
-    "replicas": "Replicas: the arithmetic of the frozen backbone takes nearly all the time of a step of that size, and "
-    "one pass saves only what a step costs however small it is.",
+    "rebuilt": "Against rebuilding, time: a tensor that spans few sites costs little to rebuild beside the dense "
+    "products of forward and backward in which it is then used, and the narrow products take the time of reading and "
+    "writing the linears' inputs and outputs once more. The more sites a tensor spans, the larger the gain.",
+    "replicas": "Replicas: the arithmetic of the frozen backbone takes nearly all the time of a step of that size, "
+    "and one pass saves only what a step costs however small it is.",
 }
 
 

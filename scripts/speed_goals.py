@@ -33,8 +33,8 @@ PEERS = {
 
 WHY = {
     "input": "Bytes kept, with the input: LoKr, LoHa and RandLoRA keep the linear's input for the gradients of their "
-    "factors, as PEFT's do, and at many tokens it is a large part of what PEFT's keep. The rows beside the input leave "
-    "it out.",
+    "factors, as PEFT's do, and at many tokens it is a large part of what PEFT's keep. The rows beside the input "
+    "leave it out.",
     "loha": "Bytes kept, beside the input: LoHa is as wide inside as the square of its rank, here 64, and its narrow "
     "results at 1,024 tokens are a ninth of a 768 x 768 update, which is what PEFT keeps of it.",
     "rebuilt": "Against rebuilding, time: a tensor that spans few sites costs little to rebuild beside the dense "

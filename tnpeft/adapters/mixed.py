@@ -11,7 +11,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from tnpeft.adapters.prepared import may_keep
-from tnpeft.networks import REPLICA
+from tnpeft.networks import REPLICA, NetworkError
 from tnpeft.networks.replicas import with_replicas
 from tnpeft.nn.execute import Program, program
 
@@ -54,6 +54,30 @@ class Named:
         if x.dim() == 2 and tokens in self._lengths and len(x) == tokens * len(self.names):
             return [name for name in self.names for _ in range(tokens)]
         return self.names
+
+
+def check_names(names: Sequence[str], configs: Mapping[str, Any]) -> None:
+    """Raise unless every row's adapter is one of the configured ones, or none.
+
+    Raises:
+        NetworkError: there are no names, an adapter is unknown, or it is several replicas.
+
+    >>> check_names(["a", "__base__"], {"b": None})
+    Traceback (most recent call last):
+    tnpeft.networks.errors.NetworkError: there is no adapter 'a'
+    there are b
+    """
+    if not names:
+        raise NetworkError("adapter_names is empty", remedy="name one adapter per row")
+    unknown = sorted(set(names) - {BASE, *configs})
+    if unknown:
+        raise NetworkError(f"there is no adapter {unknown[0]!r}", remedy=f"there are {', '.join(configs)}")
+    for name in set(names) - {BASE}:
+        if configs[name].replicas > 1:
+            raise NetworkError(
+                f"{name!r} is {configs[name].replicas} replicas, which take a batch in blocks",
+                remedy="take them out with tnpeft.replicas.attach and name the one for each row",
+            )
 
 
 def expanded(names: Sequence[str], options: Mapping[str, Any]) -> list[str]:

@@ -23,7 +23,7 @@ from tnpeft.adapters.config import TensorNetworkConfig
 from tnpeft.adapters.files import check_shapes
 from tnpeft.adapters.guard import watch
 from tnpeft.adapters.layer import TensorNetworkLinear
-from tnpeft.adapters.mixed import BASE, Named, expanded
+from tnpeft.adapters.mixed import Named, check_names, expanded
 from tnpeft.adapters.placement import base_constants, expected_shapes, place, start_values
 from tnpeft.adapters.siblings import join
 from tnpeft.adapters.sites import beside, card_of, resolve
@@ -245,19 +245,7 @@ class TensorNetworkModel(BaseTuner):
             return
         if self.model.training:
             raise NetworkError("adapter_names is for inference", remedy="call model.eval() first")
-        if not names:
-            raise NetworkError("adapter_names is empty", remedy="name one adapter per row")
-        unknown = sorted(set(names) - {BASE, *self.peft_config})
-        if unknown:
-            raise NetworkError(
-                f"there is no adapter {unknown[0]!r}", remedy=f"there are {', '.join(self.peft_config)}"
-            )
-        for name in set(names) - {BASE}:
-            if self.peft_config[name].replicas > 1:
-                raise NetworkError(
-                    f"{name!r} is {self.peft_config[name].replicas} replicas, which take a batch in blocks",
-                    remedy="take them out with tnpeft.replicas.attach and name the one for each row",
-                )
+        check_names(names, self.peft_config)
         named = Named(expanded(names, kwargs))
         handles = [self.model.register_forward_pre_hook(named.enter, with_kwargs=True)]
         for module in self.modules():

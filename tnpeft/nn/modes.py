@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module
+from torch.utils.module_tracker import ModuleTracker
 
 
 def autocasting(kind: str) -> bool:
@@ -32,7 +33,22 @@ def transformed() -> bool:
 def hooked() -> bool:
     """Whether every module's call is looked on at, by a hook of all modules.
 
-    >>> hooked()
+    Torch's tracker of modules, which its flop counter uses, is none: it notes names, and what is counted should be
+    what is done without it.
+
+    >>> from torch.utils.flop_counter import FlopCounterMode
+    >>> with FlopCounterMode(display=False):
+    ...     hooked()
     False
     """
-    return bool(_has_any_global_hook())
+    if not module._has_any_global_hook():
+        return False
+    kinds = (
+        module._global_forward_pre_hooks,
+        module._global_forward_hooks,
+        module._global_backward_pre_hooks,
+        module._global_backward_hooks,
+    )
+    return any(
+        not isinstance(getattr(hook, "__self__", None), ModuleTracker) for its in kinds for hook in its.values()
+    )

@@ -58,7 +58,7 @@ def sweep(study: Study, folder: str | Path, engine: Engine | None = None, say: S
             tally.kept += len(fresh) - len(missing)
             say(f"{study.name}, {title}: {len(fresh)} runs, {len(missing)} to make, {engine.width} side by side")
             _make(missing, store, workers, tally, say)
-    say(str(tally) + ("; failed runs are left so, --retry makes them again" if tally.failed else ""))
+    say(str(tally) + ("; failed runs stay so, --retry makes them again" if tally.failed else ""))
     return tally
 
 

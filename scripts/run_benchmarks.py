@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -34,6 +35,8 @@ RUNS = {
     "replicas_kept": "bench_replicas.py --samples 3 --clock cpu --batches 16x32 16x64 --name replicas_kept",
     "packs": "bench_packs.py --cache runs/cache",
     "step": "bench_step.py --layers 2 --samples 5 --clock cpu",
+    "step_lora": "bench_step.py --layers 2 --samples 41 --clock cpu --name step_lora "
+    "--only 'PEFT LoRA r=8' 'lora rank=8'",
     "sst2": "bench_sst2.py --steps 7 --samples 3 --clock cpu",
 }
 SENTENCES = ("sst2",)  # which take data and a tokenizer, from the Hugging Face hub unless they are given
@@ -64,7 +67,7 @@ def main() -> None:
     if unknown:
         sys.exit(f"there is no benchmark {unknown[0]!r}; there are {', '.join(RUNS)}")
     for name in options.names or RUNS:
-        script, *rest = RUNS[name].split()
+        script, *rest = shlex.split(RUNS[name])
         note, what = options.done / f"{name}.txt", f"{code()} {RUNS[name]}\n"
         if not options.again and note.is_file() and note.read_text() == what and _result(options.out, name).is_file():
             print(f"== {name} has run", file=sys.stderr, flush=True)

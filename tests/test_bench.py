@@ -280,7 +280,7 @@ class Faked(speed_goals.Results):
         machine = {"cores": 2, "processor": "P", "torch": "T", "peft": "F"}
         self.data: dict[str, Any] = {
             "step_bare": {"cases": over, "machine": machine},
-            "step": {"cases": over},
+            "step_lora": {"cases": over},
             "decode": {"cases": over},
             "saved": {
                 "cases": [

@@ -65,10 +65,9 @@ class Program:
 
     ``labels`` is the order in which the factors' tensors are passed; ``prepares`` says that something is computed
     from the factors alone, ``again`` names the steps that the backward pass takes again instead of keeping what they
-    gave; a program is ``direct`` if all activations pass
-    between two matrices (most families' do); ``first`` is its first step, if that can be taken elsewhere. A call is a
-    pure function of factors, activations and base output: no state, so checkpointing, compiling and double
-    differentiation work.
+    gave; a program is ``direct`` if all activations pass between two matrices (most families' do); ``first`` is its
+    first step, if that can be taken elsewhere. A call is a pure function of factors, activations and base output: no
+    state, so checkpointing, compiling and double differentiation work.
 
     The ``plan`` is that of the update alone, ``joined`` the one that has the base weight as an operand: it is run
     where the two are one operation and the weight can take the update, which half precision cannot.

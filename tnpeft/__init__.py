@@ -13,13 +13,17 @@ from tnpeft import registration
 __version__ = "0.1.0"
 
 _HOME = {
+    "AdapterFileError": "networks",
+    "ConfigError": "networks",
     "Factor": "networks",
     "Factorization": "networks",
     "Line": "networks",
     "Network": "networks",
     "NetworkError": "networks",
     "Site": "networks",
+    "StudyError": "networks",
     "Term": "networks",
+    "TnpeftError": "networks",
     "network": "networks",
     "parameters": "counting",
     "parameters_by_factor": "counting",

@@ -1,6 +1,6 @@
 """WHAT a factorization is: factors, networks, factorizations, sites, their notation and their errors."""
 
-from tnpeft.networks.errors import NetworkError
+from tnpeft.networks.errors import AdapterFileError, ConfigError, NetworkError, StudyError, TnpeftError
 from tnpeft.networks.factor import Factor, Term
 from tnpeft.networks.factorization import STACK, Factorization, Line, Site
 from tnpeft.networks.network import Network
@@ -10,13 +10,17 @@ from tnpeft.networks.replicas import REPLICA, common, replicated
 __all__ = [
     "REPLICA",
     "STACK",
+    "AdapterFileError",
+    "ConfigError",
     "Factor",
     "Factorization",
     "Line",
     "Network",
     "NetworkError",
     "Site",
+    "StudyError",
     "Term",
+    "TnpeftError",
     "common",
     "network",
     "replicated",

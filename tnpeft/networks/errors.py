@@ -1,11 +1,15 @@
-"""One error type: what is wrong, where in the line, and what to change."""
+"""The family of errors: each names the problem, quotes the line where there is one, and ends with the remedy."""
 
 from __future__ import annotations
 
 _WINDOW = 88  # characters of the line that an error quotes
 
 
-class NetworkError(ValueError):
+class TnpeftError(ValueError):
+    """Base class of every error that tnpeft raises on bad input."""
+
+
+class NetworkError(TnpeftError):
     """A bad network, size or factorization.
 
     The message names the problem, quotes the line with a caret under ``position`` (when both are known) and
@@ -28,11 +32,32 @@ class NetworkError(ValueError):
         super().__init__("\n".join(parts))
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild, (self.problem, self.line, self.position, self.remedy)
+        return _rebuild, (type(self), self.problem, self.line, self.position, self.remedy)
 
 
-def _rebuild(problem: str, line: str, position: int | None, remedy: str) -> NetworkError:
-    return NetworkError(problem, line=line, position=position, remedy=remedy)
+class ConfigError(NetworkError):
+    """A bad adapter configuration, or one that does not fit the model.
+
+    A subclass of `NetworkError`: code that catches only that class keeps catching what a configuration can raise.
+    """
+
+
+class AdapterFileError(NetworkError):
+    """An adapter folder or file that is damaged, incomplete or belongs to another model.
+
+    A subclass of `NetworkError` for the same reason as `ConfigError`.
+    """
+
+
+class StudyError(TnpeftError):
+    """A bad study file, task, record or training setting; the message says where and what to change."""
+
+    def __init__(self, problem: str, *, where: str = "", remedy: str = "") -> None:
+        super().__init__("".join((f"{where}: " if where else "", problem, f"; {remedy}" if remedy else "")))
+
+
+def _rebuild(kind: type[NetworkError], problem: str, line: str, position: int | None, remedy: str) -> NetworkError:
+    return kind(problem, line=line, position=position, remedy=remedy)
 
 
 def _quote(line: str, position: int | None) -> list[str]:

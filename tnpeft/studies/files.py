@@ -13,12 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-
-class StudyError(ValueError):
-    """Something in a study's files or settings is wrong; the message says where and what to change."""
-
-    def __init__(self, problem: str, *, where: str = "", remedy: str = "") -> None:
-        super().__init__("".join((f"{where}: " if where else "", problem, f"; {remedy}" if remedy else "")))
+from tnpeft.networks.errors import StudyError
 
 
 def canonical(value: Any) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tnpeft.adapters.sites import select
 from tnpeft.counting.cuts import warn_ranks
 from tnpeft.counting.layout import Layout, Piece, layout
-from tnpeft.networks import REPLICA, Factorization, Line, NetworkError, Site
+from tnpeft.networks import REPLICA, ConfigError, Factorization, Line, NetworkError, Site
 from tnpeft.nn.init import Starter, factor_hash
 from tnpeft.registration import PREFIX
 
@@ -57,6 +57,7 @@ def place(model: nn.Module, modules: Mapping[str, nn.Module], config: TensorNetw
             remedy="load it onto the model class that it was trained on",
         )
     found = layout(config.factorization, chosen.sites, [*chosen.projections])
+    check_experts(found)
     check_patterns(config.factorization, config.patterns, [placement.site for placement in found.placements])
     if config.replicas > 1:
         found = layout(config.side_by_side, chosen.sites, found.projs, stack={REPLICA: config.replicas})
@@ -82,6 +83,29 @@ def place(model: nn.Module, modules: Mapping[str, nn.Module], config: TensorNetw
             warn_ranks(line, dict(sizes))
     config.layers, config.projections = dict(chosen.layers), dict(chosen.projections)
     return found
+
+
+def check_experts(found: Layout) -> None:
+    """Raise if a line with the index ``expert`` serves a weight that has no experts.
+
+    Raises:
+        ConfigError: there is one.
+
+    >>> f = Factorization.of("B[expert out r] A[r inp] -> expert out inp", ranks={"r": 2})
+    >>> check_experts(layout(f, [Site(0, "q_proj", 2, 3)]))
+    Traceback (most recent call last):
+    tnpeft.networks.errors.ConfigError: the index 'expert' has no meaning on q_proj (2 x 3): it is a linear, not a...
+    """
+    for placement in found.placements:
+        net, site = placement.line.network, placement.site
+        if "expert" in net.indices and not site.experts:
+            raise ConfigError(
+                f"the index 'expert' has no meaning on {site.proj} ({site.out} x {site.inp}): it is a linear, not a "
+                "weight of several experts",
+                line=str(net),
+                position=str(net).index("expert"),
+                remedy="leave 'expert' out of the line, or target weights that hold one matrix for every expert",
+            )
 
 
 def check_patterns(f: Factorization, patterns: Sequence[str], sites: Sequence[Site]) -> None:

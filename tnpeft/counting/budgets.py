@@ -9,7 +9,7 @@ from numbers import Integral
 
 from tnpeft.counting.cards import Model, Targets, sites
 from tnpeft.counting.cuts import cuts
-from tnpeft.counting.layout import layout
+from tnpeft.counting.layout import layout, stack_sizes
 from tnpeft.counting.parameters import parameters as count_parameters
 from tnpeft.networks import Factorization, Network, NetworkError, Site, network
 from tnpeft.networks.sizes import Size, Sizes, integers
@@ -131,7 +131,7 @@ class _Ground:
 
     def count(self, f: Factorization) -> int:
         if self.sites is not None:
-            return layout(f, self.sites, stack=self._stack()).count()
+            return layout(f, self.sites, stack=stack_sizes(f, self.given)).count()
         [(net, sizes)] = self.placed(f)
         return int(count_parameters(net, sizes))
 
@@ -140,12 +140,10 @@ class _Ground:
         if self.sites is None:
             return [(f.network, integers(f.network, f.bind(self.given, {})))]
         seen = {
-            (p.line.network, tuple(p.sizes.items())) for p in layout(f, self.sites, stack=self._stack()).placements
+            (p.line.network, tuple(p.sizes.items()))
+            for p in layout(f, self.sites, stack=stack_sizes(f, self.given)).placements
         }
         return [(net, dict(sizes)) for net, sizes in seen]
-
-    def _stack(self) -> dict[str, int]:
-        return {name: self.given[name] for name in ("task", "replica") if name in self.given}
 
 
 def _factorization(each: str | Network | Factorization) -> Factorization:

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
-from tnpeft.networks import Factorization, Line, Network, NetworkError, Site
+from tnpeft.networks import STACK, Factorization, Line, Network, NetworkError, Site
 from tnpeft.networks.factor import Group, Kind
-from tnpeft.networks.sizes import bind, integers
+from tnpeft.networks.sizes import Size, bind, check_size, integers
 
 # The order of projections when the user gives none; names outside it follow in alphabetical order.
 _ORDER = (
@@ -94,8 +94,9 @@ def layout(
     """Place a factorization on sites.
 
     A factor is stored once for every value of ``layer`` and ``proj`` that it carries and for every distinct
-    shape; every other sharing is by not carrying the index. ``projs`` fixes the order of the projections, ``stack``
-    gives the sizes of ``task`` and ``replica``.
+    shape; every other sharing is by not carrying the index. Any other stack index stays an axis of the array:
+    ``expert`` has the site's number of experts (1 for a linear, which is one expert), ``stack`` gives the sizes of
+    ``task``, ``replica`` and further ones. ``projs`` fixes the order of the projections.
 
     Raises:
         NetworkError: a line does not fit a site (the message names it), or a stack index has no meaning in a model.
@@ -111,15 +112,15 @@ def layout(
     lines = [f.line_for(site) for site in chosen]
     axes = _axes(chosen, lines, stack or {})
     networks = {line: _site_network(line.network) for line in axes}
-    molds: dict[tuple[Line, int, int, int], _Mold] = {}
+    molds: dict[tuple[Line, int, int, int, int], _Mold] = {}
     for site, line in zip(chosen, lines, strict=True):
-        key = line, site.out, site.inp, site.heads
+        key = line, site.out, site.inp, site.heads, site.experts
         if key not in molds:
             molds[key] = _mold(line, networks[line], _site_sizes(f, line, site, axes[line]))
     several = _several_shapes(molds.values())
     placements = []
     for site, line in zip(chosen, lines, strict=True):
-        mold = molds[line, site.out, site.inp, site.heads]
+        mold = molds[line, site.out, site.inp, site.heads, site.experts]
         pieces = {cast.label: _piece(site, cast, cast.label in several) for cast in mold.casts}
         placements.append(Placement(site, line, mold.network, mold.sizes, pieces))
     layers = tuple(sorted({site.layer for site in chosen}))
@@ -143,14 +144,26 @@ def sorted_projs(names: Iterable[str], wanted: Sequence[str] = ()) -> tuple[str,
     return tuple(sorted(names, key=place))
 
 
+def stack_sizes(f: Factorization, given: Mapping[str, Size]) -> dict[str, int]:
+    """The sizes among ``given`` of the stack indices that no model decides: all but layer, proj and expert.
+
+    >>> f = Factorization.of("A[scene out inp] -> scene out inp")
+    >>> stack_sizes(f, {"scene": 24, "layer": 3})
+    {'scene': 24}
+    """
+    named = dict.fromkeys(index for line in f.lines for index in line.network.stack)
+    return {i: check_size(i, given[i]) for i in named if i in given and i not in ("layer", "proj", "expert")}
+
+
 def _site_sizes(f: Factorization, line: Line, site: Site, stack: dict[str, int]) -> dict[str, int]:
     given = {"out": site.out, "inp": site.inp, "heads": site.heads}
-    unknown = [i for i in line.network.stack if i not in ("layer", "proj", "task", "replica")]
+    stack = {**stack, "expert": max(site.experts, 1)}
+    unknown = [i for i in line.network.stack if i not in STACK and i not in stack]
     if unknown:
         raise NetworkError(
             f"the stack index {unknown[0]!r} has no meaning in a model",
             line=str(line.network),
-            remedy="name stack indices from layer, proj, task, replica",
+            remedy=f"name stack indices from {', '.join(STACK)}, or give the size of {unknown[0]!r}",
         )
     try:
         sizes = f.sizes({**stack, **{k: v for k, v in given.items() if v}}, line=line)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from tnpeft.counting.cards import Model, Targets, sites
-from tnpeft.counting.layout import Layout, layout
+from tnpeft.counting.layout import Layout, layout, stack_sizes
 from tnpeft.networks import Factor, Factorization, Network, NetworkError
 from tnpeft.networks.sizes import Size, Sizes, bind, check_size, product, require_network
 
@@ -176,7 +176,7 @@ def layout_on(
     targets: Targets = None,
     **more: Size,
 ) -> Layout:
-    """The layout over a model's sites; ranks, splits and the sizes of ``task`` and ``replica`` come by name.
+    """The layout over a model's sites; ranks, splits and the sizes of other stack indices come by name.
 
     Raises:
         NetworkError: a rank is missing, or a size is given that the model decides.
@@ -187,8 +187,8 @@ def layout_on(
     24576
     """
     given = {**(sizes or {}), **more}
-    stack: dict[str, int] = {name: check_size(name, given[name]) for name in ("task", "replica") if name in given}
-    return layout(with_sizes(net, given, more), sites(model, targets), stack=stack)
+    f = with_sizes(net, given, more)
+    return layout(f, sites(model, targets), stack=stack_sizes(f, given))
 
 
 def with_sizes(net: Network | Factorization, given: Mapping[str, Size], keywords: Sizes) -> Factorization:
@@ -205,8 +205,9 @@ def with_sizes(net: Network | Factorization, given: Mapping[str, Size], keywords
     require_network(nets[0])
     bonds = {bond for its in nets for bond in its.bonds}
     grouped = {i for its in nets for group in (its.rows, its.cols) if len(group) > 1 for i in group}
+    stacks = {index for its in nets for index in its.stack} - {"layer", "proj", "expert"}
     for name in keywords:
-        if name not in bonds | grouped | {"task", "replica"}:
+        if name not in bonds | grouped | stacks | {"task", "replica"}:
             known = name in nets[0].indices
             raise NetworkError(
                 f"the size of {name!r} comes from the model" if known else f"{name!r} is no index of the line",

@@ -12,19 +12,20 @@ from tnpeft.networks.network import Network
 from tnpeft.networks.notation import network
 from tnpeft.networks.sizes import Size, Sizes, bind, check_size, evaluate, split
 
-STACK = ("layer", "proj", "task", "replica")  # the stack indices that have a meaning in a model
+STACK = ("layer", "proj", "expert", "task", "replica")  # the stack indices that have a meaning in a model
 
 
 @dataclass(frozen=True)
 class Site:
-    """One matrix that is updated: a linear of a model, or a named slice of one.
+    """One matrix that is updated: a linear of a model, or a named slice of one; or one matrix of every expert.
 
     ``layer`` counts the targeted layers from 0; ``proj`` is the projection's name (``q_proj``; a slice adds
     its place, ``fc1/out:0``); ``out`` and ``inp`` are its numbers of features; ``heads`` its number of attention
-    heads (of k and v: the grouped ones), 0 if unknown; ``module`` the linear's dotted path.
+    heads (of k and v: the grouped ones), 0 if unknown; ``module`` the linear's dotted path; ``experts`` the number
+    of experts of a weight that holds one matrix for each, 0 for a linear.
 
     >>> Site(0, "fc1", 3072, 768).squares()[1]
-    Site(layer=0, proj='fc1/out:1', out=768, inp=768, heads=0, module='', start=768)
+    Site(layer=0, proj='fc1/out:1', out=768, inp=768, heads=0, module='', start=768, experts=0)
     """
 
     layer: int
@@ -34,6 +35,7 @@ class Site:
     heads: int = 0
     module: str = ""
     start: int = 0
+    experts: int = 0
 
     def squares(self) -> tuple[Site, ...]:
         """This site cut along its longer side into square slices, in order; itself if it is square.

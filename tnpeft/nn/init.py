@@ -112,7 +112,9 @@ class Starter:
     def _value(self, spec: Spec, piece: Piece, placement: Placement, key: _Key) -> Array | Tensor:
         if spec.name in ("svd", "tt_svd", "base"):
             return self._from_weight(spec, piece)
-        stacked = next((axis for axis, index in enumerate(piece.indices) if index in ("replica", "task")), None)
+        stacked = next(
+            (axis for axis, index in enumerate(piece.indices) if index in ("replica", "task", "expert")), None
+        )
         if stacked is not None:
             return self._slices(spec, piece, placement, key, stacked)
         if spec.name in ("zeros", "ones", "constant"):
@@ -126,7 +128,7 @@ class Starter:
         return (patterns.dct if spec.name == "dct" else patterns.circulant)(piece, placement)
 
     def _slices(self, spec: Spec, piece: Piece, placement: Placement, key: _Key, axis: int) -> Array:
-        """A factor over replicas or tasks: each replica as a run of its own, with the next seed, would start."""
+        """A factor over replicas, tasks or experts; a replica starts as its own run with the next seed would."""
         part = replace(
             piece,
             indices=piece.indices[:axis] + piece.indices[axis + 1 :],

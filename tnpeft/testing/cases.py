@@ -79,8 +79,9 @@ def small_layout(f: Factorization, sites: Iterable[Site] | None = None) -> Layou
     if sites is not None:
         return layout(f, sites, stack=_STACK)
     served = []
+    experts = 2 if any("expert" in line.network.stack for line in f.lines) else 0
     for proj, (out, inp) in _SIDES.items():
-        trial = [Site(layer, proj, out, inp, heads=2) for layer in range(2)]
+        trial = [Site(layer, proj, out, inp, heads=2, experts=experts) for layer in range(2)]
         try:
             layout(f, trial, stack=_STACK)
         except NetworkError:

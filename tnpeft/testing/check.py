@@ -132,7 +132,9 @@ def _placed(net: Network, sizes: Sizes) -> Layout | None:
         return None
     rows, cols = (prod(sizes[index] for index in group) for group in (net.rows, net.cols))
     heads = sizes.get("head", 0)
-    return small_layout(small_factorization(net, sizes), [Site(0, "q_proj", rows, cols, heads)])
+    return small_layout(
+        small_factorization(net, sizes), [Site(0, "q_proj", rows, cols, heads, experts=sizes.get("expert", 0))]
+    )
 
 
 def _over(tried: Iterable[Tried], name: str, ask: Callable[[Tried], Answer]) -> Finding:

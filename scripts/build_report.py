@@ -97,7 +97,7 @@ class Facts:
         return f"{100 * self._summary(study, task, method, size).mean:.1f} %"
 
     def _summary(self, study: str, task: str, method: str, size: str) -> Summary:
-        return summary(list(self.point(study, task, method, size)["scores"].values()))
+        return summary(self.point(study, task, method, size)["scores"])
 
     def seeds(self, study: str) -> int:
         """The least number of seeds behind a point."""
@@ -106,8 +106,8 @@ class Facts:
     def difference(self, study: str, task: str, one: Sequence[str], other: Sequence[str]) -> str:
         """``one`` minus ``other`` (method, size) over shared seeds, in points, with its interval."""
         its = self._difference(study, task, one, other)
-        seeds = f"{its.n} seeds" if its.n > 1 else "1 seed"
-        return f"{100 * its.mean:+.1f} points ({100 * its.low:+.1f} to {100 * its.high:+.1f}, {seeds})"
+        within = f"{100 * its.low:+.1f} to {100 * its.high:+.1f}, {its.n} seeds" if its.n > 1 else "1 seed"
+        return f"{100 * its.mean:+.1f} points ({within})"
 
     def _difference(self, study: str, task: str, one: Sequence[str], other: Sequence[str]) -> Summary:
         first, second = (self.point(study, task, *of)["scores"] for of in (one, other))
@@ -116,24 +116,13 @@ class Facts:
             raise Missing(f"{one} and {other} share no seed in {study}")
         return its
 
-    def verdict(self, study: str, task: str, one: Sequence[str], other: Sequence[str]) -> str:
-        """``higher`` or ``lower`` if the interval leaves out zero, else ``not told apart``; of one seed nothing."""
-        its = self._difference(study, task, one, other)
-        if its.n == 1:
-            return "one seed only"
-        return "higher" if its.low > 0 else "lower" if its.high < 0 else "not told apart"
-
-    def finding(self, study: str, task: str, one: Sequence[str], other: Sequence[str]) -> str:
-        """The verdict and the difference."""
-        return f"{self.verdict(study, task, one, other)}: {self.difference(study, task, one, other)}"
-
     def ranking(self, study: str, task: str) -> str:
         """All points of a task by their means, with the learning rate and the difference from the first method."""
         points = [p for p in self.data(study)["points"] if p["task"] == task]
         base = points[0]
         rows = []
-        for p in sorted(points, key=lambda p: -summary(list(p["scores"].values())).mean):
-            its, gap = summary(list(p["scores"].values())), paired(p["scores"], base["scores"])
+        for p in sorted(points, key=lambda p: -summary(p["scores"]).mean):
+            its, gap = summary(p["scores"]), paired(p["scores"], base["scores"])
             rows.append(
                 {
                     "method": p["method"],

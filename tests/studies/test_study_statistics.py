@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import given, strategies
+from scipy import stats
 
 from tnpeft.studies import figures, tables
 from tnpeft.studies.results import Point, nearest
 from tnpeft.studies.scoring import metric
-from tnpeft.studies.statistics import best_under, interval, paired, summary
+from tnpeft.studies.statistics import (
+    best_under,
+    findings,
+    holm,
+    interval,
+    p_different,
+    p_equivalent,
+    paired,
+    summary,
+    variance_between,
+    variance_ratio,
+)
 
 
 def point(label: str, parameters: int, scores: dict[int, float], task: str = "sst2", kind: str = "family") -> Point:
@@ -29,31 +42,128 @@ def test_summary_is_numpys() -> None:
     assert found.sd == pytest.approx(values.std(ddof=1), rel=1e-12)
 
 
-def test_the_interval_covers_as_often_as_it_says() -> None:
-    draw = np.random.default_rng(1)
-    hits = 0
-    for _ in range(200):
-        low, high = interval(list(draw.normal(0, 1, 40)), draws=400)
-        hits += low <= 0 <= high
-    # binomial(200, 0.95) lies above 176 with probability 0.9998; the percentile bootstrap at n = 40 covers about 0.94
-    assert hits > 176
+def far(hits: int, draws: int, chance: float) -> float:
+    """Distance of a count from what a binomial chance says, in standard deviations."""
+    return (hits / draws - chance) / math.sqrt(chance * (1 - chance) / draws)
 
 
-def test_the_interval_is_the_normal_ones_for_many_scores_and_repeats() -> None:
-    values = list(np.random.default_rng(2).normal(0, 1, 400))
+@pytest.mark.parametrize("n", [2, 3, 5, 8, 12])
+@pytest.mark.parametrize("level", [0.8, 0.95])
+def test_intervals_cover_as_often_as_they_say(n: int, level: float) -> None:
+    draw, draws = np.random.default_rng(n), 2000
+    found = [interval(list(draw.normal(3, 2, n)), level) for _ in range(draws)]
+    assert abs(far(sum(low <= 3 <= high for low, high in found), draws, level)) < 4
+
+
+def test_intervals_over_backbones_cover_where_seeds_of_one_backbone_are_alike() -> None:
+    draw, draws, hits, naive = np.random.default_rng(7), 1000, 0, 0
+    for _ in range(draws):
+        shared = draw.normal(0, 1, 8)
+        scores = {f"{b}/{s}": shared[b] + draw.normal(0, 0.3) for b in range(8) for s in range(3)}
+        its = summary(scores)
+        assert (its.n, its.replicates) == (8, 24)
+        hits += its.low <= 0 <= its.high
+        low, high = interval(list(scores.values()))
+        naive += low <= 0 <= high
+    assert abs(far(hits, draws, 0.95)) < 4
+    assert far(naive, draws, 0.95) < -10  # what counting every seed as independent would claim
+
+
+def test_one_score_says_nothing_of_the_mean() -> None:
+    assert interval([0.5]) == (-math.inf, math.inf)
+    assert (summary([0.5]).n, summary([0.5]).sd) == (1, 0.0)
+    assert p_different([0.5]) == p_equivalent([0.5], 1.0) == 1.0
+
+
+@given(strategies.lists(strategies.floats(-1, 1).map(lambda x: round(x, 3)), min_size=2, max_size=12))
+def test_p_values_are_scipys_and_agree_with_the_interval(values: list[float]) -> None:
+    if len(set(values)) == 1:
+        assert p_different(values) == (1.0 if values[0] == 0 else 0.0)
+        return
     low, high = interval(values)
-    half = 1.96 * np.std(values) / 20
-    assert low == pytest.approx(np.mean(values) - half, abs=0.01)
-    assert high == pytest.approx(np.mean(values) + half, abs=0.01)
-    assert interval(values) == (low, high)
+    wanted = stats.ttest_1samp(values, 0.0).pvalue
+    assert p_different(values) == pytest.approx(wanted, rel=1e-6, abs=1e-12)
+    if abs(wanted - 0.05) > 1e-6:
+        assert (p_different(values) < 0.05) == (not low <= 0 <= high)
+    sides = [
+        stats.ttest_1samp(values, side, alternative=kind).pvalue for side, kind in ((-0.5, "greater"), (0.5, "less"))
+    ]
+    assert p_equivalent(values, 0.5) == pytest.approx(max(sides), rel=1e-6, abs=1e-9)
 
 
-def test_paired_differences_use_shared_seeds_alone() -> None:
+@given(strategies.lists(strategies.floats(0, 1), min_size=1, max_size=8))
+def test_holm_is_the_step_down_procedure(ps: list[float]) -> None:
+    adjusted = holm(ps)
+    assert all(one >= p for one, p in zip(adjusted, ps, strict=True))
+    left = sorted(range(len(ps)), key=ps.__getitem__)
+    rejected = set()
+    for rank, place in enumerate(left):
+        if ps[place] > 0.05 / (len(ps) - rank):
+            break
+        rejected.add(place)
+    ours = {place for place, p in enumerate(adjusted) if p <= 0.05}
+    assert ours == rejected or any(abs(adjusted[place] - 0.05) < 1e-12 for place in ours ^ rejected)
+
+
+def drawn(
+    draw: np.random.Generator, n: int, means: list[float]
+) -> list[tuple[str, dict[int, float], dict[int, float], float]]:
+    """Contrasts of these means against one common reference, margin 1, differences of standard deviation 1.4."""
+    base = dict(enumerate(draw.normal(0, 1, n)))
+    return [(f"c{k}", dict(enumerate(draw.normal(mean, 1, n))), base, 1.0) for k, mean in enumerate(means)]
+
+
+@pytest.mark.parametrize(("mean", "wrong"), [(0.0, ("higher", "lower")), (1.0, ("equivalent", "within"))])
+def test_a_study_is_wrong_about_any_contrast_as_often_as_stated(mean: float, wrong: tuple[str, str]) -> None:
+    draw, draws, errors = np.random.default_rng(11), 600, 0
+    for _ in range(draws):
+        words = [its.word for its in findings(drawn(draw, 12, [mean] * 6))]
+        errors += any(word.startswith(wrong) or "margin" in word for word in words)
+    assert far(errors, draws, 0.05) < 3
+
+
+def test_large_effects_are_found_and_small_ones_called_equivalent() -> None:
+    draw = np.random.default_rng(12)
+    found = findings(drawn(draw, 100, [5.0, -5.0, 0.0]))
+    assert [its.word for its in found] == ["higher", "lower", "equivalent"]
+    assert found[0].summary is not None
+    assert found[0].summary.n == 100
+    small = {k: 0.2 + 0.01 * (k % 3) for k in range(12)}
+    (its,) = findings([("small", small, dict.fromkeys(range(12), 0.0), 1.0)])
+    assert its.word == "higher by less than the margin"
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7])
+def test_no_verdict_under_eight_observations(n: int) -> None:
+    sure = {k: 10.0 + 0.01 * k for k in range(n)}
+    (found,) = findings([("sure", sure, dict.fromkeys(sure, 0.0), 1.0)])
+    assert found.word == ""
+    spread = {f"b{k % n}/{k}": 10.0 + 0.01 * k for k in range(16)}  # many replicates of few backbones
+    (found,) = findings([("sure", spread, dict.fromkeys(spread, 0.0), 1.0)])
+    assert found.word == ""
+    assert findings([("apart", {0: 1.0}, {1: 1.0}, 1.0)])[0].summary is None
+
+
+def test_paired_differences_use_shared_replicates_alone() -> None:
     found = paired({0: 0.5, 1: 0.7, 2: 0.9}, {1: 0.6, 2: 0.7, 3: 0.0})
     assert found is not None
     assert found.n == 2
     assert found.mean == pytest.approx(0.15)
     assert paired({0: 1.0}, {1: 1.0}) is None
+
+
+def test_variance_between_methods_and_its_ratio() -> None:
+    draw = np.random.default_rng(13)
+    wide = [{f"{b}/0": float(v) for b, v in enumerate(draw.normal(0, 2, 8))} for _ in range(40)]
+    narrow = [{f"{b}/0": float(v) for b, v in enumerate(draw.normal(0, 1, 8))} for _ in range(40)]
+    found = variance_between(wide)
+    assert list(found) == [str(b) for b in range(8)]
+    assert found["3"] == pytest.approx(np.var([scores["3/0"] for scores in wide], ddof=1))
+    ratio = variance_ratio(wide, narrow)
+    assert ratio is not None
+    assert ratio.low < 4 < ratio.high
+    assert 2.5 < ratio.mean < 6
+    assert variance_ratio(wide, [{"9/0": 1.0}, {"9/0": 2.0}]) is None
 
 
 def test_best_under_is_the_maximum_below_every_budget() -> None:

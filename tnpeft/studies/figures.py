@@ -29,7 +29,7 @@ STYLE = {
 def budget_figure(points: Sequence[Point], path: Path, *, title: str = "", reference: str = "") -> tuple[Path, ...]:
     """Accuracy against adapter parameters (log axis), a panel for each task, as PNG, PDF and SVG.
 
-    Markers are means over seeds, bars their 95 % bootstrap intervals; faint vertical lines are the reference's
+    Markers are means over seeds, bars their 95 % t intervals; faint vertical lines are the reference's
     rungs with their ranks above; a method without parameters and full fine-tuning are horizontal lines.
     """
     import matplotlib
@@ -128,9 +128,15 @@ def _logarithmic(axis: Any) -> None:
     axis.xaxis.set_minor_formatter(NullFormatter())
 
 
+def _half(point: Point) -> float:
+    """Half the width of a point's interval as a bar; none for a single score, whose interval is the whole line."""
+    its = point.summary
+    return its.high - its.mean if its.n > 1 else 0.0
+
+
 def _line(axis: Any, group: Sequence[Point], colour: str, marker: str) -> None:
     sizes, means = [p.parameters for p in group], [p.summary.mean for p in group]
-    bars = [[p.summary.mean - p.summary.low for p in group], [p.summary.high - p.summary.mean for p in group]]
+    bars = [_half(p) for p in group]
     axis.errorbar(
         sizes,
         means,
@@ -158,7 +164,7 @@ def is_ladder(points: Sequence[Point]) -> bool:
 
 
 def ranked_figure(points: Sequence[Point], path: Path, *, title: str = "", reference: str = "") -> tuple[Path, ...]:
-    """Methods by their means, best on top, with their 95 % bootstrap intervals; the reference's lines go through."""
+    """Methods by their means, best on top, with their 95 % t intervals; the reference's lines go through."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -174,7 +180,7 @@ def ranked_figure(points: Sequence[Point], path: Path, *, title: str = "", refer
             group = sorted((p for p in points if p.task == task), key=lambda p: p.summary.mean)
             for place, p in enumerate(group):
                 its, mine = p.summary, p.label == reference
-                bars = [[its.mean - its.low], [its.high - its.mean]]
+                bars = _half(p)
                 colour, marker = (COLOURS[0], MARKERS[0]) if mine else (COLOURS[1], MARKERS[1])
                 axis.errorbar(its.mean, place, xerr=bars, color=colour, marker=marker, markersize=5, capsize=2)
                 if mine:

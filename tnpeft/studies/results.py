@@ -62,7 +62,7 @@ class Point:
     @property
     def summary(self) -> Summary:
         """Of the eval scores."""
-        return summary(list(self.scores.values()))
+        return summary(self.scores)
 
 
 def collect(study: Study, store: Store) -> tuple[Point, ...]:

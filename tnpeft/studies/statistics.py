@@ -1,70 +1,212 @@
-"""What a study's scores say: means with intervals, paired differences, and the best score under a budget."""
+"""Means with intervals, paired differences, the declared contrasts of a study, and variance between methods.
+
+Scores are mappings from a replicate to a number. A replicate is a seed (``0``) or, where a study has several
+backbones, a backbone and a seed (``"digits:3/0"``). Replicates of one backbone are not independent: their mean is one
+observation.
+All intervals and tests are Student's t over independent observations and assume that these are about normal.
+"""
 
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-DRAWS = 10_000
+LEVEL = 0.95
+VERDICT = 8  # the fewest independent observations behind a verdict word: below, an interval is all that is shown
+
+Scores = Mapping[Any, float]
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Mean, standard deviation (of the sample) and a 95 % interval of the mean; ``n`` scores are behind it."""
+    """Mean, standard deviation and 95 % t interval of the mean of ``n`` independent observations.
+
+    ``replicates`` is the number of scores behind them: more than ``n`` where several seeds share a backbone.
+    """
 
     n: int
     mean: float
     sd: float
     low: float
     high: float
+    replicates: int
 
 
-def interval(values: Sequence[float], level: float = 0.95, draws: int = DRAWS) -> tuple[float, float]:
-    """The percentile bootstrap interval of the mean, the same every time; of one value that value.
+def interval(values: Sequence[float], level: float = LEVEL, draws: int = 0) -> tuple[float, float]:
+    """Return Student's t interval of the mean; of one value the whole line.
 
-    With few values it is too narrow (of three it cannot leave their range): always shown with their number.
+    It covers the mean of normal observations with probability ``level`` at every number of them. ``draws`` is
+    accepted for callers of the bootstrap that this replaced, and has no effect.
 
     >>> low, high = interval([0.0, 1.0, 2.0, 3.0])
-    >>> low < 1.5 < high, interval([0.5])
-    (True, (0.5, 0.5))
+    >>> round(low, 3), round(high, 3), interval([0.5])
+    (-0.554, 3.554, (-inf, inf))
     """
-    if len(values) == 1:
-        return values[0], values[0]
-    draw = random.Random(0)
-    means = sorted(math.fsum(draw.choices(values, k=len(values))) / len(values) for _ in range(draws))
-    tail = (1 - level) / 2
-    return means[math.floor(tail * (draws - 1))], means[math.ceil((1 - tail) * (draws - 1))]
+    mean, half = _mean(values), half_width(values, level)
+    return mean - half, mean + half
 
 
-def summary(values: Sequence[float]) -> Summary:
-    """The summary of one or more scores.
+def half_width(values: Sequence[float], level: float = LEVEL) -> float:
+    """Return half the width of the t interval: infinite for one value."""
+    if len(values) < 2:
+        return math.inf
+    from scipy import stats
+
+    return float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * _error(values)
+
+
+def observations(scores: Scores) -> dict[str, float]:
+    """Return the independent observations: the mean of each backbone, or each seed where one backbone serves all.
+
+    >>> observations({"a/0": 1.0, "a/1": 3.0, "b/0": 5.0}), observations({0: 1.0, 1: 3.0})
+    ({'a': 2.0, 'b': 5.0}, {'0': 1.0, '1': 3.0})
+    """
+    groups: dict[str, list[float]] = {}
+    for replicate, score in scores.items():
+        backbone, _, seed = str(replicate).rpartition("/")
+        groups.setdefault(backbone or seed, []).append(score)
+    return {name: _mean(values) for name, values in groups.items()}
+
+
+def summary(scores: Scores | Sequence[float]) -> Summary:
+    """Return the summary of one or more scores, clustered by backbone.
 
     >>> found = summary([1.0, 2.0, 3.0])
     >>> found.n, found.mean, found.sd
     (3, 2.0, 1.0)
     """
-    mean = math.fsum(values) / len(values)
-    spread = math.fsum((v - mean) ** 2 for v in values)
-    sd = math.sqrt(spread / (len(values) - 1)) if len(values) > 1 else 0.0
-    return Summary(len(values), mean, sd, *interval(values))
+    given = scores if isinstance(scores, Mapping) else dict(enumerate(scores))
+    values = list(observations(given).values())
+    sd = math.sqrt(_variance(values)) if len(values) > 1 else 0.0
+    return Summary(len(values), _mean(values), sd, *interval(values), len(given))
 
 
-def paired(first: Mapping[int, float], second: Mapping[int, float]) -> Summary | None:
-    """The summary of ``first - second`` over the seeds that both have; None if they share none.
+def differences(first: Scores, second: Scores) -> dict[Any, float]:
+    """Return ``first - second`` for every replicate that both have.
 
-    Sharing a seed means sharing examples and data order, so the difference varies less than the scores do.
+    A shared replicate means the same backbone, examples and data order, so that a difference varies less than scores.
+    """
+    return {name: first[name] - second[name] for name in first if name in second}
+
+
+def paired(first: Scores, second: Scores) -> Summary | None:
+    """Return the summary of the paired differences ``first - second``; None without a shared replicate.
 
     >>> paired({0: 0.5, 1: 0.75}, {1: 0.5, 2: 0.1}).mean
     0.25
     """
-    shared = sorted(set(first) & set(second))
-    return summary([first[seed] - second[seed] for seed in shared]) if shared else None
+    shared = differences(first, second)
+    return summary(shared) if shared else None
+
+
+def p_different(values: Sequence[float]) -> float:
+    """Return the two-sided p value of a zero mean (one-sample t test); 1 for fewer than two values.
+
+    >>> round(p_different([0.1, 0.2, 0.3]), 4)
+    0.0742
+    """
+    if len(values) < 2:
+        return 1.0
+    return min(1.0, 2 * _tail(abs(_mean(values)), values))
+
+
+def p_equivalent(values: Sequence[float], margin: float) -> float:
+    """Return the p value of a mean at or beyond ``+-margin``: the larger of two one-sided t tests.
+
+    >>> p_equivalent([-0.1, 0.0, 0.1], 1.0) < 0.01, p_equivalent([0.5, 1.0, 1.5], 1.0)
+    (True, 0.5)
+    """
+    return 1.0 if len(values) < 2 else _tail(margin - abs(_mean(values)), values)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return Holm's adjusted p values: those at most 0.05 are wrong together in at most 5 % of studies.
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    adjusted, largest = [0.0] * len(order), 0.0
+    for rank, place in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * p_values[place]))
+        adjusted[place] = largest
+    return adjusted
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One declared contrast: a paired difference, its p values adjusted over the study's contrasts, and the word.
+
+    Attributes:
+        name: of the contrast.
+        summary: of the difference; None where the two sides share no replicate.
+        margin: the difference that counts as none.
+        different: adjusted p value of a zero difference.
+        equivalent: adjusted p value of a difference at or beyond the margin.
+    """
+
+    name: str
+    summary: Summary | None
+    margin: float
+    different: float
+    equivalent: float
+
+    @property
+    def word(self) -> str:
+        """The verdict at 5 % over all contrasts of the study; empty below ``VERDICT`` independent observations."""
+        if self.summary is None or self.summary.n < VERDICT:
+            return ""
+        within = " by less than the margin" if self.equivalent <= 1 - LEVEL else ""
+        if self.different <= 1 - LEVEL:
+            return ("higher" if self.summary.mean > 0 else "lower") + within
+        return "equivalent" if within else "not told apart"
+
+
+def findings(contrasts: Sequence[tuple[str, Scores, Scores, float]]) -> list[Finding]:
+    """Return what a study's declared contrasts (name, plus, minus, margin) say, all of them together.
+
+    Two questions are asked of each: whether the difference is zero, and whether it lies within the margin. Each
+    question's p values are adjusted by Holm's method over all contrasts, so that each question is answered wrongly
+    for any of them in at most 5 % of studies.
+    """
+    shared = [differences(plus, minus) for _, plus, minus, _ in contrasts]
+    values = [list(observations(its).values()) if its else [] for its in shared]
+    different = holm([p_different(its) for its in values])
+    equivalent = holm([p_equivalent(its, margin) for its, (*_, margin) in zip(values, contrasts, strict=True)])
+    return [
+        Finding(name, summary(its) if its else None, margin, one, other)
+        for (name, *_, margin), its, one, other in zip(contrasts, shared, different, equivalent, strict=True)
+    ]
+
+
+def variance_between(methods: Sequence[Scores]) -> dict[str, float]:
+    """Return the variance between methods' means within each backbone (or seed) that all of them have.
+
+    >>> variance_between([{"a/0": 1.0, "a/1": 2.0, "b/0": 1.0}, {"a/0": 2.5, "a/1": 2.5, "b/0": 1.0}])
+    {'a': 0.5, 'b': 0.0}
+    """
+    means = [observations(scores) for scores in methods]
+    shared = [name for name in means[0] if all(name in its for its in means)] if len(means) > 1 else []
+    return {name: _variance([its[name] for its in means]) for name in shared}
+
+
+def variance_ratio(first: Sequence[Scores], second: Sequence[Scores]) -> Summary | None:
+    """Return the ratio of two sets' :func:`variance_between` over shared backbones: geometric mean and t interval.
+
+    ``sd`` is that of the logarithms. None without a shared backbone, or where a variance is zero.
+    """
+    one, other = variance_between(first), variance_between(second)
+    shared = [name for name in one if name in other]
+    if not shared or any(one[name] <= 0 or other[name] <= 0 for name in shared):
+        return None
+    its = summary([math.log(one[name] / other[name]) for name in shared])
+    return Summary(its.n, math.exp(its.mean), its.sd, _exp(its.low), _exp(its.high), its.replicates)
 
 
 def best_under(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """The curve U(B): at each budget where it rises, the best score among sizes of at most that many parameters.
+    """Return the curve U(B): the best score among sizes of at most B parameters, at each B where it rises.
 
     A denser grid has more chances, so of two methods with equal means the denser one looks better here.
 
@@ -76,3 +218,34 @@ def best_under(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
         if not curve or score > curve[-1][1]:
             curve.append((size, score))
     return curve
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _variance(values: Sequence[float]) -> float:
+    """The sample variance: exactly zero of equal values, which rounding of their mean would hide."""
+    if min(values) == max(values):
+        return 0.0
+    mean = _mean(values)
+    return math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+
+
+def _error(values: Sequence[float]) -> float:
+    """The standard error of the mean."""
+    return math.sqrt(_variance(values) / len(values))
+
+
+def _tail(distance: float, values: Sequence[float]) -> float:
+    """The probability that a t variable exceeds a distance in standard errors."""
+    from scipy import stats
+
+    error = _error(values)
+    if error == 0:
+        return 0.0 if distance > 0 else 0.5 if distance == 0 else 1.0
+    return float(stats.t.sf(distance / error, len(values) - 1))
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf

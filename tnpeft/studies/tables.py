@@ -10,7 +10,7 @@ from typing import Any
 
 from tnpeft.studies.files import write_text
 from tnpeft.studies.results import Point, nearest
-from tnpeft.studies.statistics import best_under, paired, summary
+from tnpeft.studies.statistics import Summary, best_under, paired, summary
 
 Row = Mapping[str, Any]
 
@@ -27,7 +27,7 @@ def results_table(points: Sequence[Point]) -> list[Row]:
             "seeds": p.summary.n,
             "mean": f"{p.summary.mean:.4f}",
             "sd": f"{p.summary.sd:.4f}" if p.summary.n > 1 else "",
-            "95 % interval": f"{p.summary.low:.4f} to {p.summary.high:.4f}" if p.summary.n > 1 else "",
+            "95 % t interval": _interval(p.summary),
         }
         for p in points
     ]
@@ -52,7 +52,7 @@ def matched_table(points: Sequence[Point], reference: str) -> list[Row]:
     return rows
 
 
-def _matched(base: Point, partner: Point, difference: Any) -> Row:
+def _matched(base: Point, partner: Point, difference: Summary) -> Row:
     return {
         "task": base.task,
         "reference": base.name,
@@ -61,9 +61,13 @@ def _matched(base: Point, partner: Point, difference: Any) -> Row:
         "reference mean": f"{base.summary.mean:.4f}",
         "method mean": f"{partner.summary.mean:.4f}",
         "difference": f"{difference.mean:+.4f}",
-        "95 % interval": f"{difference.low:+.4f} to {difference.high:+.4f}" if difference.n > 1 else "",
+        "95 % t interval": _interval(difference, "+.4f"),
         "shared seeds": difference.n,
     }
+
+
+def _interval(its: Summary, form: str = ".4f") -> str:
+    return f"{its.low:{form}} to {its.high:{form}}" if its.n > 1 else ""
 
 
 def curve_table(points: Sequence[Point]) -> list[Row]:
@@ -86,7 +90,7 @@ def metrics_table(points: Sequence[Point]) -> list[Row]:
     rows = []
     for p in points:
         for name, scores in p.also.items():
-            its = summary(list(scores.values()))
+            its = summary(scores)
             at = {"task": p.task, "method": p.label, "size": p.size, "parameters": p.parameters, "metric": name}
             rows.append({**at, "seeds": its.n, "mean": f"{its.mean:.4f}", "sd": f"{its.sd:.4f}" if its.n > 1 else ""})
     return rows

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+import tnpeft
 from tnpeft.counting import biases, card, groups, names, sites
 from tnpeft.networks import NetworkError
 
@@ -17,6 +18,7 @@ SIZES = {
     "vocab_size": 40,
 }
 GROUPED = {**SIZES, "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+MIXTURE = {**GROUPED, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
 TINY = {
     "opt": {
         **{key: size for key, size in SIZES.items() if key != "intermediate_size"},
@@ -34,8 +36,19 @@ TINY = {
     "qwen2": GROUPED,
     "qwen3": {**GROUPED, "head_dim": 16},
     **{kind: {**GROUPED, "head_dim": 16} for kind in ("ministral", "gemma", "gemma2", "gemma3_text", "exaone4")},
-    **dict.fromkeys(("smollm3", "olmo", "olmo2"), GROUPED),
+    **dict.fromkeys(("smollm3", "olmo", "olmo2", "phi", "phi3"), GROUPED),
+    "mixtral": {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmoe": {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {**MIXTURE, "head_dim": 16, "num_hidden_layers": 3, "mlp_only_layers": [1]},
+    "qwen2_moe": {**MIXTURE, "shared_expert_intermediate_size": 20, "num_hidden_layers": 4, "decoder_sparse_step": 2},
+    "gpt_oss": {**GROUPED, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v3": {
+        **{**MIXTURE, "num_experts": None, "num_key_value_heads": 4, "n_routed_experts": 4, "n_shared_experts": 2},
+        **{"n_group": 2, "topk_group": 1, "num_hidden_layers": 3, "first_k_dense_replace": 1},
+        **{"q_lora_rank": 12, "kv_lora_rank": 10, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 7},
+    },
 }
+ROUTERS = ("gate", "router", "shared_expert_gate")  # linears in some classes, never targets
 
 
 @pytest.mark.parametrize("kind", TINY)
@@ -51,19 +64,31 @@ def test_card_agrees_with_the_modules_of_transformers(kind: str) -> None:
         name: (module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape, module.bias)
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear | Conv1D) and any(part.isdigit() for part in name.split("."))
+        if name.rpartition(".")[2] not in ROUTERS
     }
+    fused = {
+        name: parameter for name, parameter in model.named_parameters() if parameter.ndim == 3 and ".experts." in name
+    }
+    for name, parameter in fused.items():
+        experts, *shape = parameter.shape
+        biased = dict(model.named_parameters()).get(f"{name}_bias")
+        linears[name] = (shape[::-1] if kind == "gpt_oss" else shape, biased)
+        assert {site.experts for site in sites(config, "experts")} == {experts}
     covered = dict.fromkeys(linears, 0)
-    for site in sites(config, "all-linear"):
+    for site in sites(config, ["all-linear", "experts"] if fused else "all-linear"):
         (out, inp), _ = linears[site.module]
         assert inp == site.inp
+        assert (site.module in fused) == (site.experts > 0)
         assert site.start == covered[site.module]
         covered[site.module] += site.out
         assert covered[site.module] <= out
     assert covered == {name: shape[0] for name, (shape, _) in linears.items()}
-    assert biases(config, "all-linear") == sum(bias.numel() for _, bias in linears.values() if bias is not None)
+    assert biases(config, ["all-linear", "experts"] if fused else "all-linear") == sum(
+        bias.numel() for _, bias in linears.values() if bias is not None
+    )
 
 
-@pytest.mark.parametrize("kind", TINY)
+@pytest.mark.parametrize("kind", [kind for kind in TINY if kind != "olmoe"])  # which has no classifier
 def test_head_agrees_with_transformers(kind: str) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification
@@ -92,10 +117,26 @@ def test_head_agrees_with_transformers(kind: str) -> None:
         ("Qwen/Qwen2.5-0.5B", 494_032_768 - 151936 * 896 - 49 * 896 - 24 * (896 + 2 * 128)),
         ("Qwen/Qwen3-0.6B", 596_049_920 - 151936 * 1024 - 57 * 1024 - 28 * 2 * 128),
         ("HuggingFaceTB/SmolLM2-135M", 134_515_008 - 49152 * 576 - 61 * 576),
+        ("google/gemma-2-2b", 2_614_341_888 - 256000 * 2304 - 105 * 2304),
+        ("google/gemma-2-9b", 9_241_705_984 - 256000 * 3584 - 169 * 3584),
+        ("google/gemma-2-27b", 27_227_128_320 - 256000 * 4608 - 185 * 4608),
+        ("google/gemma-3-1b-pt", 999_885_952 - 262144 * 1152 - 105 * 1152 - 26 * 2 * 256),
+        ("microsoft/phi-2", 2_779_683_840 - 51200 * (2 * 2560 + 1) - 32 * 11 * 2560 - 2 * 2560),
+        ("microsoft/Phi-3-mini-4k-instruct", 3_821_079_552 - 2 * 32064 * 3072 - 65 * 3072),
+        ("microsoft/phi-4", 14_659_507_200 - 2 * 100352 * 5120 - 81 * 5120),
+        ("mistralai/Mixtral-8x7B-v0.1", 46_702_792_704 - 2 * 32000 * 4096 - 32 * 8 * 4096 - 65 * 4096),
+        ("mistralai/Mixtral-8x22B-v0.1", 140_620_634_112 - 2 * 32000 * 6144 - 56 * 8 * 6144 - 113 * 6144),
+        ("allenai/OLMoE-1B-7B-0924", 6_919_161_856 - 2 * 50304 * 2048 - 16 * 64 * 2048 - 65 * 2048),
+        ("Qwen/Qwen3-30B-A3B", 30_532_122_624 - 2 * 151936 * 2048 - 48 * (130 * 2048 + 256) - 2048),
+        ("Qwen/Qwen3-235B-A22B", 235_093_634_560 - 2 * 151936 * 4096 - 94 * (130 * 4096 + 256) - 4096),
+        ("openai/gpt-oss-20b", 20_914_757_184 - 2 * 201088 * 2880 - 24 * (32 * (4 * 2880 + 1) + 8064) - 49 * 2880),
+        ("deepseek-ai/DeepSeek-V3", 671_026_419_200 - 2 * 129280 * 7168 - 58 * 256 * 7169 - 61 * 16384 - 7168),
+        ("moonshotai/Kimi-K2-Instruct", 1_026_408_232_448 - 2 * 163840 * 7168 - 60 * 384 * 7169 - 61 * 16384 - 7168),
     ],
 )
 def test_linears_add_up_to_the_published_size(model: str, linears: int) -> None:
-    assert sum(site.out * site.inp for site in sites(model, "all-linear")) == linears
+    targets = ["all-linear", "experts"] if "experts" in card(model).sizes else "all-linear"
+    assert sum(site.out * site.inp * max(site.experts, 1) for site in sites(model, targets)) == linears
 
 
 def test_every_named_card_is_consistent() -> None:
@@ -104,9 +145,35 @@ def test_every_named_card_is_consistent() -> None:
         assert its.name == name
         assert its.sizes["heads"] % its.sizes["kv_heads"] == 0
         assert {p.name for p in its.select()} == set(its.default)
-        assert {p.role for p in its.select()} == {"q", "v"}
-        assert len(sites(name, "all-linear")) == its.layers * len(its.projections)
-        assert its.projections[0].out == its.sizes["heads"] * its.sizes["head_dim"]
+        assert {p.role for p in its.select()} in ({"q", "v"}, {"q", "kv"})  # latent attention has k and v in one
+        held = [p for layer in range(its.layers) for p in its.projections if its.has(layer, p)]
+        assert len(sites(name, [p.name for p in its.projections])) == len(held)
+        assert set(held) == set(its.projections)
+        if "q_lora" not in its.sizes:
+            assert its.projections[0].out == its.sizes["heads"] * its.sizes["head_dim"]
+
+
+def test_targets_over_experts() -> None:
+    found = sites("deepseek-ai/DeepSeek-V3", ["experts"])
+    assert len(found) == 58 * 3
+    assert (found[0].layer, found[0].module, found[0].experts) == (0, "layers.3.mlp.experts.gate_up_proj", 256)
+    assert len(sites("deepseek-ai/DeepSeek-V3", "mlp")) == 61 * 3 + 58 * 3
+    assert {s.proj for s in sites("deepseek-ai/DeepSeek-V3", "shared_experts")} == {
+        f"shared_experts_{role}_proj" for role in ("gate", "up", "down")
+    }
+    assert len(sites("deepseek-ai/DeepSeek-V3", "mlp", layers=[0, 1])) == 6
+    with pytest.raises(NetworkError, match=r"none of the layers \[0, 1\] .*\nits dense layers are \[0, 1, 2\]"):
+        sites("deepseek-ai/DeepSeek-V3", "experts", layers=[0, 1])
+    with pytest.raises(NetworkError, match="no projection 'experts'"):
+        sites("facebook/opt-125m", "experts")
+    assert card("Qwen/Qwen3-30B-A3B").sizes["active"] == 8
+    with pytest.raises(NetworkError, match="no q_lora_rank"):
+        card({"model_type": "deepseek_v3", **GROUPED, "n_routed_experts": 4, "num_experts_per_tok": 2})
+    shared = (
+        tnpeft.families.get("shared_outer_lora")(rank=1) if "shared_outer_lora" in tnpeft.families.names() else None
+    )
+    for model, count in (("Qwen/Qwen3-30B-A3B", 14_450_688), ("gpt-oss-20b", 6_842_880)):
+        assert shared is None or tnpeft.parameters(shared, model=model, targets=["experts"]) == count
 
 
 def test_names_are_found_in_any_case_and_without_the_owner() -> None:

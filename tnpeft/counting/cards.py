@@ -19,12 +19,16 @@ from tnpeft.networks.sizes import evaluate
 Model = Any  # a name, a path, a configuration (mapping or object) or a Card
 Targets = str | Sequence[str] | None
 
+_FEED_FORWARD = ("gate", "up", "down")
+
 
 @dataclass(frozen=True)
 class Projection:
-    """A linear of every layer, or a named slice of one: its role, path in the layer, features, heads and biases.
+    """A linear of the layers, or a named slice of one: its role, path in the layer, features, heads and biases.
 
-    Projections of a layer with the same ``reads`` read one and the same input.
+    Projections of a layer with the same ``reads`` read one and the same input. ``experts`` is the number of matrices
+    of a weight that holds one for every expert, 0 for a linear; ``layers`` the kind of layers that have it: all,
+    sparse (a mixture of experts) or dense.
     """
 
     name: str
@@ -36,10 +40,19 @@ class Projection:
     biases: int = 0
     start: int = 0
     reads: str = ""
+    experts: int = 0
+    layers: str = "all"
 
     def called(self, target: str) -> bool:
-        """Whether the target is the end of the path, as in PEFT, or the role (q, k, v, o, gate, up, down)."""
-        return target == self.role or f".{self.path}".endswith(f".{target}")
+        """True if the target is the role (q, k, v, o, gate, up, down), its group (attention, mlp), or a part of the
+        path: its end, as in PEFT, or the name of a module in it, such as experts.
+
+        >>> p = card("Qwen/Qwen3-30B-A3B").select("experts")[2]
+        >>> p.name, [p.called(each) for each in ("down", "mlp", "experts", "attention")]
+        ('experts_down_proj', [True, True, True, False])
+        """
+        group = "mlp" if self.role in _FEED_FORWARD else "attention"
+        return target in (self.role, group) or f".{target}." in f".{self.path}."
 
 
 @dataclass(frozen=True)
@@ -47,7 +60,8 @@ class Card:
     """The sizes of a model: all that counting needs to know about it.
 
     ``stem`` is the path of its layers in the base model; ``default`` the targets taken when none are given;
-    ``architecture`` its name in transformers, such as ``opt``.
+    ``architecture`` its name in transformers, such as ``opt``; ``dense`` the numbers of the layers of a mixture of
+    experts that have no experts.
     """
 
     name: str
@@ -58,6 +72,16 @@ class Card:
     default: tuple[str, ...]
     head_rule: str
     architecture: str = ""
+    dense: tuple[int, ...] = ()
+
+    def has(self, layer: int, projection: Projection) -> bool:
+        """True if the layer has the projection.
+
+        >>> its = card("deepseek-ai/DeepSeek-V3")
+        >>> [its.has(layer, its.select("experts")[0]) for layer in (2, 3)]
+        [False, True]
+        """
+        return projection.layers in ("all", "dense" if layer in self.dense else "sparse")
 
     def head(self, labels: int = 2) -> int:
         """Parameters of the sequence (or image) classification head that transformers puts on the model.
@@ -70,8 +94,9 @@ class Card:
     def select(self, targets: Targets = None) -> tuple[Projection, ...]:
         """The projections that the targets name, in the order of the targets.
 
-        A target is a projection's name, the end of its path, or its role; ``"all-linear"`` is every linear of the
-        layers, None the architecture's default (q and v).
+        A target is a projection's name, a part of its path (``"experts"``, ``"mlp"``), or its role;
+        ``"all-linear"`` is every linear of the layers (fused experts are none), None the architecture's default (q
+        and v).
 
         Raises:
             NetworkError: a target names nothing in this model.
@@ -81,8 +106,6 @@ class Card:
         """
         if targets is None:
             targets = self.default
-        if targets == "all-linear":
-            return self.projections
         wanted = [t.strip() for t in targets.split(",")] if isinstance(targets, str) else [*targets]
         found = [p for target in wanted for p in self._named(target)]
         if not found:
@@ -90,12 +113,14 @@ class Card:
         return tuple(dict.fromkeys(found))
 
     def _named(self, target: str) -> list[Projection]:
+        if target == "all-linear":
+            return [p for p in self.projections if not p.experts]
         exact = [p for p in self.projections if p.name == target]
         found = exact or [p for p in self.projections if p.called(target)]
         if not found:
             raise NetworkError(
                 f"{self.name} has no projection {target!r}",
-                remedy=f"its targets are {', '.join(p.name for p in self.projections)}, all-linear",
+                remedy=f"its targets are {', '.join(p.name for p in self.projections)}, attention, mlp, all-linear",
             )
         return found
 
@@ -134,10 +159,17 @@ def sites(model: Model, targets: Targets = None, layers: Iterable[int] | None = 
         raise NetworkError(
             f"{its.name} has no layers {list(kept)}", remedy=f"choose layers from 0 to {its.layers - 1}"
         )
+    having = [layer for layer in kept if any(its.has(layer, p) for p in chosen)]
+    if not having:
+        raise NetworkError(
+            f"none of the layers {list(kept)} of {its.name} has {', '.join(p.name for p in chosen)}",
+            remedy=f"its dense layers are {list(its.dense)}, all others have experts",
+        )
     return tuple(
-        Site(place, p.name, p.out, p.inp, p.heads, f"{its.stem}.{layer}.{p.path}", p.start)
-        for place, layer in enumerate(kept)
+        Site(place, p.name, p.out, p.inp, p.heads, f"{its.stem}.{layer}.{p.path}", p.start, p.experts)
+        for place, layer in enumerate(having)
         for p in chosen
+        if its.has(layer, p)
     )
 
 
@@ -162,7 +194,8 @@ def biases(model: Model, targets: Targets = None) -> int:
     98304
     """
     its = card(model)
-    return its.layers * sum(p.biases for p in its.select(targets))
+    chosen = its.select(targets)
+    return sum(p.biases * max(p.experts, 1) for layer in range(its.layers) for p in chosen if its.has(layer, p))
 
 
 def names() -> tuple[str, ...]:
@@ -211,7 +244,8 @@ def _data() -> dict[str, Any]:
         if "like" in its:
             base = data["architectures"][its["like"]]
             own = its.get("projections", {})
-            its["projections"] = {name: {**p, **own.get(name, {})} for name, p in base["projections"].items()}
+            named = dict.fromkeys((*base["projections"], *own))
+            its["projections"] = {name: base["projections"].get(name, {}) | own.get(name, {}) for name in named}
             its |= {key: value for key, value in base.items() if key not in its}
     return data
 
@@ -229,7 +263,7 @@ def _known() -> dict[str, tuple[str, str]]:
 
 def _build(name: str, architecture: str, given: Mapping[str, Any], switches: Mapping[str, Any]) -> Card:
     its = _data()["architectures"][architecture]
-    sizes = {key: int(given[key]) for key in ("layers", "hidden", "heads")}
+    sizes = {key: int(given[key]) for key in ("layers", "hidden", "heads", *its.get("needs", ()))}
     derived = {
         "kv_heads": sizes["heads"],
         "head_dim": sizes["hidden"] // sizes["heads"],
@@ -237,6 +271,8 @@ def _build(name: str, architecture: str, given: Mapping[str, Any], switches: Map
         "embed": sizes["hidden"],
     }
     sizes |= {key: int(given.get(key) or value) for key, value in derived.items()}
+    sizes["expert_ffn"] = int(given.get("expert_ffn") or sizes["ffn"])
+    sizes |= {key: int(given.get(key) or value) for key, value in its.get("otherwise", {}).items()}
 
     def projection(label: str, p: Mapping[str, Any]) -> Projection:
         out, inp = evaluate(p["out"], sizes), evaluate(p["inp"], sizes)
@@ -244,12 +280,30 @@ def _build(name: str, architecture: str, given: Mapping[str, Any], switches: Map
         start = evaluate(p.get("start", "0"), sizes)
         heads = sizes[p["heads"]] if "heads" in p else 0
         reads = next((name for name, roles in _data()["inputs"].items() if p["role"] in roles), label)
-        return Projection(label, p["role"], p["path"], out, inp, heads, out if biased else 0, start, reads)
+        experts = sizes[p["experts"]] if "experts" in p else 0
+        biases, layers = out if biased else 0, p.get("layers", "all")
+        return Projection(label, p["role"], p["path"], out, inp, heads, biases, start, reads, experts, layers)
 
-    projections = tuple(projection(label, p) for label, p in its["projections"].items())
+    dense = _dense(sizes["layers"], given.get("dense") or 0, switches) if "experts" in sizes else ()
+    kinds = {"all", "dense" if dense else "", "sparse" if len(dense) < sizes["layers"] else ""}
+    projections = (projection(label, p) for label, p in its["projections"].items())
     return Card(
-        name, sizes["layers"], sizes, its["layer"], projections, tuple(its["default"]), its["head"], architecture
+        name,
+        sizes["layers"],
+        sizes,
+        its["layer"],
+        tuple(p for p in projections if p.layers in kinds),
+        tuple(its["default"]),
+        its["head"],
+        architecture,
+        dense,
     )
+
+
+def _dense(layers: int, first: int, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """The layers of a mixture of experts that have none: the first, those listed, and those between sparse steps."""
+    listed, step = config.get("mlp_only_layers") or (), config.get("decoder_sparse_step") or 1
+    return tuple(k for k in range(layers) if k < first or k in listed or (k + 1) % step)
 
 
 def _from_config(config: Mapping[str, Any], name: str) -> Card:
@@ -260,7 +314,8 @@ def _from_config(config: Mapping[str, Any], name: str) -> Card:
             given = {
                 size: next((config[k] for k in options if config.get(k)), None) for size, options in keys.items()
             }
-            missing = [keys[size][0] for size in ("layers", "hidden", "heads") if not given[size]]
+            needed = ("layers", "hidden", "heads", *its.get("needs", ()))
+            missing = [keys[size][0] for size in needed if not given[size]]
             if missing:
                 raise NetworkError(f"the configuration of {name} has no {missing[0]}", remedy="check its config.json")
             return _build(name, architecture, given, config)

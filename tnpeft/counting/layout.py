@@ -12,11 +12,11 @@ from tnpeft.networks.sizes import Size, bind, check_size, integers
 
 # The order of projections when the user gives none; names outside it follow in alphabetical order.
 _ORDER = (
-    ("q_proj", "query", "q", "c_attn/out:0", "qkv"),
-    ("k_proj", "key", "k", "c_attn/out:1"),
+    ("q_proj", "query", "q", "c_attn/out:0", "qkv", "qkv_proj", "q_a_proj", "q_b_proj"),
+    ("k_proj", "key", "k", "c_attn/out:1", "kv_a_proj_with_mqa", "kv_b_proj"),
     ("v_proj", "value", "v", "c_attn/out:2"),
     ("o_proj", "out_proj", "o", "attn_output", "attn_c_proj"),
-    ("fc1", "gate_proj", "c_fc", "intermediate"),
+    ("fc1", "gate_proj", "c_fc", "intermediate", "gate_up_proj"),
     ("up_proj",),
     ("fc2", "down_proj", "c_proj", "output", "mlp_c_proj"),
 )

@@ -18,7 +18,7 @@ from tnpeft.studies.data import Example, Splits, load  # noqa: E402
 from tnpeft.studies.files import StudyError  # noqa: E402
 from tnpeft.studies.lots import lots  # noqa: E402
 from tnpeft.studies.protocol import Protocol  # noqa: E402
-from tnpeft.studies.scoring import Scorer, evaluate  # noqa: E402
+from tnpeft.studies.scoring import Scorer, evaluate, judge  # noqa: E402
 from tnpeft.studies.tasks import TASKS, task  # noqa: E402
 
 PROTOCOL = Protocol(targets=("q_proj", "v_proj"), steps=6, batch=8, evaluate_every=2)
@@ -129,14 +129,19 @@ def test_equal_words_are_refused(tiny: Path) -> None:
 
 
 @pytest.mark.parametrize("method", [{"family": "lora", "args": {"rank": 2}}, {"peft": "lora", "args": {"r": 2}}])
-def test_only_the_adapter_moves_and_the_best_checkpoint_stays(tiny: Path, method: dict[str, Any]) -> None:
+@pytest.mark.parametrize("checkpoint", ["last", "best"])
+def test_only_the_adapter_moves_and_the_reported_checkpoint_stays(
+    tiny: Path, method: dict[str, Any], checkpoint: str
+) -> None:
     model, tokenizer = backbone(tiny)
     before = {name: p.clone() for name, p in model.named_parameters()}
     model = methods.attach(model, method, PROTOCOL.targets, classifier=False, seed=0)
     scorer = Scorer(TASKS["digits_upright"], tokenizer)
-    best, seconds = training.fit(model, scorer, splits(), PROTOCOL, lr=0.1, seed=0)
+    protocol = replace(PROTOCOL, checkpoint=checkpoint)
+    best, seconds = training.fit(model, scorer, splits(), protocol, lr=0.1, seed=0)
     assert [row[0] for row in best.curve] == [2, 4, 6]
-    assert best.dev == max(row[2] for row in best.curve)
+    assert (best.step, best.dev) == (6, best.curve[-1][2]) or checkpoint == "best"
+    assert best.dev == max(row[2] for row in best.curve) or checkpoint == "last"
     assert seconds > 0
     assert evaluate(scorer, model, scorer.encode(splits().dev)) == pytest.approx((best.dev, best.loss), rel=1e-6)
     after = {n.replace("base_model.model.", "").replace(".base_layer", ""): p for n, p in model.named_parameters()}
@@ -159,7 +164,8 @@ def test_a_hopeless_run_stops_by_its_rule(tiny: Path) -> None:
     scorer, protocol = Scorer(TASKS["digits_upright"], tokenizer), replace(PROTOCOL, steps=40, patience=2)
     best, _ = training.fit(model, scorer, splits(), protocol, lr=1e-9, seed=0)
     assert best.curve[-1][0] < 40
-    assert sum(row[0] > best.step for row in best.curve) == 2
+    merits = [(row[2], -row[3]) for row in best.curve]
+    assert len(merits) - 1 - merits.index(max(merits)) == 2
 
 
 def test_losses_that_are_no_numbers_end_a_run_and_win_nothing(tiny: Path, tmp_path: Path) -> None:
@@ -193,12 +199,13 @@ def test_a_checkpoint_whose_loss_is_no_number_is_never_the_best(by: str) -> None
     assert best.offer(1, 0.5, 1.0, by)
     assert not best.offer(2, 0.9, float("nan"), by)
     assert best.offer(3, 0.6, 0.9, by)
-    best.curve = [(3, 0.9, 0.6, 0.9)]
+    assert best.offer(4, 0.1, 9.0, "last")
+    best.curve = [(3, 0.9, 0.6, 0.8)]
     assert not best.hopeless(0)
     best.curve.append((4, float("nan"), 0.6, 0.9))
     assert best.hopeless(0)
     best.curve[-1] = (4, 0.9, 0.6, 0.9)
-    assert [best.hopeless(patience) for patience in (0, 1, 2)] == [False, True, False]
+    assert [best.hopeless(patience, by) for patience in (0, 1, 2)] == [False, True, False]
 
 
 def test_epochs_are_steps_and_the_head_has_its_own_rate(tiny: Path) -> None:
@@ -275,3 +282,47 @@ def test_train_resumes_bit_for_bit_and_keeps_its_adapter(tiny: Path, tmp_path: P
     assert all(torch.equal(one[name], two[name]) for name in one)
     with pytest.raises(StudyError, match="holds another run"):
         train(tmp_path / "whole", model=str(tiny), task="digits_upright", method={"family": "lora"})
+
+
+def test_rates_by_rule_reach_the_optimizer(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The relative step is the protocol's, or the number that is swept; PEFT's own methods have none."""
+    import tnpeft
+
+    asked: list[float] = []
+
+    def groups(model: Any, lr: float = 0.0, *, relative_step: float = 0.0, **_: Any) -> Any:
+        asked.append(relative_step)
+        return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": relative_step}]
+
+    monkeypatch.setattr(tnpeft, "parameter_groups", groups)
+    for method in ({"family": "lora", "args": {"rank": 1}}, {"peft": "lora", "args": {"r": 1}}):
+        model = methods.attach(backbone(tiny)[0], method, PROTOCOL.targets, classifier=False, seed=0)
+        for change in ({"relative_step": 2e-3}, {"rate_rule": "relative_step"}):
+            protocol = Protocol.of({"targets": ["q_proj"], **change})
+            if "peft" in method:
+                with pytest.raises(StudyError, match="are for networks"):
+                    training.optimizer(model, protocol, 1e-3)
+            else:
+                assert training.optimizer(model, protocol, 1e-3).param_groups[0]["lr"] == asked[-1]
+    assert asked == [2e-3, 1e-3]
+
+
+def test_records_tell_each_example_of_one_evaluation_set(tiny: Path, tmp_path: Path) -> None:
+    """Seeds share the evaluation set; guesses stand in its order and give the scores."""
+    short = {"train": 16, "dev": 8, "eval": 60, "steps": 1, "batch": 4, "targets": ["q_proj"]}
+    its: dict[str, Any] = {"model": str(tiny), "task": "digits_upright", "method": {"family": "lora"}}
+    one, two = (train(tmp_path / str(seed), seed=seed, **short, **its) for seed in (0, 1))
+    assert one["labels"] == two["labels"] == [e.label for e in splits_of(60)]
+    hits = sum(a == b for a, b in zip(one["predictions"], one["labels"], strict=True))
+    assert one["eval"] == hits / 60
+    model, tokenizer = backbone(tiny)
+    scorer = Scorer(TASKS["digits_upright"], tokenizer)
+    rows = scorer.encode(splits_of(60))
+    (together,) = judge(scorer, model, [rows])
+    assert together.guesses == [judge(scorer, model, [[row]])[0].guesses[0] for row in rows]
+    assert one["run"]["backbone"] == backbones.identity(str(tiny), tmp_path)
+    assert one["model"] == tiny.name
+
+
+def splits_of(count: int) -> tuple[Example, ...]:
+    return load(TASKS["digits_upright"]).splits(5, 64, 32, count).eval

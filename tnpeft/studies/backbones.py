@@ -20,18 +20,43 @@ PACKAGED = {  # real weights that come in packages of the Python package index: 
 _WEIGHTS = (".safetensors", ".bin", ".gguf")
 
 
-def identity(name: str, cache: Path) -> str:
-    """What determines a backbone: the hash of a folder's configuration, tokenizer and weights, else its name.
+def identity(name: str, cache: Path, *, weights: bool = True) -> str:
+    """Return the hash of a backbone's weights, configuration and tokenizer; of ``random:...`` the name.
 
-    ``cache`` is where backbones that are made here are kept.
+    A model of the hub is downloaded for it, the demo's own is pretrained.
+
+    Args:
+        name: as :func:`load` takes it.
+        cache: where backbones that are made here are kept.
+        weights: False for a tokenizer: one of the hub is known by its name.
+
+    Raises:
+        StudyError: the model cannot be found.
     """
     if name == DIGITS:
-        return f"{DIGITS}:{digits_key()}"
+        return identity(str(digits_backbone(cache)), cache)
     folder = Path(_packaged(name))
     if not folder.is_dir():
-        return name
+        if name.startswith(RANDOM) or not weights:
+            return name
+        folder = _snapshot(name)
     found = sorted(p for p in folder.iterdir() if p.suffix in (*_WEIGHTS, ".json") and p.name != "pretraining.json")
     return digest([[p.name, _file_hash(str(p), p.stat().st_mtime_ns)] for p in found])
+
+
+def _snapshot(name: str) -> Path:
+    """Return the local folder of a model of the hub with its weights; downloads what is missing."""
+    from huggingface_hub import snapshot_download
+
+    texts = ["*.json", "*.txt", "*.model"]
+    try:
+        for ending in (".safetensors", ".bin"):
+            folder = Path(snapshot_download(name, allow_patterns=[*texts, f"*{ending}"]))
+            if any(folder.glob(f"*{ending}")):
+                return folder
+    except (OSError, ValueError) as error:
+        raise _unreachable("model", name, error) from None
+    raise _unreachable("model", name, ValueError("the repository holds neither .safetensors nor .bin files"))
 
 
 def _packaged(name: str) -> str:

@@ -57,8 +57,9 @@ def train(
     out, its, protocol = Path(out), task_of(task), Protocol.of(settings)
     cache = out / "cache"
     places = {"model": model, "data": data, "tokenizer": tokenizer, "cache": str(cache)}
+    examples = load(its, data).digest
     identity = backbones.identity(model, cache)
-    run = Run(asdict(its), load(its, data).digest, method, protocol.training, lr, seed, identity, places)
+    run = Run(asdict(its), examples, method, protocol.training, lr, seed, identity, places)
     if (out / "run.json").exists() and begun(out):
         if json.loads((out / "run.json").read_text(encoding="utf-8"))["key"] != run.key:
             raise StudyError("holds another run", where=str(out), remedy="choose another folder, or remove it")

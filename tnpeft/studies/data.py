@@ -22,7 +22,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Splits:
-    """What one seed draws: examples to train on, to choose a checkpoint on (dev) and to report on (eval)."""
+    """Examples to train on and to choose on (dev), drawn by a seed, and to report on (eval), the same always."""
 
     train: tuple[Example, ...]
     dev: tuple[Example, ...]
@@ -39,7 +39,7 @@ class Data:
     digest: str
 
     def splits(self, seed: int, train: int = 0, dev: int = 0, evaluation: int = 0) -> Splits:
-        """Train and dev from a permutation of the training part, eval from one of the evaluation part.
+        """Train and dev from a permutation of the training part; eval is the same for every seed.
 
         0 takes all there is (of dev: a tenth of the training part); less than asked for is taken as it is.
 
@@ -47,7 +47,7 @@ class Data:
             StudyError: nothing is left to train on.
         """
         pool = random.Random(f"{seed} train").sample(self.train, len(self.train))
-        held = random.Random(f"{seed} eval").sample(self.eval, len(self.eval))
+        held = random.Random("eval").sample(self.eval, len(self.eval))
         dev = dev or max(1, len(pool) // 10)
         if len(pool) <= dev:
             raise StudyError(

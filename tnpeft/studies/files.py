@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import tomllib
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from tnpeft.networks.errors import StudyError
+
+_NUMBERS = re.compile(r"\[\n[\d\s,.eE+-]+\]")  # lists of numbers, which are written on one line
 
 
 def canonical(value: Any) -> str:
@@ -75,7 +78,8 @@ def write_json(path: Path, value: Any) -> Path:
     >>> write_json(Path(tempfile.mkdtemp()) / "a.json", {"b": 1}).read_text()
     '{\\n "b": 1\\n}\\n'
     """
-    return write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False)
+    return write_text(path, _NUMBERS.sub(lambda found: f"[{' '.join(found[0][1:-1].split())}]", text) + "\n")
 
 
 @contextlib.contextmanager

@@ -185,9 +185,9 @@ class _Course:
         for k in sorted(self.running):
             (dev, loss), best = found[k], self.best[k]
             best.curve.append((step, trained[k], dev, loss))
-            if best.offer(step, dev, loss, self.protocol.best_by):
+            if best.offer(step, dev, loss, self.protocol.reported):
                 best.weights = {n: p.detach()[k].clone() for n, p in self._trained()}
-            if best.hopeless(self.protocol.patience):
+            if best.hopeless(self.protocol.patience, self.protocol.best_by):
                 self.running.discard(k)
 
     @torch.no_grad()

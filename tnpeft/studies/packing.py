@@ -49,7 +49,11 @@ def _kind(run: Run) -> str:
     if not (adapter and words and fixed):
         return ""
     shared = {k: v for k, v in run.identity.items() if k not in ("lr", "seed", "method")}
-    return canonical([shared, dict(run.places), str(common(methods.factorization(run.method)))])
+    if run.protocol.get("precondition"):
+        return ""
+    by_rule = run.protocol.get("relative_step") or run.protocol.get("rate_rule") == "relative_step"
+    method = run.method if by_rule else str(common(methods.factorization(run.method)))  # a rule depends on the ranks
+    return canonical([shared, dict(run.places), method])
 
 
 def execute_pack(runs: Job, store: Store, *, retry: bool = False) -> list[str]:

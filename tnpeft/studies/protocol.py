@@ -14,8 +14,10 @@ _CHOICES = {
     "schedule": ("linear", "cosine", "constant", "constant_with_warmup"),
     "dtype": ("float32", "bfloat16", "float16"),
     "best_by": ("metric", "loss"),
+    "checkpoint": ("last", "best"),
+    "rate_rule": ("rate", "relative_step"),
 }
-_LATER = ("by_length", "epochs", "head_lr")  # settings that came later
+_LATER = ("by_length", "epochs", "head_lr", "relative_step", "precondition")  # off by default
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,15 @@ class Protocol:
         epochs: passes over the training examples, judged after each, in place of steps and evaluate_every; 0: none.
         learning_rates: the grid that every method without one of its own sweeps.
         head_lr: the learning rate of a new classification head; 0: the adapter's.
+        relative_step: size of a first step relative to the base weight, from which the rates of the adapter's
+            factors follow (see :func:`tnpeft.parameter_groups`); 0: they learn at the learning rate.
+        rate_rule: ``rate``, or ``relative_step``: the numbers in learning_rates are relative steps.
+        precondition: gauge-invariant steps (see :func:`tnpeft.optim.precondition`).
         tune_seeds: seeds (the first ones) with which the grid is swept; the rest runs at the best rate alone.
         schedule, warmup: shape of the learning rate; warm-up as a fraction of the steps.
         weight_decay, clip: of AdamW; largest norm of the gradient (0: no clipping).
-        evaluate_every: steps between evaluations on dev; the checkpoint best on dev is reported on eval.
+        evaluate_every: steps between evaluations on dev.
+        checkpoint: the one that is reported on eval: the last, or the best on dev (chosen among several looks).
         best_by: metric (ties: the smaller loss) or loss.
         patience: evaluations without a better checkpoint after which a run is hopeless and stops; 0 waits for ever
             (but a run whose losses are no numbers any more always stops).
@@ -67,6 +74,10 @@ class Protocol:
     by_length: bool = False
     epochs: int = 0
     head_lr: float = 0.0
+    checkpoint: str = "last"
+    relative_step: float = 0.0
+    rate_rule: str = "rate"
+    precondition: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -80,7 +91,7 @@ class Protocol:
             if getattr(self, name) < 1:
                 raise StudyError(f"{name} = {getattr(self, name)}", where="protocol", remedy="give at least 1")
         amounts = ("train", "dev", "eval", "steps", "epochs", "patience")
-        for name in (*amounts, "warmup", "weight_decay", "clip", "head_lr"):
+        for name in (*amounts, "warmup", "weight_decay", "clip", "head_lr", "relative_step"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise StudyError(f"{name} = {getattr(self, name)}", where="protocol", remedy="give 0 or more")
         if not self.learning_rates or min(self.learning_rates) <= 0:
@@ -121,6 +132,11 @@ class Protocol:
         """
         off = [name for name in _LATER if not getattr(self, name)]
         return {k: v for k, v in asdict(self).items() if k not in ("learning_rates", "tune_seeds", *off)}
+
+    @property
+    def reported(self) -> str:
+        """The checkpoint that is reported: ``last``, or the best by ``metric`` or ``loss``."""
+        return "last" if self.checkpoint == "last" else self.best_by
 
     def on(self, examples: int) -> Protocol:
         """The protocol of a training on so many examples: its epochs as steps.

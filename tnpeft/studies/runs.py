@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tnpeft.studies.scoring import Judged
     from tnpeft.studies.training import Best
 
-SCHEMA = 1  # raise it when a change makes results of old runs incomparable
+SCHEMA = 2  # raise it when a change makes results of old runs incomparable
 LIBRARIES = ("tnpeft", "torch", "transformers", "peft", "numpy", "scikit-learn")
 
 
@@ -42,7 +42,7 @@ class Run:
         protocol: the settings of :attr:`Protocol.training`.
         lr: learning rate.
         seed: of the data order, the splits and the start values.
-        backbone: the frozen model's identity.
+        backbone: the hash of the frozen model's weights, configuration and tokenizer.
         places: where model, data and cache are found; no part of the name.
 
     >>> one = Run({"name": "sst2"}, "d", {"family": "lora"}, {"steps": 1}, 1e-3, 0, "b")
@@ -238,6 +238,7 @@ def described(
     return {
         "key": run.key,
         "run": run.identity,
+        "model": Path(run.places.get("model", run.backbone)).name,
         "parameters": parameters[0],
         "head_parameters": parameters[1],
         "examples": [len(splits.train), len(splits.dev), len(splits.eval)],
@@ -246,6 +247,8 @@ def described(
         "eval": scores[task.metric],
         "eval_loss": finite(judged.loss),
         "scores": scores,
+        "predictions": judged.guesses,
+        "labels": judged.labels,
         "best_step": best.step,
         "steps": steps,
         "curve": [[row[0], *map(finite, row[1:])] for row in best.curve],

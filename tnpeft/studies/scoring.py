@@ -179,7 +179,7 @@ def _takes(model: Any, name: str) -> bool:
 
 @dataclass(frozen=True)
 class Judged:
-    """A model's guesses beside the labels, and its mean cross-entropy."""
+    """A model's guesses and the labels, in the order of the examples, and its mean cross-entropy."""
 
     guesses: list[int]
     labels: list[int]
@@ -212,17 +212,17 @@ def judge(scorer: Scorer, model: torch.nn.Module, rows: Sequence[Sequence[dict[s
         raise StudyError("the runs are judged on sets of different sizes", remedy="make these runs alone")
     was, device, runs = model.training, next(model.parameters()).device, len(rows)
     model.eval()
-    guesses, labels, loss = [list[int]() for _ in rows], [list[int]() for _ in rows], torch.zeros(runs)
+    guesses = torch.zeros(runs, len(rows[0]), dtype=torch.long)
+    loss = torch.zeros(runs)
     whole = scorer.collate([row for its in rows for row in its])
-    for _, batch in scorer.cut({name: tensor.to(device) for name, tensor in whole.items()}, runs):
+    for lot, batch in scorer.cut({name: tensor.to(device) for name, tensor in whole.items()}, runs):
         scores = scorer.scores(model, batch)
         each = nn.functional.cross_entropy(scores, batch["labels"], reduction="none")
         loss += each.view(runs, -1).sum(1).cpu()
-        for k in range(runs):
-            guesses[k] += scores.argmax(-1).view(runs, -1)[k].tolist()
-            labels[k] += batch["labels"].view(runs, -1)[k].tolist()
+        guesses.scatter_(1, torch.tensor(lot), scores.argmax(-1).view(runs, -1).cpu())
     model.train(was)
-    return [Judged(*its) for its in zip(guesses, labels, (loss / len(rows[0])).tolist(), strict=True)]
+    labels = [[row["label"] for row in its] for its in rows]
+    return [Judged(*its) for its in zip(guesses.tolist(), labels, (loss / len(rows[0])).tolist(), strict=True)]
 
 
 def metric(name: str, guesses: Sequence[int], labels: Sequence[int]) -> float:

@@ -197,7 +197,7 @@ class Study:
         words = self.places["tokenizer"]
         cache = Path(self.places["cache"])
         its = backbones.identity(self.places["model"], cache)
-        return digest([its, backbones.identity(words, cache)]) if words else its
+        return digest([its, backbones.identity(words, cache, weights=False)]) if words else its
 
     def seeds_to_tune(self, cell: Cell, task: Task) -> tuple[int, ...]:
         """The seeds that sweep the grid of learning rates: all of them if there is but one rate."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tnpeft.studies.data import load
 from tnpeft.studies.engines import Engine, Workers
 from tnpeft.studies.files import StudyError
 from tnpeft.studies.runs import Run, Store
@@ -48,7 +49,8 @@ def sweep(study: Study, folder: str | Path, engine: Engine | None = None, say: S
     engine, store, tally = engine or Engine(), Store(Path(folder)), Tally()
     store.recover()
     seen: set[str] = set()
-    study.search()  # reads all data
+    for task in study.tasks:
+        load(task, study.places["data"])
     prepare(study, say)
     with engine.open(store.folder) as workers:
         for title, runs in (("learning rates", study.search), ("all seeds", lambda: study.confirmation(store))):

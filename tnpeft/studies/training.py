@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import math
 import tempfile
@@ -20,7 +21,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from tnpeft.studies import methods, processes
 from tnpeft.studies.data import Splits
-from tnpeft.studies.files import whole, write_json
+from tnpeft.studies.files import StudyError, whole, write_json
 from tnpeft.studies.protocol import Protocol
 from tnpeft.studies.scoring import Scorer, evaluate
 
@@ -41,19 +42,20 @@ class Best:
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def offer(self, step: int, dev: float, loss: float, by: str) -> bool:
-        """Whether this evaluation is the best so far; it is then taken."""
+        """True if this evaluation is the one to report so far (``by`` last, metric or loss); it is then taken."""
         better = (dev, -loss) > (self.dev, -self.loss) if by == "metric" else loss < self.loss
-        if self.step < 0 or (better and math.isfinite(loss)):
+        if self.step < 0 or by == "last" or (better and math.isfinite(loss)):
             self.step, self.dev, self.loss = step, dev, loss
             return True
         return False
 
-    def hopeless(self, patience: int) -> bool:
-        """Whether to stop: no better checkpoint at the last ``patience`` evaluations (0 asks for no such thing), or
-        losses that are no numbers any more, from which nothing comes back."""
-        waited = sum(row[0] > self.step for row in self.curve)
+    def hopeless(self, patience: int, by: str = "metric") -> bool:
+        """True if no evaluation was better at the last ``patience`` ones (0: never), or the losses are not finite."""
         _, trained, _, loss = self.curve[-1]
-        return bool(patience and waited >= patience) or not (math.isfinite(trained) and math.isfinite(loss))
+        if not (math.isfinite(trained) and math.isfinite(loss)):
+            return True
+        merits = [(dev, -loss) if by == "metric" else (-loss,) for _, _, dev, loss in self.curve]
+        return bool(patience) and len(merits) - 1 - merits.index(max(merits)) >= patience
 
 
 class _Judge(TrainerCallback):
@@ -75,14 +77,14 @@ class _Judge(TrainerCallback):
         start = time.perf_counter()
         self.judge(kwargs["model"], step)
         self.seconds += time.perf_counter() - start
-        control.should_training_stop |= self.best.hopeless(protocol.patience)
+        control.should_training_stop |= self.best.hopeless(protocol.patience, protocol.best_by)
 
     def judge(self, model: torch.nn.Module, step: int) -> None:
         dev, loss = evaluate(self.scorer, model, self.dev)
         trained = processes.mean(torch.stack(self.losses).mean()) if self.losses else 0.0
         self.losses.clear()
         self.best.curve.append((step, trained, dev, loss))
-        if self.best.offer(step, dev, loss, self.protocol.best_by):
+        if self.best.offer(step, dev, loss, self.protocol.reported):
             self.best.weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
             if self.folder and processes.first():
                 with whole(self.folder / "best.pt") as part:
@@ -166,19 +168,41 @@ class _ByLength(Sampler[int]):
 
 
 def optimizer(model: torch.nn.Module, protocol: Protocol, lr: float) -> torch.optim.Optimizer:
-    """A fused AdamW; factors with a multiplier of their own, and the head, learn at their own rates."""
-    groups: Any = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": lr}]
-    configs = getattr(model, "peft_config", {}).values()
-    if any(hasattr(config, "lr_multiplier") for config in configs):
-        import tnpeft
+    """A fused AdamW whose groups learn at the rates that the protocol asks for.
 
+    Raises:
+        StudyError: the protocol asks for rates by rule, or preconditioned steps, which this adapter does not have.
+    """
+    import tnpeft
+
+    relative = protocol.relative_step or (lr if protocol.rate_rule == "relative_step" else 0.0)
+    ours = any(hasattr(config, "lr_multiplier") for config in getattr(model, "peft_config", {}).values())
+    groups: Any = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": lr}]
+    if (relative or protocol.precondition) and not ours:
+        raise StudyError("relative_step and precondition are for networks", remedy="train a family or a line")
+    if relative:
+        groups = _by_rule(model, relative)
+    elif ours:
         groups = tnpeft.parameter_groups(model, lr=lr)
     if protocol.head_lr:
         head = {id(p): p for name, p in model.named_parameters() if p.requires_grad and methods.of_head(name)}
         groups = [{**group, "params": [p for p in group["params"] if id(p) not in head]} for group in groups]
         groups = [group for group in groups if group["params"]]
         groups += [{"params": list(head.values()), "lr": protocol.head_lr}] if head else []
-    return torch.optim.AdamW(groups, lr=lr, weight_decay=protocol.weight_decay, fused=True)
+    chosen = torch.optim.AdamW(groups, lr=lr, weight_decay=protocol.weight_decay, fused=True)
+    if protocol.precondition:
+        if not hasattr(tnpeft, "optim"):
+            raise StudyError("precondition needs tnpeft.optim", remedy="leave precondition out, or update tnpeft")
+        tnpeft.optim.precondition(chosen, model)
+    return chosen
+
+
+def _by_rule(model: torch.nn.Module, relative_step: float) -> Any:
+    import tnpeft
+
+    if "relative_step" not in inspect.signature(tnpeft.parameter_groups).parameters:
+        raise StudyError("this tnpeft has no relative steps", remedy="leave relative_step and rate_rule out")
+    return tnpeft.parameter_groups(model, relative_step=relative_step)
 
 
 def fit(

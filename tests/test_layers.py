@@ -17,6 +17,7 @@ ORDER = (
     {"networks"},
     {"families"},
     {"counting"},
+    {"scaling"},
     {"planning"},
     {"nn"},
     {"drawing", "testing"},
@@ -25,7 +26,7 @@ ORDER = (
     {"cli"},
 )
 RANK = {name: place for place, layer in enumerate(ORDER) for name in layer}
-WITHOUT_TORCH = ("networks", "families", "counting", "planning", "drawing", "testing", "cli")
+WITHOUT_TORCH = ("networks", "families", "counting", "scaling", "planning", "drawing", "testing", "cli")
 
 
 def imports(source: str, package: tuple[str, ...]) -> Iterator[str]:

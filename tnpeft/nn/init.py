@@ -14,9 +14,12 @@ from torch import Tensor
 
 from tnpeft.counting.layout import Layout, Piece, Placement
 from tnpeft.networks import NetworkError, Site
-from tnpeft.nn import patterns, specs
+from tnpeft.nn import patterns
 from tnpeft.nn.philox import Array, normal, orthonormal, uniform
-from tnpeft.nn.specs import Spec
+from tnpeft.nn.specs import start
+from tnpeft.scaling import starts
+from tnpeft.scaling.gain import least_variances
+from tnpeft.scaling.starts import Spec
 
 _Key = tuple[int, str]  # seed and label, to which layer and proj are added
 
@@ -41,11 +44,13 @@ class Starter:
       named starts at zero, so that the update is zero and a gradient reaches that factor. A network with frozen
       twins (``~G`` beside ``G``) starts at zero by the difference and gets none. A term whose trainable factors are
       all named starts as declared.
-    - *Variance.* The others are normal with one standard deviation per term, such that every entry of what
-      multiplies the zero factor (of the term itself, where none is zero) has standard deviation
-      ``1 / sqrt(columns)``: a unit-variance input stays one. Independent zero-mean factors give entries of
-      ``prod(std) * sqrt(prod(summed sizes))``; named factors count with their own root mean square, data as 1. A
-      factor in several sites or terms takes the smallest standard deviation that they ask for.
+    - *Variance.* The others are normal with one standard deviation per term, such that the term's gain
+      (:func:`tnpeft.gain`) is ``1 / sqrt(columns)``: one signed unit step of the zero factor moves the outputs of a
+      unit-variance input by one. Where no factor of the term is zero, the entries of the update have that RMS at the
+      start. Independent zero-mean factors give entries of ``prod(std) * sqrt(prod(summed sizes))``, the bonds of the
+      zero factor among them; named factors count with their own root mean square, data as 1, ``unit_norm`` factors
+      as normalised (they start with columns of length one). A factor in several sites or terms takes the smallest
+      standard deviation that they ask for.
 
     Fan-in is the number of entries that one output of the factor sums: all but its row indices if it has any, else
     its column indices, else its last axis; fan-out is the mirror image. ``kaiming`` is uniform within
@@ -79,9 +84,10 @@ class Starter:
         for placement in layout.placements:
             for piece in placement.pieces.values():
                 self._places.setdefault(piece, []).append(placement)
-        self._named = {label: specs.start(value, label) for label, value in layout.factorization.init.items()}
-        self.zeros = specs.zero_labels(layout.factorization, self._named)
-        self.away = specs.starting_away(layout.factorization, self._named, self.zeros)
+        self._named = {label: start(value, label) for label, value in layout.factorization.init.items()}
+        self.zeros = starts.zero_labels(layout.factorization, self._named)
+        self.away = starts.starting_away(layout.factorization, self._named, self.zeros)
+        self._variances = least_variances(layout)
         self._parts = lru_cache(maxsize=1)(self._svd_of)
         self._cores = lru_cache(maxsize=1)(self._tt_svd_of)
 
@@ -107,7 +113,7 @@ class Starter:
     def _start_of(self, piece: Piece) -> Spec | Tensor:
         if (named := self._named.get(piece.label)) is not None:
             return named
-        return Spec("zeros") if piece.label in self.zeros else Spec("normal", (self._balanced(piece),))
+        return Spec("zeros") if piece.label in self.zeros else Spec("normal", (self._spread(piece),))
 
     def _value(self, spec: Spec, piece: Piece, placement: Placement, key: _Key) -> Array | Tensor:
         if spec.name in ("svd", "tt_svd", "base"):
@@ -122,7 +128,9 @@ class Starter:
             return np.full(piece.shape, spec.numbers[0] if fill is None else fill)
         if spec.name in ("normal", "uniform", "kaiming", "xavier"):
             draw = normal if spec.name == "normal" else uniform
-            return draw(piece.size, *key, piece.layer, piece.proj) * specs.spread(spec, piece, placement)
+            return draw(piece.size, *key, piece.layer, piece.proj) * starts.spread(
+                spec, piece.indices, placement.network, placement.sizes
+            )
         if spec.name in ("orthogonal", "eye") or (spec.name == "dct" and len(piece.shape) == 1):
             return self._matrix(spec, piece, key)
         return (patterns.dct if spec.name == "dct" else patterns.circulant)(piece, placement)
@@ -210,11 +218,9 @@ class Starter:
         labels = [label for label in placement.pieces if self._named.get(label) == Spec("tt_svd")]
         return patterns.tt_svd(labels, placement, self._base(site))
 
-    def _balanced(self, piece: Piece) -> float:
+    def _spread(self, piece: Piece) -> float:
         """The standard deviation of a factor that is not named, by the variance rule."""
-        return min(
-            specs.balanced(placement, term, self._named, self.zeros)
-            for placement in self._places[piece]
-            for term in placement.network.terms
-            if any(factor.name == piece.label for factor in term.factors)
-        )
+        if piece.label in self.layout.factorization.unit_norm:
+            placement = self._places[piece][0]
+            return float(starts.unit_size(piece.indices, placement.network, placement.sizes) ** -0.5)
+        return float(self._variances[piece] ** 0.5)

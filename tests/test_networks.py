@@ -152,6 +152,43 @@ def test_a_network_built_by_hand_is_checked_as_a_line_is() -> None:
         Network((Term((Factor("A B", ("out", "inp")),)),), (("out",), ("inp",)))
 
 
+@pytest.mark.parametrize("name", ["tokens", "model", "a b", "2r", "", "\u00b5"])
+def test_a_name_that_no_line_could_hold_is_refused_in_every_place(name: str) -> None:
+    for factors, output in (
+        ((Factor("A", ("out", name)), Factor("B", (name, "inp"))), (("out",), ("inp",))),
+        ((Factor("A", ("out", name)),), (("out",), (name,))),
+        ((Factor("A", ("out",)),), (("out",), (name,))),
+    ):
+        with pytest.raises(NetworkError, match=r"is not a name|reserved word|cannot be an index") as caught:
+            Network((Term(factors),), output)
+        assert caught.value.position is not None
+
+
+@pytest.mark.parametrize("name", ["out", "inp", "heads", "layer", "proj", "expert", "task", "replica"])
+@pytest.mark.parametrize("place", ["bond", "rows", "columns", "stack"])
+def test_a_name_with_a_meaning_in_a_model_means_nothing_else(name: str, place: str) -> None:
+    """A rank would be overwritten by the site's size, a stack index would become the rows: refused with a caret."""
+    line = {
+        "bond": "A[o {0}] B[{0} i] -> o i",
+        "rows": "A[{0} i] -> {0} i",
+        "columns": "A[o {0}] -> o {0}",
+        "stack": "A[{0} o i] -> {0} o i",
+    }[place].format(name)
+    home = {"out": ["rows"], "inp": ["columns"], "heads": ["rows", "columns", "stack"]}.get(name, ["stack"])
+    net = network(line)
+    if place in home:
+        assert Factorization.of(net).sizes(out=8, inp=8, layer=2)
+        return
+    with pytest.raises(NetworkError, match=f"^'{name}' is") as caught:
+        Factorization.of(net, ranks={name: 3} if place == "bond" else {}).sizes(out=8, inp=8)
+    assert line[caught.value.position :].startswith(name)
+
+
+def test_features_of_a_site_are_not_the_size_of_an_index_inside_a_group() -> None:
+    f = Factorization.of("A[head out r] B[r inp k] -> (head out) (k inp)", ranks={"r": "min(out, inp)"})
+    assert f.sizes(out=12, inp=8, heads=3) == {"head": 3, "out": 4, "r": 8, "inp": 4, "k": 2}
+
+
 def test_errors_survive_pickling_with_their_parts() -> None:
     with pytest.raises(NetworkError) as caught:
         network("A[out inp r] -> out inp")

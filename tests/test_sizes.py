@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import keyword
+import re
+import time
+import unicodedata
 from math import prod
 from typing import Any
 
@@ -15,6 +19,7 @@ from hypothesis import strategies as st
 import tnpeft
 from tnpeft import NetworkError, network
 from tnpeft.networks import Network
+from tnpeft.networks.factor import RESERVED
 from tnpeft.networks.sizes import bind, check_size, complete, evaluate, even_split, integers, product, split
 from tnpeft.testing import networks, sizes_for
 
@@ -191,3 +196,48 @@ def test_what_is_no_network_is_said_so(bad: object) -> None:
     for ask in asked:
         with pytest.raises(NetworkError, match=r"is no network but \w+\nread a line with tnpeft\.network"):
             ask()
+
+
+@pytest.mark.parametrize("size", [720_720, 963_761_198_400, 2**47, 6**18, 16_777_213 * 16_777_199])
+@pytest.mark.parametrize("parts", [2, 5, 8, 12, 300])
+def test_a_size_with_many_divisors_is_split_at_once(size: int, parts: int) -> None:
+    started = time.process_time()
+    found = even_split.__wrapped__(size, parts)
+    assert prod(found) == size
+    assert list(found) == sorted(found)
+    assert len(found) == parts
+    assert time.process_time() - started < 5
+
+
+def test_a_size_that_cannot_be_factored_is_refused() -> None:
+    with pytest.raises(NetworkError, match="not split by itself"):
+        even_split(2**61 - 1, 2)
+    assert split(2**61, ("a", "b"), (2**40, None)) == {"a": 2**40, "b": 2**21}
+
+
+def test_a_split_that_does_not_fit_is_shown_in_the_line() -> None:
+    line = "A[o1 r] B[o2 r inp] -> (o1 o2) inp"
+    with pytest.raises(NetworkError, match="does not make 12") as caught:
+        tnpeft.Factorization.of(line, ranks={"r": 1}, splits={"out": (5, None)}).sizes(out=12, inp=3)
+    assert caught.value.position == line.index("(")
+
+
+def test_sizes_that_python_cannot_print_are_refused() -> None:
+    with pytest.raises(NetworkError, match="the size of 'out' has over 4,000 digits"):
+        bind(LORA, {"out": 10**5000}, {})
+    with pytest.raises(NetworkError, match=r"factor 'B' would have more than 10\*\*4,000 elements"):
+        bind(LORA, {"layer": 10**1500, "out": 10**1500, "r": 10**1500}, {})
+    assert tnpeft.parameters(LORA, layer=10**1000, out=10**1000, r=1, inp=1) == 10**2000 + 10**1000
+
+
+@given(st.text(min_size=1, max_size=3).filter(lambda name: name.isidentifier() and re.fullmatch(r"\w+", name)))
+def test_a_name_means_the_same_as_a_keyword_and_in_a_line(name: str) -> None:
+    """Python folds names to NFKC; a micro sign in the line is then the Greek letter of the keyword."""
+    if unicodedata.normalize("NFKC", name) in RESERVED | {"o", "i", "net"}:
+        return
+    net = network(f"A[o {name}] B[{name} i] -> o i")
+    scope: dict[str, Any] = {"tnpeft": tnpeft, "net": net}
+    if not keyword.iskeyword(name):
+        assert eval(f"tnpeft.parameters(net, o=2, i=3, {name}=5)", scope) == 25
+    assert tnpeft.parameters(net, {"o": 2, "i": 3, name: 5}) == 25
+    assert tnpeft.Factorization.of(net, ranks={name: 5}).sizes(o=2)[net.bonds[0]] == 5

@@ -22,6 +22,9 @@ _ORDER = (
 )
 
 
+_MOST_AXES = 64
+
+
 @dataclass(frozen=True)
 class Piece:
     """One stored array of a factor: what a model holds as one Parameter, without its layer and proj axes.
@@ -165,12 +168,28 @@ def _site_sizes(f: Factorization, line: Line, site: Site, stack: dict[str, int])
             line=str(line.network),
             remedy=f"name stack indices from {', '.join(STACK)}, or give the size of {unknown[0]!r}",
         )
+    _check_axes(line.network)
     try:
         sizes = f.sizes({**stack, **{k: v for k, v in given.items() if v}}, line=line)
         return integers(line.network, bind(line.network, sizes, {}))
     except NetworkError as error:
         where = f"layer {site.layer}, {site.proj} ({site.out} x {site.inp})"
-        raise NetworkError(f"{where}: {error.problem}", line=error.line, remedy=error.remedy) from None
+        raise NetworkError(
+            f"{where}: {error.problem}", line=error.line, position=error.position, remedy=error.remedy
+        ) from None
+
+
+def _check_axes(net: Network) -> None:
+    """Refuse what no array can hold: numpy and torch know at most 64 axes."""
+    axes = {f"factor {factor.name!r}": len(factor.indices) for factor in net.factors}
+    axes["the matrix with its activations"] = len(net.rows) + len(net.cols) + 1
+    what, most = max(axes.items(), key=lambda item: item[1])
+    if most > _MOST_AXES:
+        raise NetworkError(
+            f"{what} has {most} indices, and an array at most {_MOST_AXES} axes",
+            line=str(net),
+            remedy="fuse indices that always stand together into one",
+        )
 
 
 def _site_network(net: Network) -> Network:

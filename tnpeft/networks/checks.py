@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
+from unicodedata import normalize
 
 from tnpeft.networks.factor import PREFIX, RESERVED, Factor
 
@@ -84,10 +85,10 @@ def _name_faults(net: Network) -> Iterator[Fault]:
         yield ("arrow", 0, 0, 0), "a term without factors", "write at least one factor, such as A[out inp]"
     for t, term in enumerate(net.terms):
         for f, factor in enumerate(term.factors):
-            if not factor.name.isidentifier():
+            if not _is_name(factor.name):
                 yield ("factor", t, f, 0), f"{factor.name!r} is not a name", "use letters, digits and _"
             for k, index in enumerate(factor.indices):
-                if not index.isidentifier():
+                if not _is_name(index):
                     yield ("index", t, f, k), f"{index!r} is not a name", "use letters, digits and _"
                 if index in RESERVED:
                     yield (
@@ -101,6 +102,11 @@ def _name_faults(net: Network) -> Iterator[Fault]:
                         f"index {index!r} is repeated in factor {factor.name!r}",
                         "a factor carries an index once; give one of the two axes another name",
                     )
+
+
+def _is_name(text: str) -> bool:
+    """True if the text is an identifier in the Unicode form (NFKC) in which Python hands keywords on."""
+    return text.isidentifier() and normalize("NFKC", text) == text
 
 
 def _factor_faults(net: Network) -> Iterator[Fault]:
@@ -132,14 +138,19 @@ def _output_faults(net: Network) -> Iterator[Fault]:
         for k, index in enumerate(group):
             carried = [index in place for place in places]
             where: Focus = ("output", 0, g, k)
-            if not index.isidentifier() or index in RESERVED:
+            if not _is_name(index) or index in RESERVED:
                 yield (
                     where,
                     f"{index!r} cannot be an index",
                     "use letters, digits and _, and no reserved word",
                 )
             elif index in seen:
-                yield where, f"index {index!r} stands twice in the output", "leave one of the two out"
+                yield (
+                    where,
+                    f"index {index!r} stands twice in the output",
+                    f"leave one out, or join two names with a constant: ^I[{index} {index}2] and {index}2 here, "
+                    'init={"I": "eye"}',
+                )
             elif not any(carried):
                 yield (
                     where,

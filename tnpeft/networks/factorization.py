@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -10,7 +11,7 @@ from typing import Any
 from tnpeft.networks.errors import NetworkError
 from tnpeft.networks.network import Network
 from tnpeft.networks.notation import network
-from tnpeft.networks.sizes import Size, Sizes, bind, check_size, evaluate, split
+from tnpeft.networks.sizes import Size, Sizes, bind, check_size, evaluate, folded, split
 
 STACK = ("layer", "proj", "expert", "task", "replica")  # the stack indices that have a meaning in a model
 
@@ -133,6 +134,9 @@ class Factorization:
                 raise NetworkError(f"{what} is {getattr(self, what)!r}", remedy=f"pass a map, {what}={{name: value}}")
         if isinstance(self.unit_norm, str) or not isinstance(self.unit_norm, Sequence):
             raise NetworkError(f"unit_norm is {self.unit_norm!r}", remedy="pass a list of factors' names")
+        for what in ("ranks", "init", "lr_multiplier"):
+            object.__setattr__(self, what, folded(getattr(self, what)))
+        object.__setattr__(self, "unit_norm", tuple(folded(dict.fromkeys(self.unit_norm))))
         bonds = {bond for line in self.lines for bond in line.network.bonds}
         labels = {line.network.label(f) for line in self.lines for f in line.network.factors}
         self._known("ranks", self.ranks, bonds, "bonds")
@@ -216,9 +220,11 @@ class Factorization:
         number of attention heads for an index called ``head``. What cannot be worked out yet is left open.
 
         Raises:
-            NetworkError: a split does not fit, or a rule names an unknown size.
+            NetworkError: a split does not fit, a rule names an unknown size, or an index has a name that means
+                something else in a model (a bond called ``out``, a stack index in the rows).
         """
         net = (line or self.lines[0]).network
+        _refuse_misplaced_names(net)
         given = {**(given or {}), **more}
         ints: dict[str, Any] = {name: size for name, size in given.items() if isinstance(size, int)}
         ints |= {r: rank for r, rank in self.ranks.items() if isinstance(rank, int) and r not in given}
@@ -226,11 +232,12 @@ class Factorization:
         for side, group in (("out", net.rows), ("inp", net.cols)):
             if isinstance(given.get(side), int) and not all(index in given for index in group):
                 found |= self._split(net, side, group, ints)
-        ints |= found
+        ints |= {name: size for name, size in found.items() if name not in given}
         for bond, rule in self.ranks.items():
             if isinstance(rule, str) and bond in net.bonds and bond not in given and _ready(rule, ints):
                 found[bond] = ints[bond] = check_size(bond, evaluate(rule, ints), str(net))
-        known = {**found, **{name: size for name, size in given.items() if name in net.indices}}
+        parts = {index for group in (net.rows, net.cols) if len(group) > 1 for index in group} & {"out", "inp"}
+        known = {**found, **{name: size for name, size in given.items() if name not in parts}}
         return {index: known[index] for index in net.indices if index in known}
 
     def _split(self, net: Network, side: str, group: tuple[str, ...], ints: dict[str, int]) -> dict[str, int]:
@@ -240,7 +247,8 @@ class Factorization:
         for k, index in enumerate(group):
             if k < len(wanted) and wanted[k] is None:
                 heads = ints.get("heads", 0) if index == "head" and len(group) > 1 else 0
-                wanted[k] = ints.get(index) if len(group) > 1 and index in ints else (heads or None)
+                named = len(group) > 1 and index in ints and index not in ("out", "inp")  # these are the features
+                wanted[k] = ints[index] if named else (heads or None)
         return split(ints[side], group, wanted, str(net))
 
     def bind(self, sizes: Sizes | None, keywords: Sizes) -> dict[str, Size]:
@@ -248,6 +256,35 @@ class Factorization:
         net = self.network
         bind(net, sizes, keywords, extra=("out", "inp", "heads"))
         return bind(net, self.sizes({**(sizes or {}), **keywords}), {})
+
+
+_FEATURES = {"out": ("rows", "output features"), "inp": ("columns", "input features")}
+
+
+def _refuse_misplaced_names(net: Network) -> None:
+    """Refuse a name that has a meaning in a model where it means something else: no size is taken for another.
+
+    Stack indices stand before the matrix, ``out`` in the rows, ``inp`` in the columns; no bond is called ``heads``.
+    """
+    stack, bonds = set(net.stack), set(net.bonds)
+    for name in net.indices:
+        place = "a bond" if name in bonds else "in the rows" if name in net.rows else "in the columns"
+        place = "a stack index" if name in stack else place
+        if name in STACK and name not in stack:
+            problem = f"{name!r} is {place} here, and in a model the stack index of that name"
+            remedy = "end the output with two groups, rows (output features) and columns (input features)"
+            remedy = "choose another name for the bond" if name in bonds else remedy
+        elif name in _FEATURES and place != f"in the {_FEATURES[name][0]}":
+            problem = f"{name!r} is {place} here, and in a model the number of {_FEATURES[name][1]}"
+            remedy = f"choose another name; {name!r} belongs into the {_FEATURES[name][0]} of the output"
+        elif name == "heads" and name in bonds:
+            problem, remedy = "'heads' is a bond here, and in a model the number of heads", "choose another name"
+        else:
+            continue
+        line = str(net)
+        word = re.compile(rf"(?<!\w){name}(?!\w)")
+        found = word.search(line, line.index("[") if name in bonds else line.index("->"))
+        raise NetworkError(problem, line=line, position=found.start() if found else None, remedy=remedy)
 
 
 def _ready(rule: str, sizes: Mapping[str, int]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
+from unicodedata import normalize
 
 from tnpeft.networks.errors import NetworkError
 from tnpeft.networks.factor import PREFIX, Factor, Group, Kind, Term
@@ -13,6 +14,17 @@ from tnpeft.networks.network import Network
 MAX_CHARACTERS = 20_000
 _TOKEN = re.compile(r"\s+|->|[~^+\-\[\]()]|\w+|.", re.DOTALL)
 _KIND: dict[str, Kind] = {prefix: kind for kind, prefix in PREFIX.items()}
+
+
+_MULTILINEAR = "an adapter is multilinear: factors are multiplied and summed, no function is applied to them"
+_ADVICE = {
+    "*": "factors that stand side by side are multiplied: leave * out",
+    "/": "a line has no division: put a number into scale=",
+    "=": "sizes are passed apart from the line, as keywords or ranks",
+    **dict.fromkeys(
+        "0123456789.", "numbers are no part of a line: put a factor into scale=, leave an index of size 1 out"
+    ),
+}
 
 
 class _Token(NamedTuple):
@@ -84,7 +96,12 @@ class _Parser:
     def _factor(self) -> Factor:
         kind = _KIND[self._next() if self._peek() in ("~", "^") else ""]
         name = self._name("a factor, such as A[r inp]")
-        self._expect("[", f"write the indices of {name!r} in brackets, such as {name}[out r]")
+        self._expect(
+            "[",
+            _MULTILINEAR
+            if self._peek() == "("
+            else f"write the indices of {name!r} in brackets, such as {name}[out r]",
+        )
         indices = []
         while self._peek() != "]":
             indices.append(self._name(f"an index, or ] to end factor {name!r}"))
@@ -113,7 +130,7 @@ class _Parser:
     def _name(self, wanted: str) -> str:
         if not self._peek().isidentifier():
             self._fail(wanted)
-        return self._next()
+        return normalize("NFKC", self._next())
 
     def _expect(self, text: str, remedy: str) -> None:
         if self._peek() != text:
@@ -123,5 +140,5 @@ class _Parser:
     def _fail(self, wanted: str, remedy: str = "") -> None:
         token = self.tokens[self.at]
         found = f"{token.text[:20]!r}" if token.text else "the end of the line"
-        hint = "indices are separated by blanks" if token.text == "," else remedy
+        hint = "indices are separated by blanks" if token.text == "," else remedy or _ADVICE.get(token.text[:1], "")
         raise NetworkError(f"expected {wanted}, found {found}", line=self.line, position=token.position, remedy=hint)

@@ -5,15 +5,22 @@ from __future__ import annotations
 import ast
 import math
 import operator
+from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
+from unicodedata import normalize
 
 from tnpeft.networks.errors import NetworkError
 from tnpeft.networks.network import Network
 
 Size = Any  # a positive int, or anything with + and *, such as a sympy symbol
 Sizes = Mapping[str, Size]
+
+
+_MOST_DIGITS = 4_000  # Python prints whole numbers of at most 4,300 digits
+_MOST_BITS = 13_280
 
 
 def check_size(name: str, value: object, line: str = "") -> Size:
@@ -28,6 +35,10 @@ def check_size(name: str, value: object, line: str = "") -> Size:
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         number = int(value) if hasattr(value, "free_symbols") and value.is_integer else 0  # type: ignore[call-overload,attr-defined]
+    if number.bit_length() > _MOST_BITS:
+        raise NetworkError(
+            f"the size of {name!r} has over {_MOST_DIGITS:,} digits", line=line, remedy="check its unit"
+        )
     if isinstance(value, bool) or number < 1:
         raise NetworkError(
             f"the size of {name!r} is {value!r}",
@@ -54,7 +65,7 @@ def bind(net: Network, sizes: Sizes | None, keywords: Sizes, extra: Iterable[str
             symbol, or the two uses of one factor get different sizes.
     """
     require_network(net)
-    known = net.indices
+    known = dict.fromkeys(net.indices)
     for name in keywords:
         if name not in known and name not in extra:
             raise NetworkError(
@@ -62,12 +73,18 @@ def bind(net: Network, sizes: Sizes | None, keywords: Sizes, extra: Iterable[str
                 line=str(net),
                 remedy=f"the indices are {', '.join(known)}",
             )
-    given, line = {**(sizes or {}), **keywords}, str(net)
+    given, line = {**folded(sizes or {}), **keywords}, str(net)
     bound = {name: check_size(name, given[name], line) for name in known if name in given}
     shapes: dict[str, tuple[Size, ...]] = {}
     for factor in net.uses():
         if all(index in bound for index in factor.indices):
             shape = tuple(bound[index] for index in factor.indices)
+            if sum(size.bit_length() for size in shape if isinstance(size, int)) > _MOST_BITS:
+                raise NetworkError(
+                    f"factor {factor.name!r} would have more than 10**{_MOST_DIGITS:,} elements",
+                    line=line,
+                    remedy="check the sizes of the indices that it carries",
+                )
             if shapes.setdefault(factor.name, shape) != shape:
                 raise NetworkError(
                     f"factor {factor.name!r} is used with shapes {shapes[factor.name]} and {shape}",
@@ -75,6 +92,17 @@ def bind(net: Network, sizes: Sizes | None, keywords: Sizes, extra: Iterable[str
                     remedy="a factor that stands twice has one shape: give its indices equal sizes",
                 )
     return bound
+
+
+def folded(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The mapping with its names in the Unicode form (NFKC) that Python gives to keywords and the parser to indices.
+
+    >>> folded({"\u00b5": 3}) == {"\u03bc": 3}
+    True
+    """
+    if all(not isinstance(name, str) or name.isascii() for name in given):
+        return given
+    return {normalize("NFKC", name) if isinstance(name, str) else name: value for name, value in given.items()}
 
 
 def complete(net: Network, bound: Mapping[str, Size], needed: Iterable[str] | None = None) -> None:
@@ -112,23 +140,68 @@ def product(values: Iterable[Size]) -> Size:
 # ---- splitting a dimension
 
 
+_SPLITTABLE = 1 << 48  # sizes up to which prime factors are looked for
+
+
 @lru_cache(maxsize=4096)
 def even_split(size: int, parts: int) -> tuple[int, ...]:
     """``size`` as a product of ``parts`` ascending divisors with the smallest sum, the most even split.
+
+    Raises:
+        NetworkError: the size is too large to be factored.
 
     >>> even_split(2048, 2), even_split(768, 3), even_split(7, 2)
     ((32, 64), (8, 8, 12), (1, 7))
     """
     if parts == 0:
         return ()
-    if parts == 1:
-        return (size,)
-    splits = (
-        tuple(sorted((divisor, *even_split(size // divisor, parts - 1))))
-        for divisor in range(1, size + 1)
-        if size % divisor == 0
-    )
-    return min(splits, key=lambda split: (sum(split), split))
+    primes = _primes(size)
+    if parts >= len(primes):  # two factors have a smaller sum than their product and a one
+        return (1,) * (parts - len(primes)) + primes
+    divisors = [1]
+    for prime, power in Counter(primes).items():
+        divisors = [divisor * prime**k for divisor in divisors for k in range(power + 1)]
+    return _most_even(size, parts, sorted(divisors))
+
+
+def _most_even(size: int, parts: int, divisors: Sequence[int]) -> tuple[int, ...]:
+    """The ascending divisors with the smallest sum (of these the first in order), by branch and bound.
+
+    The nearer a part comes to the root of what is left, the smaller the sum of the rest can be; what cannot get below
+    the best sum so far is left out.
+    """
+    best: tuple[int, tuple[int, ...]] = (size + parts, ())
+
+    def extend(chosen: tuple[int, ...], rest: int, places: int) -> None:
+        nonlocal best
+        if places == 1:
+            best = min(best, (sum(chosen) + rest, (*chosen, rest)))
+            return
+        root, least = rest ** (1 / places) * (1 + 1e-9), chosen[-1] if chosen else 1
+        for part in reversed(divisors[bisect_left(divisors, least) : bisect_right(divisors, root)]):
+            smallest = sum(chosen) + part + (places - 1) * (rest // part) ** (1 / (places - 1))
+            if smallest * (1 - 1e-9) > best[0]:
+                break
+            if rest % part == 0:
+                extend((*chosen, part), rest // part, places - 1)
+
+    extend((), size, parts)
+    return best[1]
+
+
+def _primes(size: int) -> tuple[int, ...]:
+    """The prime factors in ascending order."""
+    if size > _SPLITTABLE:
+        raise NetworkError(
+            "a size above 2**48 is not split by itself", remedy="pass the sizes of the group's indices"
+        )
+    found, prime = [], 2
+    while prime * prime <= size:
+        while size % prime == 0:
+            found.append(prime)
+            size //= prime
+        prime += 1 if prime == 2 else 2
+    return (*found, size) if size > 1 else tuple(found)
 
 
 def split(size: int, group: Sequence[str], given: Sequence[int | None], line: str = "") -> dict[str, int]:
@@ -142,10 +215,12 @@ def split(size: int, group: Sequence[str], given: Sequence[int | None], line: st
     """
     wanted = [*given] if given else [None] * len(group)
     label = f"({' '.join(group)})"
+    position = line.find(label, line.find("->"))
+    caret = {"line": line, "position": position if position >= 0 else None}
     if len(wanted) != len(group):
         raise NetworkError(
             f"{len(wanted)} sizes are given for the {len(group)} indices of {label}",
-            line=line,
+            **caret,  # type: ignore[arg-type]
             remedy="give one size per index, None where it is to be deduced",
         )
     fixed = math.prod(part for part in wanted if part is not None)
@@ -153,7 +228,7 @@ def split(size: int, group: Sequence[str], given: Sequence[int | None], line: st
     if fixed == 0 or size % fixed or (not open_parts and fixed != size):
         raise NetworkError(
             f"{label} cannot have the sizes {tuple(wanted)}: their product does not make {size}",
-            line=line,
+            **caret,  # type: ignore[arg-type]
             remedy=f"choose divisors of {size}, or None for a size to be deduced",
         )
     rest = iter(even_split(size // fixed, open_parts))

@@ -104,16 +104,16 @@ def attached(layers: int, name: str, targets: Sequence[str], samples: int, clock
         start = now()
         adapted = peft.get_peft_model(base, config)
         attaching.append(now() - start)
-        placements = adapted.base_model.model.factor_bank.layouts["default"].placements
+        site_layouts = adapted.base_model.model.factor_bank.layouts["default"].site_layouts
         forget()
         start = now()
-        for placement in placements:
-            execute.program(placement.network, placement.sizes)
+        for site_layout in site_layouts:
+            execute.program(site_layout.network, site_layout.sizes)
         planning.append(now() - start)
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     return {
         "family": name,
-        "sites": len(placements),
+        "sites": len(site_layouts),
         "parameters": trainable,
         "attach s": median(attaching),
         "of which planning s": median(planning),

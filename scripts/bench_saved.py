@@ -70,7 +70,7 @@ def kept(config: Any, width: int, tokens: int) -> dict[str, Any]:
     for module in model.modules():
         for item in getattr(module, "updates", {}).get("default", ()):
             row["width"] = inner_width(item.run)
-            row["factors"] = BYTES * sum(piece.size for piece in item.placement.pieces.values())
+            row["factors"] = BYTES * sum(piece.size for piece in item.site_layout.parameters.values())
     return row
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tnpeft import families
-from tnpeft.counting.layout import layout
+from tnpeft.layout import layout
 from tnpeft.networks import Network, NetworkError, Site, network
 from tnpeft.networks.sizes import bind, complete
 

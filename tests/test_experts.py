@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tnpeft
-from tnpeft.counting.layout import layout
+from tnpeft.layout import layout
 from tnpeft.networks import ConfigError, Factorization, Network, NetworkError, Site
 from tnpeft.testing.cases import small_sizes
 
@@ -37,11 +37,11 @@ def test_the_expert_axis_stays_in_one_array(line: str) -> None:
     sites = [Site(layer, "experts_down", 8, 6, experts=5) for layer in range(2)]
     placed = layout(f, sites)
     assert placed.count() == tnpeft.parameters(f, layer=2, proj=1, expert=5, out=8, inp=6)
-    assert len(placed.pieces) == 2 * len(f.network.factors)
-    for piece in placed.pieces:
+    assert len(placed.parameters) == 2 * len(f.network.factors)
+    for piece in placed.parameters:
         assert piece.shape == tuple({"expert": 5, "out": 8, "inp": 6, "r": 3}[index] for index in piece.indices)
-    assert placed.placements[0].network.stack == ("expert",)
-    assert placed.placements[0].sizes["expert"] == 5
+    assert placed.site_layouts[0].network.stack == ("expert",)
+    assert placed.site_layouts[0].sizes["expert"] == 5
 
 
 def test_a_linear_counts_as_one_expert_and_a_line_without_experts_is_shared_by_all() -> None:

@@ -17,7 +17,7 @@ _HOME = {
     "ConfigError": "networks",
     "Factor": "networks",
     "Factorization": "networks",
-    "Line": "networks",
+    "SiteRule": "networks",
     "Network": "networks",
     "NetworkError": "networks",
     "Site": "networks",

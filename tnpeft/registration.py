@@ -56,8 +56,8 @@ def register() -> None:
         from peft import mapping
 
         from tnpeft.adapters.config import TensorNetworkConfig
-        from tnpeft.adapters.hooks import hook
         from tnpeft.adapters.model import TensorNetworkModel
+        from tnpeft.adapters.peft_patches import hook
     except ImportError as error:
         warn(f"tnpeft cannot register its tuner with this peft ({error}); install peft>=0.21", stacklevel=2)
         return

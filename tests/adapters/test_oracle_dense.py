@@ -14,8 +14,8 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 import tnpeft
-from tnpeft.adapters.access import arrays, bank_of
-from tnpeft.counting.layout import Piece, Placement
+from tnpeft.adapters.state import arrays, bank_of
+from tnpeft.layout import ParameterSpec, SiteLayout
 from tnpeft.networks import Factorization, NetworkError
 from tnpeft.nn.philox import normal
 
@@ -51,9 +51,9 @@ def _adapted(base: nn.Module, f: Factorization, targets: list[str]) -> nn.Module
     return peft.get_peft_model(copy.deepcopy(base), config).double().eval()
 
 
-def dense(placement: Placement, values: dict[Piece, Tensor], f: Factorization, weight: Tensor) -> Tensor:
+def dense(site_layout: SiteLayout, values: dict[ParameterSpec, Tensor], f: Factorization, weight: Tensor) -> Tensor:
     """One site's scaled update by one unordered einsum per term, ``[out, inp]``."""
-    net, sizes = placement.network, placement.sizes
+    net, sizes = site_layout.network, site_layout.sizes
     letters = {index: chr(ord("a") + k) for k, index in enumerate(net.indices)}
     sides = (*net.rows, *net.cols)
     total: Any = 0.0
@@ -64,7 +64,7 @@ def dense(placement: Placement, values: dict[Piece, Tensor], f: Factorization, w
             value = (
                 weight.reshape([sizes[i] for i in sides])
                 if f.init.get(label) == "base"
-                else values[placement.pieces[label]]
+                else values[site_layout.parameters[label]]
             )
             if label in f.unit_norm:
                 axes = [axis for axis, index in enumerate(factor.indices) if index in sides]
@@ -75,11 +75,13 @@ def dense(placement: Placement, values: dict[Piece, Tensor], f: Factorization, w
     return f.scale * total.reshape(weight.shape)
 
 
-def oracle(base: nn.Module, model: nn.Module, f: Factorization, values: dict[Piece, Tensor], batch: dict) -> Tensor:
+def oracle(
+    base: nn.Module, model: nn.Module, f: Factorization, values: dict[ParameterSpec, Tensor], batch: dict
+) -> Tensor:
     """The base model's output with every adapted weight replaced."""
     weights: dict[str, Tensor] = {}
-    for placement in bank_of(model).layouts["default"].placements:
-        site = placement.site
+    for site_layout in bank_of(model).layouts["default"].site_layouts:
+        site = site_layout.site
         linear = base.get_submodule(site.module)
         name = f"{site.module}.weight"
         turned = isinstance(linear, Conv1D)
@@ -88,7 +90,7 @@ def oracle(base: nn.Module, model: nn.Module, f: Factorization, values: dict[Pie
         axis = 1 if "/inp:" in site.proj else 0
         length = site.inp if axis else site.out
         original = (linear.weight.detach().T if turned else linear.weight.detach()).narrow(axis, site.start, length)
-        part = whole.narrow(axis, site.start, length) + dense(placement, values, f, original)
+        part = whole.narrow(axis, site.start, length) + dense(site_layout, values, f, original)
         before, after = (
             whole.narrow(axis, 0, site.start),
             whole.narrow(axis, site.start + length, whole.shape[axis] - site.start - length),

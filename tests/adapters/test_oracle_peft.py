@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import tnpeft
-from tnpeft.adapters.access import bank_of
+from tnpeft.adapters.state import bank_of
 from tnpeft.nn.philox import normal
 
 PROJECTIONS = ("q_proj", "v_proj", "o_proj")
@@ -232,10 +232,10 @@ def copy_factors(case: Case, theirs: nn.Module, ours: nn.Module) -> None:
             values[name] = torch.stack([torch.stack(row) for row in rows])
     tnpeft.set_factors(ours, values)
     bank = bank_of(ours)
-    for placement in bank.layouts["default"].placements:
-        theirs_layer = layer_of(theirs, placement.site.layer, placement.site.proj)
+    for site_layout in bank.layouts["default"].site_layouts:
+        theirs_layer = layer_of(theirs, site_layout.site.layer, site_layout.site.proj)
         for label, value in case.frozen(theirs_layer).items():
-            bank.tnpeft_factors["default"].get(placement.pieces[label].key).copy_(value)
+            bank.tnpeft_factors["default"].get(site_layout.parameters[label].key).copy_(value)
     for (k, p), arrays in found.items():
         if "magnitude" in arrays:
             layer_of(ours, k, p).tnpeft_magnitude["default"].data.copy_(arrays["magnitude"])

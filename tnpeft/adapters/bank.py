@@ -10,18 +10,18 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from tnpeft.counting.layout import Layout, Piece
+from tnpeft.layout import Layout, ParameterSpec
 from tnpeft.networks import NetworkError
 
 BANK = "factor_bank"  # the bank's name in the model: without the prefix, or deleting an adapter would pass it over
 
 
-class Arrays(nn.Module):
+class FactorStore(nn.Module):
     """The arrays of one adapter that one module owns: Parameters if they are trained, else buffers.
 
     It has no forward and no attribute ``weight``, so that no wrapping policy takes it for a layer.
 
-    >>> own = Arrays()
+    >>> own = FactorStore()
     >>> own.add("B", torch.zeros(2), trained=True)
     >>> own.get("B").requires_grad
     True
@@ -56,12 +56,12 @@ class TensorNetworkLayer(BaseTunerLayer):
     adapter_layer_names: tuple[str, ...] = ("tnpeft_factors",)
     tnpeft_factors: nn.ModuleDict
 
-    def own(self, adapter: str, pieces: Mapping[Piece, Tensor], kept: bool) -> None:
+    def register_factors(self, adapter: str, pieces: Mapping[ParameterSpec, Tensor], kept: bool) -> None:
         """Own the arrays of an adapter; frozen ones go to files only if ``kept``."""
-        arrays = Arrays()
-        for piece, value in pieces.items():
-            trained = piece.kind == "trainable"
-            arrays.add(piece.key, value, trained=trained, kept=kept and piece.kind == "frozen")
+        arrays = FactorStore()
+        for param, value in pieces.items():
+            trained = param.kind == "trainable"
+            arrays.add(param.key, value, trained=trained, kept=kept and param.kind == "frozen")
         self.tnpeft_factors[adapter] = arrays
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:

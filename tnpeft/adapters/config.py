@@ -11,9 +11,9 @@ from peft.config import PeftConfig
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 
 from tnpeft import registration
-from tnpeft.adapters.checks import check_fields, check_replicas
+from tnpeft.adapters.config_validation import check_fields, check_replicas
 from tnpeft.adapters.files import AGAIN, describe, fetch, stored_shapes
-from tnpeft.adapters.plain import factorization, lower, with_rank_pattern
+from tnpeft.adapters.serialization import factorization, lower, with_rank_pattern
 from tnpeft.networks import Factorization, NetworkError, replicated
 
 _CHANGES = ("ranks", "splits", "init", "scale", "unit_norm", "lr_multiplier", "square")  # in the order of the fields
@@ -37,7 +37,7 @@ class TensorNetworkConfig(PeftConfig):
         bias: which biases are trained: none, all, or tensor_network_only (those of adapted linears).
         dropout: probability with which entries of an adapter's input are dropped in training.
         seed: of the start values and of the frozen random factors.
-        replicas: adapters that train side by side in one pass, see :mod:`tnpeft.adapters.replicas`.
+        replicas: adapters that train side by side in one pass, see :mod:`tnpeft.adapters.replicas.api`.
         replica_seeds: the seed of each; None for seed, seed + 1, and so on.
         replica_ranks: the ranks in which each differs from ``network``, ``[{"r": 2}, {"r": 4}]``; None for none.
         replica_scales: the effective scale of each; None for that of ``network``.
@@ -142,7 +142,7 @@ class TensorNetworkConfig(PeftConfig):
         """The factorization that ``network`` holds as plain data."""
         return self._factorization
 
-    def own(self, k: int) -> Factorization:
+    def register_factors(self, k: int) -> Factorization:
         """The factorization of replica k, at its own ranks and scale."""
         f = self._factorization
         ranks = {} if self.replica_ranks is None else self.replica_ranks[k]
@@ -153,12 +153,12 @@ class TensorNetworkConfig(PeftConfig):
     def side_by_side(self) -> Factorization:
         """The factorization of all replicas in one."""
         differing = self.replica_ranks or self.replica_scales or [None]
-        return replicated(*(self.own(k) for k in range(len(differing))))
+        return replicated(*(self.register_factors(k) for k in range(len(differing))))
 
-    def alone(self, k: int) -> TensorNetworkConfig:
+    def extract_replica(self, k: int) -> TensorNetworkConfig:
         """The configuration of replica k as that of an adapter of its own, as if read from a file."""
         config = copy.deepcopy(self)
-        config._factorization = self.own(k)
+        config._factorization = self.register_factors(k)
         config.network = lower(config._factorization)
         named = {name.rpartition("/"): its for name, its in (self.frozen or {}).items()}
         config.frozen = {name: its for (name, _, number), its in named.items() if number == str(k)}

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tnpeft.adapters.bank import FactorBank, TensorNetworkLayer
 from tnpeft.adapters.kept import Kept
-from tnpeft.adapters.sites import features
+from tnpeft.adapters.targets import features
 from tnpeft.adapters.update import Operand, Update, base_factor
 from tnpeft.networks import NetworkError
 from tnpeft.nn.units import Units
@@ -117,12 +117,12 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """The update is additive; :func:`tnpeft.export_lora` writes it as a LoRA. Replicas are no one update."""
-        return not (adapter_name in self.updates and self.updates[adapter_name][0].placement.network.stack)
+        return not (adapter_name in self.updates and self.updates[adapter_name][0].site_layout.network.stack)
 
     def _delta(self, adapter: str) -> Tensor:
         """The adapter's scaled update of the whole linear, ``[out, inp]``."""
         items = self.updates[adapter]
-        if items[0].placement.network.stack:
+        if items[0].site_layout.network.stack:
             raise NetworkError(
                 f"{adapter!r} is several replicas and no one update",
                 remedy="take one out with tnpeft.replicas.attach(model, k, name), then use that",

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tnpeft import registration
-from tnpeft.adapters.access import bank_of
 from tnpeft.adapters.layer import TensorNetworkLinear
+from tnpeft.adapters.state import bank_of
 from tnpeft.networks import NetworkError
 from tnpeft.nn.lowrank import cut_rank, sides, truncated
 
@@ -125,7 +125,7 @@ def _linear(
     rows, cols = linear.out_features, linear.in_features
     most = min(limit or max(1, rows * cols // (rows + cols)), rows, cols)
     items = linear.updates[adapter]
-    found = sum(cut_rank(item.placement.network, item.placement.sizes) for item in items)
+    found = sum(cut_rank(item.site_layout.network, item.site_layout.sizes) for item in items)
     if adapter in linear.tnpeft_magnitude or found >= min(rows, cols):
         delta = linear.get_delta_weight(adapter)
         delta = delta.T if isinstance(linear.get_base_layer(), Conv1D) else delta
@@ -143,7 +143,9 @@ def _through_cuts(linear: TensorNetworkLinear, adapter: str) -> tuple[Tensor, Te
     lefts, rights = [], []
     for item in linear.updates[adapter]:
         operands = dict(zip(item.run.labels, linear.operands(adapter, item), strict=True))
-        left, right = sides(item.placement.network, item.placement.sizes, {k: v.float() for k, v in operands.items()})
+        left, right = sides(
+            item.site_layout.network, item.site_layout.sizes, {k: v.float() for k, v in operands.items()}
+        )
         if item.side == "out":
             left, short = left.new_zeros(linear.out_features, left.shape[1]), left
             left[item.start : item.start + item.length] = short

@@ -154,7 +154,7 @@ def hotswap(model: Any, folder: str, adapter: str = "default") -> None:
     from peft import get_peft_model_state_dict
     from safetensors.torch import load_file
 
-    from tnpeft.adapters.access import bank_of
+    from tnpeft.adapters.state import bank_of
 
     path = Path(folder) / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():

@@ -13,10 +13,10 @@ from tnpeft.adapters.dense import DenseLinear, wide
 from tnpeft.adapters.direct import Direct
 from tnpeft.adapters.guard import refuse_reentrant
 from tnpeft.adapters.joined import Joined
-from tnpeft.adapters.mixed import in_blocks, lots, update_blocks
+from tnpeft.adapters.mixed import block_rows, group_by_network, update_blocks
 from tnpeft.adapters.prepared import Prepared, may_keep
 from tnpeft.adapters.update import Update
-from tnpeft.counting.layout import Piece
+from tnpeft.layout import ParameterSpec
 from tnpeft.networks import NetworkError
 from tnpeft.nn.modes import autocasting
 from tnpeft.nn.together import may_join
@@ -53,10 +53,10 @@ class TensorNetworkLinear(DenseLinear):
             return item.run(x, self.operands(adapter, item, x), result, item.scale)
         return item.run.apply(x, kept, result, item.scale)
 
-    def own(self, adapter: str, pieces: Mapping[Piece, Tensor], kept: bool) -> None:
+    def register_factors(self, adapter: str, pieces: Mapping[ParameterSpec, Tensor], kept: bool) -> None:
         """Own the arrays of an adapter, and forget what inference has kept of one of that name."""
         self._prepared.clear()
-        super().own(adapter, pieces, kept)
+        super().register_factors(adapter, pieces, kept)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, and what inference has kept of it."""
@@ -197,8 +197,10 @@ class TensorNetworkLinear(DenseLinear):
                 remedy="name one adapter per row; linears that see other rows than the batch's take one adapter only",
             )
         result = base.clone()
-        for lot in lots(self, [adapter for adapter in dict.fromkeys(names) if adapter in self.updates], x):
-            rows, own = (torch.tensor(places, device=x.device) for places in in_blocks(lot, names))
+        for lot in group_by_network(
+            self, [adapter for adapter in dict.fromkeys(names) if adapter in self.updates], x
+        ):
+            rows, own = (torch.tensor(places, device=x.device) for places in block_rows(lot, names))
             given = base[rows]
             if len(lot) == 1:
                 adapted = self._adapted(lot[0], x[rows], given, given)

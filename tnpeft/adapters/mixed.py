@@ -23,10 +23,10 @@ BASE = "__base__"  # PEFT's name for "no adapter" in mixed batches
 _TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")  # [rows, tokens, ...]
 
 
-class Named:
+class BatchAdapterNames:
     """The adapter of every row of one batch, for modules that see its rows or, as OPT's ``fc1``, its tokens as rows.
 
-    >>> named = Named(["a", "b"])
+    >>> named = BatchAdapterNames(["a", "b"])
     >>> named.enter(nn.Identity(), (torch.ones(2, 3, 5),), {})
     >>> named.of(torch.ones(2, 3, 5)), named.of(torch.ones(6, 5)), named.of(torch.ones(3, 2, 5))
     (['a', 'b'], ['a', 'a', 'a', 'b', 'b', 'b'], ['a', 'b'])
@@ -91,7 +91,7 @@ def expanded(names: Sequence[str], options: Mapping[str, Any]) -> list[str]:
     return [name for name in names for _ in range(each)]
 
 
-def lots(layer: TensorNetworkLinear, adapters: Sequence[str], x: Tensor) -> list[list[str]]:
+def group_by_network(layer: TensorNetworkLinear, adapters: Sequence[str], x: Tensor) -> list[list[str]]:
     """The adapters in lots of one network at this linear, which can be one contraction of ``x``; any other is alone.
 
     It takes one update of the whole linear, factors of one dtype, and no constants but the base weight.
@@ -109,12 +109,12 @@ def _kind(layer: TensorNetworkLinear, adapter: str, x: Tensor) -> Hashable:
     return item.run, item.unit_norm, item.constants, item.scale, layer._compute_dtype(adapter, x)
 
 
-def in_blocks(lot: Sequence[str], names: Sequence[str]) -> tuple[list[int], list[int]]:
+def block_rows(lot: Sequence[str], names: Sequence[str]) -> tuple[list[int], list[int]]:
     """The rows of every adapter of the lot, block by block; a shorter block repeats its first row.
 
     The second list has the places of the blocks' own rows in the first: every row once.
 
-    >>> in_blocks(["b", "a"], ["a", "b", "c", "a"])
+    >>> block_rows(["b", "a"], ["a", "b", "c", "a"])
     ([1, 1, 0, 3], [0, 2, 3])
     """
     blocks = [[row for row, name in enumerate(names) if name == adapter] for adapter in lot]

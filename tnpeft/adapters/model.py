@@ -16,19 +16,19 @@ from transformers.pytorch_utils import Conv1D
 
 from tnpeft import registration
 from tnpeft.adapters.bank import BANK, FactorBank, TensorNetworkLayer
-from tnpeft.adapters.blocks import check_blocks, expect_blocks
-from tnpeft.adapters.checks import check_replicas
-from tnpeft.adapters.combine import combine
 from tnpeft.adapters.config import TensorNetworkConfig
+from tnpeft.adapters.config_validation import check_replicas
 from tnpeft.adapters.files import check_shapes
 from tnpeft.adapters.guard import watch
 from tnpeft.adapters.layer import TensorNetworkLinear
-from tnpeft.adapters.mixed import Named, check_names, expanded
-from tnpeft.adapters.placement import base_constants, expected_shapes, place, start_values
+from tnpeft.adapters.mixed import BatchAdapterNames, check_names, expanded
+from tnpeft.adapters.placement import base_constants, build_layout, expected_shapes, start_values
+from tnpeft.adapters.replicas.batch import check_blocks, expect_blocks
 from tnpeft.adapters.siblings import join
-from tnpeft.adapters.sites import beside, card_of, resolve
+from tnpeft.adapters.targets import card_of, resolve, shared_input_groups
 from tnpeft.adapters.update import update
-from tnpeft.counting.layout import Layout, Piece
+from tnpeft.adapters.weighted_sum import combine
+from tnpeft.layout import Layout, ParameterSpec
 from tnpeft.networks import NetworkError, Site
 
 
@@ -90,18 +90,20 @@ class TensorNetworkModel(BaseTuner):
         }
         quantised = get_quantization_kwargs(self.model)
         bases = {name: _linear(name, module, quantised) for name, module in modules.items()}
-        layout = place(self.model, bases, config)
+        layout = build_layout(self.model, bases, config)
         self._check_name(adapter, layout)
         values = start_values(config, layout, partial(_weight, modules, quantised))
         bank = self._bank(next(iter(bases.values())))
         bank.layouts[adapter] = layout
         if config.replicas > 1:
             expect_blocks(self.model)
-        bank.own(adapter, {piece: value for piece, value in values.items() if not piece.home}, config.save_frozen)
+        bank.register_factors(
+            adapter, {param: value for param, value in values.items() if not param.home}, config.save_frozen
+        )
         bank._move_adapter_to_device_of_base_layer(adapter)
-        for name in dict.fromkeys(placement.site.module for placement in layout.placements):
-            self._dress(name, bank, adapter, config, values)
-        for names in beside(self.model, [placement.site for placement in layout.placements]):
+        for name in dict.fromkeys(site_layout.site.module for site_layout in layout.site_layouts):
+            self._attach_layer(name, bank, adapter, config, values)
+        for names in shared_input_groups(self.model, [site_layout.site for site_layout in layout.site_layouts]):
             join(adapter, map(self.model.get_submodule, names))
 
     def _bank(self, first: nn.Module) -> FactorBank:
@@ -113,8 +115,13 @@ class TensorNetworkModel(BaseTuner):
         bank.device = next(first.parameters()).device
         return bank
 
-    def _dress(
-        self, name: str, bank: FactorBank, adapter: str, config: TensorNetworkConfig, values: dict[Piece, Tensor]
+    def _attach_layer(
+        self,
+        name: str,
+        bank: FactorBank,
+        adapter: str,
+        config: TensorNetworkConfig,
+        values: dict[ParameterSpec, Tensor],
     ) -> None:
         """Give one linear the adapter's updates and the arrays that only it uses."""
         parent, target, child = _get_submodules(self.model, name)
@@ -124,16 +131,18 @@ class TensorNetworkModel(BaseTuner):
             self._replace_module(parent, child, new, target)
             target = new
         f = bank.layouts[adapter].factorization
-        placements = sorted(
-            (p for p in bank.layouts[adapter].placements if p.site.module == name), key=lambda p: p.site.start
+        site_layouts = sorted(
+            (p for p in bank.layouts[adapter].site_layouts if p.site.module == name), key=lambda p: p.site.start
         )
         constants = base_constants(f)
         target.updates[adapter] = tuple(
-            update(placement, f.unit_norm, constants, float(f.scale), config.tokens) for placement in placements
+            update(site_layout, f.unit_norm, constants, float(f.scale), config.tokens) for site_layout in site_layouts
         )
         target.dropouts[adapter] = config.dropout
-        own = {piece: values[piece] for p in placements for piece in p.pieces.values() if piece in values}
-        target.own(adapter, {piece: value for piece, value in own.items() if piece.home}, config.save_frozen)
+        own = {param: values[param] for p in site_layouts for param in p.parameters.values() if param in values}
+        target.register_factors(
+            adapter, {param: value for param, value in own.items() if param.home}, config.save_frozen
+        )
         if config.dora:
             target.tnpeft_magnitude[adapter] = nn.Parameter(target.base_matrix().norm(dim=1))
         target._move_adapter_to_device_of_base_layer(adapter)
@@ -141,7 +150,7 @@ class TensorNetworkModel(BaseTuner):
     def _check_name(self, adapter: str, layout: Layout) -> None:
         bank = getattr(self.model, BANK, None)
         others = {} if bank is None else bank.layouts
-        keys = {piece.key for its in (layout, *others.values()) for piece in its.pieces}
+        keys = {param.key for its in (layout, *others.values()) for param in its.parameters}
         if not adapter or "." in adapter or registration.PREFIX in adapter:
             raise NetworkError(
                 f"no adapter can be called {adapter!r}: its name is part of the names of its factors",
@@ -227,7 +236,7 @@ class TensorNetworkModel(BaseTuner):
         PEFT calls that ``cat`` for LoRA, where it puts matrices side by side; there is no other ``combination_type``.
 
         Raises:
-            NetworkError: the sum is not one network (see :func:`tnpeft.adapters.combine.combine`), or another
+            NetworkError: the sum is not one network (see :func:`tnpeft.adapters.weighted_sum.combine`), or another
                 combination is asked for.
         """
         if combination_type != "cat":
@@ -246,7 +255,7 @@ class TensorNetworkModel(BaseTuner):
         if self.model.training:
             raise NetworkError("adapter_names is for inference", remedy="call model.eval() first")
         check_names(names, self.peft_config)
-        named = Named(expanded(names, kwargs))
+        named = BatchAdapterNames(expanded(names, kwargs))
         handles = [self.model.register_forward_pre_hook(named.enter, with_kwargs=True)]
         for module in self.modules():
             if isinstance(module, TensorNetworkLinear | AuxiliaryTrainingWrapper):

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tnpeft.adapters.sites import select
+from tnpeft.adapters.targets import select
 from tnpeft.counting.cuts import warn_ranks
-from tnpeft.counting.layout import Layout, Piece, layout
-from tnpeft.networks import REPLICA, ConfigError, Factorization, Line, NetworkError, Site
-from tnpeft.nn.init import Starter, factor_hash
+from tnpeft.layout import Layout, ParameterSpec, layout
+from tnpeft.networks import REPLICA, ConfigError, Factorization, NetworkError, Site, SiteRule
+from tnpeft.nn.init import Initializer, factor_hash
 from tnpeft.registration import PREFIX
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def base_constants(f: Factorization) -> tuple[str, ...]:
     )
 
 
-def place(model: nn.Module, modules: Mapping[str, nn.Module], config: TensorNetworkConfig) -> Layout:
+def build_layout(model: nn.Module, modules: Mapping[str, nn.Module], config: TensorNetworkConfig) -> Layout:
     """The layout of the configuration's network on the model's chosen linears.
 
     The order of layers and projections is written into the configuration; if a file fixed it, it has to agree.
@@ -58,7 +58,7 @@ def place(model: nn.Module, modules: Mapping[str, nn.Module], config: TensorNetw
         )
     found = layout(config.factorization, chosen.sites, [*chosen.projections])
     check_experts(found)
-    check_patterns(config.factorization, config.patterns, [placement.site for placement in found.placements])
+    check_patterns(config.factorization, config.patterns, [site_layout.site for site_layout in found.site_layouts])
     if config.replicas > 1:
         found = layout(config.side_by_side, chosen.sites, found.projs, stack={REPLICA: config.replicas})
     if not found.count():
@@ -79,7 +79,7 @@ def place(model: nn.Module, modules: Mapping[str, nn.Module], config: TensorNetw
     if config.stored is not None:
         check_stored(config, found)
     if not saved:
-        for line, sizes in {(p.line.network, tuple(p.sizes.items())): None for p in found.placements}:
+        for line, sizes in {(p.line.network, tuple(p.sizes.items())): None for p in found.site_layouts}:
             warn_ranks(line, dict(sizes))
     config.layers, config.projections = dict(chosen.layers), dict(chosen.projections)
     return found
@@ -96,8 +96,8 @@ def check_experts(found: Layout) -> None:
     Traceback (most recent call last):
     tnpeft.networks.errors.ConfigError: the index 'expert' has no meaning on q_proj (2 x 3): it is a linear, not a...
     """
-    for placement in found.placements:
-        net, site = placement.line.network, placement.site
+    for site_layout in found.site_layouts:
+        net, site = site_layout.line.network, site_layout.site
         if "expert" in net.indices and not site.experts:
             raise ConfigError(
                 f"the index 'expert' has no meaning on {site.proj} ({site.out} x {site.inp}): it is a linear, not a "
@@ -121,10 +121,10 @@ def check_patterns(f: Factorization, patterns: Sequence[str], sites: Sequence[Si
     the adapted projections are q
     """
     projs = ", ".join(dict.fromkeys(site.proj for site in sites))
-    used = {f.line_for(site).sites for site in sites}
+    used = {f.rule_for(site).sites for site in sites}
     for pattern in patterns:
         for name in map(str.strip, pattern.split("|")):
-            if not any(Line(f.network, name).serves(site) for site in sites):
+            if not any(SiteRule(f.network, name).serves(site) for site in sites):
                 raise NetworkError(
                     f"the rank pattern names {name!r}, and no adapted projection is called so",
                     remedy=f"the adapted projections are {projs}",
@@ -203,47 +203,49 @@ def expected_shapes(config: TensorNetworkConfig, found: Layout) -> dict[str, tup
     """Shape of every array that a file of this adapter holds, by its name in the model."""
     kinds = ("trainable", "frozen") if config.save_frozen else ("trainable",)
     shapes = {
-        f"{piece.home or 'factor_bank'}.{PREFIX}factors.{piece.key}": piece.shape
-        for piece in found.pieces
-        if piece.kind in kinds
+        f"{param.home or 'factor_bank'}.{PREFIX}factors.{param.key}": param.shape
+        for param in found.parameters
+        if param.kind in kinds
     }
     if config.dora:
         rows: dict[str, int] = {}
-        for placement in found.placements:
-            site = placement.site
+        for site_layout in found.site_layouts:
+            site = site_layout.site
             rows[site.module] = max(rows.get(site.module, 0), site.start + site.out)
         shapes |= {f"{module}.{PREFIX}magnitude": (out,) for module, out in rows.items()}
     return shapes
 
 
-def start_values(config: TensorNetworkConfig, found: Layout, weight: Callable[[Site], Tensor]) -> dict[Piece, Tensor]:
+def start_values(
+    config: TensorNetworkConfig, found: Layout, weight: Callable[[Site], Tensor]
+) -> dict[ParameterSpec, Tensor]:
     """The start value of every array of the layout, fp32 on the CPU; the base weight itself is left out.
 
     Raises:
         NetworkError: a frozen factor is not the one that the adapter was trained with.
     """
     constants = base_constants(config.factorization)
-    layouts = [alone(found, config.own(k)) for k in range(config.replicas)]
+    layouts = [extract_replica(found, config.register_factors(k)) for k in range(config.replicas)]
     started = []
     for one, seed in zip(layouts, config.seeds, strict=True):
-        starter = Starter(one, seed, weight)
+        starter = Initializer(one, seed, weight)
         if starter.away and not config.loaded:
             warnings.warn(
                 f"the update is not zero at the start, for no factor can be: {starter.away}; if that is meant, name "
                 'the start of every factor, init={"A": "normal(0.02)"}',
                 stacklevel=2,
             )
-        started.append({piece: starter(piece) for piece in one.pieces if piece.label not in constants})
+        started.append({param: starter(param) for param in one.parameters if param.label not in constants})
     hashes = frozen_hashes(started[0])
     values = started[0]
     if config.replicas > 1:
         hashes = {f"{label}/{k}": its for k, own in enumerate(started) for label, its in frozen_hashes(own).items()}
-        pairs = [dict(paired(found, one)) for one in layouts]
+        pairs = [dict(match_parameters(found, one)) for one in layouts]
         values = {
             many: _side_by_side(many, [own[its[many]] for own, its in zip(started, pairs, strict=True)])
             if many in pairs[0]
             else torch.tensor(found.factorization.init[many.label], dtype=torch.float32)
-            for many in found.pieces
+            for many in found.parameters
             if many.label not in constants
         }
     if config.loaded and not config.save_frozen and (config.frozen or {}) != hashes:
@@ -257,21 +259,21 @@ def start_values(config: TensorNetworkConfig, found: Layout, weight: Callable[[S
     return values
 
 
-def alone(found: Layout, f: Factorization) -> Layout:
+def extract_replica(found: Layout, f: Factorization) -> Layout:
     """The layout of one replica, ``f`` on the same sites.
 
     >>> from tnpeft.networks import replicated
     >>> f = Factorization.of("B[out r] A[r inp] -> out inp", ranks={"r": 2})
     >>> many = layout(replicated(f), [Site(0, "q", 3, 4)], stack={"replica": 5})
-    >>> [piece.shape for piece in many.pieces], [piece.shape for piece in alone(many, f).pieces]
+    >>> [param.shape for param in many.parameters], [param.shape for param in extract_replica(many, f).parameters]
     ([(5, 3, 2), (5, 2, 4)], [(3, 2), (2, 4)])
     """
     if REPLICA not in found.factorization.network.stack:
         return found
-    return layout(f, [p.site for p in found.placements], found.projs)
+    return layout(f, [p.site for p in found.site_layouts], found.projs)
 
 
-def paired(found: Layout, one: Layout) -> list[tuple[Piece, Piece]]:
+def match_parameters(found: Layout, one: Layout) -> list[tuple[ParameterSpec, ParameterSpec]]:
     """The pieces of replicas, but for masks and scales, each with that of one of them.
 
     Raises:
@@ -280,45 +282,45 @@ def paired(found: Layout, one: Layout) -> list[tuple[Piece, Piece]]:
     >>> from tnpeft.networks import replicated
     >>> f = Factorization.of("B[out r] A[r inp] -> out inp", ranks={"r": 2})
     >>> many = layout(replicated(f, f.with_ranks(r=1)), [Site(0, "q", 3, 4)], stack={"replica": 2})
-    >>> [(a.label, a.shape, b.shape) for a, b in paired(many, alone(many, f))]
+    >>> [(a.label, a.shape, b.shape) for a, b in match_parameters(many, extract_replica(many, f))]
     [('B', (2, 3, 2), (3, 2)), ('A', (2, 2, 4), (2, 4))]
     """
-    labels = {piece.label for piece in one.pieces}
-    pieces = [piece for piece in found.pieces if piece.label in labels]
-    kinds = [[(p.label, p.layer, p.proj, p.home) for p in its] for its in (pieces, one.pieces)]
+    labels = {param.label for param in one.parameters}
+    pieces = [param for param in found.parameters if param.label in labels]
+    kinds = [[(p.label, p.layer, p.proj, p.home) for p in its] for its in (pieces, one.parameters)]
     if kinds[0] != kinds[1]:
         raise NetworkError(
             "the ranks of one replica let projections share a factor, and those of others do not",
             remedy="give all replicas equal ranks at the same projections, or train them apart",
         )
-    return list(zip(pieces, one.pieces, strict=True))
+    return list(zip(pieces, one.parameters, strict=True))
 
 
-def _side_by_side(piece: Piece, values: list[Tensor]) -> Tensor:
+def _side_by_side(param: ParameterSpec, values: list[Tensor]) -> Tensor:
     """The values of all replicas in one array, padded with zeros; of a constant the one that all have."""
-    if REPLICA in piece.indices:
-        array = torch.zeros(piece.shape)
+    if REPLICA in param.indices:
+        array = torch.zeros(param.shape)
         for k, value in enumerate(values):
             array[(k, *map(slice, value.shape))] = value
         return array
     whole = max(values, key=Tensor.numel)
     if any(not torch.equal(value, whole[tuple(map(slice, value.shape))]) for value in values):
         raise NetworkError(
-            f"the constant {piece.label!r} differs from seed to seed or rank to rank, and replicas share constants",
-            remedy=f"declare it frozen, ~{piece.label}: each replica then has its own",
+            f"the constant {param.label!r} differs from seed to seed or rank to rank, and replicas share constants",
+            remedy=f"declare it frozen, ~{param.label}: each replica then has its own",
         )
     return whole
 
 
-def frozen_hashes(values: Mapping[Piece, Tensor]) -> dict[str, str]:
+def frozen_hashes(values: Mapping[ParameterSpec, Tensor]) -> dict[str, str]:
     """A short hash of every frozen factor, by label, over its arrays in the layout's order.
 
     >>> frozen_hashes({})
     {}
     """
     found: dict[str, str] = {}
-    for piece, value in values.items():
-        if piece.kind == "frozen":
-            chain = found.get(piece.label, "") + factor_hash(value)
-            found[piece.label] = hashlib.sha256(chain.encode()).hexdigest()[:16]
+    for param, value in values.items():
+        if param.kind == "frozen":
+            chain = found.get(param.label, "") + factor_hash(value)
+            found[param.label] = hashlib.sha256(chain.encode()).hexdigest()[:16]
     return found

@@ -30,10 +30,10 @@ def may_share(item: Update) -> bool:
     """Whether an update has a first step that can be taken elsewhere.
 
     >>> from tnpeft.adapters.update import update
-    >>> from tnpeft.counting.layout import layout
+    >>> from tnpeft.layout import layout
     >>> from tnpeft.networks import Factorization, Site
     >>> f = Factorization.of("B[layer proj out r] A[r inp] -> layer proj out inp", ranks={"r": 2})
-    >>> may_share(update(layout(f, [Site(0, "q_proj", 8, 9, module="q")]).placements[0], (), (), 1.0, 4))
+    >>> may_share(update(layout(f, [Site(0, "q_proj", 8, 9, module="q")]).site_layouts[0], (), (), 1.0, 4))
     True
     """
     return item.run.first is not None and not item.side and all(operand.source != "base" for operand in item.operands)
@@ -162,6 +162,6 @@ def _whole(factors: Sequence[Tensor], item: Update) -> bool:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return True
     return all(
-        factor.shape == item.placement.pieces[label].shape and factor.untyped_storage().nbytes() > 0
+        factor.shape == item.site_layout.parameters[label].shape and factor.untyped_storage().nbytes() > 0
         for label, factor in zip(item.run.labels, factors, strict=True)
     )

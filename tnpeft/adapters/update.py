@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from tnpeft.counting.layout import Piece, Placement
+from tnpeft.layout import ParameterSpec, SiteLayout
 from tnpeft.nn.execute import Program, program
 from tnpeft.nn.patterns import base as as_factor
 from tnpeft.nn.units import Norms
@@ -31,10 +31,10 @@ class Update:
     ``side`` is the side of the linear that the site is a slice of, from ``start`` on, or ``""`` for the whole;
     ``keeps`` says that something is computed from the adapter's own factors alone, ``data`` that it has constants
     besides the base weight, ``norms`` the operands' axes of normalisation, None without any.
-    Copies and pickles hold the placement and build the program anew.
+    Copies and pickles hold the site_layout and build the program anew.
     """
 
-    placement: Placement
+    site_layout: SiteLayout
     unit_norm: tuple[str, ...]
     constants: tuple[str, ...]
     scale: float
@@ -49,7 +49,7 @@ class Update:
     norms: Norms | None
 
     def __reduce__(self) -> tuple[object, ...]:
-        return update, (self.placement, self.unit_norm, self.constants, self.scale, self.tokens)
+        return update, (self.site_layout, self.unit_norm, self.constants, self.scale, self.tokens)
 
     def delta(self, operands: list[Tensor]) -> Tensor:
         """The scaled update of this site, ``[out, inp]``."""
@@ -57,24 +57,24 @@ class Update:
 
 
 def update(
-    placement: Placement, unit_norm: tuple[str, ...], constants: tuple[str, ...], scale: float, tokens: int
+    site_layout: SiteLayout, unit_norm: tuple[str, ...], constants: tuple[str, ...], scale: float, tokens: int
 ) -> Update:
-    """The update of the placement's site; ``constants`` are the factors that are the base weight itself.
+    """The update of the site_layout's site; ``constants`` are the factors that are the base weight itself.
 
-    >>> from tnpeft.counting.layout import layout
+    >>> from tnpeft.layout import layout
     >>> from tnpeft.networks import Factorization, Site
     >>> f = Factorization.of("B[layer proj out r] A[r inp] -> layer proj out inp", ranks={"r": 2})
-    >>> place = layout(f, [Site(0, "q_proj", 8, 4, module="q")]).placements[0]
+    >>> place = layout(f, [Site(0, "q_proj", 8, 4, module="q")]).site_layouts[0]
     >>> [(operand.source, operand.key) for operand in update(place, (), (), 1.0, 64).operands]
     [('site', 'B'), ('bank', 'A')]
     """
-    run = program(placement.network, placement.sizes, tokens=tokens)
-    site = placement.site
+    run = program(site_layout.network, site_layout.sizes, tokens=tokens)
+    site = site_layout.site
     last = site.proj.rpartition("/")[2]
     side: Literal["", "out", "inp"] = "out" if last.startswith("out:") else "inp" if last.startswith("inp:") else ""
-    operands = tuple(_operand(placement, label, unit_norm, constants) for label in run.labels)
+    operands = tuple(_operand(site_layout, label, unit_norm, constants) for label in run.labels)
     return Update(
-        placement,
+        site_layout,
         unit_norm,
         constants,
         scale,
@@ -85,7 +85,7 @@ def update(
         site.start,
         site.inp if side == "inp" else site.out,
         (run.prepares or any(operand.norm for operand in operands)) and not constants,
-        any(piece.kind == "constant" and label not in constants for label, piece in placement.pieces.items()),
+        any(param.kind == "constant" and label not in constants for label, param in site_layout.parameters.items()),
         tuple(operand.norm for operand in operands) if any(operand.norm for operand in operands) else None,
     )
 
@@ -93,24 +93,24 @@ def update(
 def base_factor(weight: Tensor, item: Update, label: str) -> Tensor:
     """The part of the base weight (``[out, inp]``) that a constant factor stands for.
 
-    >>> from tnpeft.counting.layout import layout
+    >>> from tnpeft.layout import layout
     >>> from tnpeft.networks import Factorization, Site
     >>> f = Factorization.of("d[out] ^W[out inp] -> out inp", init={"W": "base"})
-    >>> item = update(layout(f, [Site(0, "q_proj", 2, 3)]).placements[0], (), ("W",), 1.0, 64)
+    >>> item = update(layout(f, [Site(0, "q_proj", 2, 3)]).site_layouts[0], (), ("W",), 1.0, 64)
     >>> import torch
     >>> base_factor(torch.ones(2, 3), item, "W").shape
     torch.Size([2, 3])
     """
-    return as_factor(item.placement.pieces[label], item.placement, part(weight, item))
+    return as_factor(item.site_layout.parameters[label], item.site_layout, part(weight, item))
 
 
 def part(weight: Tensor, item: Update) -> Tensor:
     """The slice of a linear's ``[out, inp]`` matrix that belongs to the site.
 
-    >>> from tnpeft.counting.layout import layout
+    >>> from tnpeft.layout import layout
     >>> from tnpeft.networks import Factorization, Site
     >>> f = Factorization.of("A[out inp] -> out inp")
-    >>> place = layout(f, [Site(0, "c_attn/out:1", 2, 3, start=2)]).placements[0]
+    >>> place = layout(f, [Site(0, "c_attn/out:1", 2, 3, start=2)]).site_layouts[0]
     >>> import torch
     >>> part(torch.arange(12.0).reshape(4, 3), update(place, (), (), 1.0, 64))[:, 0]
     tensor([6., 9.])
@@ -120,15 +120,15 @@ def part(weight: Tensor, item: Update) -> Tensor:
     return weight.narrow(0 if item.side == "out" else 1, item.start, item.length)
 
 
-def _operand(placement: Placement, label: str, unit_norm: tuple[str, ...], constants: tuple[str, ...]) -> Operand:
-    piece = placement.pieces[label]
+def _operand(site_layout: SiteLayout, label: str, unit_norm: tuple[str, ...], constants: tuple[str, ...]) -> Operand:
+    param = site_layout.parameters[label]
     if label in constants:
         return Operand("base", label)
     return Operand(
-        "site" if piece.home else "bank", piece.key, _columns(piece, placement) if label in unit_norm else ()
+        "site" if param.home else "bank", param.key, _columns(param, site_layout) if label in unit_norm else ()
     )
 
 
-def _columns(piece: Piece, placement: Placement) -> tuple[int, ...]:
-    features = {*placement.network.rows, *placement.network.cols}
-    return tuple(axis for axis, index in enumerate(piece.indices) if index in features)
+def _columns(param: ParameterSpec, site_layout: SiteLayout) -> tuple[int, ...]:
+    features = {*site_layout.network.rows, *site_layout.network.cols}
+    return tuple(axis for axis, index in enumerate(param.indices) if index in features)

@@ -1,10 +1,8 @@
 """HOW MUCH: parameters, parameter steps, rank bounds, degrees of freedom, budgets, and the cards of known models."""
 
 from tnpeft.counting.budgets import Budget, BudgetRow, Rung, budget
-from tnpeft.counting.cards import Card, SiteGroup, biases, card, groups, names, sites
 from tnpeft.counting.cuts import RankWarning, clipped_ranks, cuts, rank_bound, unfolding_bounds, warn_ranks
-from tnpeft.counting.freedom import dof
-from tnpeft.counting.layout import Layout, Piece, Placement, layout
+from tnpeft.counting.dof import dof
 from tnpeft.counting.parameters import (
     optimizer_megabytes,
     parameter_step,
@@ -12,17 +10,19 @@ from tnpeft.counting.parameters import (
     parameters_by_factor,
     stored_megabytes,
 )
+from tnpeft.layout import Layout, ParameterSpec, SiteLayout, layout
+from tnpeft.models.cards import Card, SiteGroup, biases, card, groups, names, sites
 
 __all__ = [
     "Budget",
     "BudgetRow",
     "Card",
     "Layout",
-    "Piece",
-    "Placement",
+    "ParameterSpec",
     "RankWarning",
     "Rung",
     "SiteGroup",
+    "SiteLayout",
     "biases",
     "budget",
     "card",

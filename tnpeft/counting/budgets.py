@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from math import prod
 from numbers import Integral
 
-from tnpeft.counting.cards import Model, Targets, sites
 from tnpeft.counting.cuts import cuts
-from tnpeft.counting.layout import layout, stack_sizes
 from tnpeft.counting.parameters import parameters as count_parameters
+from tnpeft.layout import layout, stack_sizes
+from tnpeft.models.cards import Model, Targets, sites
 from tnpeft.networks import Factorization, Network, NetworkError, Site, network
 from tnpeft.networks.sizes import Size, Sizes, integers
 
@@ -141,7 +141,7 @@ class _Ground:
             return [(f.network, integers(f.network, f.bind(self.given, {})))]
         seen = {
             (p.line.network, tuple(p.sizes.items()))
-            for p in layout(f, self.sites, stack=stack_sizes(f, self.given)).placements
+            for p in layout(f, self.sites, stack=stack_sizes(f, self.given)).site_layouts
         }
         return [(net, dict(sizes)) for net, sizes in seen]
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from tnpeft.counting.cards import Model, Targets, sites
-from tnpeft.counting.layout import Layout, layout, stack_sizes
+from tnpeft.layout import Layout, layout, stack_sizes
+from tnpeft.models.cards import Model, Targets, sites
 from tnpeft.networks import Factor, Factorization, Network, NetworkError
 from tnpeft.networks.sizes import Size, Sizes, bind, check_size, product, require_network
 

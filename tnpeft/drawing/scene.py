@@ -9,7 +9,7 @@ from itertools import product
 from typing import Literal
 
 from tnpeft.drawing.graph import Graph, Node
-from tnpeft.drawing.place import place
+from tnpeft.drawing.layout import place
 
 Point = tuple[float, float]
 Line = tuple[Point, Point]

@@ -5,8 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tnpeft.families.catalogue import family
-from tnpeft.families.parts import PAIR, STACK, Rank, Split, choose, digits, effective, factor, line, separate, splits
-from tnpeft.networks import Factorization, Line, network
+from tnpeft.families.declare import (
+    PAIR,
+    STACK,
+    Rank,
+    Split,
+    choose,
+    digits,
+    effective,
+    factor,
+    line,
+    separate,
+    splits,
+)
+from tnpeft.networks import Factorization, SiteRule, network
 
 _QKV = "q_proj|k_proj|v_proj|query|key|value|q|k|v|qkv/*|c_attn/*"
 
@@ -106,8 +118,8 @@ def cara(rank: Rank = 16, heads: str = _QKV, scale: float = 1.0) -> Factorizatio
     return Factorization(
         name="cara",
         lines=(
-            Line(network(attention), heads),
-            Line(network("v[r] P1[layer proj r] P2[inp r] P3[out r] -> layer proj out inp")),
+            SiteRule(network(attention), heads),
+            SiteRule(network("v[r] P1[layer proj r] P2[inp r] P3[out r] -> layer proj out inp")),
         ),
         ranks={"r": rank},
         init={

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from tnpeft.families.catalogue import family
-from tnpeft.families.parts import Rank, effective
-from tnpeft.networks import Factorization, Line, network
+from tnpeft.families.declare import Rank, effective
+from tnpeft.networks import Factorization, SiteRule, network
 
 
 @family
@@ -49,7 +49,7 @@ def randlora(rank: Rank = 32, alpha: float | None = None) -> Factorization:
     wide = "~BT[inp n a] lamT[layer proj a n] ~AT[a out] gamT[layer proj n out] -> layer proj out inp"
     return Factorization(
         name="randlora",
-        lines=(Line(network(tall), "out>=inp"), Line(network(wide), "out<inp")),
+        lines=(SiteRule(network(tall), "out>=inp"), SiteRule(network(wide), "out<inp")),
         ranks={"a": rank, "n": "ceildiv(min(out, inp), a)"},
         init={"lam": "zeros", "lamT": "zeros", "gam": "ones", "gamT": "ones"},
         scale=effective(alpha, rank),
@@ -75,8 +75,8 @@ def ia3(inputs: str = "fc2|down_proj") -> Factorization:
     return Factorization(
         name="ia3",
         lines=(
-            Line(network("v[layer proj inp] ^W0[layer proj out inp] -> layer proj out inp"), inputs),
-            Line(network("u[layer proj out] ^W0[layer proj out inp] -> layer proj out inp")),
+            SiteRule(network("v[layer proj inp] ^W0[layer proj out inp] -> layer proj out inp"), inputs),
+            SiteRule(network("u[layer proj out] ^W0[layer proj out inp] -> layer proj out inp")),
         ),
         init={"u": "zeros", "v": "zeros", "W0": "base"},
         source="arXiv 2205.05638 (line derived; as in PEFT but for biases)",

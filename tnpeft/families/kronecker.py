@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tnpeft.families.catalogue import family
-from tnpeft.families.parts import PAIR, Rank, Split, choose, effective, splits
+from tnpeft.families.declare import PAIR, Rank, Split, choose, effective, splits
 from tnpeft.networks import Factorization
 
 

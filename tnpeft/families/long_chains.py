@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tnpeft.families.catalogue import family
-from tnpeft.families.parts import STACK, Rank, Split, bonds, digits, effective, line, splits, spread
+from tnpeft.families.declare import STACK, Rank, Split, bonds, digits, effective, line, splits, spread
 from tnpeft.families.trains import chain
 from tnpeft.networks import Factorization
 

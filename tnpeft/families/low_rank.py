@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tnpeft.families.catalogue import family
-from tnpeft.families.parts import Rank, effective
+from tnpeft.families.declare import Rank, effective
 from tnpeft.networks import Factorization
 
 

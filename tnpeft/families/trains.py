@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 
 from tnpeft.families.catalogue import family
-from tnpeft.families.parts import (
+from tnpeft.families.declare import (
     PAIR,
     STACK,
     Rank,

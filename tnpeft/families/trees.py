@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import combinations
 
 from tnpeft.families.catalogue import family
-from tnpeft.families.parts import PAIR, STACK, Rank, Split, bonds, digits, factor, line, separate, splits, spread
+from tnpeft.families.declare import PAIR, STACK, Rank, Split, bonds, digits, factor, line, separate, splits, spread
 from tnpeft.networks import Factorization
 from tnpeft.networks.factor import Group
 

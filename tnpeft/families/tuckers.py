@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tnpeft.families.catalogue import family
-from tnpeft.families.parts import (
+from tnpeft.families.declare import (
     PAIR,
     STACK,
     WHOLE,

@@ -2,7 +2,7 @@
 
 from tnpeft.networks.errors import AdapterFileError, ConfigError, NetworkError, StudyError, TnpeftError
 from tnpeft.networks.factor import Factor, Term
-from tnpeft.networks.factorization import STACK, Factorization, Line, Site
+from tnpeft.networks.factorization import STACK, Factorization, Site, SiteRule
 from tnpeft.networks.network import Network
 from tnpeft.networks.notation import network
 from tnpeft.networks.replicas import REPLICA, common, replicated
@@ -14,10 +14,10 @@ __all__ = [
     "ConfigError",
     "Factor",
     "Factorization",
-    "Line",
     "Network",
     "NetworkError",
     "Site",
+    "SiteRule",
     "StudyError",
     "Term",
     "TnpeftError",

@@ -59,7 +59,7 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Line:
+class SiteRule:
     """A network and the sites it serves.
 
     ``sites`` is ``"*"``, a list of globs on the projection's name (``"fc2|down_proj"``), or a comparison of its
@@ -72,7 +72,7 @@ class Line:
     def serves(self, site: Site) -> bool:
         """Whether this line is meant for the site.
 
-        >>> Line(network("A[out inp] -> out inp"), "fc2|down_*").serves(Site(0, "down_proj", 8, 4))
+        >>> SiteRule(network("A[out inp] -> out inp"), "fc2|down_*").serves(Site(0, "down_proj", 8, 4))
         True
         """
         if "<" in self.sites or ">" in self.sites:
@@ -112,7 +112,7 @@ class Factorization:
     """
 
     name: str
-    lines: tuple[Line, ...]
+    lines: tuple[SiteRule, ...]
     ranks: Mapping[str, int | str] = field(default_factory=dict)
     splits: Mapping[str, tuple[int | str | None, ...]] = field(default_factory=dict)
     init: Mapping[str, Any] = field(default_factory=dict)
@@ -126,7 +126,7 @@ class Factorization:
     def of(line: str | Network, **fields: Any) -> Factorization:
         """A factorization of one line; the keywords are the attributes of the class."""
         net = network(line) if isinstance(line, str) else line
-        return Factorization(**{"name": "custom", "lines": (Line(net),), **fields})
+        return Factorization(**{"name": "custom", "lines": (SiteRule(net),), **fields})
 
     def __post_init__(self) -> None:
         for what in ("ranks", "splits", "init", "lr_multiplier"):
@@ -194,7 +194,7 @@ class Factorization:
         """The network of the first line."""
         return self.lines[0].network
 
-    def line_for(self, site: Site) -> Line:
+    def rule_for(self, site: Site) -> SiteRule:
         """The first line that serves the site.
 
         Raises:
@@ -213,7 +213,7 @@ class Factorization:
         """The same factorization with some ranks changed."""
         return replace(self, ranks={**self.ranks, **ranks})
 
-    def sizes(self, given: Sizes | None = None, /, *, line: Line | None = None, **more: Size) -> dict[str, Size]:
+    def sizes(self, given: Sizes | None = None, /, *, line: SiteRule | None = None, **more: Size) -> dict[str, Size]:
         """Sizes of the line's indices: ``given``, with ranks, splits and heads filled in.
 
         ``out`` and ``inp`` are the matrix's features whatever the groups' indices are called, ``heads`` the

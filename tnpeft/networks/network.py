@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from tnpeft.networks.checks import faults, locate, pieces
 from tnpeft.networks.errors import NetworkError
 from tnpeft.networks.factor import Factor, Group, Kind, Term
+from tnpeft.networks.validation import find_errors, position_of, tokens_of
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Network:
     output: tuple[Group, ...]
 
     def __post_init__(self) -> None:
-        for focus, problem, remedy in faults(self):
-            line, position = locate(self, focus)
+        for focus, problem, remedy in find_errors(self):
+            line, position = position_of(self, focus)
             raise NetworkError(problem, line=line, position=position, remedy=remedy)
 
     # ---- factors and indices
@@ -207,7 +207,7 @@ class Network:
             )
 
     def __str__(self) -> str:
-        return "".join(text for text, _ in pieces(self))
+        return "".join(text for text, _ in tokens_of(self))
 
     def __repr__(self) -> str:
         return f"network({str(self)!r})"

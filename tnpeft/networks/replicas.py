@@ -8,7 +8,7 @@ from typing import Any
 
 from tnpeft.networks.errors import NetworkError
 from tnpeft.networks.factor import Factor, Term
-from tnpeft.networks.factorization import Factorization, Line
+from tnpeft.networks.factorization import Factorization, SiteRule
 from tnpeft.networks.network import Network
 
 REPLICA = "replica"
@@ -50,7 +50,7 @@ def replicated(*each: Factorization) -> Factorization:
         scale = 1.0
         constants.append(Factor(_free("scales", taken), (REPLICA,), "constant"))
         values[constants[-1].name] = [f.scale for f in each]
-    lines = tuple(Line(with_replicas(line.network, *constants), line.sites) for line in first.lines)
+    lines = tuple(SiteRule(with_replicas(line.network, *constants), line.sites) for line in first.lines)
     return replace(first, lines=lines, ranks=ranks, init={**first.init, **values}, scale=scale)
 
 

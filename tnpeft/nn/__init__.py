@@ -9,7 +9,7 @@ _HOME = {
     "dense": "contract",
     "Program": "execute",
     "program": "execute",
-    "Starter": "init",
+    "Initializer": "init",
     "fit": "fit",
 }
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from tnpeft.networks import Factorization, Network, NetworkError
 from tnpeft.networks.sizes import Sizes, bind, integers, require_network
 from tnpeft.nn.contract import dense
-from tnpeft.nn.least_squares import Problem, of_term
+from tnpeft.nn.least_squares import FactorLeastSquares, term_network
 from tnpeft.nn.philox import normal
-from tnpeft.nn.polish import polish
+from tnpeft.nn.refine import polish
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class _Solver:
                 residual = self.target - self._others(t, arrays)
                 for factor in term.factors:
                     if factor in self.free:
-                        arrays[factor.name] = Problem(term, factor, self.net.outer).solve(
+                        arrays[factor.name] = FactorLeastSquares(term, factor, self.net.outer).solve(
                             self._named(t, arrays), residual * term.sign
                         )
             error = self.error(arrays)
@@ -163,7 +163,7 @@ class _Solver:
             if k != t:
                 places = term.places()
                 shape = [self.dims[index] if index in places else 1 for index in self.net.outer]
-                total = total + term.sign * dense(of_term(term, self.net.outer), self._named(k, arrays)).reshape(
+                total = total + term.sign * dense(term_network(term, self.net.outer), self._named(k, arrays)).reshape(
                     shape
                 )
         return total

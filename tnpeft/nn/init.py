@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tnpeft.counting.layout import Layout, Piece, Placement
+from tnpeft.layout import Layout, ParameterSpec, SiteLayout
 from tnpeft.networks import NetworkError, Site
 from tnpeft.nn import patterns
 from tnpeft.nn.philox import Array, normal, orthonormal, uniform
@@ -34,10 +34,10 @@ def factor_hash(tensor: Tensor) -> str:
     return hashlib.sha256(repr(array.shape).encode() + array.tobytes()).hexdigest()[:16]
 
 
-class Starter:
-    """Start values of every piece of a layout: ``starter(piece)`` is an fp32 tensor of ``piece.shape`` on the CPU.
+class Initializer:
+    """Start values of every param of a layout: ``starter(param)`` is an fp32 tensor of ``param.shape`` on the CPU.
 
-    Named starts are those of ``Factorization.init``; a list or an array is a start too, of a piece's shape or with
+    Named starts are those of ``Factorization.init``; a list or an array is a start too, of a param's shape or with
     the factor's layer and proj axes as declared. What is not named follows two rules:
 
     - *One zero factor.* In every term in which no factor is named zero, the first trainable factor that is not
@@ -71,85 +71,85 @@ class Starter:
         NetworkError: a start does not fit its factor, or two factors of a term would start at zero.
 
     >>> from tnpeft.networks import Factorization
-    >>> from tnpeft.counting.layout import layout
+    >>> from tnpeft.layout import layout
     >>> f = Factorization.of("B[out r] A[r inp] -> out inp", ranks={"r": 2}, init={"A": "kaiming"})
-    >>> starter = Starter(layout(f, [Site(0, "q_proj", 4, 8)]), seed=0)
-    >>> {piece.label: tuple(starter(piece).shape) for piece in starter.layout.pieces}
+    >>> starter = Initializer(layout(f, [Site(0, "q_proj", 4, 8)]), seed=0)
+    >>> {param.label: tuple(starter(param).shape) for param in starter.layout.parameters}
     {'B': (4, 2), 'A': (2, 8)}
     """
 
     def __init__(self, layout: Layout, seed: int = 0, weight: Callable[[Site], Tensor] | None = None) -> None:
         self.layout, self.seed, self._weight = layout, seed, weight
-        self._places: dict[Piece, list[Placement]] = {}
-        for placement in layout.placements:
-            for piece in placement.pieces.values():
-                self._places.setdefault(piece, []).append(placement)
+        self._places: dict[ParameterSpec, list[SiteLayout]] = {}
+        for site_layout in layout.site_layouts:
+            for param in site_layout.parameters.values():
+                self._places.setdefault(param, []).append(site_layout)
         self._named = {label: start(value, label) for label, value in layout.factorization.init.items()}
-        self.zeros = starts.zero_labels(layout.factorization, self._named)
-        self.away = starts.starting_away(layout.factorization, self._named, self.zeros)
+        self.zeros = starts.zero_init_factors(layout.factorization, self._named)
+        self.away = starts.nonzero_at_init(layout.factorization, self._named, self.zeros)
         self._variances = least_variances(layout)
         self._parts = lru_cache(maxsize=1)(self._svd_of)
         self._cores = lru_cache(maxsize=1)(self._tt_svd_of)
 
-    def __call__(self, piece: Piece) -> Tensor:
-        """The start value of one piece."""
-        placement = self._places[piece][0]
-        if piece.label.startswith("~"):
-            twin = placement.pieces[piece.label[1:]]
-            if (twin.shape, twin.layer, twin.proj) != (piece.shape, piece.layer, piece.proj):
+    def __call__(self, param: ParameterSpec) -> Tensor:
+        """The start value of one param."""
+        site_layout = self._places[param][0]
+        if param.label.startswith("~"):
+            twin = site_layout.parameters[param.label[1:]]
+            if (twin.shape, twin.layer, twin.proj) != (param.shape, param.layer, param.proj):
                 raise NetworkError(
                     f"~{twin.label} cannot repeat the start of {twin.label}",
-                    line=str(placement.line.network),
+                    line=str(site_layout.line.network),
                     remedy="let the two carry the same stack indices",
                 )
             return self(twin)
-        start = self._start_of(piece)
+        start = self._start_of(param)
         if isinstance(start, Tensor):
-            return self._from_array(start, piece)
-        value = self._value(start, piece, placement, (self.seed, piece.label))
+            return self._from_array(start, param)
+        value = self._value(start, param, site_layout, (self.seed, param.label))
         tensor = value if isinstance(value, Tensor) else torch.from_numpy(np.asarray(value, dtype=np.float32))
-        return tensor.to("cpu", torch.float32, copy=True).reshape(piece.shape).contiguous()
+        return tensor.to("cpu", torch.float32, copy=True).reshape(param.shape).contiguous()
 
-    def _start_of(self, piece: Piece) -> Spec | Tensor:
-        if (named := self._named.get(piece.label)) is not None:
+    def _start_of(self, param: ParameterSpec) -> Spec | Tensor:
+        if (named := self._named.get(param.label)) is not None:
             return named
-        return Spec("zeros") if piece.label in self.zeros else Spec("normal", (self._spread(piece),))
+        return Spec("zeros") if param.label in self.zeros else Spec("normal", (self._spread(param),))
 
-    def _value(self, spec: Spec, piece: Piece, placement: Placement, key: _Key) -> Array | Tensor:
+    def _value(self, spec: Spec, param: ParameterSpec, site_layout: SiteLayout, key: _Key) -> Array | Tensor:
         if spec.name in ("svd", "tt_svd", "base"):
-            return self._from_weight(spec, piece)
+            return self._from_weight(spec, param)
         stacked = next(
-            (axis for axis, index in enumerate(piece.indices) if index in ("replica", "task", "expert")), None
+            (axis for axis, index in enumerate(param.indices) if index in ("replica", "task", "expert")), None
         )
         if stacked is not None:
-            return self._slices(spec, piece, placement, key, stacked)
+            return self._slices(spec, param, site_layout, key, stacked)
         if spec.name in ("zeros", "ones", "constant"):
             fill = {"zeros": 0.0, "ones": 1.0}.get(spec.name)
-            return np.full(piece.shape, spec.numbers[0] if fill is None else fill)
+            return np.full(param.shape, spec.numbers[0] if fill is None else fill)
         if spec.name in ("normal", "uniform", "kaiming", "xavier"):
             draw = normal if spec.name == "normal" else uniform
-            return draw(piece.size, *key, piece.layer, piece.proj) * starts.spread(
-                spec, piece.indices, placement.network, placement.sizes
+            return draw(param.size, *key, param.layer, param.proj) * starts.spread(
+                spec, param.indices, site_layout.network, site_layout.sizes
             )
-        if spec.name in ("orthogonal", "eye") or (spec.name == "dct" and len(piece.shape) == 1):
-            return self._matrix(spec, piece, key)
-        return (patterns.dct if spec.name == "dct" else patterns.circulant)(piece, placement)
+        if spec.name in ("orthogonal", "eye") or (spec.name == "dct" and len(param.shape) == 1):
+            return self._matrix(spec, param, key)
+        return (patterns.dct if spec.name == "dct" else patterns.circulant)(param, site_layout)
 
-    def _slices(self, spec: Spec, piece: Piece, placement: Placement, key: _Key, axis: int) -> Array:
+    def _slices(self, spec: Spec, param: ParameterSpec, site_layout: SiteLayout, key: _Key, axis: int) -> Array:
         """A factor over replicas, tasks or experts; a replica starts as its own run with the next seed would."""
         part = replace(
-            piece,
-            indices=piece.indices[:axis] + piece.indices[axis + 1 :],
-            shape=piece.shape[:axis] + piece.shape[axis + 1 :],
+            param,
+            indices=param.indices[:axis] + param.indices[axis + 1 :],
+            shape=param.shape[:axis] + param.shape[axis + 1 :],
         )
         seed, label = key
-        alone = piece.indices[axis] == "replica"
-        keys = [(seed + k, label) if alone else (seed, f"{label}/{k}") for k in range(piece.shape[axis])]
-        return np.stack([np.reshape(self._value(spec, part, placement, each), part.shape) for each in keys], axis)
+        alone = param.indices[axis] == "replica"
+        keys = [(seed + k, label) if alone else (seed, f"{label}/{k}") for k in range(param.shape[axis])]
+        return np.stack([np.reshape(self._value(spec, part, site_layout, each), part.shape) for each in keys], axis)
 
-    def _matrix(self, spec: Spec, piece: Piece, key: _Key) -> Array:
-        shape, row, where = piece.shape, -1, (piece.layer, piece.proj)
-        axes = [axis for index in ("layer", "proj") if (axis := self._position(index, piece))]
+    def _matrix(self, spec: Spec, param: ParameterSpec, key: _Key) -> Array:
+        shape, row, where = param.shape, -1, (param.layer, param.proj)
+        axes = [axis for index in ("layer", "proj") if (axis := self._position(index, param))]
         if len(shape) == 1 and axes:
             row = 0
             for position, length in axes:
@@ -165,43 +165,43 @@ class Starter:
 
     # ---- arrays and the base weight
 
-    def _from_array(self, array: Tensor, piece: Piece) -> Tensor:
-        net = self._places[piece][0].line.network
-        inner = iter(piece.shape)
-        axes = [self._position(index, piece) for index in net.factor(piece.label).indices]
+    def _from_array(self, array: Tensor, param: ParameterSpec) -> Tensor:
+        net = self._places[param][0].line.network
+        inner = iter(param.shape)
+        axes = [self._position(index, param) for index in net.factor(param.label).indices]
         stacked = tuple(next(inner) if axis is None else axis[1] for axis in axes)
         if tuple(array.shape) == stacked:
             array = array[tuple(slice(None) if axis is None else axis[0] for axis in axes)]
-        if tuple(array.shape) != piece.shape:
-            shapes = " or ".join(map(str, dict.fromkeys((piece.shape, stacked))))
+        if tuple(array.shape) != param.shape:
+            shapes = " or ".join(map(str, dict.fromkeys((param.shape, stacked))))
             raise NetworkError(
-                f"the start of factor {piece.label!r} has the shape {tuple(array.shape)}",
+                f"the start of factor {param.label!r} has the shape {tuple(array.shape)}",
                 line=str(net),
                 remedy=f"pass an array of shape {shapes}",
             )
         return array.clone(memory_format=torch.contiguous_format)
 
-    def _position(self, index: str, piece: Piece) -> tuple[int, int] | None:
-        """Where the piece stands on a layer or proj axis, and the axis's length; None for any other index."""
-        if index == "layer" and piece.layer is not None:
-            return self.layout.layers.index(piece.layer), len(self.layout.layers)
-        if index == "proj" and piece.proj is not None:
-            return self.layout.projs.index(piece.proj), len(self.layout.projs)
+    def _position(self, index: str, param: ParameterSpec) -> tuple[int, int] | None:
+        """Where the param stands on a layer or proj axis, and the axis's length; None for any other index."""
+        if index == "layer" and param.layer is not None:
+            return self.layout.layers.index(param.layer), len(self.layout.layers)
+        if index == "proj" and param.proj is not None:
+            return self.layout.projs.index(param.proj), len(self.layout.projs)
         return None
 
-    def _from_weight(self, spec: Spec, piece: Piece) -> Tensor:
-        if len(self._places[piece]) > 1:
+    def _from_weight(self, spec: Spec, param: ParameterSpec) -> Tensor:
+        if len(self._places[param]) > 1:
             raise NetworkError(
-                f"factor {piece.label!r} serves {len(self._places[piece])} sites and cannot start as {spec.name!r}",
+                f"factor {param.label!r} serves {len(self._places[param])} sites and cannot start as {spec.name!r}",
                 remedy="the base weight differs from site to site: let the factor carry layer and proj",
             )
-        placement = self._places[piece][0]
+        site_layout = self._places[param][0]
         if spec.name == "base":
-            return patterns.base(piece, placement, self._base(placement.site))
+            return patterns.base(param, site_layout, self._base(site_layout.site))
         if spec.name == "svd":
             power = spec.numbers[0] if spec.numbers else None
-            return patterns.svd(piece, placement, self._parts(placement.site), power)
-        return self._cores(placement.site)[piece.label]
+            return patterns.svd(param, site_layout, self._parts(site_layout.site), power)
+        return self._cores(site_layout.site)[param.label]
 
     def _base(self, site: Site) -> Tensor:
         if self._weight is None:
@@ -214,13 +214,13 @@ class Starter:
         return patterns.signed_svd(self._base(site))
 
     def _tt_svd_of(self, site: Site) -> dict[str, Tensor]:
-        placement = next(p for p in self.layout.placements if p.site == site)
-        labels = [label for label in placement.pieces if self._named.get(label) == Spec("tt_svd")]
-        return patterns.tt_svd(labels, placement, self._base(site))
+        site_layout = next(p for p in self.layout.site_layouts if p.site == site)
+        labels = [label for label in site_layout.parameters if self._named.get(label) == Spec("tt_svd")]
+        return patterns.tt_svd(labels, site_layout, self._base(site))
 
-    def _spread(self, piece: Piece) -> float:
+    def _spread(self, param: ParameterSpec) -> float:
         """The standard deviation of a factor that is not named, by the variance rule."""
-        if piece.label in self.layout.factorization.unit_norm:
-            placement = self._places[piece][0]
-            return float(starts.unit_size(piece.indices, placement.network, placement.sizes) ** -0.5)
-        return float(self._variances[piece] ** 0.5)
+        if param.label in self.layout.factorization.unit_norm:
+            site_layout = self._places[param][0]
+            return float(starts.unit_size(param.indices, site_layout.network, site_layout.sizes) ** -0.5)
+        return float(self._variances[param] ** 0.5)

@@ -17,12 +17,12 @@ DENSE_LIMIT = 2**24  # elements of the matrix that a direct solve may hold; abov
 _ITERATIONS = 100
 
 
-def of_term(term: Term, output: Group) -> Network:
+def term_network(term: Term, output: Group) -> Network:
     """A network of this term alone, positive, one output group per index of ``output`` that it carries.
 
     >>> from tnpeft.networks import network
     >>> net = network("B[out r] A[r inp] - w[out inp] -> out inp")
-    >>> print(of_term(net.terms[1], net.outer))
+    >>> print(term_network(net.terms[1], net.outer))
     w[out inp] -> out inp
     """
     places = term.places()
@@ -30,7 +30,7 @@ def of_term(term: Term, output: Group) -> Network:
 
 
 @dataclass(frozen=True)
-class Problem:
+class FactorLeastSquares:
     """One factor of one term against a target with the axes ``outer``.
 
     With the rest of the term contracted to its environment, each index of the factor is one of three: in the
@@ -82,7 +82,7 @@ class Problem:
 
     def _by_gradients(self, arrays: Mapping[str, Tensor], target: Tensor) -> Tensor:
         """Conjugate gradients on the least-squares problem, from the present value on, without its matrix."""
-        forward = of_term(self.term, self.outer)
+        forward = term_network(self.term, self.outer)
         probe = Factor(self._fresh(), tuple(group[0] for group in forward.output), "constant")
         backward = Network((Term((probe, *self.rest.factors)),), tuple((index,) for index in self.factor.indices))
 
@@ -131,7 +131,7 @@ def _used(net: Network, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _environment(rest: Term, arrays: Mapping[str, Tensor], order: Group) -> Tensor:
-    net = of_term(rest, order)
+    net = term_network(rest, order)
     return dense(net, _used(net, arrays))  # type: ignore[no-any-return]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tnpeft.counting.layout import Piece, Placement
+from tnpeft.layout import ParameterSpec, SiteLayout
 from tnpeft.networks import NetworkError
 from tnpeft.nn.philox import Array
 
@@ -26,73 +26,73 @@ def cosines(positions: int, frequencies: int) -> Array:
     return np.asarray(np.cos(angles) * np.sqrt(np.where(frequency == 0, 1.0, 2.0) / positions))
 
 
-def dct(piece: Piece, placement: Placement) -> Array:
+def dct(param: ParameterSpec, site_layout: SiteLayout) -> Array:
     """A cosine basis: the axis that is a row or column index counts positions (the first, if that does not tell).
 
     Raises:
         NetworkError: the factor is no matrix.
 
     >>> from tnpeft.networks import Factorization, Site
-    >>> from tnpeft.counting.layout import layout
+    >>> from tnpeft.layout import layout
     >>> f = Factorization.of("B[out r] ^A[r inp] -> out inp", ranks={"r": 2}, init={"A": "dct"})
-    >>> place = layout(f, [Site(0, "q_proj", 4, 4)]).placements[0]
-    >>> bool((dct(place.pieces["A"], place) == cosines(4, 2).T).all())
+    >>> place = layout(f, [Site(0, "q_proj", 4, 4)]).site_layouts[0]
+    >>> bool((dct(place.parameters["A"], place) == cosines(4, 2).T).all())
     True
     """
-    if len(piece.shape) != 2:
-        raise _unfit(piece, "dct", "give it two axes, a position and a frequency")
-    features = {*placement.network.rows, *placement.network.cols}
-    turned = piece.indices[0] not in features and piece.indices[1] in features
-    return cosines(*piece.shape[::-1]).T if turned else cosines(*piece.shape)
+    if len(param.shape) != 2:
+        raise _unfit(param, "dct", "give it two axes, a position and a frequency")
+    features = {*site_layout.network.rows, *site_layout.network.cols}
+    turned = param.indices[0] not in features and param.indices[1] in features
+    return cosines(*param.shape[::-1]).T if turned else cosines(*param.shape)
 
 
-def circulant(piece: Piece, placement: Placement) -> Array:
+def circulant(param: ParameterSpec, site_layout: SiteLayout) -> Array:
     """1 where the bond equals (column - row) modulo its size, else 0: it turns a kernel into a circulant block.
 
     Raises:
         NetworkError: the axes are not one row index, one column index and one bond of equal size.
 
     >>> from tnpeft.networks import Factorization, Site
-    >>> from tnpeft.counting.layout import layout
+    >>> from tnpeft.layout import layout
     >>> f = Factorization.of("K[c] ^Circ[out inp c] -> out inp", ranks={"c": 3}, init={"Circ": "circulant"})
-    >>> place = layout(f, [Site(0, "q_proj", 3, 3)]).placements[0]
-    >>> (circulant(place.pieces["Circ"], place) @ [1, 2, 3]).tolist()
+    >>> place = layout(f, [Site(0, "q_proj", 3, 3)]).site_layouts[0]
+    >>> (circulant(place.parameters["Circ"], place) @ [1, 2, 3]).tolist()
     [[1.0, 2.0, 3.0], [3.0, 1.0, 2.0], [2.0, 3.0, 1.0]]
     """
-    net = placement.network
-    sides = ["row" if i in net.rows else "col" if i in net.cols else "bond" for i in piece.indices]
-    if sorted(sides) != ["bond", "col", "row"] or len(set(piece.shape)) != 1:
-        raise _unfit(piece, "circulant", "give it a row index, a column index and a bond, all of one size")
-    place = np.indices(piece.shape)
+    net = site_layout.network
+    sides = ["row" if i in net.rows else "col" if i in net.cols else "bond" for i in param.indices]
+    if sorted(sides) != ["bond", "col", "row"] or len(set(param.shape)) != 1:
+        raise _unfit(param, "circulant", "give it a row index, a column index and a bond, all of one size")
+    place = np.indices(param.shape)
     row, col, bond = (place[sides.index(side)] for side in ("row", "col", "bond"))
-    return np.asarray(bond == (col - row) % piece.shape[0], dtype=np.float64)
+    return np.asarray(bond == (col - row) % param.shape[0], dtype=np.float64)
 
 
 # ---- from the base weight, a [out, inp] matrix
 
 
-def base(piece: Piece, placement: Placement, weight: Tensor) -> Tensor:
+def base(param: ParameterSpec, site_layout: SiteLayout, weight: Tensor) -> Tensor:
     """The base weight itself, its axes named and ordered as the factor's.
 
     Raises:
         NetworkError: the factor's axes are not exactly the row and column indices.
 
     >>> from tnpeft.networks import Factorization, Site
-    >>> from tnpeft.counting.layout import layout
+    >>> from tnpeft.layout import layout
     >>> f = Factorization.of("^W[inp out] d[out] -> out inp", init={"W": "base"})
-    >>> place = layout(f, [Site(0, "q_proj", 2, 3)]).placements[0]
-    >>> base(place.pieces["W"], place, torch.arange(6.0).reshape(2, 3)).tolist()
+    >>> place = layout(f, [Site(0, "q_proj", 2, 3)]).site_layouts[0]
+    >>> base(place.parameters["W"], place, torch.arange(6.0).reshape(2, 3)).tolist()
     [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
     """
-    net = placement.network
+    net = site_layout.network
     outer = (*net.rows, *net.cols)
-    if sorted(piece.indices) != sorted(outer):
-        raise _unfit(piece, "base", f"give it the indices {' '.join(outer)}")
-    split = weight.reshape([placement.sizes[index] for index in outer])
-    return split.permute([outer.index(index) for index in piece.indices])
+    if sorted(param.indices) != sorted(outer):
+        raise _unfit(param, "base", f"give it the indices {' '.join(outer)}")
+    split = weight.reshape([site_layout.sizes[index] for index in outer])
+    return split.permute([outer.index(index) for index in param.indices])
 
 
-def svd(piece: Piece, placement: Placement, parts: Sequence[Tensor], power: float | None) -> Tensor:
+def svd(param: ParameterSpec, site_layout: SiteLayout, parts: Sequence[Tensor], power: float | None) -> Tensor:
     """The leading singular vectors of the base weight, times their singular values to a power.
 
     A factor that carries the row indices gets left vectors, one that carries the column indices right vectors.
@@ -100,8 +100,8 @@ def svd(piece: Piece, placement: Placement, parts: Sequence[Tensor], power: floa
     approximation of their rank.
 
     Args:
-        piece: what to fill; its remaining axes count the singular values, largest first.
-        placement: where it stands.
+        param: what to fill; its remaining axes count the singular values, largest first.
+        site_layout: where it stands.
         parts: U, S and V^T of the base weight.
         power: of the singular values, None for 1 on the row side and 0 on the column side.
 
@@ -109,31 +109,31 @@ def svd(piece: Piece, placement: Placement, parts: Sequence[Tensor], power: floa
         NetworkError: the axes are not one whole side and a rank, or the rank exceeds the matrix's.
 
     >>> from tnpeft.networks import Factorization, Site
-    >>> from tnpeft.counting.layout import layout
+    >>> from tnpeft.layout import layout
     >>> f = Factorization.of("^U[out a] R[a b] ^V[b inp] -> out inp", ranks={"a": 1, "b": 1})
-    >>> place = layout(f, [Site(0, "q_proj", 2, 2)]).placements[0]
+    >>> place = layout(f, [Site(0, "q_proj", 2, 2)]).site_layouts[0]
     >>> parts = signed_svd(torch.diag(torch.tensor([3.0, 2.0])))
-    >>> [svd(place.pieces[name], place, parts, None).abs().tolist() for name in "UV"]
+    >>> [svd(place.parameters[name], place, parts, None).abs().tolist() for name in "UV"]
     [[[3.0], [0.0]], [[1.0, 0.0]]]
     """
-    net = placement.network
-    left = set(net.rows) <= set(piece.indices)
+    net = site_layout.network
+    left = set(net.rows) <= set(param.indices)
     side = net.rows if left else net.cols
     other = set(net.cols if left else net.rows)
-    rank_axes = tuple(index for index in piece.indices if index not in side)
-    if not set(side) <= set(piece.indices) or other & set(piece.indices):
-        raise _unfit(piece, "svd", f"give it {' '.join(net.rows)} or {' '.join(net.cols)}, and a rank")
+    rank_axes = tuple(index for index in param.indices if index not in side)
+    if not set(side) <= set(param.indices) or other & set(param.indices):
+        raise _unfit(param, "svd", f"give it {' '.join(net.rows)} or {' '.join(net.cols)}, and a rank")
     u, s, vt = parts
-    rank = prod(placement.sizes[index] for index in rank_axes)
+    rank = prod(site_layout.sizes[index] for index in rank_axes)
     if rank > len(s):
-        raise _unfit(piece, "svd", f"a rank of at most {len(s)} fits")
+        raise _unfit(param, "svd", f"a rank of at most {len(s)} fits")
     exponent = power if power is not None else float(left)
     vectors = (u[:, :rank] if left else vt[:rank].T) * s[:rank] ** exponent
     axes = (*side, *rank_axes)
-    return vectors.reshape([placement.sizes[i] for i in axes]).permute([axes.index(i) for i in piece.indices])
+    return vectors.reshape([site_layout.sizes[i] for i in axes]).permute([axes.index(i) for i in param.indices])
 
 
-def tt_svd(labels: Sequence[str], placement: Placement, weight: Tensor) -> dict[str, Tensor]:
+def tt_svd(labels: Sequence[str], site_layout: SiteLayout, weight: Tensor) -> dict[str, Tensor]:
     """The cores of the tensor train nearest to the base weight (one sweep of SVDs), by label.
 
     The cores are the factors ``labels`` in order: neighbours share bonds, and each row and column index stands in
@@ -143,26 +143,26 @@ def tt_svd(labels: Sequence[str], placement: Placement, weight: Tensor) -> dict[
         NetworkError: the factors are no such train.
 
     >>> from tnpeft.networks import Factorization, Site
-    >>> from tnpeft.counting.layout import layout
+    >>> from tnpeft.layout import layout
     >>> f = Factorization.of("g[o1 i1 a] h[a o2 i2] -> (o1 o2) (i1 i2)", ranks={"a": 4},
     ...                      init={"g": "tt_svd", "h": "tt_svd"})
-    >>> place = layout(f, [Site(0, "q_proj", 4, 4)]).placements[0]
+    >>> place = layout(f, [Site(0, "q_proj", 4, 4)]).site_layouts[0]
     >>> weight = torch.arange(16.0).reshape(4, 4)
     >>> cores = tt_svd(["g", "h"], place, weight)
     >>> back = torch.einsum("xia,ayj->xyij", cores["g"], cores["h"]).reshape(4, 4)
     >>> bool(torch.allclose(back, weight, atol=1e-5))
     True
     """
-    net, sizes = placement.network, placement.sizes
+    net, sizes = site_layout.network, site_layout.sizes
     outer = (*net.rows, *net.cols)
-    cores = [placement.pieces[label].indices for label in labels]
+    cores = [site_layout.parameters[label].indices for label in labels]
     own = [tuple(i for i in core if i in outer) for core in cores]
     links = [tuple(i for i in a if i in b and i not in outer) for a, b in pairwise(cores)]
     for core, mine, before, after in zip(cores, own, [(), *links], [*links, ()], strict=True):
         if sorted(core) != sorted((*before, *mine, *after)):
-            raise _unfit(placement.pieces[labels[0]], "tt_svd", "the factors that start so must form one train")
+            raise _unfit(site_layout.parameters[labels[0]], "tt_svd", "the factors that start so must form one train")
     if sorted(i for mine in own for i in mine) != sorted(outer):
-        raise _unfit(placement.pieces[labels[0]], "tt_svd", f"give each of {' '.join(outer)} to one core")
+        raise _unfit(site_layout.parameters[labels[0]], "tt_svd", f"give each of {' '.join(outer)} to one core")
     order = [outer.index(i) for mine in own for i in mine]
     rest = weight.reshape([sizes[i] for i in outer]).permute(order).reshape(1, -1)
     found = {}
@@ -198,6 +198,6 @@ def signed_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u * sign, s, vt * sign.T
 
 
-def _unfit(piece: Piece, spec: str, remedy: str) -> NetworkError:
-    axes = " ".join(f"{index}={size}" for index, size in zip(piece.indices, piece.shape, strict=True))
-    return NetworkError(f"factor {piece.label!r} [{axes}] cannot start as {spec!r}", remedy=remedy)
+def _unfit(param: ParameterSpec, spec: str, remedy: str) -> NetworkError:
+    axes = " ".join(f"{index}={size}" for index, size in zip(param.indices, param.shape, strict=True))
+    return NetworkError(f"factor {param.label!r} [{axes}] cannot start as {spec!r}", remedy=remedy)

@@ -16,7 +16,7 @@ from itertools import pairwise
 
 from tnpeft.nn.lower import Body, Fact, Lowered, Tail
 from tnpeft.nn.operations import Elementwise, Operation, Product
-from tnpeft.planning.planner import TRAFFIC
+from tnpeft.planning.planner import MACS_PER_ELEMENT
 
 
 @dataclass(frozen=True)
@@ -155,4 +155,4 @@ class _Kept:
             return fact.macs == 1 or fact.elements > sum(self.trainable.get(k, 0) for k in self.below[place])
         at_hand = all(k in self.inputs | self.needed or self.x not in self.below[k] for k in self.results[place])
         wide = self.full and fact.elements >= self.width
-        return self.x in self.needed and (wide or (fact.macs <= TRAFFIC and at_hand))
+        return self.x in self.needed and (wide or (fact.macs <= MACS_PER_ELEMENT and at_hand))

@@ -10,7 +10,7 @@ from tnpeft.networks import Network
 from tnpeft.networks.factor import Group
 from tnpeft.networks.sizes import Sizes
 from tnpeft.planning.search import Path
-from tnpeft.planning.steps import Step, fresh, priced
+from tnpeft.planning.steps import Step, fresh, with_costs
 
 Use = tuple[str, Group]  # an operand and its indices
 
@@ -59,9 +59,9 @@ class Builder:
         self._add([product, *others], [1, *(self.net.terms[t].sign for t in rest)], self.applied, self.y)
         return self._fuse_rows()
 
-    def priced(self, sizes: Sizes, training: bool) -> tuple[Step, ...]:
+    def with_costs(self, sizes: Sizes, training: bool) -> tuple[Step, ...]:
         """The finished steps with their costs."""
-        return priced(tuple(self.steps), sizes, self.net, self.token, training)
+        return with_costs(tuple(self.steps), sizes, self.net, self.token, training)
 
     # ---- one term
 

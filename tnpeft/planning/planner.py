@@ -1,4 +1,4 @@
-"""The cheapest program for a network: every form of it is built from searched paths, priced, and compared."""
+"""The cheapest program for a network: every form of it is built from searched paths, with_costs, and compared."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tnpeft.planning.steps import Plan, fresh
 OBJECTIVES = ("time", "macs", "written", "saved")
 
 _TIE = 1 << 128  # what is minimised comes first, "time" breaks ties
-TRAFFIC = 64  # multiply-adds that moving one element is worth (cotengra's default ratio)
+MACS_PER_ELEMENT = 64  # multiply-adds that moving one element is worth (cotengra's default ratio)
 _FEW = 4  # terms up to which every choice of terms to rebuild is tried
 
 
@@ -29,7 +29,7 @@ def weights(minimize: str, training: bool) -> Weights:
     >>> weights("time", training=False)
     Weights(macs=1, backward=0, written=64, saved=64)
     """
-    time = {"macs": 1, "backward": int(training), "written": TRAFFIC, "saved": TRAFFIC}
+    time = {"macs": 1, "backward": int(training), "written": MACS_PER_ELEMENT, "saved": MACS_PER_ELEMENT}
     if minimize == "time":
         return Weights(**time)
     if minimize not in OBJECTIVES:
@@ -185,7 +185,7 @@ class _Planner:
 
     def _plan(self, form: str, built: Builder) -> Plan:
         dims = tuple(self.sizes.items())
-        steps = built.priced(self.sizes, self.training)
+        steps = built.with_costs(self.sizes, self.training)
         return Plan(self.net, dims, steps, self.minimize, self.training, form, self.exact, self.token)
 
     def _paths(self, applied: bool) -> list[Path]:
@@ -197,7 +197,7 @@ class _Planner:
         output = set(self.net.outer) & set(term.places())
         if applied:
             indices: Group = (*self.net.stack, self.token, *self.net.cols)
-            operands.append(Operand(frozenset(indices), live=self.training, charged=True))
+            operands.append(Operand(frozenset(indices), live=self.training, counts_as_saved=True))
             output = {*self.net.stack, self.token, *self.net.rows}
         path, exact = search(operands, frozenset(output), self.sizes, self.price)
         self.exact = self.exact and exact

@@ -23,7 +23,7 @@ _REPEATS, _SHARE = 32, 512  # how many: fewer the more operands there are, so th
 
 @dataclass(frozen=True)
 class Weights:
-    """What a step is charged for: the price of one unit of each cost."""
+    """What a step is counts_as_saved for: the price of one unit of each cost."""
 
     macs: int = 0
     backward: int = 0
@@ -37,7 +37,7 @@ class Operand:
 
     indices: frozenset[str]
     live: bool = False
-    charged: bool = False
+    counts_as_saved: bool = False
 
 
 def search(
@@ -86,7 +86,7 @@ class _Table:
         return found
 
     def best(self) -> Path:
-        """The cheapest path, by dynamic programming over subsets: every split of every subset is priced once."""
+        """The cheapest path, by dynamic programming over subsets: every split of every subset is with_costs once."""
         count = len(self.operands)
         full = (1 << count) - 1
         union = [0] * (full + 1)
@@ -101,7 +101,7 @@ class _Table:
             open_[1 << k] = union[1 << k]
         keep = [self.weights.saved * self.volume(bits) for bits in open_]
         for k, operand in enumerate(self.operands):
-            keep[1 << k] *= operand.charged
+            keep[1 << k] *= operand.counts_as_saved
         cost, choice = [0] * (full + 1), [0] * (full + 1)
         for mask in range(3, full + 1):
             if mask & (mask - 1):

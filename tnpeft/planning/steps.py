@@ -130,7 +130,7 @@ class Plan:
                 known = ", ".join([*self.sizes, *(["tokens"] if self.activation else [])])
                 raise NetworkError(f"{name!r} is no index of the plan", remedy=f"the indices are {known}")
         new = {**self.sizes, **{name: check_size(name, size) for name, size in sizes.items()}}
-        steps = priced(self.steps, new, self.network, self.activation, self.training)
+        steps = with_costs(self.steps, new, self.network, self.activation, self.training)
         return replace(self, dims=tuple(new.items()), steps=steps)
 
     def __str__(self) -> str:
@@ -162,12 +162,14 @@ def table(rows: list[tuple[Any, ...]]) -> list[str]:
     return [text[0], "-" * len(text[0]), *text[1:]]
 
 
-def priced(steps: tuple[Step, ...], sizes: Sizes, net: Network, activation: str, training: bool) -> tuple[Step, ...]:
+def with_costs(
+    steps: tuple[Step, ...], sizes: Sizes, net: Network, activation: str, training: bool
+) -> tuple[Step, ...]:
     """The steps with their costs at the given sizes; only ``+`` and ``*`` are used, so symbols serve as well.
 
     >>> from tnpeft import network
     >>> step = Step("contract", "y", ("token", "out"), ("x", "A"), (("token", "inp"), ("out", "inp")))
-    >>> (done,) = priced((step,), {"token": 5, "out": 3, "inp": 4}, network("A[out inp] -> out inp"), "token", True)
+    >>> (done,) = with_costs((step,), {"token": 5, "out": 3, "inp": 4}, network("A[out inp] -> out inp"), "token", True)
     >>> done.macs, done.backward_macs, done.written, done.saved
     (60, 120, 15, 20)
     """

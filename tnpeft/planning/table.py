@@ -20,7 +20,7 @@ class PlanTable:
     starts: tuple[int, ...]
 
     def at(self, tokens: int) -> Plan:
-        """The best plan for this number of tokens, priced for it.
+        """The best plan for this number of tokens, with_costs for it.
 
         Raises:
             NetworkError: it is no positive whole number.

@@ -7,19 +7,19 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tnpeft import families
-from tnpeft.counting.cards import Model, Targets
-from tnpeft.counting.layout import Layout, Piece, Placement
 from tnpeft.counting.parameters import layout_on
+from tnpeft.layout import Layout, ParameterSpec, SiteLayout
+from tnpeft.models.cards import Model, Targets
 from tnpeft.networks import Factorization, Network, NetworkError, Site, network
 from tnpeft.networks.sizes import Size, Sizes, bind, require_network
 from tnpeft.scaling import starts
 from tnpeft.scaling.moments import Entry, first_step
 
-Line = Network | Factorization | str
+SiteRule = Network | Factorization | str
 
 
 def gain(
-    f: Line,
+    f: SiteRule,
     sizes: Sizes | None = None,
     /,
     *,
@@ -66,7 +66,9 @@ def gain(
     return root(_total(gain_squares(f, sizes, rms_base=rms_base, **more).values()))
 
 
-def gain_squares(f: Line, sizes: Sizes | None = None, /, *, rms_base: Size = 1.0, **more: Size) -> dict[str, Size]:
+def gain_squares(
+    f: SiteRule, sizes: Sizes | None = None, /, *, rms_base: Size = 1.0, **more: Size
+) -> dict[str, Size]:
     """Return by label the squared gain of each trained factor alone; they add up to the squared gain.
 
     >>> gain_squares("B[out r] A[r inp] -> out inp", r=2, inp=8)
@@ -78,7 +80,7 @@ def gain_squares(f: Line, sizes: Sizes | None = None, /, *, rms_base: Size = 1.0
     return _scaled(f, first_step(f.network, bound, entries))
 
 
-def resolve(f: Line) -> tuple[Factorization, bool]:
+def resolve(f: SiteRule) -> tuple[Factorization, bool]:
     """Return the factorization that a line, a network or a family's name stands for; True if its ranks are open.
 
     >>> resolve("lora")[0].name, resolve("lora")[1]
@@ -126,7 +128,7 @@ def entries_of(
 ) -> dict[str, Entry]:
     """Return by label the entries of every factor at the start; ``own`` has mean squares that are known already."""
     named = starts.starts(f)
-    zeros = starts.zero_labels(f, named)
+    zeros = starts.zero_init_factors(f, named)
     found = {}
     for factor in net.factors:
         label, given = net.label(factor), named.get(factor.name)
@@ -148,8 +150,8 @@ def squares_on(layout: Layout, rms_base: Size = 1.0) -> dict[Site, dict[str, Siz
     """Return for every site the squared gains of its trained factors, by label."""
     f, shared = layout.factorization, least_variances(layout)
     found, known = {}, dict[Any, dict[str, Size]]()
-    for place in layout.placements:
-        own = {label: shared[piece] for label, piece in place.pieces.items() if piece in shared}
+    for place in layout.site_layouts:
+        own = {label: shared[param] for label, param in place.parameters.items() if param in shared}
         key = (place.line, tuple(place.sizes.items()), tuple(own.items()))
         if key not in known:
             sizes = stacked_sizes(layout, place)
@@ -159,26 +161,26 @@ def squares_on(layout: Layout, rms_base: Size = 1.0) -> dict[Site, dict[str, Siz
     return found
 
 
-def least_variances(layout: Layout) -> dict[Piece, Size]:
-    """Return the mean square by the variance rule of every unnamed piece: the least that its sites ask for."""
+def least_variances(layout: Layout) -> dict[ParameterSpec, Size]:
+    """Return the mean square by the variance rule of every unnamed param: the least that its sites ask for."""
     f, named = layout.factorization, starts.starts(layout.factorization)
-    zeros = starts.zero_labels(f, named)
-    least: dict[Piece, Size] = {}
+    zeros = starts.zero_init_factors(f, named)
+    least: dict[ParameterSpec, Size] = {}
     known: dict[Any, Size] = {}
-    for place in layout.placements:
+    for place in layout.site_layouts:
         sizes = stacked_sizes(layout, place)
-        for label, piece in place.pieces.items():
+        for label, param in place.parameters.items():
             name = label.removeprefix("~")
             if name in named or name in zeros or label in f.unit_norm:
                 continue
             key = (place.line, label, tuple(place.sizes.items()))
             if key not in known:
                 known[key] = starts.variance(f, place.line.network, sizes, name, named, zeros)
-            least[piece] = min(least.get(piece, known[key]), known[key])
+            least[param] = min(least.get(param, known[key]), known[key])
     return least
 
 
-def stacked_sizes(layout: Layout, place: Placement) -> dict[str, int]:
+def stacked_sizes(layout: Layout, place: SiteLayout) -> dict[str, int]:
     """Return a site's sizes with those of the layer and proj axes."""
     return {**place.sizes, "layer": len(layout.layers), "proj": len(layout.projs)}
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 from tnpeft.networks import Factorization, NetworkError
 from tnpeft.networks.sizes import Size, Sizes, integers, product
 from tnpeft.scaling import starts
-from tnpeft.scaling.gain import Line, entries_of, open_sizes, resolve
+from tnpeft.scaling.gain import SiteRule, entries_of, open_sizes, resolve
 from tnpeft.scaling.moments import first_step
 
 Rule = Literal["gain", "structure", "measured"]
@@ -40,7 +40,7 @@ class Steps(Protocol):
 
 
 def learning_rates(
-    f: Line,
+    f: SiteRule,
     sizes: Sizes | None = None,
     /,
     *,
@@ -105,7 +105,7 @@ def raw_squares(f: Factorization, sizes: Mapping[str, Size], rms_base: float = 1
     {'w': 0.0, 'A': 1.0, 'B': 0.25}
     """
     net, named = f.network, starts.starts(f)
-    zeros = starts.zero_labels(f, named)
+    zeros = starts.zero_init_factors(f, named)
     found = {}
     for factor in net.factors:
         if factor.kind != "trainable":

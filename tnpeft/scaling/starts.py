@@ -91,7 +91,7 @@ def _start(given: Any, label: str) -> Start:
 
 
 def fans(indices: Sequence[str], net: Network, sizes: Mapping[str, Size]) -> tuple[Size, Size]:
-    """Return fan-in and fan-out of a factor, see :class:`tnpeft.nn.init.Starter`.
+    """Return fan-in and fan-out of a factor, see :class:`tnpeft.nn.init.Initializer`.
 
     >>> from tnpeft.networks import network
     >>> net, sizes = network("B[out a] M[a b] A[b inp] -> out inp"), {"out": 8, "a": 2, "b": 3, "inp": 5}
@@ -293,13 +293,13 @@ def start_square(
 # ---- which factors start at zero
 
 
-def zero_labels(f: Factorization, named: Mapping[str, Start]) -> frozenset[str]:
+def zero_init_factors(f: Factorization, named: Mapping[str, Start]) -> frozenset[str]:
     """Return the labels of the factors that start at zero, named so or chosen by the rule of one zero factor.
 
     Raises:
         NetworkError: the start leaves some factor without a gradient for ever.
 
-    >>> sorted(zero_labels(Factorization.of("B[out r] A[r inp] -> out inp", ranks={"r": 8}), {}))
+    >>> sorted(zero_init_factors(Factorization.of("B[out r] A[r inp] -> out inp", ranks={"r": 8}), {}))
     ['B']
     """
     zeros = {label for label, given in named.items() if _is_zero(given)}
@@ -313,10 +313,10 @@ def zero_labels(f: Factorization, named: Mapping[str, Start]) -> frozenset[str]:
     return frozenset(zeros)
 
 
-def starting_away(f: Factorization, named: Mapping[str, Start], zeros: frozenset[str]) -> Network | None:
+def nonzero_at_init(f: Factorization, named: Mapping[str, Start], zeros: frozenset[str]) -> Network | None:
     """Return the first network whose update is not zero at the start although not all its starts are named.
 
-    >>> print(starting_away(Factorization.of("A[out r] A[inp r] -> out inp", ranks={"r": 8}), {}, frozenset()))
+    >>> print(nonzero_at_init(Factorization.of("A[out r] A[inp r] -> out inp", ranks={"r": 8}), {}, frozenset()))
     A[out r] A[inp r] -> out inp
     """
     for net in dict.fromkeys(line.network for line in f.lines):

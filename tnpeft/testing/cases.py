@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
-from tnpeft.counting.layout import Layout, layout
+from tnpeft.layout import Layout, layout
 from tnpeft.networks import STACK, Factorization, Network, NetworkError, Site
 from tnpeft.networks.sizes import Sizes, bind, integers
 from tnpeft.testing.strategies import equal_indices
@@ -99,7 +99,7 @@ def small_layout(f: Factorization, sites: Iterable[Site] | None = None) -> Layou
 def cases(plan: Layout) -> tuple[Case, ...]:
     """One case per line and shape of site, with all its stack indices."""
     found: dict[tuple[Network, tuple[tuple[str, int], ...]], Case] = {}
-    for place in plan.placements:
+    for place in plan.site_layouts:
         net = place.line.network
         sizes = {**place.sizes, **{i: 2 for i in net.stack if i in STACK}}
         key = net, tuple(sorted(sizes.items()))

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any, TypeVar
 
-from tnpeft.counting.layout import Layout
+from tnpeft.layout import Layout
 from tnpeft.networks import STACK, Factorization, Network, NetworkError, Site, network
 from tnpeft.networks.sizes import Sizes, bind
 from tnpeft.testing import properties

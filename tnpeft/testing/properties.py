@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tnpeft.counting.layout import Layout, Placement
+from tnpeft.layout import Layout, SiteLayout
 from tnpeft.networks import Network, Site
 from tnpeft.testing.cases import Case
 from tnpeft.testing.oracle import brute, tolerance
@@ -148,26 +148,26 @@ def rank(case: Case, seed: int) -> Answer:
 
 @dataclass(frozen=True)
 class Start:
-    """A site as training finds it: its placement and the start values of its factors, in float64."""
+    """A site as training finds it: its site_layout and the start values of its factors, in float64."""
 
-    placement: Placement
+    site_layout: SiteLayout
     init: dict[str, Any]
     factors: dict[str, NDArray[np.float64]]
 
 
 def starts(plan: Layout, seed: int) -> list[Start]:
     """The start at one site of every line and shape, over a random base weight."""
-    from tnpeft.nn.init import Starter
+    from tnpeft.nn.init import Initializer
 
-    starter = Starter(plan, seed, _weight)
-    different = {(p.network, tuple(p.sizes.items())): p for p in plan.placements}
+    starter = Initializer(plan, seed, _weight)
+    different = {(p.network, tuple(p.sizes.items())): p for p in plan.site_layouts}
     return [
         Start(
-            placement,
+            site_layout,
             dict(plan.factorization.init),
-            {label: starter(piece).double().numpy() for label, piece in placement.pieces.items()},
+            {label: starter(piece).double().numpy() for label, piece in site_layout.parameters.items()},
         )
-        for placement in different.values()
+        for site_layout in different.values()
     ]
 
 
@@ -180,7 +180,7 @@ def _weight(site: Site) -> Any:
 
 def identity(start: Start) -> Answer:
     """The update is exactly zero, unless a term names a start other than zeros for all its trainable factors."""
-    net = start.placement.network
+    net = start.site_layout.network
     largest = float(np.abs(brute(net, start.factors)).max())
     if largest == 0:
         return True, "the update is exactly zero"
@@ -195,7 +195,7 @@ def identity(start: Start) -> Answer:
 
 def alive(start: Start, seed: int) -> Answer:
     """Some factor moves the update at once, and every trainable factor does after one step."""
-    net, factors = start.placement.network, dict(start.factors)
+    net, factors = start.site_layout.network, dict(start.factors)
     generator = np.random.default_rng(seed)
     first = _moving(net, factors, generator)
     for label in first:

@@ -1,0 +1,487 @@
+"""Linears that read one input take their first steps together, and nothing but the work shows it."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from adapter_models import MODELS, NETWORKS, adapted, config, inputs, shake
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import tnpeft
+from tnpeft.adapters import siblings
+from tnpeft.nn import first
+
+QKV = ["q_proj", "k_proj", "v_proj"]
+TARGETS = {
+    "opt": [*QKV, "fc1"],
+    "llama": [*QKV, "gate_proj", "up_proj"],
+    "bert": ["query", "key", "value"],
+    "vit": [*QKV, "fc2"],
+}
+KEYS = sorted(NETWORKS)
+
+
+def model(key: str = "lora", name: str = "opt", **changes: Any) -> Any:
+    few = {"tokens": 12, **changes}  # for which no update of so small a linear is best added to its weight
+    net = adapted(key, MODELS[name](), target_modules=TARGETS[name], **few).double().train()
+    shake(net)
+    return net
+
+
+def linears(net: Any) -> list[Any]:
+    return [module for module in net.modules() if hasattr(module, "siblings")]
+
+
+def group(net: Any) -> list[Any]:
+    """The q, k and v of the first layer."""
+    attention = net.base_model.model.model.decoder.layers[0].self_attn
+    return [getattr(attention, name) for name in QKV]
+
+
+def extract_replica(net: Any) -> Any:
+    """A copy whose linears know of no other."""
+    copied = copy.deepcopy(net)
+    for linear in linears(copied):
+        linear.siblings.clear()
+    return copied
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """For how many linears something was begun, each time."""
+    found: list[int] = []
+    original = first.Joint.__call__
+
+    def start(joint: Any, factors: Any, x: Tensor) -> Any:
+        found.append(len(factors))
+        return original(joint, factors, x)
+
+    monkeypatch.setattr(first.Joint, "__call__", start)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(siblings, "_WORTH", 0)
+
+
+def gradients(net: Any, name: str = "opt") -> dict[str, Tensor]:
+    net.zero_grad()
+    torch.manual_seed(0)  # a backbone may have dropout
+    given = inputs(name)
+    out = net(**{k: v.double() if v.is_floating_point() else v for k, v in given.items()})
+    out.logits.sin().sum().backward()
+    return {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
+
+
+def trained(net: Any) -> list[Tensor | None]:
+    return [None if p.grad is None else p.grad.clone() for p in net.parameters() if p.requires_grad]
+
+
+def same(found: Any, wanted: Any) -> None:
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+
+
+def x_of(net: Any, requires_grad: bool = True) -> Tensor:
+    x = torch.linspace(-1, 1, 2 * 5 * 32, dtype=torch.float64).reshape(2, 5, 32)
+    return (x.requires_grad_() * 1.0) if requires_grad else x
+
+
+# ---- what is shared
+
+
+def test_which_linears_share() -> None:
+    expected = {"opt": [3, 3], "llama": [3, 2, 3, 2], "bert": [3, 3], "vit": [3, 3]}
+    for name, sizes in expected.items():
+        net = model(name=name)
+        groups = dict.fromkeys(linear.siblings["default"] for linear in linears(net) if linear.siblings)
+        assert [len(one.linears) for one in groups] == sizes
+    assert not any(linear.siblings for linear in linears(adapted(target_modules=["q_proj", "out_proj", "fc1"])))
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("key", KEYS)
+def test_a_step_is_that_of_each_alone(key: str, name: str, begun: list[int]) -> None:
+    net, calls = model(key, name), begun
+    wanted = gradients(extract_replica(net), name)
+    assert not calls
+    same(gradients(net, name), wanted)
+    assert calls == {"opt": [3, 3], "llama": [3, 2, 3, 2], "bert": [3, 3], "vit": [3, 3]}[name]
+    assert all(p.requires_grad is (n in wanted) for n, p in net.named_parameters() if "tnpeft" in n)
+
+
+class Products(TorchDispatchMode):
+    """The shapes of the products of an input with narrow matrices, and of their transposes."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows, self.narrow = rows, list[int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._opname == "mm":
+            a, b = args
+            if a.shape[1] == 32 and self.rows in (a.shape[0], b.shape[1]):
+                self.narrow.append(min(a.shape[0], b.shape[1]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("key", "narrow"), [("lora", 9), ("vera", 4), ("cp", 15)])
+def test_one_narrow_product_in_each_group(key: str, narrow: int) -> None:
+    """Of the matrices of all three, or of the one that all three have."""
+    net = model(key)
+    q, k, v = group(net)
+    x = torch.ones(40, 32, dtype=torch.float64).requires_grad_()
+    with Products(40) as found:
+        q(x), k(x), v(x)
+    assert found.narrow == [narrow]
+    q, k, v = group(extract_replica(net))
+    with Products(40) as found:
+        q(x), k(x), v(x)
+    assert found.narrow == 3 * [narrow // (1 if key == "vera" else 3)]
+
+
+# ---- any of them left out, in any order, in passes of their own
+
+
+@pytest.mark.parametrize("used", [(0,), (2,), (1, 0), (2, 0, 1)])
+@pytest.mark.parametrize("key", KEYS)
+def test_some_of_the_outputs_in_any_order(key: str, used: Any) -> None:
+    net = model(key)
+    found = []
+    for one in (net, extract_replica(net)):
+        three = group(one)
+        x = x_of(one)
+        x.retain_grad()
+        outputs = [three[k](x) for k in used]
+        outputs[-1].sin().sum().backward()
+        found.append([*outputs, x.grad, *trained(one)])
+    same(*found)
+
+
+@pytest.mark.parametrize("retained", [True, False])
+def test_passes_of_their_own(retained: bool) -> None:
+    net = model("cp")
+    found = []
+    for one in (net, extract_replica(net)):
+        x = x_of(one, requires_grad=False).requires_grad_()
+        for output in [linear(x) for linear in group(one)]:
+            output.sin().sum().backward(retain_graph=retained)
+        found.append([x.grad, *trained(one)])
+    same(*found)
+
+
+@pytest.mark.parametrize("key", ["lora", "cp", "vera"])
+def test_second_derivatives(key: str) -> None:
+    net = model(key)
+    found = []
+    for one in (net, extract_replica(net)):
+        x = x_of(one, requires_grad=False).requires_grad_()
+        total = sum(linear(x).sin().sum() for linear in group(one))
+        (first,) = torch.autograd.grad(total, x, create_graph=True)
+        first.square().sum().backward()
+        found.append([x.grad, *trained(one)])
+    same(*found)
+
+
+# ---- gradient checkpointing
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("key", KEYS)
+def test_checkpointed_layers(key: str, reentrant: bool, begun: list[int]) -> None:
+    net, calls = model(key), begun
+    wanted = gradients(net)
+    net.enable_input_require_grads()
+    net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    same(gradients(net), wanted)
+    assert calls == [3] * (4 if reentrant else 6)  # a reentrant forward runs without gradients, and shares nothing
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("cut", [((0,), (1, 2)), ((0, 1), (2,)), ((0,), (1,), (2,)), ((2, 0), (1,))])
+@pytest.mark.parametrize("key", KEYS)
+def test_a_checkpoint_between_them(key: str, cut: Any, reentrant: bool) -> None:
+    net = model(key)
+    found = []
+    for one, boundary in ((net, True), (net, False), (extract_replica(net), False)):
+        one.zero_grad()
+        three = group(one)
+
+        def part(x: Tensor, which: Any, three: Any = three) -> Tensor:
+            return sum(three[k](x).sin() for k in which)
+
+        x = x_of(one)
+        x.retain_grad()
+        if boundary:
+            total = sum(checkpoint(part, x, which, use_reentrant=reentrant) for which in cut)
+        else:
+            total = sum(part(x, which) for which in cut)
+        total.square().sum().backward()
+        found.append([total, x.grad, *trained(one)])
+    same(found[0], found[2])
+    same(found[1], found[2])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_one_of_them_in_a_checkpoint_of_its_own(reentrant: bool) -> None:
+    net = model("lora")
+    found = []
+    for one in (net, extract_replica(net)):
+        q, k, v = group(one)
+        x = x_of(one)
+        x.retain_grad()
+        total = q(x) * checkpoint(k, x, use_reentrant=reentrant) + v(x)
+        total.square().sum().backward()
+        found.append([total, x.grad, *trained(one)])
+    same(*found)
+
+
+# ---- what ends what was begun
+
+
+def edited(net: Any, x: Tensor) -> None:
+    with torch.no_grad():
+        x.mul_(2)
+
+
+def factor_edited(net: Any, x: Tensor) -> None:
+    shake(net, 5)
+
+
+def factor_replaced(net: Any, x: Tensor) -> None:
+    for linear in linears(net):
+        for parameter in linear.tnpeft_factors.parameters():
+            parameter.data = parameter.data * 2
+
+
+def stepped(net: Any, x: Tensor) -> None:
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.AdamW(parameters, lr=0.1, fused=True).step()
+    net.zero_grad()
+
+
+def frozen(net: Any, x: Tensor) -> None:
+    net.base_model.set_requires_grad("default", False)
+
+
+def switched(net: Any, x: Tensor) -> None:
+    net.set_adapter("other")
+
+
+def off(net: Any, x: Tensor) -> None:
+    net.base_model.disable_adapter_layers()
+
+
+def both(net: Any, x: Tensor) -> None:
+    net.base_model.set_adapter(["default", "other"])
+
+
+def merged(net: Any, x: Tensor) -> None:
+    group(net)[1].merge()
+
+
+def hooked(net: Any, x: Tensor) -> None:
+    group(net)[1].base_layer.register_forward_hook(lambda module, args, result: result * 2)
+
+
+def input_replaced(net: Any, x: Tensor) -> None:
+    group(net)[1].register_forward_pre_hook(lambda module, args: (args[0] * 3,))
+
+
+def dropping(net: Any, x: Tensor) -> None:
+    for linear in group(net):
+        linear.dropouts["default"] = 0.5
+
+
+def deleted(net: Any, x: Tensor) -> None:
+    net.delete_adapter("default")
+    net.add_adapter("default", config("lora", target_modules=QKV, ranks={"r": 2}))
+    net.double()
+    net.set_adapter("default")
+    shake(net, 8)
+
+
+CHANGES = [
+    edited, factor_edited, factor_replaced, stepped, frozen, switched, off, both, merged, hooked, input_replaced,
+    dropping, deleted,
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_between_them_is_met(change: Callable[[Any, Tensor], None]) -> None:
+    net = model("lora")
+    net.add_adapter("other", config("lora", target_modules=QKV))
+    shake(net.double(), 3, "other")
+    net.set_adapter("default")
+    found = []
+    for one in (net, extract_replica(net)):
+        q, k, v = group(one)
+        x = x_of(one)
+        first = q(x)
+        change(one, x)
+        torch.manual_seed(0)
+        rest = [k(x), v(x)]
+        loss = sum(output.sin().sum() for output in rest)
+        if change is not edited:  # the outputs before it then have no backward pass, shared or not
+            loss.backward()
+        found.append([first, *rest, *trained(one)])
+    same(*found)
+
+
+def test_a_replaced_module_leaves_the_others(begun: list[int]) -> None:
+    net, calls = model("lora"), begun
+    q, k, v = group(net)
+    q.base_layer.register_forward_hook(lambda *_: None)
+    x = x_of(net)
+    q(x), k(x), v(x)
+    assert calls == [2]
+
+
+@pytest.mark.parametrize("key", ["lora", "mixed"])
+def test_dropout_draws_for_each(key: str, begun: list[int]) -> None:
+    net, calls = model(key, dropout=0.3), begun
+    results = []
+    for one in (net, extract_replica(net)):
+        torch.manual_seed(0)
+        results.append(gradients(one))
+    same(*results)
+    assert not calls
+    net.eval()
+    gradients(net)
+    assert calls == [3, 3]
+
+
+def test_small_inputs_are_not_worth_it(monkeypatch: pytest.MonkeyPatch, begun: list[int]) -> None:
+    net = model("lora")
+    x = x_of(net)
+    monkeypatch.setattr(siblings, "_WORTH", x.numel() + 1)
+    group(net)[0](x)
+    assert not begun
+    monkeypatch.setattr(siblings, "_WORTH", x.numel())
+    group(net)[0](x)
+    assert begun == [3]
+
+
+def test_what_runs_without_gradients_or_otherwise_shares_nothing(begun: list[int]) -> None:
+    net, calls = model("lora"), begun
+    with torch.no_grad():
+        net(**inputs())
+    with torch.inference_mode():
+        net(**inputs())
+    with torch.autocast("cpu", torch.bfloat16):
+        net.float()(**inputs()).logits.sum().backward()
+    assert not calls
+
+
+def test_two_adapters_and_replicas(begun: list[int]) -> None:
+    net, calls = model("lora"), begun
+    net.add_adapter("other", config("cp", target_modules=QKV, tokens=12))
+    shake(net.double(), 3, "other")
+    net.base_model.set_adapter(["default", "other"])
+    same(gradients(net), gradients(extract_replica(net)))
+    assert not calls
+    net.set_adapter("other")
+    same(gradients(net), gradients(extract_replica(net)))
+    assert calls == [3, 3]
+    many = adapted(target_modules=QKV, replicas=2)
+    assert not any(linear.siblings for linear in linears(many))
+
+
+def test_other_ranks_share_as_well(begun: list[int]) -> None:
+    net, calls = model("lora", rank_pattern={"v_proj": {"r": 1}}), begun
+    same(gradients(net), gradients(extract_replica(net)))
+    assert calls == [3, 3]
+
+
+# ---- nothing stays
+
+
+def test_nothing_is_left_after_the_last_one() -> None:
+    net = model("cp")
+    q, k, v = group(net)
+    x = x_of(net)
+    outputs = [q(x)]
+    left = q.siblings["default"]._begun()
+    assert set(left.waiting) == {k, v}
+    outputs += [k(x), v(x)]
+    assert not left.waiting
+    assert left.x is left.rows is None
+    del outputs, left
+    assert q.siblings["default"]._begun() is None
+
+
+def test_an_exception_between_them_leaves_nothing() -> None:
+    net = model("lora")
+    q, k, _ = group(net)
+    k.register_forward_pre_hook(lambda *_: 1 / 0)
+
+    def attempt() -> tuple[Any, Any]:
+        x = x_of(net)
+        above = x * 2.0
+        output = q(above)
+        assert output.requires_grad
+        left = q.siblings["default"]._begun()
+        found = weakref.ref(left), weakref.ref(left.rows.untyped_storage())
+        try:
+            k(above)
+        except ZeroDivisionError:
+            return found
+        raise AssertionError
+
+    gc.disable()
+    try:
+        left, storage = attempt()
+        assert left() is None
+        assert storage() is None
+    finally:
+        gc.enable()
+
+
+def test_copies_and_pickles_know_each_other_and_have_begun_nothing(begun: list[int]) -> None:
+    net, calls = model("lora"), begun
+    q, *_ = group(net)
+    alive = q(x_of(net))
+    for one in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        its = [linear.siblings["default"] for linear in group(one)]
+        assert its[0] is its[1] is its[2]
+        assert [*its[0].linears] == group(one)
+        assert its[0]._begun is None
+        calls.clear()
+        same(gradients(one), gradients(net))
+        assert calls == [3, 3, 3, 3]
+    del alive
+
+
+def test_a_compiled_step_shares_nothing(begun: list[int]) -> None:
+    net, calls = model("lora"), begun
+    wanted = gradients(net)
+    calls.clear()
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True, dynamic=True)
+    same(gradients(compiled), {f"_orig_mod.{n}": g for n, g in wanted.items()})
+    assert not calls
+
+
+def test_a_linear_of_its_own_class_and_a_bank_in_half_precision() -> None:
+    """What cannot join is left out; the others still share."""
+    net = model("shared")
+    attention = net.base_model.model.model.decoder.layers[0].self_attn
+
+    class Special(nn.Linear):
+        pass
+
+    attention.k_proj.base_layer.__class__ = Special
+    same(gradients(net), gradients(extract_replica(net)))
+    assert tnpeft.factors(net)["A"].dtype == torch.float64

@@ -1,0 +1,133 @@
+"""Modules to sites: the same sites as the model cards count, on every architecture, and any tree by pattern."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from adapter_models import MODELS, opt
+from torch import nn
+
+import tnpeft
+from tnpeft.adapters.targets import resolve, select
+from tnpeft.models import cards
+from tnpeft.networks import NetworkError
+
+CASES = {
+    "opt": ["v_proj", "q_proj", "k_proj", "out_proj", "fc2", "fc1"],
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "gpt2": ["c_attn", "attn_c_proj", "c_fc", "mlp_c_proj"],
+    "bert": ["query", "key", "value", "attn_output", "intermediate", "output"],
+    "vit": ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"],
+}
+
+
+def chosen(model: nn.Module, targets: list[str]) -> dict[str, nn.Module]:
+    found, _ = resolve(model, targets)
+    return {n: m for n, m in model.named_modules() if any(f".{n}".endswith(f".{t}") for t in found)}
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_sites_are_those_that_the_card_counts(name: str) -> None:
+    model = MODELS[name]()
+    targets = CASES[name]
+    found = select(model, chosen(model, targets), *[resolve(model, targets)[1]] * 2)
+    wanted = cards.sites(model.config, targets)
+    ours = {(s.layer, s.proj, s.out, s.inp, s.heads, s.start) for s in found.sites}
+    assert ours == {(s.layer, s.proj, s.out, s.inp, s.heads, s.start) for s in wanted}
+    by_place = {(s.layer, s.proj): s.module for s in wanted}
+    assert all(s.module.endswith(by_place[s.layer, s.proj]) for s in found.sites)
+    assert set(found.layers.values()) == {0, 1}
+
+
+def test_users_order_comes_first() -> None:
+    model = opt()
+    modules = chosen(model, ["v_proj", "q_proj"])
+    assert select(model, modules, ["v_proj", "q_proj"]).projections == {"v_proj": 0, "q_proj": 1}
+    assert select(model, modules).projections == {"q_proj": 0, "v_proj": 1}
+
+
+def test_layers_are_counted_as_numbers() -> None:
+    model = nn.ModuleDict({"blocks": nn.ModuleList(nn.ModuleDict({"lin": nn.Linear(4, 4)}) for _ in range(12))})
+    modules = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    found = select(model, modules)
+    assert [s.module for s in found.sites] == [f"blocks.{k}.lin" for k in range(12)]
+    assert [s.layer for s in found.sites] == [*range(12)]
+
+
+def test_unknown_trees_tell_modules_of_a_layer_apart() -> None:
+    block = {"self": nn.ModuleDict({"q": nn.Linear(4, 4)}), "cross": nn.ModuleDict({"q": nn.Linear(4, 4)})}
+    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict(block)]), "head": nn.Linear(4, 2)})
+    modules = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    found = select(model, modules)
+    assert {(s.proj, s.module) for s in found.sites} == {
+        ("self_q", "blocks.0.self.q"), ("cross_q", "blocks.0.cross.q"), ("head", "head"),
+    }  # fmt: skip
+
+
+def test_a_target_that_names_nothing_is_refused() -> None:
+    with pytest.raises(NetworkError, match="no_such"):
+        resolve(opt(), ["no_such"])
+    with pytest.raises(NetworkError, match="no_such"):
+        resolve(nn.Sequential(nn.Linear(2, 2)), ["no_such"])
+
+
+def test_targets_by_role_default_and_all_linear() -> None:
+    import peft
+
+    def projections(target: object) -> set[str]:
+        config = tnpeft.TensorNetworkConfig(network="lora", ranks={"r": 1}, target_modules=target)
+        model = peft.get_peft_model(MODELS["gpt2"](), config)
+        return set(model.peft_config["default"].projections)
+
+    assert projections(None) == {"c_attn/out:0", "c_attn/out:2"}
+    assert projections(["q", "v"]) == {"c_attn/out:0", "c_attn/out:2"}
+    assert projections("all-linear") == {
+        "c_attn/out:0", "c_attn/out:1", "c_attn/out:2", "attn_c_proj", "c_fc", "mlp_c_proj",
+    }  # fmt: skip
+    assert projections(r".*\.c_fc") == {"c_fc"}
+
+
+def test_layers_to_transform_and_exclusions() -> None:
+    import peft
+
+    config = tnpeft.TensorNetworkConfig(
+        network="lora", target_modules=["q_proj", "v_proj"], layers_to_transform=[1], exclude_modules=["v_proj"]
+    )
+    model = peft.get_peft_model(opt(layers=3), config)
+    saved = model.peft_config["default"]
+    assert saved.layers == {"model.decoder.layers.1": 0}
+    assert saved.projections == {"q_proj": 0}
+    config = tnpeft.TensorNetworkConfig(
+        network="lora", target_modules=["q_proj"], layers_to_transform=[0, 2], layers_pattern="layers"
+    )
+    saved = peft.get_peft_model(opt(layers=3), config).peft_config["default"]
+    assert saved.layers == {"model.decoder.layers.0": 0, "model.decoder.layers.2": 1}
+
+
+def test_what_is_no_linear_is_refused_by_name() -> None:
+    import peft
+
+    config = tnpeft.TensorNetworkConfig(network="lora", target_modules=["embed_tokens"])
+    with pytest.raises(NetworkError, match="embed_tokens is a Embedding"), pytest.warns(UserWarning, match="tie"):
+        peft.get_peft_model(opt(), config)
+
+
+def test_start_values_do_not_depend_on_order_dtype_or_depth() -> None:
+    import peft
+
+    def start(model: nn.Module, targets: list[str]) -> dict[str, torch.Tensor]:
+        config = tnpeft.TensorNetworkConfig(network="lora", ranks={"r": 2}, target_modules=targets, seed=7)
+        state = peft.get_peft_model(model, config).state_dict()
+        return {name: value for name, value in state.items() if "tnpeft" in name}
+
+    one = start(opt(layers=3), ["q_proj", "v_proj"])
+    for other in (start(opt(layers=3), ["v_proj", "q_proj"]), start(opt(layers=3).bfloat16(), ["q_proj", "v_proj"])):
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
+    two = start(opt(layers=2), ["q_proj"])
+    assert all(torch.equal(value, one[name]) for name, value in two.items())
+
+
+def test_a_task_index_is_refused_with_the_remedy() -> None:
+    line = "A[out r] B[r inp] T[task r] L[layer r] -> task layer out inp"
+    with pytest.raises(NetworkError, match=r"which task it belongs to[\s\S]*adapter_names"):
+        tnpeft.TensorNetworkConfig(network=line, ranks={"r": 4}, target_modules=["q_proj"])

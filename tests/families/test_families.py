@@ -1,0 +1,427 @@
+"""Every family: its line, its formula, its sizes, its start, and its meaning against an independent construction."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from itertools import product as pairs
+from math import ceil, prod
+from typing import Any
+
+import numpy as np
+import pytest
+import sympy
+
+from tnpeft import families
+from tnpeft.families.tenslora_constructions import MODES
+from tnpeft.layout import layout
+from tnpeft.networks import Factorization, Network, NetworkError, Site, network
+
+NAMED = """
+lora cp lorta tenslora tera lotr tensor_guide lotra refta ia3 tucker tensor_train tt_matrix tensor_ring block_term
+hierarchical_tucker lora_fa vera lokr krona loha hira lora_xs moslora randlora nola gralora miss c3a monarch fact_tt
+fact_tk loretta tt_lora metatt_4d metatt_5d quanta cara dota kradapter
+"""
+NOT_ZERO = {"lora_xs", "c3a", "loretta", "tt_lora"}
+IN_MODELS = [name for name in families.names() if name != "lotra"]
+
+
+def sizes_of(f: Factorization, line_number: int = 0, out: int = 64, inp: int = 64) -> dict[str, int]:
+    stack = {"layer": 2, "proj": 3, "basis": 5}
+    return dict(f.sizes({**stack, "out": out, "inp": inp, "heads": 4}, line=f.lines[line_number]))
+
+
+def arrays(net: Network, sizes: dict[str, int], seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {net.label(f): rng.standard_normal([sizes[i] for i in f.indices]) for f in net.factors}
+
+
+def dense(net: Network, factors: dict[str, np.ndarray], sizes: dict[str, int]) -> np.ndarray:
+    """The update by numpy's plain einsum, stack axes kept and sides fused."""
+    numbers = {index: k for k, index in enumerate(net.indices)}
+    total: np.ndarray | float = 0.0
+    for term in net.terms:
+        operands: list[object] = []
+        for factor in term.factors:
+            operands += [factors[net.label(factor)], [numbers[i] for i in factor.indices]]
+        total = total + term.sign * np.einsum(*operands, [numbers[i] for i in net.outer], optimize=True)
+    return np.reshape(total, [prod(sizes[i] for i in group) for group in net.output])
+
+
+def dense_of(f: Factorization, seed: int = 0, **given: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    sizes = dict(f.sizes({"layer": 1, "proj": 1, **given}))
+    factors = arrays(f.network, sizes, seed)
+    update = dense(f.network, factors, sizes)
+    return update.reshape(update.shape[-2:]), {name: np.squeeze(a) for name, a in factors.items()}
+
+
+# ---- the catalogue
+
+
+def test_every_named_family_is_there() -> None:
+    assert set(NAMED.split()) <= set(families.names())
+    assert list(families.names()) == sorted(families.names())
+    assert all(getattr(families, name) is families.get(name) for name in families.names())
+
+
+def test_an_unknown_family_is_refused_with_the_nearest_names() -> None:
+    with pytest.raises(NetworkError, match="did you mean 'lora'"):
+        families.get("loraa")
+    with pytest.raises(NetworkError, match="the families are block_term"):
+        families.get("????")
+    with pytest.raises(AttributeError, match="lists all"):
+        _ = families.loraa
+
+
+def test_a_new_family_is_a_function_and_nothing_else() -> None:
+    def mine(rank: int = 2) -> Factorization:
+        return Factorization.of("A[out r] B[r inp] -> out inp", name="mine", ranks={"r": rank})
+
+    try:
+        assert families.family(mine) is mine
+        assert families.mine(3).ranks == {"r": 3}
+        assert "mine" in families.names()
+    finally:
+        families.FAMILIES.pop("mine")
+
+
+def test_a_taken_name_is_refused() -> None:
+    def lora() -> Factorization:
+        raise AssertionError
+
+    with pytest.raises(NetworkError, match="already called 'lora'"):
+        families.family(lora)
+
+
+# ---- what every declaration has
+
+
+@pytest.mark.parametrize("name", families.names())
+def test_declaration_is_complete(name: str) -> None:
+    family = families.get(name)
+    f, doc = family(), " ".join((inspect.getdoc(family) or "").split())
+    assert f.name == name
+    assert all(p.default is not p.empty for p in inspect.signature(family).parameters.values())
+    assert f.source
+    assert f"Source: {f.source}." in doc
+    assert re.search(r"printed|secondary|derived|our reading|as released", f.source)
+    assert ">>> " in doc
+    assert ("**not zero**" in doc) == (name in NOT_ZERO)
+    for line in f.lines:
+        assert network(str(line.network)) == line.network
+        line.network.require_matrix()
+
+
+@pytest.mark.parametrize("name", families.names())
+def test_formula_of_the_docstring_is_the_sum_of_products(name: str) -> None:
+    family = families.get(name)
+    formulas = re.findall(r"Parameters: ``(.*?)``", inspect.getdoc(family) or "", re.DOTALL)
+    lines = family().lines
+    assert len(formulas) == len(lines)
+    for formula, line in zip(formulas, lines, strict=True):
+        symbols = {index: sympy.Symbol(index) for index in line.network.indices}
+        stated = sympy.sympify(formula.replace("\n", " "), locals=symbols)
+        trainable = [f for f in line.network.factors if f.kind == "trainable"]
+        counted = sum(prod(symbols[index] for index in f.indices) for f in trainable)
+        assert sympy.expand(stated - counted) == 0
+
+
+@pytest.mark.parametrize("name", IN_MODELS)
+@pytest.mark.parametrize(("out", "inp"), [(64, 64), (128, 64), (64, 128), (96, 64)])
+def test_defaults_place_on_square_and_rectangular_sites(name: str, out: int, inp: int) -> None:
+    f = families.get(name)()
+    sites = [Site(layer, proj, out, inp, heads=4) for layer in range(2) for proj in ("q_proj", "fc2")]
+    if f.square and out % inp and inp % out:
+        with pytest.raises(NetworkError, match="cannot be cut into squares"):
+            layout(f, sites)
+        return
+    placed = layout(f, sites)
+    for p in placed.site_layouts:
+        assert prod(p.sizes[i] for i in p.network.rows) == (min(out, inp) if f.square else out)
+        assert prod(p.sizes[i] for i in p.network.cols) == (min(out, inp) if f.square else inp)
+    assert placed.count() > 0
+
+
+@pytest.mark.parametrize("name", ["lorta", "cara", "metatt_5d", "gralora", "miss"])
+def test_a_site_that_cannot_be_split_is_named(name: str) -> None:
+    with pytest.raises(NetworkError, match=r"layer 0, q_proj \(63 x 63\)"):
+        layout(families.get(name)(), [Site(0, "q_proj", 63, 63, heads=4)])
+
+
+def test_lotra_is_no_adapter_of_a_transformer() -> None:
+    with pytest.raises(NetworkError, match="'basis' has no meaning"):
+        layout(families.lotra(), [Site(0, "q_proj", 64, 64)])
+
+
+@pytest.mark.parametrize("name", families.names())
+def test_start_is_zero_and_alive_or_declared(name: str) -> None:
+    f = families.get(name)()
+    for k, line in enumerate(f.lines):
+        net, sizes = line.network, sizes_of(f, k)
+        factors = arrays(net, sizes)
+        for label in factors:
+            if label.startswith("~"):
+                factors[label] = factors[label[1:]]
+            if f.init.get(label) == "zeros":
+                factors[label] = np.zeros_like(factors[label])
+        start = dense(net, factors, sizes)
+        assert (np.abs(start).max() < 1e-9 * prod(start.shape)) == (name not in NOT_ZERO)
+        trainable = [net.label(g) for g in net.factors if g.kind == "trainable"]
+        zero = [label for label in trainable if f.init.get(label) == "zeros"]
+        assert len(zero) <= 1
+        moved = {**factors, **{label: factors[label] + 0.1 for label in zero or trainable[:1]}}
+        assert np.abs(dense(net, moved, sizes) - start).max() > 0
+
+
+# ---- options
+
+
+def test_alpha_rules_become_one_number() -> None:
+    assert families.lora(8).scale == 1.0
+    assert families.lora(8, alpha=16).scale == 2.0
+    assert families.lora(4, alpha=16, rslora=True).scale == 8.0
+    assert families.tt_lora(alpha=4).scale == 4.0
+    assert families.loretta(alpha=16).scale == 2.0
+    assert families.lora("min(out, inp) // 16").scale == 1.0
+    with pytest.raises(NetworkError, match="alpha over it is no single number"):
+        families.lora("min(out, inp) // 16", alpha=16)
+
+
+def test_rules_of_sizes() -> None:
+    for out, inp in pairs((64, 48), (64, 48, 100)):
+        assert sizes_of(families.randlora(7), 0, out, inp)["n"] == ceil(min(out, inp) / 7)
+    assert sizes_of(families.lora("min(out, inp) // 16"), out=64, inp=128)["r"] == 4
+    assert sizes_of(families.tera(), out=64, inp=128)["d"] == 16
+    assert sizes_of(families.c3a(), out=96, inp=64)["c"] == 32
+    assert sizes_of(families.lokr(out=(4, None)), out=64, inp=128) == {
+        "layer": 2, "proj": 3, "o1": 4, "o2": 16, "i1": 8, "i2": 16, "r": 8,
+    }  # fmt: skip
+    guide = families.tensor_guide().with_ranks(a=3, b=5)
+    assert (sizes_of(guide)["c"], sizes_of(guide)["d"]) == (3, 5)
+
+
+def test_ranks_of_the_wrong_number_are_refused() -> None:
+    with pytest.raises(NetworkError, match="2 ranks are given for the 4 bonds a, b, c, d"):
+        families.tenslora("qkv_depth", ranks=(8, 8))
+    with pytest.raises(NetworkError, match="k=3 does not divide the rank 8"):
+        families.gralora(rank=8, k=3)
+    with pytest.raises(NetworkError, match="reading='H3' is unknown"):
+        families.tera("H3")
+    with pytest.raises(NetworkError, match="mode 'head' is no stack index"):
+        families.tucker(modes=["head"])
+    with pytest.raises(NetworkError, match="as many digits"):
+        families.dota(out=(None,))
+
+
+@pytest.mark.parametrize("heads", ["true", "interleaved"])
+@pytest.mark.parametrize("construction", MODES)
+def test_tenslora_counts_by_its_formula(construction: str, heads: str) -> None:
+    full = {"layer": 12, "proj": 3, "head": 12}
+    kept = MODES[construction]
+    tensors = prod(full[i] for i in ("layer", "proj") if i not in kept)
+    modes = [768, 64 if "head" in kept else 768, *(full[i] for i in kept)]
+    ranks = [4, 4, *([3] * len(kept))]
+    by_core = {
+        "tucker": (ranks, sum(n * r for n, r in zip(modes, ranks, strict=True)) + prod(ranks)),
+        "cp": (5, 5 * sum(modes)),
+        "tt": (4, 4 * (modes[0] + modes[-1]) + 16 * sum(modes[1:-1])),
+    }
+    sites = [Site(k, proj, 768, 768, 12) for k in range(12) for proj in ("q_proj", "k_proj", "v_proj")]
+    for core, (given, expected) in by_core.items():
+        f = families.tenslora(construction, ranks=given, core=core, heads=heads)
+        assert layout(f, sites).count() == tensors * expected
+
+
+@pytest.mark.parametrize("name", ["tucker", "tensor_train", "tensor_ring", "tt_matrix", "block_term", "cp"])
+@pytest.mark.parametrize("modes", [(), ("layer",), ("layer", "proj")])
+@pytest.mark.parametrize(("out", "inp"), [((None,), (None,)), ((4, None), (None, None, 2))])
+def test_generic_forms_over_splits_and_modes(
+    name: str, modes: tuple[str, ...], out: tuple[int | None, ...], inp: tuple[int | None, ...]
+) -> None:
+    f = families.get(name)(2, out=out, inp=inp, modes=modes)
+    sizes = sizes_of(f)
+    assert set(sizes) == set(f.network.indices)
+    assert dense(f.network, arrays(f.network, sizes), sizes).shape == (2, 3, 64, 64)
+    for factor in f.network.factors:
+        assert set(factor.indices) & {"layer", "proj"} >= {"layer", "proj"} - set(modes)
+
+
+@pytest.mark.parametrize("leaves", [2, 3, 4, 5, 7])
+def test_hierarchical_tucker_is_a_binary_tree(leaves: int) -> None:
+    f = families.hierarchical_tucker(out=(None,) * (leaves - 1), inp=(None,), stack=())
+    sizes = [len(factor.indices) for factor in f.network.factors]
+    assert sizes.count(3) == leaves - 2
+    assert sizes.count(2) == leaves + 1
+    assert f.network.hyper == ()
+
+
+# ---- meaning, against constructions that share no code with the declarations
+
+
+def test_kronecker_forms() -> None:
+    w, a = dense_of(families.lokr(rank=2), out=12, inp=20)
+    np.testing.assert_allclose(w, np.kron(a["C"], a["P"] @ a["Q"]), atol=1e-12)
+    w, a = dense_of(families.krona(), out=12, inp=20)
+    np.testing.assert_allclose(w, np.kron(a["C"], a["K"]), atol=1e-12)
+    w, a = dense_of(families.cp(rank=3), out=12, inp=20)
+    parts = [
+        a["w"][r] * np.outer(np.kron(a["A"][:, r], a["B"][:, r]), np.kron(a["C"][:, r], a["D"][:, r]))
+        for r in range(3)
+    ]
+    np.testing.assert_allclose(w, sum(parts), atol=1e-12)
+
+
+def test_hadamard_and_khatri_rao_forms() -> None:
+    w, a = dense_of(families.loha(rank=2), out=6, inp=10)
+    np.testing.assert_allclose(w, (a["B1"] @ a["A1"]) * (a["B2"] @ a["A2"]), atol=1e-12)
+    w, a = dense_of(families.hira(rank=2), out=6, inp=10)
+    np.testing.assert_allclose(w, a["W0"] * (a["B"] @ a["A"]), atol=1e-12)
+    w, a = dense_of(families.kradapter(), out=12, inp=5)
+    columns = [np.kron(a["U"][:, k], a["V"][:, k]) for k in range(5)]
+    np.testing.assert_allclose(w, np.stack(columns, 1), atol=1e-12)
+
+
+def test_block_forms() -> None:
+    w, a = dense_of(families.gralora(rank=6, k=2), out=8, inp=12)
+    blocks = [[a["B"][i, j].T @ a["A"][i, j] for j in range(2)] for i in range(2)]
+    np.testing.assert_allclose(w, np.block(blocks), atol=1e-12)
+    f = families.miss(rank=4)
+    sizes = dict(f.sizes(layer=1, proj=1, out=8, inp=12))
+    factors = arrays(f.network, sizes)
+    factors["J"] = np.ones(3)
+    np.testing.assert_allclose(dense(f.network, factors, sizes)[0, 0], np.tile(factors["D"][0, 0], 3), atol=1e-12)
+
+
+def test_vera_and_randlora() -> None:
+    w, a = dense_of(families.vera(rank=4), out=6, inp=10)
+    np.testing.assert_allclose(w, np.diag(a["b"]) @ a["B"] @ np.diag(a["d"]) @ a["A"], atol=1e-12)
+    w, a = dense_of(families.randlora(rank=4), out=12, inp=8)
+    terms = [a["B"][:, n] @ np.diag(a["lam"][:, n]) @ a["A"] @ np.diag(a["gam"][n]) for n in range(2)]
+    np.testing.assert_allclose(w, sum(terms), atol=1e-12)
+
+
+@pytest.mark.parametrize("digits", [2, 3, 4])
+def test_quanta_is_its_gates_one_after_the_other(digits: int) -> None:
+    f = families.quanta(out=(2, 3, 2, 2)[:digits], inp=(2, 3, 2, 2)[:digits])
+    size = prod((2, 3, 2, 2)[:digits])
+    sizes = dict(f.sizes(layer=1, proj=1, out=size, inp=size))
+    factors = arrays(f.network, sizes)
+    start = {label: array for label, array in factors.items() if label.startswith("~")}
+
+    def circuit(prefix: str) -> np.ndarray:
+        state = np.eye(size).reshape([*(2, 3, 2, 2)[:digits], size])
+        for high in range(digits - 1, 0, -1):
+            for low in range(high - 1, -1, -1):
+                gate = factors[f"{prefix}G{high + 1}{low + 1}"][0, 0]
+                state = np.moveaxis(np.tensordot(gate, state, axes=((2, 3), (low, high))), (0, 1), (low, high))
+        return state.reshape(size, size)
+
+    assert len(start) == digits * (digits - 1) // 2
+    np.testing.assert_allclose(dense(f.network, factors, sizes)[0, 0], circuit("") - circuit("~"), atol=1e-10)
+
+
+def test_tt_lora_reads_the_input_digits_backwards() -> None:
+    w, a = dense_of(families.tt_lora(ranks=3, out=(2, 3), inp=(2, 5)), out=6, inp=10)
+    for i1, i2 in pairs(range(2), range(5)):
+        chain = a["C1"][i2] @ a["C2"][:, i1]
+        rows = np.einsum("b,bxc,cy->xy", chain, a["C3"], a["C4"]).reshape(-1)
+        np.testing.assert_allclose(w[:, 5 * i1 + i2], rows, atol=1e-12)
+
+
+def test_heads_are_contiguous_unless_interleaved() -> None:
+    for heads, touched in (("true", slice(16, 32)), ("interleaved", slice(1, None, 4))):
+        f = families.tenslora("att", ranks=2, heads=heads)
+        sizes = sizes_of(f)
+        factors = arrays(f.network, sizes)
+        factors["U3"][:, :, [0, 2, 3]] = 0
+        rows = np.abs(dense(f.network, factors, sizes)[0, 0]).sum(1)
+        expected = np.zeros(64, bool)
+        expected[touched] = True
+        np.testing.assert_array_equal(rows > 0, expected)
+
+
+@pytest.mark.parametrize(("bonds", "rank"), [((3, 3, 4, 2), 8), ((2, 2, 2, 2), 4), ((4, 4, 4, 4), 16)])
+def test_tera_reaches_the_rank_of_its_bonds(bonds: tuple[int, ...], rank: int) -> None:
+    for reading, trained in (("H1", sum(bonds)), ("H2", 16)):
+        f = families.tera(reading, ranks=bonds, out=(4, 4), inp=(4, 4))
+        w, _ = dense_of(f, out=16, inp=16)
+        assert np.linalg.matrix_rank(w) == rank
+        assert layout(f, [Site(0, "q_proj", 16, 16)]).count() == trained
+
+
+# ---- the lines as released, against PEFT's own layers
+
+
+def circulant(block: int) -> np.ndarray:
+    return np.stack([np.roll(np.eye(block), row, axis=0) for row in range(block)])
+
+
+def released(method: str, layer: Any, out: int, inp: int) -> tuple[Factorization, dict[str, Any]]:
+    """A family, and by its labels the factors of a PEFT layer with their axes in the order of the family's."""
+    if method == "LoKr":
+        named = {"C": layer.lokr_w1, "P": layer.lokr_w2_a, "Q": layer.lokr_w2_b}
+        return families.lokr(2, alpha=4), named
+    if method == "LoHa":
+        named = {"B1": layer.hada_w1_a, "A1": layer.hada_w1_b, "B2": layer.hada_w2_a, "A2": layer.hada_w2_b}
+        return families.loha(2, alpha=4), named
+    if method == "Hira":
+        return families.hira(2), {"B": layer.hira_B, "A": layer.hira_A, "W0": {"default": layer.base_layer.weight}}
+    if method == "Vera":
+        named = {"b": layer.vera_lambda_b, "B": layer.vera_B, "d": layer.vera_lambda_d, "A": layer.vera_A}
+        return families.vera(8), named
+    if method == "Miss":
+        return families.miss(8), {
+            "D": {"default": layer.miss_block["default"].T},
+            "J": {"default": np.ones(inp // 8)},
+        }
+    if method == "C3A":
+        return families.c3a(16, scale=1 / inp), {"K": layer.c3a_kernel, "Circ": {"default": circulant(16)}}
+    if method == "Gralora":
+        a, b = layer.gralora_A["default"], layer.gralora_B["default"]
+        inputs = a.reshape(2, inp // 2, 2, 4).permute(2, 0, 3, 1)
+        return families.gralora(8, k=2, alpha=16), {"A": {"default": inputs}, "B": {"default": b}}
+    short, long = sorted((out, inp))
+    lam, gam = layer.randlora_lambda["default"], layer.randlora_gamma["default"]
+    a, b = layer.randlora_A["default"][:, 0, :short], layer.randlora_B["default"][:long, : lam.shape[1]]
+    relabelled = b.flatten(1).reshape(long, *lam.shape).transpose(1, 2)
+    suffix = "" if out >= inp else "T"
+    factors = {"B": relabelled, "lam": lam, "A": a, "gam": gam}
+    return families.randlora(8, alpha=16), {name + suffix: {"default": array} for name, array in factors.items()}
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "LoKr": {"r": 2, "alpha": 4},
+    "LoHa": {"r": 2, "alpha": 4},
+    "Hira": {"r": 2},
+    "Vera": {"r": 8, "projection_prng_key": 1},
+    "Miss": {"r": 8},
+    "C3A": {"block_size": 16},
+    "Gralora": {"r": 8, "gralora_k": 2, "alpha": 16},
+    "RandLora": {"r": 8, "randlora_alpha": 16, "projection_prng_key": 1},
+}
+
+
+@pytest.mark.parametrize(("out", "inp"), [(32, 48), (48, 32), (32, 32)])
+@pytest.mark.parametrize("method", SETTINGS)
+def test_lines_are_what_peft_computes(method: str, out: int, inp: int) -> None:
+    import peft
+    import torch
+
+    torch.manual_seed(0)
+    config = getattr(peft, f"{method}Config")(target_modules=["0"], **SETTINGS[method])
+    model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(inp, out, bias=False)), config)
+    layer = model.base_model.model[0]
+    for name, parameter in layer.named_parameters():
+        if "base_layer" not in name:
+            parameter.data = torch.randn_like(parameter) / 3
+    f, factors = released(method, layer, out, inp)
+    placed = layout(f, [Site(0, "q_proj", out, inp)]).site_layouts[0]
+    values: dict[str, np.ndarray] = {}
+    for factor in placed.network.factors:
+        array = factors[factor.name]["default"]
+        array = array.detach().numpy() if isinstance(array, torch.Tensor) else array
+        values[factor.name] = np.reshape(array.astype(np.float64), [placed.sizes[i] for i in factor.indices])
+    x = torch.randn(5, inp)
+    theirs = (model(x) - layer.base_layer(x)).detach().numpy()
+    ours = x.numpy() @ (f.scale * dense(placed.network, values, dict(placed.sizes))).T
+    np.testing.assert_allclose(theirs, ours, rtol=0, atol=inp * np.finfo(np.float32).eps * np.abs(ours).max())

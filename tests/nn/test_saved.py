@@ -1,0 +1,200 @@
+"""What one site keeps for backward, multiplies and launches: counted, asserted, never timed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache, partial
+from math import prod
+from typing import Any
+
+import _bench
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tnpeft
+from tnpeft.adapters.update import Update
+
+WIDE, TOKENS, MANY, BYTES, REPLICAS = 2048, 64, 1024, 4, 3
+MATRIX = WIDE * WIDE * BYTES
+FAMILIES = [name for name in tnpeft.families.names() if name != "lotra"]  # which has an index that no model has
+CONSTRUCTIONS = ("att", "qkv", "depth", "att_qkv", "att_depth", "qkv_depth", "att_qkv_depth")
+FOUNDING = [
+    *("lora", "cp", "lorta", "lotr", "fact_tt", "fact_tk", "metatt_4d", "metatt_5d"),
+    *(f"tenslora {construction}" for construction in CONSTRUCTIONS),
+]
+PEFT = {
+    "lora": peft.LoraConfig(r=8, target_modules=["q_proj"]),
+    "vera": peft.VeraConfig(r=256, target_modules=["q_proj"]),
+    "lokr": peft.LoKrConfig(r=8, target_modules=["q_proj"]),
+    "loha": peft.LoHaConfig(r=8, target_modules=["q_proj"]),
+    "randlora": peft.RandLoraConfig(r=32, target_modules=["q_proj"]),
+}
+
+
+class Site(nn.Module):
+    """A model of one linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(WIDE, WIDE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.q_proj(x)
+        return result
+
+
+@lru_cache(maxsize=2)
+def activations(tokens: int = TOKENS) -> Tensor:
+    return torch.randn(tokens, WIDE, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+
+def site(f: Any, tokens: int = TOKENS, replicas: int = 1) -> tuple[nn.Module, Update]:
+    config = tnpeft.TensorNetworkConfig(network=f, target_modules=["q_proj"], tokens=tokens, replicas=replicas)
+    model = peft.get_peft_model(Site(), config)
+    return model, model.base_model.model.q_proj.updates["default"][0]
+
+
+def family(name: str) -> Any:
+    name, *options = name.split()
+    f = tnpeft.families.get(name)(*options)
+    return replace(f, init={"U": "kaiming", "V": "kaiming"}) if name == "lora_xs" else f  # no SVD of a large weight
+
+
+def loss(model: nn.Module, tokens: int = TOKENS) -> Tensor:
+    return model(activations(tokens)).sum()
+
+
+def saved(model: nn.Module, tokens: int = TOKENS) -> int:
+    return _bench.saved_bytes(model, partial(model, activations(tokens)))
+
+
+def width(update: Update) -> int:
+    """The inner width: the elements for each token of the narrowest result on activations."""
+    plan = update.run.plan
+    through = [s for s in plan.steps if plan.activation in s.indices and s.kind == "contract" and s.result != "y"]
+    return min(prod(plan.sizes[i] for i in step.indices if i != plan.activation) for step in through)
+
+
+@pytest.mark.parametrize("tokens", [TOKENS, MANY])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_family_keeps_a_matrix(name: str, tokens: int) -> None:
+    """Nor, beside parameters and buffers, more than the input and its half again."""
+    model, _ = site(family(name), tokens)
+    kept = saved(model, tokens)
+    assert kept < BYTES * tokens * WIDE + MATRIX
+    assert 2 * kept <= 3 * BYTES * tokens * WIDE
+
+
+@pytest.mark.parametrize("name", ["lora", "cp", "tenslora", "tensor_train", "loha", "lokr", "randlora", "quanta"])
+def test_replicas_keep_what_as_many_adapters_keep(name: str) -> None:
+    """So no family keeps a matrix there either."""
+    kept = saved(site(family(name), TOKENS, REPLICAS)[0], REPLICAS * TOKENS)
+    assert kept < BYTES * REPLICAS * TOKENS * WIDE + MATRIX
+    assert kept <= REPLICAS * saved(site(family(name))[0])
+
+
+@pytest.mark.parametrize("tokens", [TOKENS, MANY])
+@pytest.mark.parametrize("name", FOUNDING)
+def test_founding_families_keep_what_a_lora_of_their_width_keeps_plus_factors(name: str, tokens: int) -> None:
+    """The input, one result as wide as the bond, the factors, and the lengths of their columns: no thin matrix."""
+    model, update = site(family(name), tokens)
+    factors = sum(piece.size for piece in update.site_layout.parameters.values())
+    factors += sum(
+        2 * piece.shape[-1] for label, piece in update.site_layout.parameters.items() if label in update.unit_norm
+    )
+    assert saved(model, tokens) <= BYTES * (tokens * (WIDE + width(update)) + factors)
+
+
+@pytest.mark.parametrize("name", ["lokr", "loha", "randlora"])
+def test_at_most_a_tenth_of_what_peft_keeps(name: str) -> None:
+    theirs = saved(peft.get_peft_model(Site(), PEFT[name]))
+    assert theirs >= MATRIX
+    assert 10 * saved(site(tnpeft.families.get(name)())[0]) <= theirs
+
+
+@pytest.mark.parametrize("name", ["lokr", "loha", "randlora"])
+def test_beyond_the_input_at_most_a_tenth_of_what_peft_keeps_at_many_tokens(name: str) -> None:
+    """The input is kept by both, and is a third of what PEFT keeps here."""
+    common = BYTES * MANY * WIDE
+    theirs = saved(peft.get_peft_model(Site(), PEFT[name]), MANY) - common
+    assert theirs >= MATRIX
+    assert 10 * (saved(site(tnpeft.families.get(name)(), MANY)[0], MANY) - common) <= theirs
+
+
+@pytest.mark.parametrize("name", ["lora", "vera"])
+def test_no_more_than_peft_keeps(name: str) -> None:
+    assert saved(site(tnpeft.families.get(name)())[0]) <= saved(peft.get_peft_model(Site(), PEFT[name]))
+
+
+@pytest.mark.parametrize("construction", CONSTRUCTIONS)
+def test_tenslora_keeps_a_hundredth_of_a_rebuilt_tensor(construction: str) -> None:
+    """A 36-site model's tensor, 24 x 3 matrices where all are shared, is kept by no one who never forms it."""
+    f = tnpeft.families.tenslora(construction, ranks=8)
+    model, update = site(f)
+    beyond_input = saved(model) - BYTES * TOKENS * WIDE
+    assert 0 < 100 * beyond_input <= MATRIX
+    assert update.run.plan.largest < MATRIX // BYTES
+
+
+@pytest.mark.parametrize("replicas", [1, REPLICAS])
+@pytest.mark.parametrize("name", ["lora", "cp", "lorta", "tenslora", "lotr", "tensor_train", "loha", "lokr"])
+def test_flops_are_the_plan_s_beside_the_linear_s(name: str, replicas: int) -> None:
+    model, update = site(tnpeft.families.get(name)(), TOKENS, replicas)
+    plan = update.run.plan.resized(tokens=TOKENS)
+    summed = [s for s in plan.steps if s.kind == "contract" and set(s.uses[0]) & set(s.uses[1]) - set(s.indices)]
+    frozen = 2 * replicas * TOKENS * WIDE * WIDE
+    with _bench.flop_counter() as counter:
+        result = loss(model, replicas * TOKENS)
+        forward = counter.get_total_flops()
+        result.backward()
+    assert forward == frozen + 2 * sum(step.macs for step in summed)
+    again = sum(step.macs for step in summed if step.result in update.run.again)
+    assert counter.get_total_flops() - forward == frozen + 2 * (again + sum(step.backward_macs for step in summed))
+
+
+def test_a_lora_step_launches_fewer_operations_than_peft_s() -> None:
+    floor = _bench.meters(bare := Site().requires_grad_(False), partial(loss, bare))
+    ours = _bench.meters(model := site("lora")[0], partial(loss, model))
+    theirs = _bench.meters(model := peft.get_peft_model(Site(), PEFT["lora"]), partial(loss, model))
+    # forward two products; backward four, and B's gradient put into B's layout (two); replicas as one adapter
+    assert ours.kernels - floor.kernels == 8
+    many = _bench.meters(model := site("lora", TOKENS, REPLICAS)[0], partial(loss, model, REPLICAS * TOKENS))
+    assert many.kernels == ours.kernels
+    assert ours.kernels < theirs.kernels
+    assert ours.peak <= theirs.peak
+    assert ours.saved <= theirs.saved
+
+
+class Products(TorchDispatchMode):
+    """The sizes of the results of elementwise products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func._opname in ("mul", "mul_", "addcmul", "addcmul_"):
+            self.sizes.append(result.numel())
+        return result
+
+
+def test_a_vera_step_multiplies_full_width_twice_and_peft_s_three_times() -> None:
+    """Forward the row times the output; backward the row's own gradient, but not the output's."""
+    counts = []
+    for model in (site(family("vera"), MANY)[0], peft.get_peft_model(Site(), PEFT["vera"])):
+        with Products() as found:
+            model(activations(MANY)).sum().backward()
+        counts.append(sum(size >= MANY * WIDE for size in found.sizes))
+    assert counts == [2, 3]
+
+
+def test_the_meter_sees_what_is_kept() -> None:
+    """A square keeps its operand once; what is a parameter is left out."""
+    x = torch.ones(10, requires_grad=True)
+    assert _bench.saved_bytes(nn.Identity(), lambda: (x * 1.0) ** 2) == 40
+    linear = nn.Linear(10, 10)
+    assert _bench.saved_bytes(linear, lambda: linear(x[None])) == 40

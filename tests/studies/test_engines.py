@@ -1,0 +1,180 @@
+"""Engines: processes and Ray give the results of one process, whatever becomes of their workers."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sweep_results import results, written
+
+from tnpeft.studies import engines
+from tnpeft.studies.engines import Engine, Outcome, work
+from tnpeft.studies.files import StudyError
+from tnpeft.studies.packing import Job
+from tnpeft.studies.reporting import report
+from tnpeft.studies.runs import Store
+from tnpeft.studies.study import Study
+from tnpeft.studies.sweeping import sweep
+
+
+@pytest.fixture(params=["processes", pytest.param("ray", marks=pytest.mark.ray)])
+def kind(request: pytest.FixtureRequest) -> str:
+    """Every engine beyond this process."""
+    if request.param == "ray":
+        request.getfixturevalue("ray")
+    return str(request.param)
+
+
+def quietly(_: str) -> None:
+    pass
+
+
+def deadly(job: Job, folder: str, threads: int, retry: bool) -> list[Outcome]:
+    """Work, but for CP's runs, which take their process along."""
+    if any(run.method.get("family") == "cp" for run in job):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return work(job, folder, threads, retry)
+
+
+def test_the_engines_agree_to_the_last_bit_and_make_nothing_twice(
+    table: dict[str, Any], tmp_path: Path, kind: str
+) -> None:
+    table["methods"].append({"label": "bad", "peft": "lora", "args": {"r": -1}})
+    study = Study.of(table, Path("."))
+    one = sweep(study, tmp_path / "one", Engine("serial"), quietly)
+    report(study, tmp_path / "one", tmp_path / "one-report")
+    said: list[str] = []
+    other = sweep(study, tmp_path / "other", Engine(kind, workers=2), said.append)
+    report(study, tmp_path / "other", tmp_path / "other-report")
+    assert one == other
+    assert (one.done, one.failed) == (9, 2)
+    kept = {name for name in results(tmp_path / "one") if "failed" not in name}
+    mine, theirs = results(tmp_path / "one"), results(tmp_path / "other")
+    assert {name: mine[name] for name in kept} == {name: theirs[name] for name in kept}
+    assert written(tmp_path / "one-report") == written(tmp_path / "other-report")
+    assert sum("left" in line for line in said) == 11
+    again = sweep(study, tmp_path / "other", Engine(kind, workers=2), quietly)
+    assert (again.done, again.kept, again.failed) == (0, 9, 2)
+
+
+def test_a_run_that_takes_its_process_along_fails_alone(
+    table: dict[str, Any], tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "work", deadly)
+    table["methods"] = [*table["methods"][1:2], *table["methods"][:1]]  # CP first, LoRA's two sizes beside it
+    tally = sweep(Study.of(table, Path(".")), tmp_path, Engine(kind, workers=2, pack=2), quietly)
+    assert (tally.done, tally.failed) == (4, 2)
+    causes = {record["cause"] for name, record in results(tmp_path).items() if "failed" in name}
+    assert causes == {"its process died (killed, or out of memory)"}
+
+
+class _Flaky:
+    """A pool whose workers die the first time they get a job, and every time they get one of seed 1."""
+
+    died: Any = ConnectionError
+    tasks: list[Job] = []  # noqa: RUF012
+    made: list[Job] = []  # noqa: RUF012
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def close(self) -> None: ...
+
+    @staticmethod
+    def cores() -> int:
+        return 3
+
+    def submit(self, job: Job) -> int:
+        self.tasks.append(job)
+        return len(self.tasks) - 1
+
+    def first(self, tasks: Any) -> Any:
+        return next(iter(tasks))
+
+    def outcomes(self, task: int) -> list[Outcome]:
+        job = self.tasks[task]
+        if job not in self.tasks[:task] or any(run.seed == 1 for run in job):
+            raise ConnectionError
+        self.made.append(job)
+        return [(run, "done", 0.0) for run in job]
+
+
+def test_what_was_under_way_is_made_again_as_it_was_then_run_by_run(
+    table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(engines._POOLS, "processes", _Flaky)
+    study = Study.of({**table, "seeds": [0, 2, 1]}, Path("."))
+    runs = study.search()
+    with Engine("processes", pack=2).open(tmp_path) as workers:
+        outcomes = list(workers.map(runs))
+    assert sorted(run.key for run, _, _ in outcomes) == sorted(run.key for run in runs)
+    failed = [run for run, status, _ in outcomes if status == "failed"]
+    assert failed == [run for run in runs if run.seed == 1]
+    assert {run.key for run in failed} == {path.name.split(".")[0] for path in tmp_path.glob("*.failed.json")}
+    assert max(map(len, _Flaky.made)) == 2  # a pack that dies once is made again as a pack
+
+
+def test_a_worker_that_dies_between_two_phases_is_replaced(table: dict[str, Any], tmp_path: Path) -> None:
+    runs = Study.of(table, Path(".")).search()
+    with Engine("processes", workers=1).open(tmp_path) as workers:
+        first = list(workers.map(runs[:1]))
+        for process in workers.pool.pool._processes.values():
+            process.kill()
+            process.join()
+        second = list(workers.map(runs[1:2]))
+    assert [status for _, status, _ in (*first, *second)] == ["done", "done"]
+
+
+def test_a_run_that_is_under_way_elsewhere_is_waited_for(
+    table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table["methods"] = [{"label": "LoRA", "family": "lora", "args": {"rank": 1}}]
+    study, store, said = Study.of(table, Path(".")), Store(tmp_path), list[str]()
+    run = study.search()[0]
+    with (tmp_path / f".{run.key}.lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        timer = threading.Timer(4, lambda: fcntl.flock(other, fcntl.LOCK_UN))
+        timer.start()
+        tally = sweep(study, tmp_path, Engine("serial"), said.append)
+        timer.join()
+    assert tally.done == 2
+    assert store.result(run.key)
+    assert any("waiting for 1 run" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "slurm"}, "unknown engine 'slurm'; use one of serial, processes, ray"),
+        ({"pack": 0}, "pack = 0; give at least 1"),
+        ({"threads": 0}, "threads = 0"),
+        ({"workers": -1}, "workers = -1"),
+    ],
+)
+def test_wrong_engines_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(StudyError, match=message):
+        Engine(**settings)
+
+
+def test_without_ray_the_remedy_is_named(
+    table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with pytest.raises(StudyError, match=r"pip install 'tnpeft\[ray\]'"):
+        sweep(Study.of(table, Path(".")), tmp_path, Engine("ray"), quietly)
+
+
+def test_places_are_found_from_anywhere(
+    table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Study.of(table, Path(".")).search()[0]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    places = {"model": "model", "data": "hub", "cache": "cache", "tokenizer": "facebook/opt-125m"}
+    found = engines._anywhere(type(run)(**{**run.__dict__, "places": places}))
+    assert found.places == {**places, "model": str(tmp_path / "model"), "cache": str(tmp_path / "cache")}
+    assert found.key == run.key

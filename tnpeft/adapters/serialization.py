@@ -1,0 +1,196 @@
+"""A factorization as plain data, the form in which files keep it, and back, with every value checked."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from tnpeft import families
+from tnpeft.networks import Factorization, Network, NetworkError, SiteRule, network
+
+SCHEMA = 1  # of what `lower` writes; a reader refuses any other
+_LARGEST = sys.float_info.max
+_FIELDS = {
+    "schema", "name", "lines", "ranks", "splits", "init", "scale", "unit_norm", "lr_multiplier", "square", "source",
+}  # fmt: skip
+
+
+def factorization(given: Any, **changes: Any) -> Factorization:
+    """The factorization that a family's name, a line, a network or plain data stands for, with fields changed.
+
+    ``ranks``, ``splits``, ``init`` and ``lr_multiplier`` add to what is given; the other fields replace it. A change
+    that is None is none.
+
+    Raises:
+        NetworkError: the text is neither, the data is not what :func:`lower` writes, or a value does not fit.
+
+    >>> f = factorization("B[out r] A[r inp] -> out inp", ranks={"r": 8}, scale=2.0)
+    >>> f.ranks, f.scale
+    ({'r': 8}, 2.0)
+    """
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if isinstance(given, str) and "->" in given:
+        given = network(given)
+    if isinstance(given, Network):
+        return _checked(Factorization.of(given, **changes))
+    if isinstance(given, str):
+        given = families.get(given)()
+    if isinstance(given, Mapping):
+        given = _raised(given)
+    if not isinstance(given, Factorization):
+        raise NetworkError(
+            f"network= is {type(given).__name__}",
+            remedy="pass a Factorization such as tnpeft.families.lora(rank=8), a family's name, or a line of einsum",
+        )
+    for name in ("ranks", "splits", "init", "lr_multiplier"):
+        if isinstance(changes.get(name), Mapping):  # anything else is refused by the factorization
+            changes[name] = {**getattr(given, name), **changes[name]}
+    return _checked(replace(given, **changes))
+
+
+def lower(f: Factorization) -> dict[str, Any]:
+    """The factorization as text, numbers, lists and dicts: what ``json.dumps`` takes.
+
+    >>> f = factorization("B[out r] A[r inp] -> out inp", ranks={"r": 8})
+    >>> lower(f)["lines"], factorization(lower(f)) == f
+    ([{'network': 'B[out r] A[r inp] -> out inp', 'sites': '*'}], True)
+    """
+    return {
+        "schema": SCHEMA,
+        "name": f.name,
+        "lines": [{"network": str(line.network), "sites": line.sites} for line in f.lines],
+        "ranks": dict(f.ranks),
+        "splits": {side: list(parts) for side, parts in f.splits.items()},
+        "init": {label: _plain(value) for label, value in f.init.items()},
+        "scale": float(f.scale),
+        "unit_norm": list(f.unit_norm),
+        "lr_multiplier": {label: float(value) for label, value in f.lr_multiplier.items()},
+        "square": bool(f.square),
+        "source": f.source,
+    }
+
+
+def with_rank_pattern(f: Factorization, pattern: Mapping[str, Mapping[str, int]]) -> Factorization:
+    """The factorization with other ranks at some projections: ``{"v_proj": {"r": 4}}``, globs as in ``SiteRule.sites``.
+
+    Each entry becomes a line of its own in which the bonds of another rank carry the entry's number. A factor that
+    both lines share is stored once for each of its shapes.
+
+    Raises:
+        NetworkError: an entry names no bond.
+
+    >>> f = factorization("lora", ranks={"r": 8})
+    >>> print(with_rank_pattern(f, {"v_proj": {"r": 4}}).lines[0].network)
+    B[layer proj out r_1] A[layer proj r_1 inp] -> layer proj out inp
+    """
+    lines: list[SiteRule] = []
+    ranks = dict(f.ranks)
+    for number, (sites, changed) in enumerate(pattern.items(), start=1):
+        if not isinstance(changed, Mapping):
+            raise NetworkError(
+                f"the rank pattern of {sites!r} is {changed!r}", remedy="name the bond: {'v_proj': {'r': 4}}"
+            )
+        for line in f.lines:
+            if line.sites != "*":
+                raise NetworkError(
+                    f"{f.name!r} has lines for some sites only, and takes no rank pattern",
+                    remedy="give its lines their ranks in the factorization itself",
+                )
+            for bond in changed:
+                if bond not in line.network.bonds:
+                    raise NetworkError(
+                        f"the rank pattern of {sites!r} names {bond!r}, which is no bond",
+                        line=str(line.network),
+                        remedy=f"its bonds are {', '.join(line.network.bonds)}",
+                    )
+            names = {bond: f"{bond}_{number}" for bond, rank in changed.items() if rank != f.ranks.get(bond)}
+            ranks |= {names[bond]: changed[bond] for bond in names}
+            lines.append(SiteRule(line.network.rename(names), sites))
+    return replace(f, lines=(*lines, *f.lines), ranks=ranks)
+
+
+def _raised(data: Mapping[str, Any]) -> Factorization:
+    schema = data.get("schema")
+    if type(schema) is not int or schema != SCHEMA:
+        newer = type(schema) is int and schema > SCHEMA
+        raise NetworkError(
+            f"the adapter's network is written in schema {schema!r}; this tnpeft reads schema {SCHEMA}",
+            remedy="upgrade tnpeft" if newer else "save the adapter again with a tnpeft that can load it",
+        )
+    unknown = sorted(set(map(str, data)) - _FIELDS)
+    if unknown:
+        raise NetworkError(f"the adapter's network has an unknown entry {unknown[0]!r}", remedy="check the file")
+    lines = _field(data, "lines", list, _line)
+    pairs: dict[str, Any] = {name: data.get(name, {}) for name in ("ranks", "splits", "init", "lr_multiplier")}
+    for name, value in pairs.items():
+        if not isinstance(value, Mapping):
+            raise _bad(name, value)
+    return Factorization(
+        name=_field(data, "name", str),
+        lines=tuple(lines),
+        ranks=pairs["ranks"],
+        splits={side: _parts(parts) for side, parts in pairs["splits"].items()},
+        init=pairs["init"],
+        scale=_field(data, "scale", (int, float)),
+        unit_norm=_field(data, "unit_norm", list, lambda names: tuple(map(str, names))),
+        lr_multiplier=pairs["lr_multiplier"],
+        square=_field(data, "square", bool),
+        source=_field(data, "source", str),
+    )
+
+
+def _field(data: Mapping[str, Any], name: str, kind: Any, read: Callable[[Any], Any] = lambda value: value) -> Any:
+    value = data.get(name)
+    if not isinstance(value, kind):
+        raise _bad(name, value)
+    return read(value)
+
+
+def _line(entries: list[Any]) -> list[SiteRule]:
+    for entry in entries:
+        if (
+            not isinstance(entry, Mapping)
+            or set(entry) != {"network", "sites"}
+            or not isinstance(entry["sites"], str)
+        ):
+            raise _bad("lines", entry)
+    if not entries:
+        raise _bad("lines", entries)
+    return [SiteRule(network(entry["network"]), entry["sites"]) for entry in entries]
+
+
+def _parts(parts: Any) -> tuple[Any, ...]:
+    if not isinstance(parts, list):
+        raise _bad("splits", parts)
+    return tuple(parts)
+
+
+def _bad(name: str, value: Any) -> NetworkError:
+    return NetworkError(f"the adapter's network has {name}={str(value)[:60]!r}", remedy="check the file")
+
+
+def _plain(value: Any) -> Any:
+    """A start value as text or nested lists."""
+    return value if isinstance(value, str | list) else value.tolist()
+
+
+def _checked(f: Factorization) -> Factorization:
+    """The factorization, once its numbers are known to be finite numbers."""
+    for name, value in {"scale": f.scale, **f.lr_multiplier}.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not -_LARGEST <= value <= _LARGEST:
+            raise NetworkError(f"{name} is {str(value)[:60]}", remedy="pass a finite number")
+    if f.scale == 0:
+        raise NetworkError("scale is 0: the update would be zero for ever", remedy="pass another number")
+    for label, rate in f.lr_multiplier.items():
+        if rate < 0:
+            raise NetworkError(f"the learning rate of {label!r} is multiplied by {rate}", remedy="pass 0 or more")
+    for label, start in f.init.items():
+        if not isinstance(start, str | list) and not hasattr(start, "tolist"):
+            raise NetworkError(f"init[{label!r}] is {start!r}", remedy="pass the name of a start, or an array")
+    for side, parts in f.splits.items():
+        if not all(part is None or isinstance(part, int | str) for part in parts):
+            raise NetworkError(f"splits[{side!r}] is {parts!r}", remedy="pass whole numbers, None, or rules as text")
+    return f

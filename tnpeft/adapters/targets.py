@@ -1,0 +1,218 @@
+"""From the modules of a model to the sites of a network: which layer, which projection, which slice."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from tnpeft.layout import sorted_projs
+from tnpeft.models import cards
+from tnpeft.networks import NetworkError, Site
+
+# Attention projections by name, for models without a card: of all heads, and of grouped ones.
+_ALL_HEADS = ("q_proj", "query", "q", "q_lin", "o_proj", "out_proj", "o", "out_lin")
+_GROUPED = ("k_proj", "key", "k", "k_lin", "v_proj", "value", "v", "v_lin")
+_NUMBERED = re.compile(r"(?P<layer>(?:.*?\.)?\d+)\.(?P<inside>.+)")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The sites of an adapter on a model, and the order of its layers and projections as explicit maps."""
+
+    sites: tuple[Site, ...]
+    layers: Mapping[str, int]
+    projections: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A projection at a module: the layer's path, its name and features."""
+
+    layer: str
+    proj: str
+    out: int
+    inp: int
+    heads: int
+    module: str
+    start: int = 0
+
+
+def card_of(model: nn.Module) -> cards.Card | None:
+    """The card of the model's architecture, None if it is not among those known.
+
+    >>> card_of(nn.Linear(2, 2)) is None
+    True
+    """
+    config = getattr(model, "config", None)
+    if not hasattr(config, "to_dict"):
+        return None
+    try:
+        return cards.card(config)
+    except NetworkError:
+        return None
+
+
+def resolve(model: nn.Module, targets: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Targets as names that end modules' paths, and the projections meant where targets name or role them.
+
+    A target that ends some linear's path stays. Any other is looked up in the model's card: ``"c_attn/out:0"`` and
+    the role ``"q"`` are the first slice of GPT-2's ``attn.c_attn``, ``"intermediate"`` BERT's ``intermediate.dense``.
+
+    Raises:
+        NetworkError: a target is neither.
+
+    >>> resolve(nn.Sequential(nn.Linear(2, 2)), ["0"])
+    (['0'], [])
+    """
+    card = card_of(model)
+    paths = [name for name, module in model.named_modules() if hasattr(module, "weight")]
+    others = [name for name, _ in model.named_modules()]
+    found: list[str] = []
+    named: list[str] = []
+    for target in targets:
+        known = [p for p in card.projections if p.called(target) or p.name == target] if card else []
+        if any(f".{path}".endswith(f".{target}") for path in (others if not known else paths)):
+            found.append(target)
+            named += [p.name for p in known if f".{p.path}".endswith(f".{target}")]
+        elif card is not None:
+            chosen = card.select([target])
+            found += [p.path for p in chosen]
+            named += [p.name for p in chosen]
+        else:
+            raise NetworkError(f"no module is called {target!r}", remedy="give the end of a module's path")
+    return [*dict.fromkeys(found)], [*dict.fromkeys(named)]
+
+
+def select(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    order: Sequence[str] = (),
+    keep: Iterable[str] | None = None,
+    layers: Mapping[str, int] | None = None,
+) -> Selection:
+    """The sites of the chosen modules, layer by layer.
+
+    A model whose architecture has a card gets the card's projections, heads and slices of fused linears. In any
+    other, the first number in a path is the layer, and the path's last name, or as much of its end as tells the
+    modules of a layer apart, the projection.
+
+    Args:
+        model: the model that the modules stand in.
+        modules: the chosen linears by path.
+        order: projections as the user ordered them; others follow as in :func:`sorted_projs`.
+        keep: projections of the card to keep, None for all.
+        layers: a saved order of layers, path to position, that has to be met.
+
+    Raises:
+        NetworkError: the saved order names other layers than the model has.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
+    >>> [(site.proj, site.out) for site in select(net, dict(net.named_children())).sites]
+    [('0', 8), ('1', 4)]
+    """
+    card = card_of(model)
+    found = [place for name, module in modules.items() for place in _known(card, name, module)]
+    known = {place.module for place in found}
+    if keep is not None:
+        wanted = set(keep)
+        found = [place for place in found if place.proj in wanted]
+    found += _by_pattern(model, {name: module for name, module in modules.items() if name not in known})
+    _check_layers({place.layer for place in found}, layers)
+    places = layers or {name: k for k, name in enumerate(sorted({p.layer for p in found}, key=_natural))}
+    projs = sorted_projs({place.proj for place in found}, order)
+    found.sort(key=lambda place: (places[place.layer], projs.index(place.proj)))
+    return Selection(
+        tuple(Site(places[p.layer], p.proj, p.out, p.inp, p.heads, p.module, p.start) for p in found),
+        places,
+        {proj: k for k, proj in enumerate(projs)},
+    )
+
+
+def shared_input_groups(model: nn.Module, sites: Iterable[Site]) -> list[tuple[str, ...]]:
+    """The paths of linears that read one and the same input, as far as the model's card says so.
+
+    >>> shared_input_groups(nn.Linear(2, 2), [])
+    []
+    """
+    card = card_of(model)
+    known = {} if card is None else {p.name: p for p in card.projections}
+    found: dict[tuple[int, str], list[str]] = {}
+    for site in sites:
+        p = known.get(site.proj)
+        if p is not None and f".{site.module}".endswith(f".{p.path}"):
+            found.setdefault((site.layer, p.reads), []).append(site.module)
+    return [tuple(modules) for modules in found.values() if len({*modules}) == len(modules) > 1]
+
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """Output and input features of a linear, a ``Conv1D`` or a quantised linear.
+
+    >>> features(nn.Linear(3, 5))
+    (5, 3)
+    """
+    if isinstance(module, Conv1D):
+        inp, out = module.weight.shape
+        return out, inp
+    return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+
+
+def _known(card: cards.Card | None, name: str, module: nn.Module) -> list[_Place]:
+    """The places of a module by the model's card; none if the card does not know it as it is."""
+    found = []
+    for p in card.projections if card else ():
+        match = re.fullmatch(rf"((?:.*\.)?{re.escape(card.stem)}\.\d+)\.{re.escape(p.path)}", name)  # type: ignore[union-attr]
+        if match:
+            found.append(_Place(match[1], p.name, p.out, p.inp, p.heads, name, p.start))
+    out, inp = features(module)
+    return found if sum(place.out for place in found) == out and all(place.inp == inp for place in found) else []
+
+
+def _by_pattern(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[_Place]:
+    found = []
+    for name, module in modules.items():
+        match = _NUMBERED.fullmatch(name)
+        layer, inside = (match["layer"], match["inside"]) if match else name.rpartition(".")[::2]
+        found.append((layer, inside.split("."), name, module))
+    names = {name: path[-1] for _, path, name, _ in found}
+    for depth in range(2, max((len(path) for _, path, _, _ in found), default=1) + 1):
+        counts = Counter((layer, names[name]) for layer, _, name, _ in found)
+        clashing = {proj for (_, proj), count in counts.items() if count > 1}
+        names |= {name: "_".join(path[-depth:]) for _, path, name, _ in found if names[name] in clashing}
+    return [
+        _Place(layer, names[name], *features(module), _heads(model, path[-1], module), name)
+        for layer, path, name, module in found
+    ]
+
+
+def _heads(model: nn.Module, name: str, module: nn.Module) -> int:
+    config: Any = getattr(model, "config", None)
+    config = getattr(config, "text_config", config)
+    heads = getattr(config, "num_attention_heads", None) or 0
+    if name in _GROUPED:
+        heads = getattr(config, "num_key_value_heads", None) or heads
+    elif name not in _ALL_HEADS:
+        return 0
+    whole = isinstance(heads, int) and heads > 0 and all(size % heads == 0 for size in features(module)[:1])
+    return heads if whole else 0
+
+
+def _natural(text: str) -> list[tuple[int, int, str]]:
+    """A key that sorts numbers in a path as numbers."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", text)]
+
+
+def _check_layers(found: set[str], saved: Mapping[str, int] | None) -> None:
+    if saved is None or found == set(saved):
+        return
+    lost, new = sorted(set(saved) - found, key=_natural), sorted(found - set(saved), key=_natural)
+    raise NetworkError(
+        "the adapter was made for other layers than this model has: "
+        f"{len(lost)} are missing here ({', '.join(lost[:3])}), {len(new)} are new ({', '.join(new[:3])})",
+        remedy="load it onto the model class and size that it was trained on",
+    )

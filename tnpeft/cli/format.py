@@ -1,0 +1,157 @@
+"""Answers of the library gathered as plain data, for printing and for JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from inspect import Parameter, signature
+from typing import Any
+
+from tnpeft.networks import Factorization, Network, NetworkError, Site
+from tnpeft.networks.sizes import bind
+
+
+def counted(
+    net: Network | Factorization, sizes: Mapping[str, int], model: str | None, targets: str | None
+) -> dict[str, Any]:
+    """What ``tnpeft count`` tells: lines, formula, count, factors, steps of ranks, and what one site can reach.
+
+    >>> from tnpeft import network
+    >>> counted(network("B[out r] A[r inp] -> out inp"), {"out": 8, "inp": 4, "r": 2}, None, None)["parameters"]
+    24
+    """
+    from tnpeft import counting
+
+    lines = [net] if isinstance(net, Network) else [line.network for line in net.lines]
+    where: dict[str, Any] = {"model": model, "targets": targets}
+    given = _given(net, sizes)
+    count = counting.parameters(net, given, **where)
+    data: dict[str, Any] = {
+        "line": str(lines[0]) if len(lines) == 1 else " ; ".join(map(str, lines)),
+        "formula": _formula(sum(counting.parameters(line) for line in lines)),
+        "parameters": _formula(count),
+        "by_factor": _plain(counting.parameters_by_factor(net, given, **where)),
+        "one_more_rank": {bond: _step(net, bond, given, where) for bond in _free(net, lines)},
+    }
+    if isinstance(count, int):
+        data["megabytes"] = {
+            "fp32": round(counting.stored_megabytes(count), 3),
+            "bf16": round(counting.stored_megabytes(count, 2), 3),
+            "adam": round(counting.optimizer_megabytes(count), 3),
+        }
+    if model is not None:
+        groups = counting.groups(counting.sites(model, targets))
+        data["sites"] = [str(group) for group in groups] if len(groups) > 1 else str(groups[0])
+        data["biases_not_counted"] = counting.biases(model, targets)
+    return data | _reach(net, given, model, targets)
+
+
+def placed(
+    net: Network | Factorization, sizes: Mapping[str, int], model: str | None, targets: str | None
+) -> Iterator[tuple[str, Network, dict[str, Any]]]:
+    """One site of every line and shape: where it is, the network with its stack, and its sizes."""
+    if model is None:
+        given = _given(net, sizes)
+        if isinstance(net, Network):
+            yield "", net, bind(net, given, {})
+        else:
+            yield "", net.network, net.bind(given, {})
+        return
+    from tnpeft.counting.parameters import layout_on
+
+    seen = set()
+    for place in layout_on(net, sizes, model=model, targets=targets).site_layouts:
+        key = place.line.network, tuple(place.sizes.items())
+        if key not in seen:
+            seen.add(key)
+            yield _site(place.site), place.line.network, dict(place.sizes)
+
+
+def planned(plan: Any) -> dict[str, Any]:
+    """A plan as plain data."""
+    costs = ("form", "macs", "flops", "backward_macs", "written", "saved", "largest")
+    return {"steps": [str(step) for step in plan.steps], **{cost: getattr(plan, cost) for cost in costs}}
+
+
+def described(name: str) -> dict[str, Any]:
+    """A family as plain data: its lines, formulas, options and source.
+
+    >>> described("lora")["formulas"]
+    ['layer*proj*r*(out + inp)']
+    """
+    from tnpeft.families import get
+
+    declare = get(name)
+    f = declare()
+    rows = [row.strip() for row in (declare.__doc__ or "").splitlines()]
+    options = [
+        f"{p.name}={p.default!r}" for p in signature(declare).parameters.values() if p.kind != Parameter.VAR_KEYWORD
+    ]
+    return {
+        "name": name,
+        "what": rows[0],
+        "lines": [str(line.network) for line in f.lines],
+        "formulas": [row.removeprefix("Parameters:").strip(" `.") for row in rows if row.startswith("Parameters:")],
+        "options": ", ".join(options),
+        "source": f.source,
+    }
+
+
+def _given(net: Network | Factorization, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """The sizes, after a check that every one of them means something."""
+    if isinstance(net, Factorization):
+        net.bind(None, sizes)
+    else:
+        bind(net, None, sizes)
+    return dict(sizes)
+
+
+def _site(site: Site) -> str:
+    return f"{site.proj} {site.out} x {site.inp}"
+
+
+def _free(net: Network | Factorization, lines: list[Network]) -> list[str]:
+    rules = net.ranks if isinstance(net, Factorization) else {}
+    return [
+        bond
+        for bond in dict.fromkeys(b for line in lines for b in line.bonds)
+        if not isinstance(rules.get(bond), str)
+    ]
+
+
+def _step(net: Network | Factorization, bond: str, sizes: dict[str, Any], where: dict[str, Any]) -> Any:
+    from tnpeft.counting import parameter_step
+
+    if isinstance(net, Factorization) and bond not in net.network.bonds:
+        return None
+    step = parameter_step(net, bond, sizes, **where)
+    return _formula(step)
+
+
+def _plain(counts: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _formula(value) for name, value in counts.items()}
+
+
+def _formula(count: Any) -> int | str:
+    """A number as it is, an expression as text with what its terms have in common taken out."""
+    if isinstance(count, int):
+        return count
+    from sympy import factor_terms
+
+    return str(factor_terms(count))
+
+
+def _reach(
+    net: Network | Factorization, sizes: dict[str, Any], model: str | None, targets: str | None
+) -> dict[str, Any]:
+    """The rank bound and the degrees of freedom, where all sizes are known and the question has an answer."""
+    from tnpeft import counting
+
+    data: dict[str, Any] = {"rank_bound": {}, "degrees_of_freedom": {}}
+    for where, line, known in placed(net, sizes, model, targets):
+        if all(index in known for index in line.indices):
+            data["rank_bound"][where] = counting.rank_bound(line, known)
+            try:
+                data["degrees_of_freedom"][where] = counting.dof(line, known)
+            except NetworkError as error:
+                data["degrees_of_freedom"][where] = error.problem
+    return {key: found[""] if list(found) == [""] else found for key, found in data.items() if found}

@@ -16,6 +16,7 @@ ROOT = Path(tnpeft.__file__).parent
 ORDER = (
     {"networks"},
     {"families"},
+    {"layout", "models"},
     {"counting"},
     {"scaling"},
     {"planning"},
@@ -26,7 +27,18 @@ ORDER = (
     {"cli"},
 )
 RANK = {name: place for place, layer in enumerate(ORDER) for name in layer}
-WITHOUT_TORCH = ("networks", "families", "counting", "scaling", "planning", "drawing", "testing", "cli")
+WITHOUT_TORCH = (
+    "networks",
+    "families",
+    "models",
+    "layout",
+    "counting",
+    "scaling",
+    "planning",
+    "drawing",
+    "testing",
+    "cli",
+)
 
 
 def imports(source: str, package: tuple[str, ...]) -> Iterator[str]:

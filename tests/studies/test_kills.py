@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sweep_results import results, written
 
 from tnpeft.studies.engines import Engine
 from tnpeft.studies.files import digest, write_json
@@ -44,16 +45,6 @@ def start(table: dict[str, Any], runs: Path, script: Path, engine: dict[str, Any
     command = [sys.executable, str(script), json.dumps(table), str(runs), json.dumps(engine)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
-
-
-def written(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-def results(folder: Path) -> dict[str, Any]:
-    """What the runs reached, to the last bit, without when and how fast."""
-    found = {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
-    return {n: {k: v for k, v in r.items() if k not in ("timing", "finished", "machine")} for n, r in found.items()}
 
 
 @pytest.mark.slow

@@ -73,7 +73,7 @@ def lower(f: Factorization) -> dict[str, Any]:
 
 
 def with_rank_pattern(f: Factorization, pattern: Mapping[str, Mapping[str, int]]) -> Factorization:
-    """The factorization with other ranks at some projections: ``{"v_proj": {"r": 4}}``, globs as in ``SiteRule.sites``.
+    """The factorization with other ranks at some projections: ``{"v_proj": {"r": 4}}``, globs as in ``SiteRule``.
 
     Each entry becomes a line of its own in which the bonds of another rank carry the entry's number. A factor that
     both lines share is stored once for each of its shapes.

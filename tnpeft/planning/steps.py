@@ -169,7 +169,8 @@ def with_costs(
 
     >>> from tnpeft import network
     >>> step = Step("contract", "y", ("token", "out"), ("x", "A"), (("token", "inp"), ("out", "inp")))
-    >>> (done,) = with_costs((step,), {"token": 5, "out": 3, "inp": 4}, network("A[out inp] -> out inp"), "token", True)
+    >>> net, sizes = network("A[out inp] -> out inp"), {"token": 5, "out": 3, "inp": 4}
+    >>> (done,) = with_costs((step,), sizes, net, "token", True)
     >>> done.macs, done.backward_macs, done.written, done.saved
     (60, 120, 15, 20)
     """

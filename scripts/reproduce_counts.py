@@ -126,7 +126,7 @@ def _sites(group: Group) -> Iterable[Site]:
     out, inp = (prod(sizes.get(index, 1) for index in side) for side in (net.rows, net.cols))
     for layer in range(sizes["layer"]):
         for projection in group.projections:
-            yield Site(layer, projection, out, inp, heads=sizes.get("head", 0))
+            yield Site(layer, projection, out, inp, heads=sizes.get("head", 0), experts=sizes.get("expert", 0))
 
 
 def derive(entry: Mapping[str, Any]) -> Row:

@@ -29,7 +29,15 @@ TARGETS = {
 }
 SQUARE = {"llama": ["q_proj", "o_proj"]}
 NEEDS_SQUARES = {(family, "llama") for family in ("cara", "fact_tk", "fact_tt")}  # 48 is no multiple of 32
-NOT_IN_A_MODEL = {"lotra": "'basis' has no meaning in a model"}
+NOT_IN_A_MODEL = {
+    "lotra": "'basis' has no meaning in a model",
+    "tuka": "'scene' has no meaning in a model",
+    **{
+        name: "'expert' has no meaning on q_proj"
+        for name in tnpeft.families.names()
+        if "expert" in tnpeft.families.get(name)().network.indices
+    },
+}
 FAMILIES = [name for name in tnpeft.families.names() if name not in NOT_IN_A_MODEL]
 
 

@@ -13,6 +13,7 @@ import pytest
 import sympy
 
 from tnpeft import families
+from tnpeft.counting import parameters
 from tnpeft.families.tenslora_constructions import MODES
 from tnpeft.layout import layout
 from tnpeft.networks import Factorization, Network, NetworkError, Site, network
@@ -20,14 +21,16 @@ from tnpeft.networks import Factorization, Network, NetworkError, Site, network
 NAMED = """
 lora cp lorta tenslora tera lotr tensor_guide lotra refta ia3 tucker tensor_train tt_matrix tensor_ring block_term
 hierarchical_tucker lora_fa vera lokr krona loha hira lora_xs moslora randlora nola gralora miss c3a monarch fact_tt
-fact_tk loretta tt_lora metatt_4d metatt_5d quanta cara dota kradapter
+fact_tk loretta tt_lora metatt_4d metatt_5d quanta cara dota kradapter shared_outer_lora bd_lora mica glora svft
+melora rasa tied_lora abba stella tuka lora_edge pera expert_lora expert_cp expert_tucker
 """
-NOT_ZERO = {"lora_xs", "c3a", "loretta", "tt_lora"}
-IN_MODELS = [name for name in families.names() if name != "lotra"]
+NOT_ZERO = {"lora_xs", "c3a", "loretta", "tt_lora", "stella"}
+STACKED = {"lotra": "basis", "tuka": "scene"}  # with stack indices that no model has
+IN_MODELS = [name for name in families.names() if name not in STACKED]
 
 
 def sizes_of(f: Factorization, line_number: int = 0, out: int = 64, inp: int = 64) -> dict[str, int]:
-    stack = {"layer": 2, "proj": 3, "basis": 5}
+    stack = {"layer": 2, "proj": 3, "basis": 5, "expert": 4, "scene": 3, "env": 2}
     return dict(f.sizes({**stack, "out": out, "inp": inp, "heads": 4}, line=f.lines[line_number]))
 
 
@@ -67,7 +70,7 @@ def test_every_named_family_is_there() -> None:
 def test_an_unknown_family_is_refused_with_the_nearest_names() -> None:
     with pytest.raises(NetworkError, match="did you mean 'lora'"):
         families.get("loraa")
-    with pytest.raises(NetworkError, match="the families are block_term"):
+    with pytest.raises(NetworkError, match="the families are abba"):
         families.get("????")
     with pytest.raises(AttributeError, match="lists all"):
         _ = families.loraa
@@ -148,9 +151,10 @@ def test_a_site_that_cannot_be_split_is_named(name: str) -> None:
         layout(families.get(name)(), [Site(0, "q_proj", 63, 63, heads=4)])
 
 
-def test_lotra_is_no_adapter_of_a_transformer() -> None:
-    with pytest.raises(NetworkError, match="'basis' has no meaning"):
-        layout(families.lotra(), [Site(0, "q_proj", 64, 64)])
+@pytest.mark.parametrize("name", STACKED)
+def test_a_stack_index_that_no_model_has_is_named(name: str) -> None:
+    with pytest.raises(NetworkError, match=f"'{STACKED[name]}' has no meaning"):
+        layout(families.get(name)(), [Site(0, "q_proj", 64, 64)])
 
 
 @pytest.mark.parametrize("name", families.names())
@@ -168,7 +172,7 @@ def test_start_is_zero_and_alive_or_declared(name: str) -> None:
         assert (np.abs(start).max() < 1e-9 * prod(start.shape)) == (name not in NOT_ZERO)
         trainable = [net.label(g) for g in net.factors if g.kind == "trainable"]
         zero = [label for label in trainable if f.init.get(label) == "zeros"]
-        assert len(zero) <= 1
+        assert all(sum(net.label(g) in zero for g in term.factors) <= 1 for term in net.terms) or name == "pera"
         moved = {**factors, **{label: factors[label] + 0.1 for label in zero or trainable[:1]}}
         assert np.abs(dense(net, moved, sizes) - start).max() > 0
 
@@ -290,6 +294,94 @@ def test_block_forms() -> None:
     factors = arrays(f.network, sizes)
     factors["J"] = np.ones(3)
     np.testing.assert_allclose(dense(f.network, factors, sizes)[0, 0], np.tile(factors["D"][0, 0], 3), atol=1e-12)
+
+
+def test_block_diagonal_forms() -> None:
+    def diagonal(*blocks: np.ndarray) -> np.ndarray:
+        rows, cols = (sum(block.shape[axis] for block in blocks) for axis in (0, 1))
+        whole, at = np.zeros((rows, cols)), np.zeros(2, int)
+        for block in blocks:
+            whole[at[0] : at[0] + block.shape[0], at[1] : at[1] + block.shape[1]] = block
+            at += block.shape
+        return whole
+
+    f = families.melora(rank=3, blocks=2)
+    sizes = dict(f.sizes(layer=1, proj=1, out=8, inp=12))
+    factors = arrays(f.network, sizes) | {"I": np.eye(2)}
+    b, a = factors["B"][0, 0], factors["A"][0, 0]
+    np.testing.assert_allclose(dense(f.network, factors, sizes)[0, 0], diagonal(b[0] @ a[0], b[1] @ a[1]), atol=1e-12)
+    for k, line in enumerate(families.bd_lora(rank=6, blocks=2).lines):
+        sizes = dict(
+            families.bd_lora(rank=6, blocks=2).sizes({"layer": 1, "proj": 1, "out": 8, "inp": 12}, line=line)
+        )
+        factors = arrays(line.network, sizes)
+        b, a = factors["B"][0, 0], factors["A"][0, 0]
+        if k == 0:
+            wanted = np.concatenate([b[0], b[1]], 1) @ diagonal(a[0], a[1])
+        else:
+            wanted = diagonal(b[0], b[1]) @ np.concatenate([a[0], a[1]], 0)
+        np.testing.assert_allclose(dense(line.network, factors, sizes)[0, 0], wanted, atol=1e-12)
+
+
+def test_low_rank_forms_with_vectors_mixers_and_powers() -> None:
+    w, a = dense_of(families.rasa(rank=4, shared=1), out=6, inp=10, layer=1)
+    own = a["B"] @ np.diag(a["d"]) @ a["A"]
+    np.testing.assert_allclose(w, own + a["e"] * np.outer(a["U"], a["V"]), atol=1e-12)
+    assert families.rasa(rank=4, shared=1).sizes(layer=5, proj=2, out=6, inp=10)["c"] == 5
+    w, a = dense_of(families.pera(rank=3), out=6, inp=10)
+    np.testing.assert_allclose(w, a["B"] @ a["A"] + a["B"] ** 2 @ np.diag(a["h"]) @ a["A"] ** 2, atol=1e-12)
+    w, a = dense_of(families.glora(rank=2), out=6, inp=10)
+    np.testing.assert_allclose(w, a["W0"] * (a["B1"] @ a["A1"]) + a["B2"] @ a["A2"], atol=1e-12)
+    w, a = dense_of(families.svft(), out=6, inp=10)
+    np.testing.assert_allclose(w, a["U"] @ np.diag(a["m"]) @ a["V"], atol=1e-12)
+    w, a = dense_of(families.tied_lora(rank=3), out=6, inp=10)
+    np.testing.assert_allclose(w, np.diag(a["b"]) @ a["B"] @ np.diag(a["d"]) @ a["A"], atol=1e-12)
+    w, a = dense_of(families.stella(rank=3), out=6, inp=10)
+    np.testing.assert_allclose(w, a["U"] @ a["S"] @ a["V"], atol=1e-12)
+    w, a = dense_of(families.abba(rank=4), out=6, inp=10)
+    np.testing.assert_allclose(w, (a["B1"] @ a["A1"]) * (a["B2"] @ a["A2"]), atol=1e-12)
+
+
+def test_expert_forms_expert_by_expert() -> None:
+    sizes = {"layer": 1, "proj": 1, "expert": 3, "out": 6, "inp": 10}
+    shared = families.shared_outer_lora(rank=2)
+    forms = {
+        "shared, down": (shared, 0, lambda a, e: a["B"][0, 0] @ a["A"][0, 0, e]),
+        "shared": (shared, 1, lambda a, e: a["B"][0, 0, e] @ a["A"][0, 0]),
+        "lora": (families.expert_lora(rank=2), 0, lambda a, e: a["B"][0, 0, e] @ a["A"][0, 0, e]),
+        "cp": (families.expert_cp(4), 0, lambda a, e: a["U"][0, 0] @ np.diag(a["e"][0, 0, e]) @ a["V"][0, 0].T),
+        "tucker": (families.expert_tucker(2), 0, lambda a, e: a["U"][0, 0] @ a["G"][0, 0, e] @ a["V"][0, 0].T),
+    }
+    for f, number, one in forms.values():
+        line = f.lines[number]
+        bound = dict(f.sizes(sizes, line=line))
+        factors = arrays(line.network, bound)
+        found = dense(line.network, factors, bound)[0, 0]
+        for expert in range(3):
+            np.testing.assert_allclose(found[expert], one(factors, expert), atol=1e-12)
+
+
+def test_what_cannot_be_a_model_yet_is_counted() -> None:
+    sizes = {"layer": 2, "proj": 3, "scene": 24, "env": 3, "out": 64, "inp": 32}
+    f = families.tuka((8, 8, 4, 2))
+    assert parameters(f, sizes) == 6 * (8 * 8 * 4 * 2 + 8 * (64 + 32) + 4 * 24 + 2 * 3)
+    assert parameters(families.lora_edge(), layer=1, proj=1, out=64, ch=16, kh=3, kw=3) == 64 * 8
+    with pytest.raises(NetworkError, match=r"shared=8 of the rank 8"):
+        families.rasa(rank=8, shared=8)
+    with pytest.raises(NetworkError, match="the rank 7 is odd"):
+        families.abba(rank=7)
+
+
+def test_mica_starts_from_the_minor_singular_vectors() -> None:
+    import torch
+
+    from tnpeft.nn.init import Initializer
+
+    weight = torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0]))
+    placed = layout(families.mica(rank=2), [Site(0, "q_proj", 4, 4)])
+    piece = placed.site_layouts[0].parameters["B"]
+    start = Initializer(placed, weight=lambda site: weight)(piece)
+    assert torch.allclose(start.abs(), torch.tensor([[0.0, 0], [0, 0], [0, 1], [1, 0]]), atol=1e-6)
 
 
 def test_vera_and_randlora() -> None:

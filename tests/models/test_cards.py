@@ -169,11 +169,26 @@ def test_targets_over_experts() -> None:
     assert card("Qwen/Qwen3-30B-A3B").sizes["active"] == 8
     with pytest.raises(NetworkError, match="no q_lora_rank"):
         card({"model_type": "deepseek_v3", **GROUPED, "n_routed_experts": 4, "num_experts_per_tok": 2})
-    shared = (
-        tnpeft.families.get("shared_outer_lora")(rank=1) if "shared_outer_lora" in tnpeft.families.names() else None
-    )
-    for model, count in (("Qwen/Qwen3-30B-A3B", 14_450_688), ("gpt-oss-20b", 6_842_880)):
-        assert shared is None or tnpeft.parameters(shared, model=model, targets=["experts"]) == count
+
+
+@pytest.mark.parametrize(
+    ("family", "model", "targets", "count"),
+    [
+        (tnpeft.families.shared_outer_lora(rank=1), "Qwen/Qwen3-30B-A3B", ["experts"], 14_450_688),
+        (tnpeft.families.shared_outer_lora(rank=1), "openai/gpt-oss-20b", ["experts"], 6_842_880),
+        (tnpeft.families.shared_outer_lora(rank=1), "deepseek-ai/DeepSeek-V3.1", ["mlp"], 94_307_328),
+        (tnpeft.families.lora(rank=1), "meta-llama/Llama-3.1-8B", ["mlp"], 1_769_472),
+        (tnpeft.families.lora(rank=1), "meta-llama/Llama-3.1-8B", ["attention"], 851_968),
+        (tnpeft.families.lora(rank=1), "Qwen/Qwen3-30B-A3B", ["attention"], 835_584),
+        (tnpeft.families.bd_lora(rank=14), "meta-llama/Llama-3.2-3B", ["mlp"], 8_429_568),
+        (tnpeft.families.mica(rank=32), "meta-llama/Llama-3.2-3B", None, 5_505_024),
+        (tnpeft.families.glora(rank=8), "meta-llama/Llama-3.2-3B", None, 4_587_520),
+    ],
+)
+def test_published_counts_from_the_cards(
+    family: tnpeft.Factorization, model: str, targets: object, count: int
+) -> None:
+    assert tnpeft.parameters(family, model=model, targets=targets) == count
 
 
 def test_names_are_found_in_any_case_and_without_the_owner() -> None:

@@ -147,7 +147,7 @@ def test_factors_that_stand_twice_count_as_normal(net, data):
     assert isclose(sum(found.values()), brute(net, sizes, squares), rel_tol=1e-6)
 
 
-SIZES = {"out": 16, "inp": 16, "layer": 2, "proj": 2, "heads": 4, "basis": 2}
+SIZES = {"out": 16, "inp": 16, "layer": 2, "proj": 2, "heads": 4, "basis": 2, "expert": 2, "scene": 2, "env": 2}
 
 
 @pytest.mark.parametrize("name", [n for n in families.names() if n != "tensor_guide"])

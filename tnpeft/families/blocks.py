@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tnpeft.families.catalogue import family
 from tnpeft.families.declare import PAIR, Rank, Split, effective, splits
-from tnpeft.networks import Factorization, NetworkError
+from tnpeft.networks import Factorization, NetworkError, SiteRule, network
 
 
 @family
@@ -95,4 +95,63 @@ def monarch(out: Split = PAIR, inp: Split = PAIR, scale: float = 1.0) -> Factori
         init={"F": "zeros"},
         scale=scale,
         source="arXiv 2408.17383 (line derived, checked against the released layer)",
+    )
+
+
+@family
+def melora(rank: int = 8, blocks: int = 2, alpha: float | None = None) -> Factorization:
+    """MELoRA: small LoRAs along the diagonal: the parameters of LoRA at rank r, and the rank of ``blocks`` times r.
+
+    ``blocks`` has to divide both sides.
+
+    Parameters: ``layer*proj*n*a*(o2 + i2)``.
+    Start: B zero, A Kaiming. Scale: alpha/r.
+    Source: arXiv 2402.17263 (line derived).
+
+    >>> print(melora().network)
+    B[layer proj n o2 a] A[layer proj n a i2] ^I[n m] -> layer proj (n o2) (m i2)
+    """
+    return Factorization.of(
+        "B[layer proj n o2 a] A[layer proj n a i2] ^I[n m] -> layer proj (n o2) (m i2)",
+        name="melora",
+        ranks={"a": rank},
+        splits=splits((blocks, None), (blocks, None)),
+        init={"B": "zeros", "A": "kaiming", "I": "eye"},
+        scale=effective(alpha, rank),
+        source="arXiv 2402.17263 (line derived)",
+    )
+
+
+@family
+def bd_lora(
+    rank: int = 8, blocks: int = 2, alpha: float | None = None, down: str = "*down_proj|fc2|o_proj|out_proj"
+) -> Factorization:
+    """BD-LoRA: one side of LoRA block-diagonal, so that it shards without communication.
+
+    The output side has the blocks; on the projections in ``down`` the input side. Raises NetworkError if ``blocks``
+    does not divide the rank.
+
+    Parameters: ``layer*proj*n*a*(out + i2)``.
+    Parameters: ``layer*proj*n*a*(o2 + inp)``.
+    Start: B zero, A Kaiming. Scale: alpha/r.
+    Source: huggingface/peft, MetaMathQA comparison (count printed, lines derived).
+
+    >>> for line in bd_lora().lines:
+    ...     print(line.network)
+    B[layer proj n out a] A[layer proj n a i2] -> layer proj out (n i2)
+    B[layer proj n o2 a] A[layer proj n a inp] -> layer proj (n o2) inp
+    """
+    if rank % blocks:
+        raise NetworkError(f"blocks={blocks} does not divide the rank {rank}", remedy="choose a multiple of blocks")
+    return Factorization(
+        name="bd_lora",
+        lines=(
+            SiteRule(network("B[layer proj n out a] A[layer proj n a i2] -> layer proj out (n i2)"), down),
+            SiteRule(network("B[layer proj n o2 a] A[layer proj n a inp] -> layer proj (n o2) inp")),
+        ),
+        ranks={"a": rank // blocks},
+        splits=splits((blocks, None), (blocks, None)),
+        init={"B": "zeros", "A": "kaiming"},
+        scale=effective(alpha, rank),
+        source="huggingface/peft, MetaMathQA comparison (count printed, lines derived)",
     )

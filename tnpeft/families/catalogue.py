@@ -35,7 +35,7 @@ def names() -> tuple[str, ...]:
     """All families by name, in alphabetical order.
 
     >>> names()[:3]
-    ('block_term', 'c3a', 'cara')
+    ('abba', 'bd_lora', 'block_term')
     """
     return tuple(sorted(FAMILIES))
 

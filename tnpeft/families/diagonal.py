@@ -102,3 +102,47 @@ def refta(rank: Rank = 15) -> Factorization:
         init={"A": "zeros", "u": "dct"},
         source="ReFTA, CVPR 2026, code jzheng20/ReFTA (line derived from the code, counts derived)",
     )
+
+
+@family
+def svft(rank: Rank = "min(out, inp)", scale: float = 1.0) -> Factorization:
+    """SVFT, plain: a trained change of each singular value, between the base weight's own singular vectors.
+
+    The variants of the paper train further entries between the vectors; with all of them the line is lora_xs.
+
+    Parameters: ``layer*proj*r``.
+    Start: m zero. Scale: a plain number.
+    Source: arXiv 2405.19597 (line derived).
+
+    >>> print(svft().network)
+    ^U[layer proj out r] m[layer proj r] ^V[layer proj r inp] -> layer proj out inp
+    """
+    return Factorization.of(
+        "^U[layer proj out r] m[layer proj r] ^V[layer proj r inp] -> layer proj out inp",
+        name="svft",
+        ranks={"r": rank},
+        init={"U": "svd(0)", "m": "zeros", "V": "svd(0)"},
+        scale=scale,
+        source="arXiv 2405.19597 (line derived)",
+    )
+
+
+@family
+def tied_lora(rank: Rank = 8, alpha: float | None = None) -> Factorization:
+    """Tied-LoRA: one trained pair of matrices for all sites, two trained vectors at every site; VeRA trained.
+
+    Parameters: ``layer*proj*(out + r) + r*(out + inp)``.
+    Start: B zero, b and d ones (our choice: the release's start was not seen). Scale: alpha/r.
+    Source: arXiv 2311.09578 (line derived).
+
+    >>> print(tied_lora().network)
+    b[layer proj out] B[out r] d[layer proj r] A[r inp] -> layer proj out inp
+    """
+    return Factorization.of(
+        "b[layer proj out] B[out r] d[layer proj r] A[r inp] -> layer proj out inp",
+        name="tied_lora",
+        ranks={"r": rank},
+        init={"b": "ones", "B": "zeros", "d": "ones"},
+        scale=effective(alpha, rank),
+        source="arXiv 2311.09578 (line derived)",
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tnpeft.families.catalogue import family
 from tnpeft.families.declare import PAIR, Rank, Split, choose, effective, splits
-from tnpeft.networks import Factorization
+from tnpeft.networks import Factorization, NetworkError
 
 
 @family
@@ -114,4 +114,53 @@ def kradapter(out: Split = PAIR, scale: float = 1.0) -> Factorization:
         init={"U": "zeros"},
         scale=scale,
         source="arXiv 2508.00230 (line derived, checked against the released layer)",
+    )
+
+
+@family
+def abba(rank: int = 8, scale: float = 1.0) -> Factorization:
+    """ABBA: LoHa at half the rank in each pair, one pair from the base weight: the parameters of LoRA.
+
+    Raises NetworkError if the rank is odd.
+
+    Parameters: ``layer*proj*(r + s)*(out + inp)``.
+    Start: B1 and A1 the best approximation of the base weight, B2 zero, A2 Kaiming. Scale: a plain number (our
+    choice: the release's rule was not seen).
+    Source: arXiv 2505.14238 (line and start secondary).
+
+    >>> print(abba(rank=16).network)
+    B1[layer proj out r] A1[layer proj r inp] B2[layer proj out s] A2[layer proj s inp] -> layer proj out inp
+    """
+    if rank % 2:
+        raise NetworkError(f"the rank {rank} is odd", remedy="choose an even rank: each pair gets half of it")
+    return Factorization.of(
+        "B1[layer proj out r] A1[layer proj r inp] B2[layer proj out s] A2[layer proj s inp] -> layer proj out inp",
+        name="abba",
+        ranks={"r": rank // 2, "s": rank // 2},
+        init={"B1": "svd(0.5)", "A1": "svd(0.5)", "B2": "zeros", "A2": "kaiming"},
+        scale=scale,
+        source="arXiv 2505.14238 (line and start secondary)",
+    )
+
+
+@family
+def glora(rank: Rank = 8, scale: float = 1.0) -> Factorization:
+    """GLoRA with low-rank paths: HiRA and LoRA side by side; the paths of the bias are left out.
+
+    Parameters: ``layer*proj*(r + s)*(out + inp)``.
+    Start: B1 and B2 zero, A1 and A2 Kaiming. No scale in the release.
+    Source: arXiv 2306.07967 (line and start as released in PEFT, count printed).
+
+    >>> print(glora().network)  # doctest: +NORMALIZE_WHITESPACE
+    ^W0[layer proj out inp] B1[layer proj out r] A1[layer proj r inp] + B2[layer proj out s] A2[layer proj s inp]
+        -> layer proj out inp
+    """
+    return Factorization.of(
+        "^W0[layer proj out inp] B1[layer proj out r] A1[layer proj r inp] + B2[layer proj out s] "
+        "A2[layer proj s inp] -> layer proj out inp",
+        name="glora",
+        ranks={"r": rank, "s": rank},
+        init={"W0": "base", "B1": "zeros", "A1": "kaiming", "B2": "zeros", "A2": "kaiming"},
+        scale=scale,
+        source="arXiv 2306.07967 (line and start as released in PEFT, count printed)",
     )

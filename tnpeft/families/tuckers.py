@@ -243,3 +243,28 @@ def tera(
         scale=scale,
         source="arXiv 2509.03234 (outline printed, frozen core secondary, line our reading)",
     )
+
+
+@family
+def tuka(ranks: Rank | Sequence[Rank] = (8, 8, 4, 2), scale: float = 1.0) -> Factorization:
+    """TuKA: a Tucker tensor at every site with two task modes, one row for each scene and each environment.
+
+    Ranks are given in the order output, input, scene, environment.
+
+    Parameters: ``layer*proj*(a*b*c*d + a*out + b*inp + c*scene + d*env)``.
+    Start: the core G zero (our choice).
+    Source: arXiv 2603.14276 (line secondary).
+
+    >>> print(tuka().network)  # doctest: +NORMALIZE_WHITESPACE
+    G[layer proj a b c d] U1[layer proj out a] U2[layer proj inp b] S[layer proj scene c] E[layer proj env d]
+        -> layer proj scene env out inp
+    """
+    return Factorization.of(
+        "G[layer proj a b c d] U1[layer proj out a] U2[layer proj inp b] S[layer proj scene c] E[layer proj env d] "
+        "-> layer proj scene env out inp",
+        name="tuka",
+        ranks=spread(ranks, ("a", "b", "c", "d")),
+        init={"G": "zeros"},
+        scale=scale,
+        source="arXiv 2603.14276 (line secondary)",
+    )

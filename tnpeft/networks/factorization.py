@@ -241,9 +241,10 @@ class Factorization:
         return {index: known[index] for index in net.indices if index in known}
 
     def _split(self, net: Network, side: str, group: tuple[str, ...], ints: dict[str, int]) -> dict[str, int]:
-        wanted: list[int | None] = [
-            evaluate(part, ints) if isinstance(part, str) else part for part in self.splits.get(side, ())
-        ] or [None] * len(group)
+        parts = self.splits.get(side, ())
+        parts = parts if len(parts) == len(group) or len(self.lines) == 1 else ()  # another line's
+        wanted: list[int | None] = [evaluate(part, ints) if isinstance(part, str) else part for part in parts]
+        wanted = wanted or [None] * len(group)
         for k, index in enumerate(group):
             if k < len(wanted) and wanted[k] is None:
                 heads = ints.get("heads", 0) if index == "head" and len(group) > 1 else 0
@@ -296,9 +297,13 @@ def _ready(rule: str, sizes: Mapping[str, int]) -> bool:
 
 
 def _refuse_dead_start(net: Network, init: Mapping[str, Any]) -> None:
-    for term in net.terms:
-        zero = [f.name for f in term.factors if isinstance(s := init.get(net.label(f)), str) and s == "zeros"]
-        if len(zero) > 1:
+    zeros = [
+        [f.name for f in term.factors if isinstance(s := init.get(net.label(f)), str) and s == "zeros"]
+        for term in net.terms
+    ]
+    alive = {zero[0] for zero in zeros if len(zero) == 1}  # a term in which a factor alone is zero wakes it
+    for zero in zeros:
+        if len(zero) > 1 and not alive.issuperset(zero):
             names = " and ".join(zero) if len(set(zero)) > 1 else f"{zero[0]} (used twice)"
             raise NetworkError(
                 f"{names} both start at zero: no gradient would ever reach them",

@@ -116,7 +116,7 @@ class Initializer:
         return Spec("zeros") if param.label in self.zeros else Spec("normal", (self._spread(param),))
 
     def _value(self, spec: Spec, param: ParameterSpec, site_layout: SiteLayout, key: _Key) -> Array | Tensor:
-        if spec.name in ("svd", "tt_svd", "base"):
+        if spec.name in ("svd", "svd_minor", "tt_svd", "base"):
             return self._from_weight(spec, param)
         stacked = next(
             (axis for axis, index in enumerate(param.indices) if index in ("replica", "task", "expert")), None
@@ -198,9 +198,11 @@ class Initializer:
         site_layout = self._places[param][0]
         if spec.name == "base":
             return patterns.base(param, site_layout, self._base(site_layout.site))
-        if spec.name == "svd":
+        if spec.name in ("svd", "svd_minor"):
             power = spec.numbers[0] if spec.numbers else None
-            return patterns.svd(param, site_layout, self._parts(site_layout.site), power)
+            u, s, vt = self._parts(site_layout.site)
+            parts = (u, s, vt) if spec.name == "svd" else (u.flip(1), s.flip(0), vt.flip(0))
+            return patterns.svd(param, site_layout, parts, power)
         return self._cores(site_layout.site)[param.label]
 
     def _base(self, site: Site) -> Tensor:

@@ -29,6 +29,7 @@ SPECS: Mapping[str, tuple[int, int]] = {
     "dct": (0, 0),
     "circulant": (0, 0),
     "svd": (0, 1),
+    "svd_minor": (0, 1),
     "tt_svd": (0, 0),
     "base": (0, 0),
 }
@@ -148,7 +149,7 @@ def mean_square(
     axes = [index for index in indices if index not in STACK and index not in net.stack]
     if name == "circulant":
         return 1 / sizes[axes[0]]
-    if name in ("svd", "tt_svd"):
+    if name in ("svd", "svd_minor", "tt_svd"):
         return _of_weight(given, axes, net, sizes, base)
     rows, columns = axes[: len(axes) // 2], axes[len(axes) // 2 :]
     if len(axes) == 1:  # a vector that is stored by layer or projection is a row of one matrix
@@ -352,6 +353,11 @@ def _choose(
     return set(free[:1])
 
 
+def _alone(net: Network, name: str, zeros: set[str]) -> bool:
+    """True if the factor is the only zero of some term, which then wakes it in all others."""
+    return any([f.name for f in term.factors if f.name in zeros] == [name] for term in net.terms)
+
+
 def _refuse_dead_start(net: Network, term: Term, zeros: set[str], unit_norm: Sequence[str]) -> None:
     zero = [factor for factor in term.factors if factor.name in zeros]
     unit = [factor.name for factor in zero if net.label(factor) in unit_norm]
@@ -361,7 +367,7 @@ def _refuse_dead_start(net: Network, term: Term, zeros: set[str], unit_norm: Seq
             line=str(net),
             remedy="give the term a factor that is not normalised, such as w[r], or name a start for each factor",
         )
-    if len(zero) > 1:
+    if len(zero) > 1 and not all(_alone(net, factor.name, zeros) for factor in zero):
         problem = f"{' and '.join(f.name for f in zero)} both start at zero: no gradient would reach them"
     elif zero and zero[0].kind == "constant":
         problem = f"the constant {zero[0].name} is zero: its term stays zero for ever"

@@ -184,7 +184,8 @@ def lora_edge(
 ) -> Factorization:
     """LoRA-Edge: a chain over a convolution's kernel of which the output core alone is trained.
 
-    ``kernel`` is its height and width; a linear is a kernel of one tap. The chain is the base kernel's own at the start, but for the output core.
+    ``kernel`` is its height and width; a linear is a kernel of one tap. In the release the chain is the base kernel's
+    own at the start, but for the output core.
 
     Parameters: ``layer*proj*out*a``.
     Start: G1 zero; the release takes the frozen cores from a TT-SVD of the kernel, here they are orthonormal at

@@ -63,16 +63,29 @@ _MODULES = (
     "cli",
 )
 
+_EXTRAS = {
+    "nn": "torch",
+    "adapters": "peft",
+    "studies": "studies",
+}  # what a layer needs beyond the plain installation
+
 __all__ = ["__version__", "families", "testing", *_HOME]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return import_module(f"tnpeft.{name}")
-    if name not in _HOME:
+    if name not in _HOME and name not in _MODULES:
         raise AttributeError(f"module 'tnpeft' has no attribute {name!r}")
-    value = getattr(import_module(f"tnpeft.{_HOME[name]}"), name)
-    globals()[name] = value
+    layer = _HOME.get(name, name)
+    try:
+        module = import_module(f"tnpeft.{layer}")
+        value = getattr(module, name) if name in _HOME else module
+    except ModuleNotFoundError as error:  # a library that only an extra brings
+        if layer not in _EXTRAS or (error.name or "tnpeft").partition(".")[0] == "tnpeft":
+            raise
+        remedy = f"pip install 'tnpeft[{_EXTRAS[layer]}]'"
+        raise ModuleNotFoundError(f"tnpeft.{name} needs {error.name}; {remedy}", name=error.name) from error
+    if name in _HOME:
+        globals()[name] = value
     return value
 
 

@@ -38,7 +38,7 @@ def install() -> None:
 
     >>> install()
     """
-    if "peft" in sys.modules:
+    if sys.modules.get("peft"):
         register()
     elif not any(isinstance(finder, _PeftFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _PeftFinder())

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tnpeft.networks import NetworkError
+from tnpeft.networks import TnpeftError
 
 
 class _Group(TyperGroup):
@@ -29,7 +29,7 @@ class _Group(TyperGroup):
             warnings.showwarning = warn
             try:
                 return super().invoke(ctx)
-            except (NetworkError, OSError) as error:
+            except (TnpeftError, ModuleNotFoundError, OSError) as error:
                 typer.echo(f"error: {error}", err=True)
                 raise typer.Exit(2) from None
 

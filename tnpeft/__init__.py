@@ -46,6 +46,7 @@ _HOME = {
     "export_lora": "adapters",
     "hotswap": "adapters",
     "parameter_groups": "adapters",
+    "coordinate_check": "adapters",
     "replica": "adapters",
     "replicas": "adapters",
 }

@@ -43,6 +43,8 @@ class TensorNetworkConfig(PeftConfig):
         replica_scales: the effective scale of each; None for that of ``network``.
         save_frozen: write frozen factors to the file too, instead of regenerating them from the seed.
         dora: learn a magnitude per output feature and normalise the updated weight's rows (arXiv 2402.09353).
+        relative_step: size of a step relative to the base weight's, for :func:`tnpeft.parameter_groups` where it gets
+            neither a rate nor a step; None for none.
         tokens: rows of activations per step (of each replica) that the contraction is planned for.
         layers: saved order of layers, path to position; filled in when the adapter is placed.
         projections: saved order of projections, name to position; filled in likewise.
@@ -81,6 +83,7 @@ class TensorNetworkConfig(PeftConfig):
     save_frozen: bool = False
     dora: bool = False
     tokens: int = 2048
+    relative_step: float | None = None
     layers: dict[str, int] | None = field(default=None, repr=False)
     projections: dict[str, int] | None = None
     frozen: dict[str, str] | None = field(default=None, repr=False)

@@ -145,6 +145,10 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1,
         "pass a number from 0 to below 1",
     ),
+    "relative_step": (
+        lambda value: value is None or (_finite(value) and value > 0),
+        "pass a positive number, such as 1e-2, or None",
+    ),
     "seed": (_whole, "pass a whole number from 0 on, below 2**63"),
     "tokens replicas": (lambda value: _whole(value, 1), "pass a whole number from 1 on, below 2**63"),
     "replica_seeds": (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -113,35 +112,6 @@ def set_factors(model: nn.Module, values: Mapping[str, Tensor], adapter: str = "
     with torch.no_grad():
         for array, value in changes:
             array.copy_(value)
-
-
-def parameter_groups(model: nn.Module, lr: float, adapter: str | None = None, **common: Any) -> list[dict[str, Any]]:
-    """Groups for a torch optimizer: every trainable parameter once, factors at their own learning rate.
-
-    Args:
-        model: a model with adapters.
-        lr: learning rate of everything that has no multiplier.
-        adapter: the adapter whose factors are meant, None for all that are trainable.
-        common: further options of every group, such as ``weight_decay``.
-
-    >>> import peft, tnpeft
-    >>> config = tnpeft.TensorNetworkConfig(network="lora", lr_multiplier={"B": 16}, target_modules=["0"])
-    >>> model = peft.get_peft_model(nn.Sequential(nn.Linear(4, 8)), config)
-    >>> [(group["name"], group["lr"]) for group in parameter_groups(model, lr=0.001)]
-    [('B', 0.016), ('A', 0.001)]
-    """
-    names: dict[int, tuple[str, float]] = {}
-    bank = next((module for module in model.modules() if isinstance(module, FactorBank)), None)
-    if bank is not None:
-        for its in [name for name in bank.layouts if adapter in (None, name)]:
-            rates = bank.layouts[its].factorization.lr_multiplier
-            for param, array in arrays(model, bank, its, kinds=("trainable",)).items():
-                names[id(array)] = param.label, lr * rates.get(param.label, 1.0)
-    grouped: dict[tuple[str, float], list[nn.Parameter]] = {}
-    for parameter in model.parameters():
-        if parameter.requires_grad and (adapter is None or id(parameter) in names):
-            grouped.setdefault(names.get(id(parameter), ("rest", lr)), []).append(parameter)
-    return [{"params": found, "lr": rate, "name": name, **common} for (name, rate), found in grouped.items()]
 
 
 def refresh(model: nn.Module) -> None:

@@ -146,16 +146,18 @@ def entries_of(
     return found
 
 
-def squares_on(layout: Layout, rms_base: Size = 1.0) -> dict[Site, dict[str, Size]]:
+def squares_on(layout: Layout, rms_base: Size | Mapping[Site, float] = 1.0) -> dict[Site, dict[str, Size]]:
     """Return for every site the squared gains of its trained factors, by label."""
     f, shared = layout.factorization, least_variances(layout)
+    data = any(isinstance(g, starts.Spec) and g.name in ("base", "svd", "tt_svd") for g in starts.starts(f).values())
     found, known = {}, dict[Any, dict[str, Size]]()
     for place in layout.site_layouts:
         own = {label: shared[param] for label, param in place.parameters.items() if param in shared}
-        key = (place.line, tuple(place.sizes.items()), tuple(own.items()))
+        base = rms_base[place.site] if isinstance(rms_base, Mapping) else rms_base
+        key = (place.line, tuple(place.sizes.items()), tuple(own.items()), base if data else 0)
         if key not in known:
             sizes = stacked_sizes(layout, place)
-            entries = entries_of(f, place.line.network, sizes, rms_base, own)
+            entries = entries_of(f, place.line.network, sizes, base, own)
             known[key] = _scaled(f, first_step(place.line.network, sizes, entries))
         found[place.site] = known[key]
     return found

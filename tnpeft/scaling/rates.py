@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
-from tnpeft.networks import Factorization, NetworkError
+from tnpeft.networks import Factorization, Network, NetworkError
 from tnpeft.networks.sizes import Size, Sizes, integers, product
 from tnpeft.scaling import starts
 from tnpeft.scaling.gain import SiteRule, entries_of, open_sizes, resolve
@@ -90,7 +90,7 @@ def learning_rates(
     if rule == "structure":
         if plan is None:
             raise NetworkError('rule="structure" reads the steps of a plan', remedy="pass plan=tnpeft.plan(...)")
-        return by_structure(f, bound, plan, relative_step)
+        return by_structure(net, bound, plan, relative_step)
     raise NetworkError(
         f"rule={rule!r} cannot be worked out from sizes" if rule == "measured" else f"rule={rule!r} is unknown",
         remedy="use gain or structure; tnpeft.parameter_groups(model, ..., batch=...) measures",
@@ -148,16 +148,15 @@ def by_gain(
     return {label: move * math.sqrt(square) / total for label, square in raw.items()}
 
 
-def by_structure(f: Factorization, sizes: Mapping[str, int], plan: Steps, relative_step: float) -> dict[str, float]:
+def by_structure(net: Network, sizes: Mapping[str, int], plan: Steps, relative_step: float) -> dict[str, float]:
     """Return rates by the structure-aware rule of arXiv 2406.06248, read off the steps of a plan.
 
     >>> import tnpeft
     >>> f = tnpeft.families.lora(rank=4)
     >>> p = tnpeft.plan(f, out=64, inp=64, layer=1, proj=1, tokens=4, minimize="macs")
-    >>> by_structure(f, {"out": 64, "r": 4, "inp": 64}, p, 1e-3)
+    >>> by_structure(f.network, {"out": 64, "r": 4, "inp": 64}, p, 1e-3)
     {'B': 0.008, 'A': 0.0005}
     """
-    net = f.network
     labels = {net.label(factor): factor for factor in net.factors if factor.kind == "trainable"}
     columns, found = product(sizes[i] for i in net.cols), dict[str, float]()
     for step in plan.steps:

@@ -217,6 +217,8 @@ def _gradients(model: nn.Module, batch: Any, held: Mapping[ParameterSpec, Tensor
         if loss is None:
             value = out if isinstance(out, Tensor) else next(v for v in _tensors(out) if v.is_floating_point())
             loss = value.float().square().mean()
+        if not loss.requires_grad:
+            return {param: torch.zeros_like(array) for param, array in trained.items()}
         grads = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
     return {
         param: torch.zeros_like(array) if grad is None else grad

@@ -22,12 +22,16 @@ class PeftTypeName(str):
     @property
     def value(self) -> str:
         """The text itself."""
-        return str(self)
+        return str.__str__(self)
 
     @property
     def name(self) -> str:
         """The text itself."""
-        return str(self)
+        return str.__str__(self)
+
+    def __str__(self) -> str:
+        """Show as a member of PEFT's enumeration shows: its reports take what stands after the dot."""
+        return f"PeftType.{self.value}"
 
 
 TENSOR_NETWORK = PeftTypeName("TENSOR_NETWORK")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,7 +54,10 @@ class TensorNetworkLayer(BaseTunerLayer):
     """What the bank and the adapted linears share: the arrays of every adapter, and where they move."""
 
     adapter_layer_names: tuple[str, ...] = ("tnpeft_factors",)
+    cast_input_dtype_enabled = True  # PEFT's helper switches it; inputs and factors are widened in either case
     tnpeft_factors: nn.ModuleDict
+    _trained: set[str]  # adapters that may hold Parameters with requires_grad
+    _paused: set[tuple[str, str, str]] | None  # what required gradients when the adapters were switched off
 
     def register_factors(self, adapter: str, pieces: Mapping[ParameterSpec, Tensor], kept: bool) -> None:
         """Own the arrays of an adapter; frozen ones go to files only if ``kept``."""
@@ -63,6 +66,7 @@ class TensorNetworkLayer(BaseTunerLayer):
             trained = param.kind == "trainable"
             arrays.add(param.key, value, trained=trained, kept=kept and param.kind == "frozen")
         self.tnpeft_factors[adapter] = arrays
+        self._trained.add(adapter)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move the device only: PEFT would also round the factors to the base weight's dtype."""
@@ -81,16 +85,73 @@ class TensorNetworkLayer(BaseTunerLayer):
         """Where the arrays belong."""
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch all adapters on or off; switching them off unmerges first."""
-        if not enabled and self.merged:
-            self.unmerge()
-        super().enable_adapters(enabled)
+        """Switch all adapters on or off: off unmerges first, on again trains what was trained before."""
+        if enabled:
+            for place, array in self._parameters_held():
+                if place in (self._paused or ()):
+                    array.requires_grad_(True)
+            self._paused = None
+        else:
+            if self.merged:
+                self.unmerge()
+            trained = [(place, array) for place, array in self._parameters_held() if array.requires_grad]
+            self._paused = (self._paused or set()) | {place for place, _ in trained}
+            for _, array in trained:
+                array.requires_grad_(False)
+        self._disable_adapters = not enabled
+
+    def _parameters_held(self) -> Iterator[tuple[tuple[str, str, str], nn.Parameter]]:
+        """Every Parameter of the adapters, by the container, the adapter and the key that hold it."""
+        for name in self.adapter_layer_names:
+            for adapter, item in getattr(self, name).items():
+                own = {"": item} if isinstance(item, nn.Parameter) else item._parameters
+                yield from (((name, adapter, key), array) for key, array in own.items() if array is not None)
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make adapters the active ones and, unless for inference, trainable; those that were trained are frozen.
+
+        Only adapters that this package has made trainable are looked at, so that the time does not grow with the
+        number of adapters.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else [*adapter_names]
+        self._flag(self._trained - {*names}, False)
+        self._flag(names, not inference_mode)
+        self._trained = set() if inference_mode else {*names}
+        self._paused = None
+        self._active_adapter = names
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Make adapters trainable or freeze them, active or not."""
+        names = {adapter_names} if isinstance(adapter_names, str) else {*adapter_names}
+        self._flag(names, requires_grad)
+        if requires_grad:
+            self._trained |= names
+
+    def cast(self, adapter: str, dtype: torch.dtype | None) -> None:
+        """Cast all arrays of an adapter, its magnitude among them; None widens those of 16 bits or fewer to fp32."""
+        for name in self.adapter_layer_names:
+            held = getattr(self, name)
+            if adapter not in held:
+                continue
+            item = held[adapter]
+            own = [*item.parameters(), *item.buffers()] if isinstance(item, nn.Module) else [item]
+            for array in own:
+                if array.is_floating_point() and (dtype is not None or array.element_size() < 4):
+                    array.data = array.data.to(dtype or torch.float32)
+
+    def _flag(self, adapters: Iterable[str], flag: bool) -> None:
+        for name in self.adapter_layer_names:
+            held = getattr(self, name)
+            for adapter in adapters:
+                if adapter in held:
+                    held[adapter].requires_grad_(flag)
 
 
 class FactorBank(nn.Module, TensorNetworkLayer):
     """The owner of every factor that several sites share; one per model, a child of the model itself.
 
-    ``layouts`` holds the layout of each adapter's factors, ``watching`` whether a forward is on its way that must
+    ``layouts`` holds the layout of each adapter's factors, ``configs`` the configuration, ``keys`` the names of the
+    arrays; ``watching`` says whether a forward is on its way that must
     not meet reentrant checkpointing (see :mod:`tnpeft.adapters.guard`).
 
     >>> bank = FactorBank(None)
@@ -98,9 +159,10 @@ class FactorBank(nn.Module, TensorNetworkLayer):
     ([], [])
     """
 
-    other_param_names: tuple[str, ...] = ("layouts",)
+    other_param_names: tuple[str, ...] = ("layouts", "configs", "keys")
     weight = None
     bias = None
+    in_features = out_features = 0  # PEFT's tuner layers have them
 
     def __init__(self, quantization_backend: Any = None) -> None:
         super().__init__()
@@ -109,6 +171,9 @@ class FactorBank(nn.Module, TensorNetworkLayer):
         self.quantization_backend = quantization_backend
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
+        self._trained, self._paused = set(), None
+        self.configs: dict[str, Any] = {}
+        self.keys: dict[str, frozenset[str]] = {}
         self.device: torch.device | None = None
         self.watching = False
 
@@ -117,7 +182,7 @@ class FactorBank(nn.Module, TensorNetworkLayer):
         return self.device
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """The bank stands in no way of a conversion: :class:`ConvertedLayer` leaves it out."""
+        """The bank stands in no way of a conversion: :class:`AdaptedLayer` leaves it out."""
         return True
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
@@ -139,9 +204,9 @@ class _NotTheBank(type):
         return isinstance(module, BaseTunerLayer) and not isinstance(module, FactorBank)
 
 
-class ConvertedLayer(metaclass=_NotTheBank):
-    """What PEFT's conversion to LoRA takes for an adapted layer: any but the bank, which has no update of its own.
+class AdaptedLayer(metaclass=_NotTheBank):
+    """A tuner layer for PEFT's conversion to LoRA and its reports: any but the bank, which has no update of its own.
 
-    >>> isinstance(FactorBank(), BaseTunerLayer), isinstance(FactorBank(), ConvertedLayer)
+    >>> isinstance(FactorBank(), BaseTunerLayer), isinstance(FactorBank(), AdaptedLayer)
     (True, False)
     """

@@ -43,6 +43,7 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
         self.siblings: dict[str, Siblings] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
+        self._trained, self._paused = set(), None
         self._bank = (bank,)
         self._kept: Tensor | Kept | None = None
         self.out_features, self.in_features = features(self.get_base_layer())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -22,14 +23,19 @@ from tnpeft.adapters.files import check_shapes
 from tnpeft.adapters.guard import watch
 from tnpeft.adapters.layer import TensorNetworkLinear
 from tnpeft.adapters.mixed import BatchAdapterNames, check_names, expanded
+from tnpeft.adapters.owners import check_owner, fused, keep_unfused
 from tnpeft.adapters.placement import base_constants, build_layout, expected_shapes, start_values
 from tnpeft.adapters.replicas.batch import check_blocks, expect_blocks
+from tnpeft.adapters.rollback import Parked, Snapshot, layers, outside
 from tnpeft.adapters.siblings import join
 from tnpeft.adapters.targets import card_of, resolve, shared_input_groups
 from tnpeft.adapters.update import update
 from tnpeft.adapters.weighted_sum import combine
-from tnpeft.layout import Layout, ParameterSpec
+from tnpeft.layout import Layout, ParameterSpec, SiteLayout
 from tnpeft.networks import NetworkError, Site
+
+_CONTAINERS = type("Containers", (nn.ModuleDict, nn.ParameterDict), {})()  # of adapters, by name
+_MEANT = ("__base__", "base_layer", "original_module", "modules_to_save", "token_adapter")
 
 
 class TensorNetworkModel(BaseTuner):
@@ -59,13 +65,41 @@ class TensorNetworkModel(BaseTuner):
         return peft_config
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Place an adapter. Its configuration names its modules, so a state dict is not asked for them."""
+        """Place an adapter, or leave the model as it was, whatever fails.
+
+        The configuration is copied, so that one object serves for several models. It names its modules, so a state
+        dict is not asked for them.
+        """
         kwargs["state_dict"] = None
+        bank = getattr(model, BANK, None)
+        known = bank.configs.get(adapter_name) if isinstance(bank, FactorBank) else None
+        given = self.peft_config[adapter_name]
+        parked = Parked()
+        before = None
         try:
+            if known is not None:
+                raise NetworkError(
+                    f"the model has an adapter {adapter_name!r} already",
+                    remedy="delete it first, or choose another name",
+                )
+            parked.take(model)
+            before = Snapshot(self)
+            self.peft_config[adapter_name] = copy.deepcopy(given)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except NetworkError:
-            self.peft_config.pop(adapter_name, None)  # it may be the model's own table, which transformers leaves so
+            parked.restore()
+        except BaseException:
+            if before is not None:
+                before.restore()
+            parked.restore()
+            if known is None:  # the table may be the model's own, which transformers leaves as it is
+                self.peft_config.pop(adapter_name, None)
+            else:
+                self.peft_config[adapter_name] = known
             raise
+
+    def _check_target_module_exists(self, peft_config: TensorNetworkConfig, key: str) -> Any:  # type: ignore[override]
+        """The same as for any tuner, but that the bank is no target."""
+        return False if key.split(".")[0] == BANK else check_target_module_exists(peft_config, key)
 
     def _create_and_replace(
         self,
@@ -85,29 +119,40 @@ class TensorNetworkModel(BaseTuner):
         """Lay the factors out over all targeted linears, check them, and give each array to its owner."""
         modules = {
             name: module
-            for name, module in self.model.named_modules()
-            if name and ".base_layer" not in name and check_target_module_exists(config, name)
+            for name, module in outside(self.model)
+            if name and self._check_target_module_exists(config, name)
         }
         quantised = get_quantization_kwargs(self.model)
         bases = {name: _linear(name, module, quantised) for name, module in modules.items()}
+        for name in modules:
+            check_owner(self.model, name)
         layout = build_layout(self.model, bases, config)
         self._check_name(adapter, layout)
         values = start_values(config, layout, partial(_weight, modules, quantised))
         bank = self._bank(next(iter(bases.values())))
-        bank.layouts[adapter] = layout
+        bank.layouts[adapter], bank.configs[adapter] = layout, config
+        bank.keys[adapter] = frozenset(param.key for param in layout.parameters)
         if config.replicas > 1:
             expect_blocks(self.model)
         bank.register_factors(
             adapter, {param: value for param, value in values.items() if not param.home}, config.save_frozen
         )
         bank._move_adapter_to_device_of_base_layer(adapter)
-        for name in dict.fromkeys(site_layout.site.module for site_layout in layout.site_layouts):
-            self._attach_layer(name, bank, adapter, config, values)
+        site_layouts: dict[str, list[SiteLayout]] = {}
+        for site_layout in layout.site_layouts:
+            site_layouts.setdefault(site_layout.site.module, []).append(site_layout)
+        for name, its in site_layouts.items():
+            self._attach_layer(name, bank, adapter, config, values, its)
         for names in shared_input_groups(self.model, [site_layout.site for site_layout in layout.site_layouts]):
             join(adapter, map(self.model.get_submodule, names))
 
     def _bank(self, first: nn.Module) -> FactorBank:
         bank: FactorBank | None = getattr(self.model, BANK, None)
+        if bank is not None and not isinstance(bank, FactorBank):
+            raise NetworkError(
+                f"the model has something of its own called {BANK!r}, where shared factors would be kept",
+                remedy="rename it, or adapt a module that holds the model",
+            )
         if bank is None:
             bank = FactorBank(resolve_quantization_backend(first, **get_quantization_kwargs(self.model)))
             setattr(self.model, BANK, bank.train(self.model.training))
@@ -122,18 +167,19 @@ class TensorNetworkModel(BaseTuner):
         adapter: str,
         config: TensorNetworkConfig,
         values: dict[ParameterSpec, Tensor],
+        site_layouts: list[SiteLayout],
     ) -> None:
         """Give one linear the adapter's updates and the arrays that only it uses."""
         parent, target, child = _get_submodules(self.model, name)
         if not isinstance(target, TensorNetworkLinear):
             new = TensorNetworkLinear(target, bank, **get_quantization_kwargs(self.model))
             new.train(target.training)
+            if fused(parent):
+                new.register_forward_pre_hook(keep_unfused)
             self._replace_module(parent, child, new, target)
             target = new
         f = bank.layouts[adapter].factorization
-        site_layouts = sorted(
-            (p for p in bank.layouts[adapter].site_layouts if p.site.module == name), key=lambda p: p.site.start
-        )
+        site_layouts = sorted(site_layouts, key=lambda p: p.site.start)
         constants = base_constants(f)
         target.updates[adapter] = tuple(
             update(site_layout, f.unit_norm, constants, float(f.scale), config.tokens) for site_layout in site_layouts
@@ -149,31 +195,31 @@ class TensorNetworkModel(BaseTuner):
 
     def _check_name(self, adapter: str, layout: Layout) -> None:
         bank = getattr(self.model, BANK, None)
-        others = {} if bank is None else bank.layouts
-        keys = {param.key for its in (layout, *others.values()) for param in its.parameters}
-        if not adapter or "." in adapter or registration.PREFIX in adapter:
+        others = bank.keys if isinstance(bank, FactorBank) else {}
+        if not adapter or "." in adapter or registration.PREFIX in adapter or hasattr(_CONTAINERS, adapter):
             raise NetworkError(
                 f"no adapter can be called {adapter!r}: its name is part of the names of its factors",
-                remedy=f"choose a name without a dot and without {registration.PREFIX!r}",
+                remedy=f"choose a name without a dot or {registration.PREFIX!r}, and not that of a module's method",
             )
-        for name in (adapter, *others):
-            if name in keys:
-                raise NetworkError(
-                    f"the adapter {name!r} is called as one of the factors, and PEFT would mix the two up in files",
-                    remedy="choose another adapter name",
-                )
+        if adapter in _MEANT:
+            raise NetworkError(f"{adapter!r} means something else to PEFT", remedy="choose another adapter name")
+        keys = {param.key for param in layout.parameters}
+        taken = [adapter] if adapter in keys or any(adapter in its for its in others.values()) else []
+        for name in [*taken, *(name for name in others if name in keys)]:
+            raise NetworkError(
+                f"the adapter {name!r} is called as one of the factors, and PEFT would mix the two up in files",
+                remedy="choose another adapter name",
+            )
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Keep factors in fp32, or cast them to the base weight's dtype if autocasting is off."""
-        if autocast_adapter_dtype:
-            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-            return
-        layers = [m for m in self.model.modules() if isinstance(m, TensorNetworkLayer)]
-        linear = next(m for m in layers if isinstance(m, TensorNetworkLinear))
+        """Keep all that an adapter trains in fp32, or cast it to the base weight's dtype if autocasting is off."""
+        found = [*layers(self.model)]
+        linear = next(layer for layer in found if isinstance(layer, TensorNetworkLinear))
         dtype = linear._get_base_layer_device_and_dtype(linear.get_base_layer())[1]
-        for layer in layers:
-            if dtype is not None and dtype.is_floating_point and adapter_name in layer.tnpeft_factors:
-                layer.tnpeft_factors[adapter_name].to(dtype)
+        if not autocast_adapter_dtype and (dtype is None or not dtype.is_floating_point):
+            return
+        for layer in found:
+            layer.cast(adapter_name, None if autocast_adapter_dtype else dtype)
 
     # ---- merging and unloading
 

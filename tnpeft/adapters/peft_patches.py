@@ -1,31 +1,44 @@
 """What is set on PEFT's own classes when the tuner registers, where they leave no other place for it.
 
-Each is one attribute of one class; every other kind of adapter meets what was there before, and a configuration that
-is no JSON, of whatever kind it was, an error that names the file.
+Each is one attribute of one class or module; every other kind of adapter meets what was there before, and a
+configuration that is no JSON, of whatever kind it was, an error that names the file.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, peft_model
+from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.config import PeftConfigMixin
 from peft.tuners.lora import conversion
+from peft.utils import save_and_load
 from torch import Tensor
 from transformers.integrations.peft import PeftAdapterMixin
 from transformers.utils.hub import PushToHubMixin
 
-from tnpeft.adapters.bank import ConvertedLayer
+from tnpeft.adapters.bank import AdaptedLayer
 from tnpeft.adapters.config import TensorNetworkConfig
 from tnpeft.adapters.files import AGAIN, checked_shapes, describe
+from tnpeft.adapters.rollback import Parked, Snapshot
 from tnpeft.networks import NetworkError
+from tnpeft.registration import PREFIX
 
 _read = PeftConfigMixin.from_pretrained.__func__
 _json = PeftConfigMixin.from_json_file.__func__
 _load = PeftAdapterMixin.load_adapter
+_add = PeftAdapterMixin.add_adapter
+_load_peft, _add_peft = PeftModel.load_adapter, PeftModel.add_adapter
+_load_onto = PeftModel.from_pretrained.__func__
+_made = {cls: cls.__init__ for cls in (PeftModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values())}
 _upload = PushToHubMixin._upload_modified_files
+_filter = save_and_load._filter_state_dict_for_adapter_name
+_HELD = re.compile(rf".*\.(?:{PREFIX}\w+|modules_to_save|trainable_tokens_(?:delta|original))\.([^.]+)(?:\.|$)")
 
 
 def hook() -> None:
@@ -35,11 +48,90 @@ def hook() -> None:
     """
     # The conversion asks every tuner layer for a dense update. The bank has to be one, for all else that PEFT does
     # to tuner layers, and has no update; the conversion's own name for them is the one place to tell the two apart.
-    conversion.BaseTunerLayer = ConvertedLayer  # type: ignore[misc, assignment]
+    conversion.BaseTunerLayer = AdaptedLayer  # type: ignore[misc, assignment]
+    peft_model.BaseTunerLayer = AdaptedLayer  # type: ignore[misc, assignment]  # for its reports
     PeftConfig.from_pretrained = classmethod(_from_pretrained)
     PeftConfig.from_json_file = classmethod(_from_json_file)
     PeftModel._upload_modified_files = _upload_with_card
-    PeftAdapterMixin.load_adapter = _load_checked
+    PeftAdapterMixin.load_adapter = _whole(_load_checked)
+    PeftAdapterMixin.add_adapter = _whole(_add, reads=False)
+    PeftModel.load_adapter = _whole(_load_peft)
+    PeftModel.add_adapter = _whole(_add_peft, reads=False)
+    PeftModel.from_pretrained = classmethod(_from_pretrained_whole)
+    for cls, made in _made.items():
+        cls.__init__ = _made_whole(made)
+    save_and_load._filter_state_dict_for_adapter_name = _filter_exact
+
+
+def _holds(model: Any, adapter: str) -> bool:
+    """True if a model has an adapter of this package under a name."""
+    configs = getattr(model, "peft_config", None)
+    return isinstance(configs, dict) and isinstance(configs.get(adapter), TensorNetworkConfig)
+
+
+def _whole(method: Callable[..., Any], reads: bool = True) -> Callable[..., Any]:
+    """A method that adds or loads an adapter of this package, or leaves the model as it was."""
+    signature = inspect.signature(method)
+
+    @wraps(method)
+    def whole(model: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind_partial(model, *args, **kwargs).arguments
+        name = given.get("adapter_name") or "default"
+        there = _holds(model, name)
+        parked = Parked()
+        before = None
+        try:
+            if not reads:  # the other adapters stay as they are
+                parked.take(model)
+            before = Snapshot(model, None if reads else (), name if there else None)
+            result = method(model, *args, **kwargs)
+            parked.restore()
+            return result
+        except BaseException:
+            ours = there or _holds(model, name) or isinstance(given.get("adapter_config"), TensorNetworkConfig)
+            if before is not None and ours:
+                before.restore()
+            parked.restore()
+            raise
+
+    return whole
+
+
+def _made_whole(method: Callable[..., None]) -> Callable[..., None]:
+    """The constructor of one of PEFT's models, which leaves the base model as it was if it fails."""
+
+    @wraps(method)
+    def whole(self: Any, model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        before = Snapshot(model) if isinstance(peft_config, TensorNetworkConfig) else None
+        try:
+            method(self, model, peft_config, *args, **kwargs)
+        except BaseException:
+            if before is not None:
+                before.restore()
+            raise
+
+    return whole
+
+
+def _from_pretrained_whole(
+    cls: type[PeftModel], model: Any, model_id: Any, adapter_name: str = "default", *args: Any, **kwargs: Any
+) -> Any:
+    """Load an adapter onto a base model, or leave that as it was."""
+    before = Snapshot(model)
+    try:
+        return _load_onto(cls, model, model_id, adapter_name, *args, **kwargs)
+    except BaseException:
+        if _holds(model, adapter_name):
+            before.restore()
+        raise
+
+
+def _filter_exact(state_dict: dict[str, Tensor], unwanted_adapter_names: list[str]) -> dict[str, Tensor]:
+    """Leave out the arrays of other adapters; a path of the model may hold an adapter's name as well."""
+    if not any(f".{PREFIX}" in key for key in state_dict):
+        return _filter(state_dict, unwanted_adapter_names)
+    other = {*unwanted_adapter_names}
+    return {k: v for k, v in state_dict.items() if (found := _HELD.match(k)) is None or found[1] not in other}
 
 
 def _from_json_file(cls: type[PeftConfig], path: str, **kwargs: Any) -> dict[str, Any]:

@@ -1,0 +1,157 @@
+"""All or nothing: a model as it was before an attachment, a load or a merge that failed.
+
+What is kept are references, never copies of the base model's tensors. Adapters that were there before are not
+visited, so that the cost of attaching does not grow with their number.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Iterator
+from copy import copy
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from tnpeft.adapters.bank import FactorBank, TensorNetworkLayer
+
+_CONTAINERS = (dict, OrderedDict, list, set)
+
+
+def walk(root: nn.Module, adapters: Collection[str] | None = (), prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules of a model, each once; of the adapters' own modules those of ``adapters``, None for all.
+
+    >>> [name for name, _ in walk(nn.Sequential(nn.Linear(2, 2)))]
+    ['', '0']
+    """
+    seen: set[int] = set()
+    stores: set[int] = set()
+    waiting = [(prefix, root)]
+    while waiting:
+        name, module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield name, module
+        children = module._modules.items()
+        if adapters is not None and id(module) in stores:
+            children = [(key, child) for key in adapters if (child := module._modules.get(key)) is not None]
+        elif isinstance(module, TensorNetworkLayer):
+            stores.update(id(getattr(module, held)) for held in module.adapter_layer_names)
+        waiting += [
+            (f"{name}.{key}" if name else key, child) for key, child in reversed([*children]) if child is not None
+        ]
+
+
+def outside(root: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Names and modules of a model but for what lies inside adapted modules, in the order of the model.
+
+    >>> [name for name, _ in outside(nn.Sequential(nn.Linear(2, 2)))]
+    ['', '0']
+    """
+    found: list[tuple[str, nn.Module]] = []
+    inner: set[int] = set()
+    for name, module in walk(root):
+        if id(module) in inner:
+            inner.update(map(id, module.children()))
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inner.update(map(id, module.children()))
+        if not isinstance(module, FactorBank):
+            found.append((name, module))
+    return found
+
+
+def layers(root: nn.Module) -> Iterator[TensorNetworkLayer]:
+    """The adapted linears of a model, and the bank.
+
+    >>> [*layers(nn.Linear(2, 2))]
+    []
+    """
+    return (module for _, module in walk(root) if isinstance(module, TensorNetworkLayer))
+
+
+class Snapshot:
+    """Everything about the modules of a model but the numbers: submodules, Parameters, buffers, hooks, flags.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2))
+    >>> before = Snapshot(model)
+    >>> model.more = nn.Linear(2, 2)
+    >>> before.restore()
+    >>> [name for name, _ in model.named_children()]
+    ['0']
+
+    Args:
+        root: the model.
+        adapters: adapters that are already there and may be touched, None for all.
+        values: one of them whose numbers may be touched as well; they are copied.
+    """
+
+    def __init__(self, root: nn.Module, adapters: Collection[str] | None = (), values: str | None = None) -> None:
+        self._states: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
+        self._flags: list[tuple[Tensor, bool]] = []
+        self._values: list[tuple[Tensor, Tensor]] = []
+        for name, module in walk(root, adapters):
+            state = dict(module.__dict__)
+            self._states.append((module, state, {k: copy(v) for k, v in state.items() if type(v) in _CONTAINERS}))
+            own = [*module._parameters.items()]
+            self._flags += [(array, array.requires_grad) for _, array in own if array is not None]
+            for key, array in own if values is not None else ():
+                if array is not None and (
+                    values in (*name.split("."), key) or (key == "bias" and array.requires_grad)
+                ):
+                    self._values.append((array, array.detach().clone()))
+
+    def restore(self) -> None:
+        """Put all of it back, in place wherever it is a container."""
+        for module, state, contents in self._states:
+            module.__dict__.clear()
+            module.__dict__.update(state)
+            for key, content in contents.items():
+                _refill(state[key], content)
+        for array, flag in self._flags:
+            array.requires_grad_(flag)
+        with torch.no_grad():
+            for array, value in self._values:
+                array.copy_(value)
+
+
+class Parked:
+    """The modules of a model's adapters, which can be taken out of it for a while: walks over it do not meet them.
+
+    >>> parked = Parked()
+    >>> parked.take(nn.Linear(2, 2))
+    >>> parked.restore()
+    """
+
+    def __init__(self) -> None:
+        self._held: list[tuple[nn.Module, str, dict[str, Any]]] = []
+
+    def take(self, root: nn.Module) -> None:
+        """Take them out."""
+        for layer in layers(root):
+            for name in layer.adapter_layer_names:
+                container = getattr(layer, name)
+                for slot in ("_modules", "_parameters", "_keys"):
+                    if (held := container.__dict__.get(slot)) is not None:
+                        self._held.append((container, slot, held))
+                        container.__dict__[slot] = {}
+
+    def restore(self) -> None:
+        """Put them back, beside those that have come since."""
+        while self._held:
+            container, slot, held = self._held[-1]
+            if (now := container.__dict__[slot]) is not held:
+                held.update(now)
+                container.__dict__[slot] = held
+            self._held.pop()
+
+
+def _refill(container: Any, content: Any) -> None:
+    if isinstance(container, list):
+        container[:] = content
+    else:
+        container.clear()
+        container.update(content)

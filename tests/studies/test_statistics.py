@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from hypothesis import given, strategies
 from scipy import stats
 
 from tnpeft.studies import figures, tables
-from tnpeft.studies.results import Point, nearest
+from tnpeft.studies.results import Point, Tried
 from tnpeft.studies.scoring import metric
 from tnpeft.studies.statistics import (
     best_under,
@@ -197,14 +199,6 @@ POINTS = [
 ]
 
 
-def test_matched_table_pairs_what_is_near_and_only_that() -> None:
-    rows = tables.matched_table(POINTS, "LoRA")
-    assert [(row["reference"], row["method"]) for row in rows] == [("LoRA (rank=100)", "CP (rank=95)")]
-    assert rows[0]["difference"] == "+0.0000"
-    assert rows[0]["shared seeds"] == 2
-    assert nearest(POINTS[2:4], 200) is None
-
-
 def test_tables_read_back() -> None:
     rows = tables.results_table(POINTS)
     back = list(csv.DictReader(io.StringIO(tables.as_csv(rows))))
@@ -213,6 +207,9 @@ def test_tables_read_back() -> None:
     assert tables.latex(rows).count(r"\\") == len(rows) + 1
     assert "seeds" in rows[0]
     assert {row["method"]: row["sizes tested"] for row in tables.curve_table(POINTS)} == {"LoRA": 2, "CP": 2}
+    assert not {"policy", "dof", "relative step", "loss"} & set(rows[0])
+    full = [replace(p, policy="P1", dof=p.parameters - 1, step=0.01, losses=p.scores) for p in POINTS]
+    assert {"policy", "dof", "relative step", "loss"} <= set(tables.results_table(full)[0])
 
 
 def test_figures_are_written_and_repeat(tmp_path: Path) -> None:
@@ -222,7 +219,83 @@ def test_figures_are_written_and_repeat(tmp_path: Path) -> None:
     for one, two in zip(first, second, strict=True):
         assert one.stat().st_size > 5000
         assert one.read_bytes() == two.read_bytes()
-    assert len(figures.curve_figure(POINTS, tmp_path / "c")) == 3
+
+
+@pytest.mark.parametrize("metric_of_task", figures.METRIC)
+@pytest.mark.parametrize("draw", [figures.budget_figure, figures.ranked_figure])
+def test_axes_are_named_by_the_metric_of_the_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric_of_task: str, draw: Any
+) -> None:
+    named: list[str] = []
+
+    def look(figure: Any, path: Path) -> Path:
+        named.extend(text for axis in figure.axes for text in (axis.get_ylabel(), axis.get_xlabel()))
+        return path
+
+    monkeypatch.setattr(figures, "save", look)
+    both = [replace(p, task="other", metric="f1") for p in POINTS[:2]]
+    draw([*(replace(p, metric=metric_of_task) for p in POINTS), *both], tmp_path / "a")
+    for name in (metric_of_task, "f1"):
+        assert any(text.startswith(figures.METRIC[name]) for text in named)
+    if metric_of_task != "accuracy":
+        assert not any("ccuracy" in text for text in named)
+
+
+def test_a_family_has_one_look_in_every_figure() -> None:
+    looks = {figures.style(label, others) for label in ["CP"] for others in ([], ["CP"], ["mine", "CP"])}
+    assert len(looks) == 1
+    labels = [*figures.FAMILIES, "mine", "yours"]
+    assert len({figures.style(label, labels) for label in labels}) == len(labels)
+
+
+def studied(policy: str, spread: float) -> list[Point]:
+    draw = np.random.default_rng(len(policy))
+    tried = tuple(Tried(10.0**-k, 10.0**-k / 2, 1.0 + (k - 2) ** 2, 0.5, 3) for k in range(1, 5))
+    return [
+        Point(
+            "sst2", label, "rank=2", "family", 2048, 0, 1e-2, False, {}, {}, {},
+            {f"b{k}/0": 1.0 + spread * place + 0.01 * draw.normal() for k in range(8)},
+            policy, 2016, 1e-2, (*tried, Tried(10.0, 1.0, math.inf, 0.1, 3)),
+        )
+        for place, label in enumerate(("LoRA", "MoSLoRA", "CP"))
+    ]  # fmt: skip
+
+
+def test_variances_contrasts_and_searches_are_shown(tmp_path: Path) -> None:
+    points = [*studied("P0", 1.0), *studied("P21", 0.1)]
+    points = [replace(p, scores=p.losses) for p in points]
+    rows = tables.variance_table(points, ["LoRA", "MoSLoRA"])
+    assert [row["policy"] for row in rows] == ["P0", "P21"]
+    assert 0.005 < float(rows[1]["families, over the first policy's"]) < 0.02
+    assert tables.variance_table(points[:3], ["LoRA", "MoSLoRA"]) == []
+    common = {"measure": "loss", "task": "sst2"}
+    declared = [
+        {"name": "CP", "plus": "P0: CP (rank=2)", "minus": "P0: LoRA (rank=2)", "margin": 0.5, **common},
+        {"name": "same", "plus": "P21: MoSLoRA (rank=2)", "minus": "P21: LoRA (rank=2)", "margin": 0.5, **common},
+        {"name": "gone", "plus": "P9: CP", "minus": "P0: LoRA (rank=2)", "margin": 0.5, **common},
+    ]
+    found = tables.contrasts(points, declared)
+    assert [row["verdict"] for row in tables.contrasts_table(found, declared)] == [
+        "higher",
+        "higher by less than the margin",
+        "",
+    ]
+    assert tables.contrasts_table(found, declared)[2]["difference"] == "not run"
+    made = [
+        figures.variance_figure(points, tmp_path / "variance", ["LoRA", "MoSLoRA"]),
+        figures.rates_figure(points[:3], tmp_path / "rates"),
+        figures.forest_figure(found, tmp_path / "forest"),
+    ]
+    assert all(path.stat().st_size > 5000 for paths in made for path in paths)
+
+
+def test_points_come_back_from_their_tables() -> None:
+    for p in (*POINTS, *studied("P0", 1.0)):
+        back = Point.of(json.loads(json.dumps(p.table, allow_nan=False)))
+        by_text = {str(key): value for key, value in p.scores.items()}
+        assert replace(back, scores=p.scores, dev=p.dev, search=p.search) == p
+        assert back.scores == by_text
+        assert back.search == p.search
 
 
 # Machado, Oliveira and Fernandes (2009), severity 1: what each kind of colour blindness makes of linear RGB.

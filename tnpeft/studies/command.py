@@ -66,8 +66,7 @@ def train(
         if (out / "result.json").exists():
             found: dict[str, Any] = json.loads((out / "result.json").read_text(encoding="utf-8"))
             return found
-    if model != backbones.DIGITS:
-        backbones.reach(model, tokenizer)
+    backbones.reach(model, tokenizer, cache)
     if processes.first():
         write_json(out / "run.json", {"key": run.key, "run": run.identity})
 

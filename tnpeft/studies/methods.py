@@ -48,9 +48,27 @@ def factorization(method: Method) -> Factorization:
 
     tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in args.items()}
     try:
-        return replace(families.get(method["family"])(**tuples), **method.get("change", {}))
+        f = families.get(method["family"])(**tuples)
+        change = dict(method.get("change", {}))
+        return replace(f, **{**change, "ranks": {**f.ranks, **change.get("ranks", {})}})
     except TypeError as error:
         raise StudyError(f"wrong arguments: {error}", where=f"family {method['family']!r}") from None
+
+
+def by_rule(method: Method) -> Method:
+    """Return a method whose trained factors start by the variance rule and learn alike; its zero factors stay zero.
+
+    >>> by_rule({"family": "loretta"})["change"]["init"]
+    {}
+    >>> by_rule({"family": "lora"})["change"]["init"]
+    {'B': 'zeros'}
+    """
+    if "family" not in method:
+        return method
+    f = factorization(method)
+    labels = {line.network.label(its) for line in f.lines for its in line.network.factors if its.kind == "trainable"}
+    kept = {name: start for name, start in f.init.items() if start == "zeros" or name not in labels}
+    return {**method, "change": {**method.get("change", {}), "init": kept, "lr_multiplier": {}}}
 
 
 def _of_line(net: Network, args: Mapping[str, Any]) -> Factorization:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tnpeft.studies import figures, tables
+from tnpeft.studies import figures, packaged, tables
 from tnpeft.studies.files import StudyError, write_json
 from tnpeft.studies.results import Point, collect, failures
 from tnpeft.studies.runs import Store
@@ -48,11 +48,19 @@ def report(study: Study, folder: str | Path, out: str | Path, reference: str = "
         "reference": reference or points[0].label,
         "protocol": study.protocol.digest,
         "settings": asdict(study.protocol),
-        "backbone": str(study.table["backbone"]),
+        "backbone": packaged.title(str(study.table["backbone"])),
+        "backbones": {name: study.identity(name) for name in study.backbones},
+        "controls": list(study.table.get("controls", [])),
+        "contrasts": [
+            {"name": c.name, "plus": c.plus.name, "minus": c.minus.name, "measure": c.measure, "margin": c.margin}
+            | {"task": c.task}
+            for c in study.contrasts
+        ],
         "source": str(study.table.get("source", "")),
         "ours": list(study.table.get("ours", [])),
         "tasks": {task.name: {"prompt": task.prompt, "words": dict(task.words)} for task in study.tasks},
         "seeds": list(study.table["seeds"]),
+        "reported": len(study.table.get("backbones", ())) or 1,
         "points": [p.table for p in points],
     }
     write_json(out / f"{study.name}.json", facts)
@@ -64,26 +72,46 @@ def report(study: Study, folder: str | Path, out: str | Path, reference: str = "
 def render(facts: Mapping[str, Any], out: str | Path) -> tuple[Point, ...]:
     """The points of a study, after the tables and figures were written that its results (a report's JSON) show.
 
-    Files: the tables ``<name>`` (all points), ``<name>-matched``, ``<name>-curve`` and, if a task has further
-    metrics, ``<name>-metrics`` (.md, .csv, .tex), the figures ``<name>`` and ``<name>-curve``.
+    Files: the tables ``<name>`` (all points), ``<name>-contrasts`` (declared comparisons), ``<name>-variance``
+    (between families, by policy), ``<name>-curve`` (best under a budget) and ``<name>-metrics`` (.md, .csv, .tex);
+    the figures ``<name>`` (against budget, or by rank), ``<name>-rates`` (searches), ``<name>-variance`` and
+    ``<name>-contrasts``. What has no content is left out.
     """
     points = tuple(map(Point.of, facts["points"]))
-    where, title, reference = Path(out) / facts["name"], facts["title"], facts["reference"]
-    gaps = sum(len(set(facts["seeds"]) - set(p.scores)) for p in points)
-    caption = f"{title or facts['name']}: {_seeds(points)}{f', {gaps} runs missing' if gaps else ''}."
-    tables.write(tables.results_table(points), where.with_suffix(".md"), caption)
-    further = {"matched": tables.matched_table(points, reference), "curve": tables.curve_table(points)}
-    for name, rows in {**further, "metrics": tables.metrics_table(points)}.items():
+    where, name, title = Path(out), facts["name"], facts["title"]
+    wanted = len(facts["seeds"]) * max(1, facts.get("reported", 1))
+    gaps = sum(wanted - len(p.scores) for p in points)
+    caption = f"{title or name}: {_seeds(points)}{f', {gaps} runs missing' if gaps else ''}."
+    tables.write(tables.results_table(points), where / f"{name}.md", caption)
+    found = tables.contrasts(points, facts.get("contrasts", ()))
+    controls = facts.get("controls", ())
+    further = {
+        "contrasts": tables.contrasts_table(found, facts.get("contrasts", ())),
+        "variance": tables.variance_table(points, controls),
+        "curve": tables.curve_table(points),
+        "metrics": tables.metrics_table(points),
+    }
+    for kind, rows in further.items():
         if rows:
-            tables.write(rows, where.with_name(f"{facts['name']}-{name}.md"))
-    ladder = figures.is_ladder(points)
-    draw = figures.budget_figure if ladder else figures.ranked_figure
-    draw(points, where, title=title, reference=reference)
-    if ladder:
-        figures.curve_figure(points, where.with_name(f"{facts['name']}-curve"), title=title)
+            tables.write(rows, where / f"{name}-{kind}.md")
+    policies = {p.policy for p in points}
+    if len(policies) == 1:
+        draw = figures.budget_figure if figures.is_ladder(points) else figures.ranked_figure
+        draw(points, where / name, title=title, reference=facts["reference"])
+    if any(p.step is not None and len(p.search) > 1 for p in points):
+        figures.rates_figure(points, where / f"{name}-rates", title=title)
+    if further["variance"]:
+        figures.variance_figure(points, where / f"{name}-variance", controls, title=title)
+    if found:
+        measures = {c["measure"] for c in facts["contrasts"]}
+        unit = {"loss": "cross-entropy", "metric": points[0].metric}[measures.pop()] if len(measures) == 1 else ""
+        figures.forest_figure(found, where / f"{name}-contrasts", title=title, unit=unit)
     return points
 
 
 def _seeds(points: Sequence[Point]) -> str:
-    seeds = sorted({p.summary.n for p in points})
-    return str(seeds[0]) + " seeds" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
+    counts = sorted({p.summary.replicates for p in points})
+    each = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    backbones = max(p.summary.n for p in points)
+    many = any("/" in str(key) for p in points for key in p.scores)
+    return f"{each} runs each on {backbones} backbones" if many else f"{each} seeds"

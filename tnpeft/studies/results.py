@@ -2,30 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from tnpeft.studies.runs import Store
+from tnpeft.studies import backbones, matching, methods
+from tnpeft.studies.design import Cell
+from tnpeft.studies.runs import Store, finite
 from tnpeft.studies.statistics import Summary, summary
-from tnpeft.studies.study import Cell, Study
+from tnpeft.studies.study import Study, dev_loss
 from tnpeft.studies.tasks import Task
 
 
 @dataclass(frozen=True)
-class Point:
-    """A method at one size on one task.
+class Tried:
+    """One value of a search: what it was, and the means over the tuning runs.
 
     Attributes:
-        task, label, size: what was run.
+        value: the rate or relative step.
+        lr: the learning rate, which a relative step makes different on every backbone: their geometric mean.
+        loss, score: of dev; the loss is infinite if one run's is not finite.
+        n: tuning runs.
+    """
+
+    value: float
+    lr: float
+    loss: float
+    score: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Point:
+    """A method at one size under one policy on one task.
+
+    A replicate is a seed, or with several backbones a backbone and a seed, ``"digits:3/0"``.
+
+    Attributes:
+        task, label, size, policy: what was run.
         kind: family, line, peft, full or none.
         parameters: of the adapter, without a head.
+        dof: parameters modulo gauge; None where no formula gives them.
         head: parameters of a new head.
-        lr: the learning rate chosen on dev.
-        edge: the chosen rate is the smallest or largest of several, so a wider grid might do better.
-        scores: eval score by seed at that rate.
-        dev: dev score by seed.
-        also: eval scores by seed of further metrics that the task names.
+        lr: the learning rate chosen on dev, or the geometric mean of those that a relative step gives.
+        step: the relative step, if that was chosen.
+        edge: the chosen value is the smallest or largest of several, so a wider grid might do better.
+        scores, losses: on eval, by replicate.
+        dev: dev score by replicate.
+        also: eval scores by replicate of further metrics that the task names.
+        search: the values that were tried for this method itself.
+        metric: of the scores.
     """
 
     task: str
@@ -36,28 +63,41 @@ class Point:
     head: int
     lr: float
     edge: bool
-    scores: dict[int, float]
-    dev: dict[int, float]
-    also: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    scores: Mapping[Any, float]
+    dev: Mapping[Any, float]
+    also: Mapping[str, Mapping[Any, float]] = field(default_factory=dict)
+    losses: Mapping[Any, float] = field(default_factory=dict)
+    policy: str = ""
+    dof: int | None = None
+    step: float | None = None
+    search: tuple[Tried, ...] = ()
+    metric: str = "accuracy"
 
     @staticmethod
     def of(table: Mapping[str, Any]) -> Point:
         """The point in a report's JSON."""
-        rest = {key: table[key] for key in ("task", "size", "kind", "parameters", "head", "lr", "edge")}
-        also = {name: _by_seed(scores) for name, scores in table.get("also", {}).items()}
-        by_seed = {"scores": _by_seed(table["scores"]), "dev": _by_seed(table["dev"]), "also": also}
-        return Point(label=table["method"], **by_seed, **rest)
+        given = {"label" if key == "method" else key: value for key, value in table.items()}
+        tried = tuple(Tried(**{**its, "loss": _number(its["loss"])}) for its in given.pop("search", ()))
+        losses = {name: _number(value) for name, value in given.pop("losses", {}).items()}
+        return Point(**given, losses=losses, search=tried)
 
     @property
     def table(self) -> dict[str, Any]:
-        """The point as JSON has it; further metrics are there if there are some."""
-        table = {key: value for key, value in asdict(self).items() if value or key != "also"}
+        """The point as JSON has it, without what is empty; numbers that are not finite are null."""
+        kept = ("size", "scores", "dev", "edge", "parameters", "head")
+        table = {key: value for key, value in asdict(self).items() if value or key in kept}
+        for name in ("scores", "dev", "losses"):
+            if name in table:
+                table[name] = {str(key): finite(value) for key, value in table[name].items()}
+        if self.search:
+            table["search"] = [{**asdict(its), "loss": finite(its.loss)} for its in self.search]
         return {"task": table.pop("task"), "method": table.pop("label"), **table}
 
     @property
     def name(self) -> str:
-        """Label and size."""
-        return f"{self.label} ({self.size})" if self.size else self.label
+        """Policy, label and size."""
+        named = f"{self.label} ({self.size})" if self.size else self.label
+        return f"{self.policy}: {named}" if self.policy else named
 
     @property
     def summary(self) -> Summary:
@@ -72,48 +112,72 @@ def collect(study: Study, store: Store) -> tuple[Point, ...]:
 
 
 def _point(study: Study, store: Store, cell: Cell, task: Task) -> Point | None:
-    lr = study.best_rate(cell, task, store)
-    if lr is None:
+    value = study.best_rate(cell, task, store)
+    if value is None:
         return None
-    seeds = study.table["seeds"]
-    results: dict[int, dict[str, Any]] = {
-        seed: result for seed in seeds if (result := store.result(study.run(cell, task, lr, seed).key))
+    runs = {
+        study.key(backbone, seed): study.run(cell, task, value, seed, backbone) for backbone, seed in study.replicates
     }
+    results = {name: result for name, run in runs.items() if (result := store.result(run.key))}
     if not results:
         return None
     first = next(iter(results.values()))
-    rates = sorted(study.terms(cell, task).learning_rates)
+    values = study.grid(study.chooser(cell), task, store)
     return Point(
         task=task.name,
         label=cell.label,
         size=cell.size,
-        kind=next(iter(cell.method)),
+        policy=cell.policy,
+        kind=next(kind for kind in methods.KINDS if kind in cell.method),
         parameters=first["parameters"],
+        dof=_dof(study, cell, task),
         head=first["head_parameters"],
-        lr=lr,
-        edge=len(rates) > 1 and lr in (rates[0], rates[-1]),
-        scores={seed: r["eval"] for seed, r in results.items()},
-        dev={seed: r["dev"] for seed, r in results.items()},
+        lr=_middle([runs[name].lr for name in results]),
+        step=value if study.relative(cell, task) else None,
+        edge=len(values) > 1 and value in (values[0], values[-1]),
+        scores={name: r["eval"] for name, r in results.items()},
+        losses={name: _number(r["eval_loss"]) for name, r in results.items()},
+        dev={name: r["dev"] for name, r in results.items()},
         also={name: found for name in task.also if (found := _of_metric(results, name))},
+        search=tuple(_tried(study, store, cell, task, values)) if study.chooser(cell) == cell else (),
+        metric=task.metric,
     )
 
 
-def _by_seed(table: Mapping[str, float]) -> dict[int, float]:
-    return {int(seed): value for seed, value in table.items()}
+def _tried(study: Study, store: Store, cell: Cell, task: Task, values: Sequence[float]) -> Iterator[Tried]:
+    for value in values if len(values) > 1 else ():
+        runs = [study.run(cell, task, value, seed, backbone) for backbone, seed in study.tuning(cell, task)]
+        results = [result for run in runs if (result := store.result(run.key))]
+        if len(results) == len(runs):
+            loss = sum(map(dev_loss, results)) / len(results)
+            score = sum(r["dev"] for r in results) / len(results)
+            yield Tried(value, _middle([run.lr for run in runs]), loss, score, len(runs))
 
 
-def _of_metric(results: Mapping[int, Mapping[str, Any]], name: str) -> dict[int, float]:
-    return {seed: r["scores"][name] for seed, r in results.items() if name in r.get("scores", {})}
+def _dof(study: Study, cell: Cell, task: Task) -> int | None:
+    if "none" in cell.method:
+        return 0
+    if not ("family" in cell.method or "line" in cell.method):
+        return None
+    f = methods.factorization(cell.method)
+    return matching.dof(f, backbones.shape(study.places["model"]), study.terms(cell, task).targets)
+
+
+def _middle(rates: Sequence[float]) -> float:
+    """The geometric mean, exact where all are equal."""
+    return rates[0] if len(set(rates)) == 1 else math.exp(math.fsum(map(math.log, rates)) / len(rates))
+
+
+def _number(value: float | None) -> float:
+    return math.inf if value is None else value
+
+
+def _of_metric(results: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, float]:
+    return {key: r["scores"][name] for key, r in results.items() if name in r.get("scores", {})}
 
 
 def failures(study: Study, store: Store) -> list[tuple[str, str]]:
     """Runs of the study that failed, with their causes."""
-    runs = {run.key: run for run in (*study.search(), *study.confirmation(store))}
+    runs = {run.key: run for run in (*study.search(store), *study.confirmation(store))}
     records = ((str(run), store.failure(key)) for key, run in runs.items() if not store.result(key))
     return [(name, record["cause"]) for name, record in records if record]
-
-
-def nearest(points: Sequence[Point], parameters: int, slack: float = 0.1) -> Point | None:
-    """The point whose parameter count is nearest, if it is within ``slack`` of it."""
-    found = min(points, key=lambda p: abs(p.parameters - parameters), default=None)
-    return found if found and abs(found.parameters - parameters) <= slack * parameters else None

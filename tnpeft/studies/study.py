@@ -1,9 +1,10 @@
-"""A study: families x sizes x tasks x learning rates x seeds, read from one TOML file."""
+"""A study: families x sizes x policies x tasks x rates x backbones x seeds, read from one TOML file."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,45 +12,23 @@ from typing import Any
 
 from tnpeft.studies import backbones, methods
 from tnpeft.studies.data import load
+from tnpeft.studies.design import CONTRAST_KINDS, STUDY_KINDS, Cell, Contrast, cells, check_rules, known, over
 from tnpeft.studies.files import StudyError, digest, merged, read_toml
 from tnpeft.studies.protocol import Protocol
 from tnpeft.studies.runs import Run, Store
 from tnpeft.studies.tasks import Task, task
 
-_KEYS = ("name", "title", "source", "ours", "backbone", "tokenizer", "data", "cache", "tasks", "seeds")
-_METHOD_KEYS = (*methods.KINDS, "label", "args", "change", "grid", "budgets", "learning_rates", "protocol")
-_CALLED = {str: "text", int: "whole number", float | int: "number", Mapping: "table", object: "value"}
-_CALLED |= {str | Mapping: "name or table"}
-_KINDS = dict.fromkeys(("name", "title", "source", "backbone", "tokenizer", "data", "cache"), str) | {
-    "ours": [str],
-    "tasks": [str | Mapping],
-    "seeds": [int],
-    "protocol": Mapping,
-    "methods": [Mapping],
-}
-_METHOD_KINDS = dict.fromkeys(("family", "line", "peft", "label"), str) | {
-    "args": Mapping,
-    "change": Mapping,
-    "grid": Mapping,
-    "budgets": [int],
-    "learning_rates": [float | int],
-    "protocol": Mapping,
-}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One method at one size: a point of the study's figures; ``own`` are the settings that it changes."""
-
-    label: str
-    size: str
-    method: Mapping[str, Any]
-    own: Mapping[str, Any]
-
 
 @dataclass(frozen=True)
 class Study:
     """Everything that a sweep runs and a report shows.
+
+    Rates (``learning_rates``) or steps relative to the base weight (``relative_steps``) are chosen with the tuning
+    seeds on the tuning backbones, by dev loss; what is reported are the other seeds on the other backbones. A grid
+    grows by up to ``extend`` values at each end until its best value is inside. A relative step is one rate for all
+    factors (``rates = "one"``: the step over the :func:`tnpeft.gain` of the line), or gives each factor the rate of
+    :func:`tnpeft.learning_rates` (``rates = "rule"``). ``start = "rule"`` replaces published initial values by the
+    variance rule.
 
     Attributes:
         table: the file's content, with what it extends.
@@ -72,19 +51,19 @@ class Study:
     @staticmethod
     def of(table: Mapping[str, Any], base: Path, *, where: str = "study", as_given: set[str] = frozenset()) -> Study:  # type: ignore[assignment]
         """A study from a table; relative paths in it start from ``base``, except those ``as_given``."""
-        unknown = sorted(set(table) - {*_KEYS, "protocol", "methods"})
-        if unknown:
-            raise StudyError(
-                f"unknown key {unknown[0]!r}",
-                where=where,
-                remedy=f"the keys are {', '.join(_KEYS)}, protocol, methods",
-            )
+        table = dict(table)
+        if "backbone" in as_given:  # asked for by the caller: the only one
+            table = {key: value for key, value in table.items() if key not in ("backbones", "tune_backbones")}
+        known(table, STUDY_KINDS, where)
+        if "backbones" in table and not table.get("backbone"):
+            table["backbone"] = next(iter(table["backbones"]), "")
         for key in ("backbone", "tasks", "seeds", "methods"):
             if not table.get(key):
                 raise StudyError(f"no {key}", where=where, remedy=f"add {key}")
-        _kinds(table, _KINDS, where)
-        if len(set(table["seeds"])) < len(table["seeds"]):
-            raise StudyError("a seed stands twice", where=where, remedy="name each once")
+        for key in ("seeds", "tune_seeds", "backbones", "tune_backbones"):
+            if len(set(table.get(key, ()))) < len(table.get(key, ())):
+                one = "seed" if "seeds" in key else "backbone"
+                raise StudyError(f"a {one} stands twice", where=where, remedy="name each once")
         places = {}
         for key, name in (("model", "backbone"), ("tokenizer", "tokenizer"), ("data", "data"), ("cache", "cache")):
             value = str(table.get(name, "runs/cache" if name == "cache" else ""))
@@ -94,6 +73,8 @@ class Study:
         study = Study(table, places)
         for cell, its in itertools.product(study.cells, study.tasks):
             study.terms(cell, its)  # every setting is checked before anything runs
+            study.chooser(cell)
+        _ = study.contrasts
         return study
 
     @property
@@ -122,131 +103,241 @@ class Study:
         return [given if isinstance(given, Mapping) else {"name": given} for given in self.table["tasks"]]
 
     def terms(self, cell: Cell, its: Task) -> Protocol:
-        """The settings of a cell on a task: the method's own before the task's before the study's."""
+        """The settings of a cell on a task: the method's own before the policy's, the task's and the study's.
+
+        A grid of relative steps stands under ``learning_rates``.
+        """
+        settings = self._settings(cell, its)
+        grid = settings.pop("relative_steps", None)
+        rates = settings.pop("rates", "one")
+        settings.pop("start", None)
+        if grid is not None:
+            settings["learning_rates"] = list(map(float, grid))
+            if rates == "rule":
+                settings["rate_rule"] = "relative_step"
+        return Protocol.of(settings)
+
+    def _settings(self, cell: Cell, its: Task) -> dict[str, Any]:
         of_task = self._tasks[[known.name for known in self.tasks].index(its.name)].get("protocol", {})
-        return Protocol.of(merged(merged(self.table.get("protocol", {}), of_task), cell.own))
+        settings = dict(self.table.get("protocol", {}))
+        for own in (of_task, cell.own):
+            settings = over(settings, own)
+        check_rules(settings, self.name)
+        return settings
+
+    def relative(self, cell: Cell, its: Task) -> bool:
+        """True if a cell's grid holds relative steps."""
+        return "relative_steps" in self._settings(cell, its)
 
     @cached_property
     def cells(self) -> tuple[Cell, ...]:
-        """Every method at every size, in the order of the file."""
-        found = [cell for given in self.table["methods"] for cell in self._cells(given)]
-        names = [(cell.label, cell.size) for cell in found]
+        """Every method at every size under every policy, in the order of the file."""
+        found = tuple(cells(self.table, self.name, self.places["model"], self.protocol.targets))
+        names = [cell.name for cell in found]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice:
-            raise StudyError(
-                f"two methods are called {' '.join(twice)!r}", where=self.name, remedy="label them apart"
-            )
+            raise StudyError(f"two methods are called {twice!r}", where=self.name, remedy="label them apart")
+        return found
+
+    def find(self, text: str) -> Cell:
+        """Return the cell that a contrast or ``choose_on`` names: ``"CP"``, ``"CP (rank=2)"``, ``"P1: CP (rank=2)"``.
+
+        Raises:
+            StudyError: there is none, or several.
+        """
+        found = [cell for cell in self.cells if cell.called(text)]
+        if len(found) != 1:
+            names = ", ".join(cell.name for cell in found or self.cells)
+            problem = f"{'several cells are' if found else 'no cell is'} called {text!r}"
+            raise StudyError(problem, where=self.name, remedy=f"name one of {names}")
+        return found[0]
+
+    def chooser(self, cell: Cell) -> Cell:
+        """Return the cell whose search decides for this one."""
+        if not cell.choose_on:
+            return cell
+        same = [its for its in self.cells if its.policy == cell.policy and cell.choose_on in (its.label, its.name)]
+        return same[0] if same else self.find(cell.choose_on)
+
+    @cached_property
+    def contrasts(self) -> tuple[Contrast, ...]:
+        """The declared comparisons."""
+        found = []
+        for given in self.table.get("contrast", ()):
+            where = f"{self.name}, a contrast"
+            known(given, CONTRAST_KINDS, self.name, "a contrast")
+            for key in ("plus", "minus"):
+                if key not in given:
+                    raise StudyError(f"no {key}", where=where, remedy=f"add {key}, a method of the study")
+            measure = str(given.get("measure", "metric"))
+            if measure not in ("metric", "loss"):
+                raise StudyError(f"measure = {measure!r}", where=where, remedy="use metric or loss")
+            on = str(given.get("task", self.tasks[0].name))
+            if on not in [its.name for its in self.tasks]:
+                raise StudyError(f"no task is called {on!r}", where=where, remedy="name one of the study's tasks")
+            margin = float(given.get("margin", self.table.get("margin", 0.01)))
+            plus, minus = self.find(given["plus"]), self.find(given["minus"])
+            name = str(given.get("name", f"{given['plus']} minus {given['minus']}"))
+            found.append(Contrast(name, plus, minus, measure, margin, on))
         return tuple(found)
-
-    def _cells(self, given: Mapping[str, Any]) -> Iterator[Cell]:
-        unknown = sorted(set(given) - set(_METHOD_KEYS))
-        if unknown:
-            keys = ", ".join(_METHOD_KEYS)
-            raise StudyError(
-                f"unknown key {unknown[0]!r} in a method", where=self.name, remedy=f"the keys are {keys}"
-            )
-        _kinds(given, _METHOD_KINDS, f"{self.name}, a method")
-        grid = given.get("grid", {})
-        _kinds(grid, {key: [object] for key in grid}, f"{self.name}, a grid")
-        kind = next((kind for kind in methods.KINDS if kind in given), "")
-        own = dict(given.get("protocol", {}))
-        own |= {"learning_rates": list(map(float, given["learning_rates"]))} if "learning_rates" in given else {}
-        name = given[kind] if isinstance(given.get(kind), str) and kind != "line" else kind
-        for args in self._sizes(given):
-            method = {key: given[key] for key in methods.KINDS if key in given}
-            method |= {"args": {**given.get("args", {}), **args}} if args or "args" in given else {}
-            method |= {"change": given["change"]} if "change" in given else {}
-            methods.check(method)
-            size = ", ".join(f"{key}={value}" for key, value in args.items())
-            yield Cell(str(given.get("label", name)), size, method, own)
-
-    def _sizes(self, given: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        if "budgets" in given:
-            from tnpeft.studies.matching import ranks_for
-
-            fixed = given.get("args", {})
-            yield from ranks_for(
-                given["family"], fixed, given["budgets"], backbones.shape(self.places["model"]), self.protocol.targets
-            )
-        elif "grid" in given:
-            names = list(given["grid"])
-            for values in itertools.product(*given["grid"].values()):
-                yield dict(zip(names, values, strict=True))
-        else:
-            yield {}
 
     # ---- runs
 
-    def run(self, cell: Cell, task: Task, lr: float, seed: int) -> Run:
-        """The run of a cell on a task."""
-        table = {key: value for key, value in asdict(task).items() if key not in ("train", "eval", "hub", "also")}
-        files = {key: getattr(task, key) for key in ("train", "eval", "hub")}
-        return Run(
-            {**table, **files},
-            load(task, self.places["data"]).digest,
-            cell.method,
-            self.terms(cell, task).training,
-            lr,
-            seed,
-            self._backbone,
-            self.places,
-        )
+    @cached_property
+    def replicates(self) -> tuple[tuple[str, int], ...]:
+        """Backbone and seed of every reported run, seed by seed."""
+        names = self.table.get("backbones") or [self.table["backbone"]]
+        return tuple((name, seed) for seed in self.table["seeds"] for name in names)
 
     @cached_property
-    def _backbone(self) -> str:
-        words = self.places["tokenizer"]
-        cache = Path(self.places["cache"])
-        its = backbones.identity(self.places["model"], cache)
-        return digest([its, backbones.identity(words, cache, weights=False)]) if words else its
+    def backbones(self) -> tuple[str, ...]:
+        """Every backbone, by the place where it is found: the reported ones, then those that only choose rates."""
+        names = [*(self.table.get("backbones") or [self.table["backbone"]]), *self.table.get("tune_backbones", ())]
+        return tuple(dict.fromkeys(self._places(name)["model"] for name in names))
 
-    def seeds_to_tune(self, cell: Cell, task: Task) -> tuple[int, ...]:
-        """The seeds that sweep the grid of learning rates: all of them if there is but one rate."""
-        seeds, terms = tuple(self.table["seeds"]), self.terms(cell, task)
-        return seeds if len(terms.learning_rates) == 1 else seeds[: terms.tune_seeds]
+    def key(self, backbone: str, seed: int) -> str:
+        """Return what a replicate is called in results: its seed, or with several backbones both."""
+        return f"{backbone}/{seed}" if len(self.table.get("backbones", ())) > 1 else str(seed)
 
-    def search(self) -> list[Run]:
-        """The runs that choose the learning rates, seed by seed."""
+    def tuning(self, cell: Cell, task: Task) -> tuple[tuple[str, int], ...]:
+        """Backbone and seed of the runs that choose a cell's value: all that are reported if there is but one."""
+        terms = self.terms(cell, task)
+        if self._fixed(terms):
+            return self.replicates
+        names = self.table.get("tune_backbones") or self.table.get("backbones") or [self.table["backbone"]]
+        seeds = self.table.get("tune_seeds") or self.table["seeds"][: terms.tune_seeds]
+        return tuple((name, seed) for seed in seeds for name in names)
+
+    def _fixed(self, terms: Protocol) -> bool:
+        return len(terms.learning_rates) == 1
+
+    def run(self, cell: Cell, task: Task, value: float, seed: int, backbone: str = "") -> Run:
+        """Return the run of a cell on a task at a rate or relative step, by default on the first backbone."""
+        table = {key: value for key, value in asdict(task).items() if key not in ("train", "eval", "hub", "also")}
+        files = {key: getattr(task, key) for key in ("train", "eval", "hub")}
+        places = self._places(backbone)
+        terms = self.terms(cell, task)
+        if self.relative(cell, task) and terms.rate_rule == "rate":
+            value = value * self.rate_of_step(cell, task, places["model"])
+        examples = load(task, self.places["data"]).digest
+        own = self._identities[places["model"]]
+        return Run({**table, **files}, examples, cell.method, terms.training, value, seed, own, places)
+
+    def _places(self, backbone: str) -> dict[str, str]:
+        first = self.table["backbone"]
+        return {**self.places, "model": backbone if backbone and backbone != first else self.places["model"]}
+
+    @cached_property
+    def _identities(self) -> _Identities:
+        return _Identities(self.places)
+
+    def identity(self, backbone: str = "") -> str:
+        """Return the hash that names a backbone (with a tokenizer of the study) in its runs."""
+        return self._identities[self._places(backbone)["model"]]
+
+    def rate_of_step(self, cell: Cell, task: Task, model: str) -> float:
+        """Return the learning rate of a first step of relative size 1, in the mean square over sites.
+
+        Raises:
+            StudyError: the method is no network, or the backbone's weights cannot be read.
+        """
+        import tnpeft
+
+        if not ("family" in cell.method or "line" in cell.method):
+            raise StudyError(f"{cell.name} has no gain", where=self.name, remedy="give it learning_rates")
+        targets = self.terms(cell, task).targets
+        f = methods.factorization(cell.method)
+        gains = tnpeft.gain(f, model=backbones.shape(model), targets=list(targets) or None)
+        base = backbones.weight_rms(model, tuple(gains), Path(self.places["cache"]))
+        squares = [(float(gains[proj]) / base[proj]) ** 2 for proj in gains]
+        return 1 / math.sqrt(math.fsum(squares) / len(squares))
+
+    def search(self, store: Store | None = None) -> list[Run]:
+        """Return the runs that choose rates and steps, seed by seed; grids grow by what a store's results ask for."""
         found = [
-            (place, self.run(cell, task, lr, seed))
+            (place, self.run(cell, task, value, seed, backbone))
             for cell in self.cells
             for task in self.tasks
-            for lr in self.terms(cell, task).learning_rates
-            for place, seed in enumerate(self.seeds_to_tune(cell, task))
+            if self.chooser(cell) == cell
+            for value in self.grid(cell, task, store)
+            for place, (backbone, seed) in enumerate(self.tuning(cell, task))
         ]
         return [run for _, run in sorted(found, key=lambda pair: pair[0])]
 
-    def best_rate(self, cell: Cell, task: Task, store: Store) -> float | None:
-        """The rate with the best mean dev score over the tuning seeds (ties: the smaller), or the only one there is;
-        None before the search."""
-        rates = self.terms(cell, task).learning_rates
-        if len(rates) == 1:
-            return rates[0]
-        scores = []
-        for lr in sorted(rates):
-            results = [store.result(self.run(cell, task, lr, seed).key) for seed in self.seeds_to_tune(cell, task)]
+    def grid(self, cell: Cell, task: Task, store: Store | None = None) -> tuple[float, ...]:
+        """Return a cell's rates or steps in order, with those that a best value at an end has added."""
+        values = tuple(sorted(self.terms(cell, task).learning_rates))
+        if store is None or len(values) < 2:
+            return values
+        low, high = values[0] / values[1], values[-1] / values[-2]
+        for _ in range(2 * int(self.table.get("extend", 0))):
+            merits = self.merits(cell, task, store, values)
+            if len(merits) < len(values):
+                break
+            best = min(merits, key=lambda value: (merits[value], value))
+            added = len(values) - len(self.terms(cell, task).learning_rates)
+            if best not in (values[0], values[-1]) or added >= self.table["extend"]:
+                break
+            values = (values[0] * low, *values) if best == values[0] else (*values, values[-1] * high)
+        return values
+
+    def merits(self, cell: Cell, task: Task, store: Store, values: Sequence[float]) -> dict[float, float]:
+        """Return by rate or step what is made small, where every tuning run has its result: the mean dev loss, or
+        the mean dev metric with a minus."""
+        by_metric = self.table.get("choose", "loss") == "metric"
+        found = {}
+        for value in values:
+            runs = (self.run(cell, task, value, seed, backbone) for backbone, seed in self.tuning(cell, task))
+            results = [store.result(run.key) for run in runs]
             if all(results):
-                scores.append((sum(r["dev"] for r in results if r) / len(results), -lr))
-        return -max(scores)[1] if scores else None
+                merits = [-r["dev"] if by_metric else dev_loss(r) for r in results if r]
+                found[value] = sum(merits) / len(merits)
+        return found
+
+    def best_rate(self, cell: Cell, task: Task, store: Store) -> float | None:
+        """Return the rate or step with the least mean dev loss over the tuning runs (ties: the smaller), or the only
+        one there is; None before the search has ended."""
+        cell = self.chooser(cell)
+        if self._fixed(self.terms(cell, task)):
+            return self.terms(cell, task).learning_rates[0]
+        values = self.grid(cell, task, store)
+        merits = self.merits(cell, task, store, values)
+        if len(merits) < len(values):
+            return None
+        return min(merits, key=lambda value: (merits[value], value))
 
     def confirmation(self, store: Store) -> list[Run]:
-        """The runs of all seeds at the chosen rates, seed by seed."""
+        """Return the reported runs at the chosen rates and steps, seed by seed."""
+        chosen = {(c.name, t.name): self.best_rate(c, t, store) for c in self.cells for t in self.tasks}
         return [
-            self.run(cell, task, lr, seed)
-            for seed in self.table["seeds"]
+            self.run(cell, task, value, seed, backbone)
+            for backbone, seed in self.replicates
             for cell in self.cells
             for task in self.tasks
-            if (lr := self.best_rate(cell, task, store)) is not None
+            if (value := chosen[cell.name, task.name]) is not None
         ]
 
 
-def _kinds(table: Mapping[str, Any], kinds: Mapping[str, Any], where: str) -> None:
-    """Refuse values of the wrong kind; ``[int]`` is a list of whole numbers."""
-    for key, value in table.items():
-        kind = kinds.get(key, object)
-        fits = isinstance(value, list | tuple) if isinstance(kind, list) else isinstance(value, kind)
-        if not fits or (isinstance(kind, list) and not all(isinstance(item, kind[0]) for item in value)):
-            called = f"list of {_CALLED[kind[0]]}s" if isinstance(kind, list) else _CALLED[kind]
-            raise StudyError(f"{key} = {value!r} is no {called}", where=where, remedy=f"give a {called}")
+class _Identities(dict[str, str]):
+    """Hashes of backbones by their places, each worked out once."""
+
+    def __init__(self, places: Mapping[str, str]) -> None:
+        self.words, self.cache = places["tokenizer"], Path(places["cache"])
+
+    def __missing__(self, model: str) -> str:
+        its = backbones.identity(model, self.cache)
+        self[model] = digest([its, backbones.identity(self.words, self.cache, weights=False)]) if self.words else its
+        return self[model]
+
+
+def dev_loss(result: Mapping[str, Any]) -> float:
+    """Return the dev loss of a record at the step that is reported; infinite if it is not finite.
+
+    >>> dev_loss({"best_step": 4, "curve": [[2, 1.0, 0.5, 0.9], [4, 0.8, 0.6, 0.7]]})
+    0.7
+    """
+    found = next((row[3] for row in result["curve"] if row[0] == result["best_step"]), None)
+    return math.inf if found is None else float(found)
 
 
 def _without(table: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -34,7 +34,8 @@ class Tally:
 def sweep(study: Study, folder: str | Path, engine: Engine | None = None, say: Say = print) -> Tally:
     """Make every run of the study that has no result in ``folder`` yet; results there are kept.
 
-    First the grid of learning rates with the tuning seeds, then all seeds at each cell's best rate.
+    First the grids of rates and steps with the tuning seeds, for as long as they grow, then all seeds at each cell's
+    best value.
 
     Runs that another sweep has under way in the same folder are waited for.
 
@@ -51,22 +52,30 @@ def sweep(study: Study, folder: str | Path, engine: Engine | None = None, say: S
     seen: set[str] = set()
     for task in study.tasks:
         load(task, study.places["data"])
-    prepare(study, say)
+    prepare(study)
     with engine.open(store.folder) as workers:
-        for title, runs in (("learning rates", study.search), ("all seeds", lambda: study.confirmation(store))):
-            fresh = {run.key: run for run in runs() if run.key not in seen}
-            seen |= set(fresh)
+
+        def stage(title: str, runs: Sequence[Run]) -> bool:
+            """Make what is missing of the runs; False if none of them is new."""
+            fresh = {run.key: run for run in runs if run.key not in seen}
+            seen.update(fresh)
             missing = [run for key, run in fresh.items() if not store.result(key)]
             tally.kept += len(fresh) - len(missing)
-            say(f"{study.name}, {title}: {len(fresh)} runs, {len(missing)} to make, {engine.width} side by side")
+            if fresh:
+                say(f"{study.name}, {title}: {len(fresh)} runs, {len(missing)} to make, {engine.width} side by side")
             _make(missing, store, workers, tally, say)
+            return bool(fresh)
+
+        while stage("rates", study.search(store)):
+            pass  # a best value at the end of its grid asks for more
+        stage("all seeds", study.confirmation(store))
     say(str(tally) + ("; failed runs stay so, --retry makes them again" if tally.failed else ""))
     return tally
 
 
-def prepare(study: Study, say: Say = print) -> None:
-    """Make the backbone that a study needs, if it is one that is made here, before workers ask for it; see that any
-    other can be had, and that the tokenizer tells the label words apart.
+def prepare(study: Study) -> None:
+    """See that a study's backbones can be had, before workers ask for them, and that their tokenizers tell the label
+    words apart.
 
     Raises:
         StudyError: it cannot, or does not.
@@ -74,14 +83,11 @@ def prepare(study: Study, say: Say = print) -> None:
     from tnpeft.studies import backbones
     from tnpeft.studies.scoring import Scorer
 
-    model, cache = study.places["model"], Path(study.places["cache"])
-    if model == backbones.DIGITS:
-        if not (cache / f"digits-{backbones.digits_key()}" / "config.json").exists():
-            say("pretraining the small OPT on upright digits")
-        model = str(backbones.digits_backbone(cache))
-    words = backbones.reach(model, study.places["tokenizer"])
-    for its in study.tasks if words else ():
-        Scorer(its, words, study.protocol.head)
+    cache = Path(study.places["cache"])
+    for name in study.backbones:
+        words = backbones.reach(name, study.places["tokenizer"], cache)
+        for its in study.tasks if words else ():
+            Scorer(its, words, study.protocol.head)
 
 
 def _make(runs: Sequence[Run], store: Store, workers: Workers, tally: Tally, say: Say) -> None:

@@ -9,61 +9,99 @@ from pathlib import Path
 from typing import Any
 
 from tnpeft.studies.files import write_text
-from tnpeft.studies.results import Point, nearest
-from tnpeft.studies.statistics import Summary, best_under, paired, summary
+from tnpeft.studies.results import Point
+from tnpeft.studies.statistics import (
+    Finding,
+    Summary,
+    best_under,
+    findings,
+    summary,
+    variance_between,
+    variance_ratio,
+)
 
 Row = Mapping[str, Any]
 
 
 def results_table(points: Sequence[Point]) -> list[Row]:
-    """One row for each point: parameters, learning rate, seeds, mean, standard deviation, interval."""
-    return [
+    """One row for each point: parameters and degrees of freedom, rate or step, mean score with interval, loss.
+
+    Columns that no point fills are left out.
+    """
+    rows = [
         {
             "task": p.task,
+            "policy": p.policy,
             "method": p.label,
             "size": p.size,
             "parameters": p.parameters,
-            "learning rate": f"{p.lr:g}{' (edge)' if p.edge else ''}",
-            "seeds": p.summary.n,
+            "dof": "" if p.dof is None else p.dof,
+            "relative step": "" if p.step is None else f"{p.step:.3g}{' (edge)' if p.edge else ''}",
+            "learning rate": f"{p.lr:.3g}{' (edge)' if p.edge and p.step is None else ''}",
+            "seeds": p.summary.replicates,
+            "backbones": p.summary.n if p.summary.n < p.summary.replicates else "",
             "mean": f"{p.summary.mean:.4f}",
             "sd": f"{p.summary.sd:.4f}" if p.summary.n > 1 else "",
             "95 % t interval": _interval(p.summary),
+            "loss": f"{summary(p.losses).mean:.4f}" if p.losses else "",
         }
         for p in points
     ]
+    empty = {key for key in (rows[0] if rows else {}) if all(row[key] == "" for row in rows)}
+    return [{key: value for key, value in row.items() if key not in empty} for row in rows]
 
 
-def matched_table(points: Sequence[Point], reference: str) -> list[Row]:
-    """Each rung of the reference beside every other method's point within 10 % of its parameters.
+def contrasts(points: Sequence[Point], declared: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    """Return what a study's declared contrasts say, adjusted over all of them; those without results say nothing."""
+    by_name = {(p.task, p.name): p for p in points}
 
-    The difference is method minus reference over shared seeds.
+    def scores(contrast: Mapping[str, Any], side: str) -> Mapping[Any, float]:
+        point = by_name.get((contrast["task"], contrast[side]))
+        return {} if point is None else point.losses if contrast["measure"] == "loss" else point.scores
+
+    return findings([(c["name"], scores(c, "plus"), scores(c, "minus"), c["margin"]) for c in declared])
+
+
+def contrasts_table(found: Sequence[Finding], declared: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """One row for each declared contrast; p values are adjusted by Holm's method over all of them."""
+    return [
+        {
+            "contrast": its.name,
+            "measure": c["measure"],
+            "n": its.summary.n if its.summary else 0,
+            "difference": f"{its.summary.mean:+.4f}" if its.summary else "not run",
+            "95 % t interval": _interval(its.summary, "+.4f") if its.summary else "",
+            "p, different": f"{its.different:.3g}",
+            "p, within margin": f"{its.equivalent:.3g}",
+            "margin": f"{its.margin:g}",
+            "verdict": its.word,
+        }
+        for its, c in zip(found, declared, strict=True)
+    ]
+
+
+def variance_table(points: Sequence[Point], controls: Sequence[str]) -> list[Row]:
+    """One row for each policy: the variance of the loss between families and between controls, and its ratio to the
+    first policy's (geometric means over backbones); nothing where a study has one policy or no controls.
     """
+    policies = list(dict.fromkeys(p.policy for p in points))
+    if len(policies) < 2 or not controls:
+        return []
+
+    def losses(policy: str, labels: Sequence[str] = ()) -> list[Mapping[Any, float]]:
+        return [p.losses for p in points if p.policy == policy and p.losses and (not labels or p.label in labels)]
+
     rows = []
-    for base in (p for p in points if p.label == reference):
-        others: dict[str, list[Point]] = {}
-        for p in points:
-            if p.task == base.task and p.label != reference and p.kind not in ("full", "none"):
-                others.setdefault(p.label, []).append(p)
-        for candidates in others.values():
-            partner = nearest(candidates, base.parameters)
-            difference = paired(partner.scores, base.scores) if partner else None
-            if partner and difference:
-                rows.append(_matched(base, partner, difference))
+    for policy in policies:
+        row: dict[str, Any] = {"policy": policy, "families": len(losses(policy))}
+        for name, labels in (("families", ()), ("controls", controls)):
+            found = variance_between(losses(policy, labels))
+            row |= {"n": len(found), f"variance, {name}": f"{sum(found.values()) / len(found):.3g}" if found else ""}
+        ratio = variance_ratio(losses(policy), losses(policies[0]))
+        row["families, over the first policy's"] = f"{ratio.mean:.3g}" if ratio else ""
+        row["95 % t interval"] = _interval(ratio, ".3g") if ratio else ""
+        rows.append(row)
     return rows
-
-
-def _matched(base: Point, partner: Point, difference: Summary) -> Row:
-    return {
-        "task": base.task,
-        "reference": base.name,
-        "method": partner.name,
-        "parameters": f"{partner.parameters} / {base.parameters}",
-        "reference mean": f"{base.summary.mean:.4f}",
-        "method mean": f"{partner.summary.mean:.4f}",
-        "difference": f"{difference.mean:+.4f}",
-        "95 % t interval": _interval(difference, "+.4f"),
-        "shared seeds": difference.n,
-    }
 
 
 def _interval(its: Summary, form: str = ".4f") -> str:
@@ -73,10 +111,10 @@ def _interval(its: Summary, form: str = ".4f") -> str:
 def curve_table(points: Sequence[Point]) -> list[Row]:
     """The best-under-budget curve of every method that has several sizes: one row where it rises."""
     rows = []
-    groups: dict[tuple[str, str], list[Point]] = {}
+    groups: dict[tuple[str, str, str], list[Point]] = {}
     for p in points:
-        groups.setdefault((p.task, p.label), []).append(p)
-    for (task, label), group in groups.items():
+        groups.setdefault((p.task, p.policy, p.label), []).append(p)
+    for (task, _, label), group in groups.items():
         if len(group) > 1:
             seeds = min(p.summary.n for p in group)
             for size, score in best_under([(p.parameters, p.summary.mean) for p in group]):

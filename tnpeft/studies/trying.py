@@ -16,10 +16,11 @@ from typing import Any
 from tnpeft.networks import NetworkError
 from tnpeft.studies import backbones, methods
 from tnpeft.studies.data import load
+from tnpeft.studies.design import Cell
 from tnpeft.studies.engines import follow
 from tnpeft.studies.files import StudyError
 from tnpeft.studies.runs import Run, perform
-from tnpeft.studies.study import Cell, Study
+from tnpeft.studies.study import Study
 from tnpeft.studies.tasks import Task
 
 Row = Mapping[str, Any]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from itertools import product as choices
 from math import prod
@@ -12,7 +13,8 @@ import sympy
 
 import tnpeft
 from tnpeft.counting import RankWarning, clipped_ranks, cuts, dof, rank_bound, unfolding_bounds
-from tnpeft.counting.cuts import min_cut, term_legs
+from tnpeft.counting.cuts import term_legs
+from tnpeft.counting.min_cut import Edge, min_cut
 from tnpeft.networks import Network, NetworkError, Term
 
 # name: line, sizes, rank of one site's matrix
@@ -308,8 +310,7 @@ def test_cuts_are_exact_where_floats_cannot_tell() -> None:
         sizes = {"o": 2**70, "i": 2**70, "a": first, "b": second}
         sides = {"o": "left", "i": "right"}
         legs = term_legs(net.terms[0], sizes, sides)
-        ends = [next(k for k, leg in enumerate(legs) if leg.side == side) for side in ("left", "right")]
-        assert min_cut(legs, {("in", ends[0])}, {("out", ends[1])}) == 2**61 - 1
+        assert min_cut([leg.edge for leg in legs], {"left"}, {"right"}).size == 2**61 - 1
 
 
 # Families whose closed form is an upper bound only: small modes in a ring, loops of bonds.
@@ -333,3 +334,44 @@ def test_bounds_are_tight_for_every_family_at_generic_factors(name: str) -> None
         else:
             freedom, rank = dof(net, sizes), jacobian_rank(net, sizes)
             assert freedom >= rank if name in UPPER else freedom == rank
+
+
+def chain(factors: int) -> Network:
+    ends = ["out", *(f"r{k}" for k in range(1, factors)), "inp"]
+    parts = (f"G{k}[{a} {b}]" for k, (a, b) in enumerate(zip(ends, ends[1:], strict=False)))
+    return tnpeft.network(f"{' '.join(parts)} -> out inp")
+
+
+@pytest.mark.filterwarnings("ignore::tnpeft.counting.RankWarning")
+@pytest.mark.parametrize("rank", [8, 100, 10**24])
+def test_long_chains_are_answered_in_seconds(rank: int) -> None:
+    """A chain carries its smallest bond; products that Python cannot print (4,300 digits) are no obstacle."""
+    net = chain(400)
+    sizes = {index: 64 if index in ("out", "inp") else rank for index in net.indices}
+    kept = min(rank, 64)
+    started = time.process_time()
+    assert rank_bound(net, sizes) == kept
+    assert dof(net, sizes) == min(kept * (128 - kept), 64 * 64)
+    assert tnpeft.budget(net, parameters=30_000, out=64, inp=64)[0].nearest.count > 20_000
+    assert time.process_time() - started < 30
+
+
+def test_cuts_below_a_limit_are_those_without_one() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        nodes = int(rng.integers(2, 7))
+        edges = [
+            Edge(
+                frozenset(rng.choice(nodes, int(rng.integers(1, min(nodes, 3) + 1)), replace=False).tolist()),
+                int(size),
+            )
+            for size in rng.integers(1, 9, int(rng.integers(1, 10)))
+        ]
+        sides = [{0, *(k for k in range(2, nodes) if mask >> k & 1)} for mask in range(0, 2**nodes, 4)]
+        sizes = [prod(e.size for e in edges if e.nodes & side and e.nodes - side) for side in sides]
+        found = min_cut(edges, {0}, {1})
+        assert found.size == min(sizes)
+        assert prod(e.size for e in edges if e.nodes & found.side and e.nodes - found.side) == found.size
+        assert 1 not in found.side
+        for limit in (1, 3, 10):
+            assert min_cut(edges, {0}, {1}, limit=limit).size == min(found.size, limit)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from numbers import Integral
 
-from tnpeft.counting.cuts import cuts
+from tnpeft.counting.cuts import bond_cuts
 from tnpeft.counting.parameters import parameters as count_parameters
 from tnpeft.layout import layout, stack_sizes
 from tnpeft.models.cards import Model, Targets, sites
@@ -213,12 +213,13 @@ def _caps(f: Factorization, on: _Ground) -> dict[str, int]:
     caps: dict[str, int] = {}
     for net, sizes in on.placed(f.with_ranks(**dict.fromkeys(free, _UNLIMITED))):
         dense = prod(sizes[index] for index in net.outer)
-        for name, cut in cuts(net, sizes).items():
+        sizes |= {bond: dense + 1 for bond in free if bond in net.bonds}
+        for name, cut in bond_cuts(net, sizes, lambda leg: dense).items():  # noqa: B023
             together = name.split()
             wide = [bond for bond in together if bond in free]
             narrow = prod(sizes[bond] for bond in together if bond not in free)
             for bond in wide:
-                cap = _root(max(1, min(cut, dense) // narrow), len(wide))
+                cap = _root(max(1, cut // narrow), len(wide))
                 caps[bond] = min(cap, caps.get(bond, cap))
     return {rank: caps[rank] for rank in free if rank in caps}
 

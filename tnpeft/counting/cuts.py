@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections import deque
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal, localcontext
-from functools import lru_cache
 from math import prod
 
+from tnpeft.counting.min_cut import Edge, MinCut, Node, incidence, min_cut
 from tnpeft.counting.parameters import bound_sizes
 from tnpeft.networks import Factorization, Network, Term
 from tnpeft.networks.factor import Group
 from tnpeft.networks.sizes import Size, Sizes, integers, product
 
-Node = int | tuple[str, int]  # a factor's place, or a leg's entry or exit
+_QUOTED = 500  # characters of a line that a warning repeats
 
 
 class RankWarning(UserWarning):
@@ -32,6 +31,11 @@ class Leg:
     holders: frozenset[int]
     side: str
     size: Size
+
+    @property
+    def edge(self) -> Edge:
+        """The leg between the places of its factors and its side."""
+        return Edge(self.holders | {self.side} if self.side else self.holders, self.size)
 
 
 def rank_bound(net: Network | Factorization, sizes: Sizes | None = None, /, **more: Size) -> int:
@@ -92,14 +96,23 @@ def cuts(net: Network | Factorization, sizes: Sizes | None = None, /, **more: Si
     {'a': 2, 'b': 6}
     """
     network, bound = bound_sizes(net, sizes, **more)
-    known = integers(network, bound)
+    return bond_cuts(network, integers(network, bound))
+
+
+def bond_cuts(
+    net: Network, sizes: Mapping[str, int], limit: Callable[[Leg], int | None] = lambda leg: None
+) -> dict[str, int]:
+    """:func:`cuts`, where those above the limit of a bond need not be told apart from it."""
     found: dict[str, int] = {}
-    for term in network.terms:
-        legs, free = term_legs(term, known, dict.fromkeys(network.outer, "outer")), absorbing(network, term)
+    for term in net.terms:
+        legs = term_legs(term, sizes, dict.fromkeys(net.outer, "outer"))
+        free, edges = absorbing(net, term), [leg.edge for leg in legs]
+        at = incidence(edges)
         for leg in legs:
             if not leg.side:
                 name = " ".join(leg.names)
-                found[name] = max(found.get(name, 0), bond_cut(legs, leg, free))
+                cut = bond_cut(leg, edges, at, free, limit(leg))
+                found[name] = max(found.get(name, 0), cut)
     return found
 
 
@@ -111,7 +124,7 @@ def clipped_ranks(net: Network | Factorization, sizes: Sizes | None = None, /, *
     {'r': 4}
     """
     network, bound = bound_sizes(net, sizes, **more)
-    found = cuts(network, bound)
+    found = bond_cuts(network, integers(network, bound), lambda leg: int(leg.size))
     return {name: cut for name, cut in found.items() if product(bound[i] for i in name.split()) > cut}
 
 
@@ -124,38 +137,34 @@ def warn_ranks(net: Network | Factorization, sizes: Sizes | None = None, /, **mo
     network, bound = bound_sizes(net, sizes, **more)
     for name, cut in clipped_ranks(network, bound).items():
         size = product(bound[i] for i in name.split())
-        message = f"the rank {name!r} is {size}, but {cut} is all that it can carry in {network}: lower it to {cut}"
+        line = str(network) if len(str(network)) <= _QUOTED else f"{str(network)[:_QUOTED]}..."
+        message = f"the rank {name!r} is {size}, but {cut} is all that it can carry in {line}: lower it to {cut}"
         warnings.warn(message, RankWarning, stacklevel=3)
 
 
 def _unfold(net: Network, sizes: Mapping[str, int], left: Group, right: Group) -> int:
     """The sum over terms of the minimal cuts between two sets of open indices, at most either's size."""
-    total = sum(term_cut(term, sizes, left, right) for term in net.terms)
+    total = sum(term_cut(term, sizes, left, right).size for term in net.terms)
     return min(total, prod(sizes[i] for i in left), prod(sizes[i] for i in right))
 
 
-def term_cut(term: Term, sizes: Mapping[str, int], left: Group, right: Group) -> int:
-    """The minimal cut of one term between two sets of open indices.
+def term_cut(term: Term, sizes: Mapping[str, int], left: Group, right: Group) -> MinCut:
+    """The minimal cut of one term between two sets of open indices; its side holds places of factors.
 
     >>> import tnpeft
-    >>> term_cut(tnpeft.network("B[o r] A[r i] -> o i").terms[0], {"o": 9, "r": 2, "i": 5}, ("o",), ("i",))
-    2
+    >>> found = term_cut(tnpeft.network("B[o r] A[r i] -> o i").terms[0], {"o": 9, "r": 2, "i": 5}, ("o",), ("i",))
+    >>> found.size, 0 in found.side, 1 in found.side
+    (2, True, False)
     """
     legs = term_legs(term, sizes, {**dict.fromkeys(left, "left"), **dict.fromkeys(right, "right")})
-    return min_cut(legs, _ends(legs, "left", "in"), _ends(legs, "right", "out"))
-
-
-def _ends(legs: tuple[Leg, ...], side: str, end: str) -> set[Node]:
-    return {(end, place) for place, leg in enumerate(legs) if leg.side == side}
+    return min_cut([leg.edge for leg in legs], {"left"}, {"right"})
 
 
 def absorbing(net: Network, term: Term) -> frozenset[int]:
     """Places in the term of the factors that can take up any change of basis: trainable, and used once."""
-    uses = [net.label(factor) for factor in net.uses()]
+    uses = Counter(factor.name for factor in net.uses() if factor.kind == "trainable")
     return frozenset(
-        place
-        for place, factor in enumerate(term.factors)
-        if factor.kind == "trainable" and uses.count(net.label(factor)) == 1
+        place for place, factor in enumerate(term.factors) if factor.kind == "trainable" and uses[factor.name] == 1
     )
 
 
@@ -174,80 +183,28 @@ def term_legs(term: Term, sizes: Sizes, sides: Mapping[str, str]) -> tuple[Leg, 
     )
 
 
-def bond_cut(legs: tuple[Leg, ...], bond: Leg, free: frozenset[int]) -> int:
-    """The largest useful size of a bond, its own size where nothing limits it.
+def bond_cut(
+    bond: Leg,
+    edges: Sequence[Edge],
+    at: Mapping[Node, Sequence[int]],
+    free: frozenset[int],
+    limit: int | None = None,
+) -> int:
+    """The largest useful size of a bond of a term, its own size where nothing limits it; at most ``limit``.
 
     An index that all holders carry stands beside the bond, one change of basis for each of its values, and limits
     nothing.
     """
-    others = tuple(leg for leg in legs if leg is not bond and not bond.holders <= leg.holders)
+
+    def beside(edge: Edge) -> bool:
+        return bond.holders <= edge.nodes
+
     limits: list[int] = []
     for absorber in sorted(bond.holders & free):
         rest = bond.holders - {absorber}
         if len(rest) == 1:
-            limits.append(min_cut(others, rest, {absorber, *_ends(others, "outer", "out")}))
+            limits.append(min_cut(edges, rest, {absorber, "outer"}, limit=limit, skip=beside, at=at).size)
         else:
-            limits.append(prod(leg.size for leg in others if leg.holders & rest))
+            near = {k for place in rest for k in at.get(place, ())}
+            limits.append(prod(edges[k].size for k in near if not beside(edges[k])))
     return min(limits) if limits else int(bond.size)
-
-
-def min_cut(legs: tuple[Leg, ...], start: Collection[Node], stop: Collection[Node]) -> int:
-    """The smallest product of sizes of legs that separates ``start`` from ``stop``.
-
-    Max-flow in whole numbers: a leg's capacity is the logarithm of its size as a fixed-point number with more digits
-    than the product of all sizes has. Two different products differ by more than all rounding together, so the
-    cut is the smallest one exactly; what is returned is the product of its sizes.
-    """
-    digits = len(str(prod(leg.size for leg in legs))) + len(str(len(legs))) + 2
-    arcs: dict[Node, dict[Node, int]] = {node: {} for node in (*start, *stop)}
-
-    def join(tail: Node, head: Node, capacity: int) -> None:
-        arcs.setdefault(tail, {})[head] = capacity
-        arcs.setdefault(head, {}).setdefault(tail, 0)
-
-    capacities = [_logarithm(leg.size, digits) for leg in legs]
-    unlimited = sum(capacities) + 1
-    for place, (leg, capacity) in enumerate(zip(legs, capacities, strict=True)):
-        join(("in", place), ("out", place), capacity)
-        for holder in leg.holders:
-            join(holder, ("in", place), unlimited)
-            join(("out", place), holder, unlimited)
-    reached = _saturate(arcs, start, stop)
-    return prod(
-        leg.size for place, leg in enumerate(legs) if ("in", place) in reached and ("out", place) not in reached
-    )
-
-
-def _saturate(arcs: dict[Node, dict[Node, int]], start: Collection[Node], stop: Collection[Node]) -> set[Node]:
-    """What stays reachable when no more can flow along shortest paths; the arcs are left with what they have over."""
-    while True:
-        before: dict[Node, Node | None] = dict.fromkeys(start)
-        queue = deque(start)
-        end: Node | None = None
-        while queue and end is None:
-            node = queue.popleft()
-            for head, left in arcs[node].items():
-                if left > 0 and head not in before:
-                    before[head] = node
-                    queue.append(head)
-                    if head in stop:
-                        end = head
-                        break
-        if end is None:
-            return set(before)
-        path = []
-        while (tail := before[end]) is not None:
-            path.append((tail, end))
-            end = tail
-        flow = min(arcs[tail][head] for tail, head in path)
-        for tail, head in path:
-            arcs[tail][head] -= flow
-            arcs[head][tail] += flow
-
-
-@lru_cache(maxsize=4096)
-def _logarithm(size: int, digits: int) -> int:
-    """ln(size) times 10**digits, rounded to a whole number."""
-    with localcontext() as context:
-        context.prec = digits + len(str(size.bit_length())) + 3
-        return int(Decimal(size).ln().scaleb(digits).to_integral_value())

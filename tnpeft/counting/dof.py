@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import chain
@@ -9,8 +10,9 @@ from math import prod
 from typing import Any
 
 from tnpeft.counting.cuts import Leg, absorbing, bond_cut, term_cut, term_legs, warn_ranks
+from tnpeft.counting.min_cut import incidence
 from tnpeft.counting.parameters import bound_sizes
-from tnpeft.networks import Factor, Factorization, Network, NetworkError, Term
+from tnpeft.networks import Factorization, Network, NetworkError, Term
 from tnpeft.networks.sizes import Size, Sizes, complete, product
 
 
@@ -50,9 +52,9 @@ def dof(net: Network | Factorization, sizes: Sizes | None = None, /, **more: Siz
 
 
 def _refuse_tied(net: Network) -> None:
-    labels = [net.label(factor) for factor in net.uses() if factor.kind == "trainable"]
-    for label in labels:
-        if labels.count(label) > 1:
+    uses = Counter(net.label(factor) for factor in net.uses() if factor.kind == "trainable")
+    for label, count in uses.items():
+        if count > 1:
             raise NetworkError(
                 f"the trainable factor {label!r} is used twice: no formula gives the degrees of freedom",
                 line=str(net),
@@ -86,38 +88,51 @@ def _reach(net: Network, part: Term, sizes: Mapping[str, int]) -> int:
     stack, rows, cols = (
         prod(sizes[i] for i in group if part.places()[i]) for group in (net.stack, net.rows, net.cols)
     )
-    rank = term_cut(part, {**sizes, **dict.fromkeys(net.stack, 1)}, net.rows, net.cols)
+    rank = term_cut(part, {**sizes, **dict.fromkeys(net.stack, 1)}, net.rows, net.cols).size
     return stack * rank * (rows + cols - rank)
 
 
 def _parts(term: Term) -> list[Term]:
     """The connected parts of a term: factors that share no index with the others of the term."""
-    groups: list[list[Factor]] = []
-    for factor in term.factors:
-        joined = [group for group in groups if any({*factor.indices} & {*other.indices} for other in group)]
-        groups = [*(group for group in groups if group not in joined), [*chain.from_iterable(joined), factor]]
-    return [Term(tuple(group)) for group in groups]
+    groups: dict[str, list[int]] = {}  # index: the places joined to it so far, one list for each part
+    for place, factor in enumerate(term.factors):
+        joined = {id(groups[index]): groups[index] for index in factor.indices if index in groups}
+        part, *others = sorted(joined.values(), key=len, reverse=True) or [[]]
+        part += [place, *chain.from_iterable(others)]
+        moved = {index for other in others for p in other for index in term.factors[p].indices}
+        groups |= dict.fromkeys((*factor.indices, *moved, *([f"{place}"] * (not factor.indices))), part)
+    parts = sorted(sorted(part) for part in {id(part): part for part in groups.values()}.values())
+    return [Term(tuple(term.factors[place] for place in part)) for part in parts]
 
 
 def _absorb(term: Term) -> Term:
     """The term without the factors whose indices lie within a trainable factor's: that one can hold the product."""
-    factors = [*term.factors]
-    for factor in sorted(term.factors, key=lambda its: len(its.indices)):
-        others = [its for its in factors if its is not factor and its.kind == "trainable"]
-        if any({*factor.indices} <= {*other.indices} for other in others):
-            factors = [its for its in factors if its is not factor]
-    return replace(term, factors=tuple(factors))
+    kept = dict(enumerate(term.factors))
+    carriers: dict[str, set[int]] = {}
+    for place, factor in kept.items():
+        for index in factor.indices if factor.kind == "trainable" else ():
+            carriers.setdefault(index, set()).add(place)
+    trainable = {place for place, factor in kept.items() if factor.kind == "trainable"}
+    for place in sorted(kept, key=lambda its: len(term.factors[its].indices)):
+        among = [carriers.get(index, set()) for index in term.factors[place].indices]
+        if (set.intersection(*among) if among else trainable) & kept.keys() - {place}:
+            del kept[place]
+    return replace(term, factors=tuple(kept.values()))
 
 
 def _clip(legs: tuple[Leg, ...], free: frozenset[int]) -> tuple[Leg, ...]:
     """The legs with every bond between trainable factors no larger than its cut."""
-    while True:
-        for place, leg in enumerate(legs):
-            if not leg.side and leg.holders <= free and (cut := bond_cut(legs, leg, free)) < leg.size:
-                legs = (*legs[:place], replace(leg, size=cut), *legs[place + 1 :])
-                break
-        else:
-            return legs
+    clipped, edges = [*legs], [leg.edge for leg in legs]
+    at, changed = incidence(edges), True
+    while changed:
+        changed = False
+        for place, leg in enumerate(clipped):
+            if not leg.side and leg.holders <= free:
+                cut = bond_cut(leg, edges, at, free, leg.size)
+                if cut < leg.size:
+                    clipped[place], changed = replace(leg, size=cut), True
+                    edges[place] = clipped[place].edge
+    return tuple(clipped)
 
 
 def _gauge(legs: Iterable[Leg], trainable: frozenset[int]) -> Any:

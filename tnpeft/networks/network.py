@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from tnpeft.networks.errors import NetworkError
 from tnpeft.networks.factor import Factor, Group, Kind, Term
@@ -206,8 +207,12 @@ class Network:
                 remedy=f"the {what} are {', '.join(known) or 'none'}",
             )
 
-    def __str__(self) -> str:
+    @cached_property
+    def _text(self) -> str:
         return "".join(text for text, _ in tokens_of(self))
+
+    def __str__(self) -> str:
+        return self._text
 
     def __repr__(self) -> str:
         return f"network({str(self)!r})"

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain, combinations
 from math import prod
 
 import torch
 from torch import Tensor
 
+from tnpeft.counting.cuts import term_cut
 from tnpeft.networks import Factor, Network, Term
 from tnpeft.networks.factor import Group
 from tnpeft.nn.contract import dense
-
-_EXHAUSTIVE = 14  # factors up to which every partition is looked at; above, only those in the order of the line
 
 
 @dataclass(frozen=True)
@@ -43,23 +41,12 @@ def cut(net: Network, term: Term, sizes: Mapping[str, int]) -> Cut:
 
 @lru_cache(maxsize=256)
 def _cut(net: Network, term: Term, sizes: tuple[tuple[str, int], ...]) -> Cut:
-    size, factors, best = dict(sizes), term.factors, None
-    for left in _partitions(len(factors)):
-        ours = set(net.rows).union(*(factors[k].indices for k in left))
-        theirs = set(net.cols).union(*(f.indices for k, f in enumerate(factors) if k not in left))
-        between = tuple(index for index in net.indices if index in ours & theirs)
-        found = Cut(left, between, prod(size[index] for index in between))
-        if best is None or found.size < best.size:
-            best = found
-    assert best is not None  # the empty partition is one
-    return best
-
-
-def _partitions(count: int) -> Iterator[tuple[int, ...]]:
-    if count <= _EXHAUSTIVE:
-        return chain.from_iterable(combinations(range(count), k) for k in range(count + 1))
-    starts = (tuple(range(k)) for k in range(count + 1))
-    return chain(starts, (tuple(range(k, count)) for k in range(1, count)))
+    side = term_cut(term, dict(sizes), net.rows, net.cols).side
+    left = tuple(place for place in range(len(term.factors)) if place in side)
+    ours = set(net.rows).union(*(term.factors[place].indices for place in left))
+    theirs = set(net.cols).union(*(f.indices for place, f in enumerate(term.factors) if place not in side))
+    between = tuple(index for index in net.indices if index in ours & theirs)
+    return Cut(left, between, prod(dict(sizes)[index] for index in between))
 
 
 def cut_rank(net: Network, sizes: Mapping[str, int]) -> int:

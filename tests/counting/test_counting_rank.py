@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from itertools import pairwise
 from itertools import product as choices
 from math import prod
 
@@ -338,7 +339,7 @@ def test_bounds_are_tight_for_every_family_at_generic_factors(name: str) -> None
 
 def chain(factors: int) -> Network:
     ends = ["out", *(f"r{k}" for k in range(1, factors)), "inp"]
-    parts = (f"G{k}[{a} {b}]" for k, (a, b) in enumerate(zip(ends, ends[1:], strict=False)))
+    parts = (f"G{k}[{a} {b}]" for k, (a, b) in enumerate(pairwise(ends)))
     return tnpeft.network(f"{' '.join(parts)} -> out inp")
 
 

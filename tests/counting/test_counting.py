@@ -124,7 +124,7 @@ def test_other_stack_indices_on_a_model_need_a_size(index: str) -> None:
         tnpeft.parameters(net, r=1, model="opt-125m")
 
 
-@pytest.mark.parametrize("name", [n for n in tnpeft.families.names() if n != "lotra"])
+@pytest.mark.parametrize("name", [n for n in tnpeft.families.names() if n not in ("lotra", "tuka")])
 @pytest.mark.parametrize("model", ["facebook/opt-125m", "meta-llama/Llama-3.2-1B"])
 def test_every_family_counts_what_its_layout_stores(name: str, model: str) -> None:
     f = tnpeft.families.get(name)()
@@ -249,7 +249,7 @@ import sys, time
 start = time.perf_counter()
 import tnpeft
 for name in tnpeft.families.names():
-    if name != "lotra":
+    if name not in ("lotra", "tuka"):
         tnpeft.parameters(tnpeft.families.get(name)(), model="facebook/opt-1.3b", targets=["q_proj", "v_proj"])
 tnpeft.budget(["lora", "cp"], parameters=196608, model="facebook/opt-1.3b")
 seconds = time.perf_counter() - start

@@ -323,7 +323,8 @@ def test_bounds_are_tight_for_every_family_at_generic_factors(name: str) -> None
     f = tnpeft.families.get(name)()
     f = f.with_ranks(**{rank: 2 for rank, size in f.ranks.items() if isinstance(size, int)})
     net = f.network
-    sizes = f.sizes({"layer": 2, "proj": 1, "out": 8, "inp": 8, "heads": 4, "basis": 2, "expert": 2, "scene": 2, "env": 2})
+    stack = {"layer": 2, "proj": 1, "basis": 2, "expert": 2, "scene": 2, "env": 2}
+    sizes = f.sizes({**stack, "out": 8, "inp": 8, "heads": 4})
     stack = dense(net, arrays(net, sizes), sizes)
     matrices = stack.reshape(-1, prod(sizes[i] for i in net.rows), prod(sizes[i] for i in net.cols))
     with warnings.catch_warnings():

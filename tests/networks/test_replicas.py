@@ -49,13 +49,13 @@ def placed(f: Factorization) -> tuple[Any, Any]:
 
 def drawn(many: Program, site_layout: Any, seed: int = 0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    shapes = [site_layout.tokens_of[label].shape for label in many.labels]
+    shapes = [site_layout.parameters[label].shape for label in many.labels]
     return [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
 
 
 def blocks(run: Any, x: Tensor, values: list[Tensor], site_layout: Any, base: Tensor) -> Tensor:
     """The oracle: every block through the program of one adapter."""
-    own = ["replica" in site_layout.tokens_of[label].indices for label in run.labels]
+    own = ["replica" in site_layout.parameters[label].indices for label in run.labels]
     parts = []
     for k, (rows, under) in enumerate(zip(x.chunk(K), base.chunk(K), strict=True)):
         parts.append(run(rows, [v[k] if mine else v for v, mine in zip(values, own, strict=True)], under, 0.5))
@@ -101,7 +101,7 @@ def test_every_block_meets_its_own_replica(name: str, tokens: int) -> None:
     deltas = many.delta([value.detach() for value in values], 0.5)
     for k in range(K):
         own = [
-            v[k] if "replica" in site_layout.tokens_of[m].indices else v
+            v[k] if "replica" in site_layout.parameters[m].indices else v
             for v, m in zip(values, many.labels, strict=True)
         ]
         agree(deltas[k], one.delta([value.detach() for value in own], 0.5))

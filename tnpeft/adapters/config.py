@@ -8,13 +8,12 @@ from dataclasses import InitVar, dataclass, field, replace
 from typing import Any
 
 from peft.config import PeftConfig
-from peft.utils.constants import EMBEDDING_LAYER_NAMES
 
 from tnpeft import registration
 from tnpeft.adapters.config_validation import check_fields, check_replicas
-from tnpeft.adapters.files import AGAIN, describe, fetch, stored_shapes
+from tnpeft.adapters.files import AGAIN, LOADING, Stored, describe, fetch, stored
 from tnpeft.adapters.serialization import factorization, lower, with_rank_pattern
-from tnpeft.networks import Factorization, NetworkError, replicated
+from tnpeft.networks import AdapterFileError, ConfigError, Factorization, replicated
 
 _CHANGES = ("ranks", "splits", "init", "scale", "unit_norm", "lr_multiplier", "square")  # in the order of the fields
 
@@ -59,7 +58,7 @@ class TensorNetworkConfig(PeftConfig):
         rank_pattern: other ranks for some projections, ``{"v_proj": {"r": 4}}``.
 
     Raises:
-        NetworkError: the network or one of its values does not fit, or the file's schema is unknown.
+        ConfigError: the network or one of its values does not fit, or the file's schema is unknown.
 
     >>> config = TensorNetworkConfig(network="B[layer proj out r] A[r inp] -> layer proj out inp", ranks={"r": 8})
     >>> print(config.factorization.network)
@@ -97,7 +96,11 @@ class TensorNetworkConfig(PeftConfig):
     rank_pattern: InitVar[Mapping[str, Mapping[str, int]] | None] = None
 
     def __post_init__(self, *changes: Any) -> None:
-        super().__post_init__()
+        check_fields(self)
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         self.peft_type = registration.TENSOR_NETWORK
         *fields, rank_pattern = changes or (None,) * (len(_CHANGES) + 1)
         given = dict(zip(_CHANGES, fields, strict=True))
@@ -107,29 +110,28 @@ class TensorNetworkConfig(PeftConfig):
         self._factorization = with_rank_pattern(f, rank_pattern) if rank_pattern else f
         self.patterns = tuple(rank_pattern or ())
         self.network = lower(self._factorization)
-        check_fields(self)
         for name in ("target_modules", "exclude_modules"):
             if isinstance(names := getattr(self, name), set | tuple | list):
                 setattr(self, name, [*dict.fromkeys(sorted(names) if isinstance(names, set) else names)])
         for name in ("replica_seeds", "replica_ranks", "replica_scales"):
             setattr(self, name, None if getattr(self, name) is None else [*getattr(self, name)])
         self._check()
-        # What a file fixes, the model has to meet; what a model fixed, the next model may fix anew.
-        self.loaded = self.layers is not None
+        # What a file of factors fixes, the model has to meet; what a model fixed, the next model may fix anew.
+        self.loaded = False
         self.named: list[str] = []
-        self.stored: dict[str, tuple[int, ...]] | None = None
+        self.stored: Stored | None = None
 
     def _check(self) -> None:
         if self.layers_pattern and self.layers_to_transform is None:
-            raise NetworkError("layers_pattern needs layers_to_transform", remedy="pass both, or neither")
+            raise ConfigError("layers_pattern needs layers_to_transform", remedy="pass both, or neither")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise NetworkError(
+            raise ConfigError(
                 "layers_to_transform does not go with a regular expression in target_modules",
                 remedy="write the layers into the expression, or pass a list of names",
             )
         for line in self._factorization.lines:
             if "task" in line.network.indices:
-                raise NetworkError(
+                raise ConfigError(
                     "no row of a batch says which task it belongs to",
                     line=str(line.network),
                     position=str(line.network).index("task"),
@@ -189,30 +191,29 @@ class TensorNetworkConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> TensorNetworkConfig:
-        """The configuration in a folder or hub repository; the factors beside it are checked before any is loaded.
+        """Return the configuration in a folder or hub repository, the factors in it checked before any is loaded.
+
+        Without a file of factors it is what any configuration is: a recipe for adapters to be trained.
 
         Raises:
-            NetworkError: the file of factors is missing or damaged, or the configuration is not one that this version
-                reads.
+            ConfigError: a value is not one that this version reads.
+            AdapterFileError: the configuration or the file of factors is damaged.
         """
         config: TensorNetworkConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         if not isinstance(config, TensorNetworkConfig):
             return config  # as PEFT's own classes do with a file of another kind
+        try:
+            file = fetch(pretrained_model_name_or_path, subfolder, **cls._split_kwargs(kwargs)[0])
+        except AdapterFileError:
+            if LOADING.get():
+                raise
+            return config
+        config.stored, config.loaded = stored(file), True
         if config.layers is None or config.projections is None or config.frozen is None:
-            raise NetworkError(
+            raise AdapterFileError(
                 "the configuration lacks layers, projections or frozen, which every saved adapter has", remedy=AGAIN
             )
-        file = fetch(pretrained_model_name_or_path, subfolder, **cls._split_kwargs(kwargs)[0])
-        config.stored = stored_shapes(file, config.beside)
         return config
-
-    @property
-    def beside(self) -> tuple[str, ...]:
-        """Parts of the names that PEFT may write beside the factors: whole modules, tokens, trained biases, and
-        embeddings, which may have been resized."""
-        biases = (".bias",) if self.bias != "none" else ()
-        tokens = (".token_adapter.",) if self.trainable_token_indices is not None else ()
-        return (*(self.modules_to_save or ()), *tokens, *biases, *EMBEDDING_LAYER_NAMES)
 
 
 def _tuples(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Whether a configuration's fields have the kinds that they are read as: files may hold anything."""
+"""The kinds that a configuration's fields must have: files may hold anything."""
 
 from __future__ import annotations
 
@@ -7,51 +7,90 @@ from collections.abc import Callable, Collection, Mapping
 from math import isfinite
 from typing import Any
 
-from tnpeft.networks import NetworkError
+from tnpeft.adapters.expressions import MOST_TEXT
+from tnpeft.networks import ConfigError
 
 _BIAS = ("none", "all", "tensor_network_only")
 _MOST = 2**63 - 1
+_MOST_REPLICAS = 2**16
+_DEEPEST = 64  # levels of lists and maps in a configuration, as many as torch's arrays have axes
+_PATH = re.compile(r"[\w\-]+(\.[\w\-]+)*")
 
 
 def check_fields(config: Any) -> None:
     """Raise at the first field of a :class:`tnpeft.TensorNetworkConfig` whose value is of another kind.
 
     Raises:
-        NetworkError: there is one; the message names it, its value, and what it may be.
+        ConfigError: there is one; the message names it, its value, and what it may be.
 
     >>> from types import SimpleNamespace
     >>> check_fields(SimpleNamespace(target_modules=5))
     Traceback (most recent call last):
-    tnpeft.networks.errors.NetworkError: target_modules is 5
+    tnpeft.networks.errors.ConfigError: target_modules is 5
     pass a list of names, a regular expression, or None
     """
     for kind, (fits, remedy) in _KINDS.items():
         for name in kind.split():
             value = getattr(config, name)
             if not fits(value):
-                raise NetworkError(f"{name} is {str(value)[:80] if value != '' else repr(value)}", remedy=remedy)
+                raise ConfigError(f"{name} is {shown(value)}", remedy=remedy)
+
+
+def shown(value: Any) -> str:
+    """The value as an error shows it: short, and text for whatever it is.
+
+    >>> shown(5), shown(""), shown(10**5000)
+    ('5', "''", 'a number of more than 4,300 digits')
+    """
+    try:
+        return str(value)[:80] or repr(value)
+    except ValueError:  # Python writes no longer ones
+        return "a number of more than 4,300 digits"
+
+
+def check_depth(data: Any, where: str) -> None:
+    """Raise if lists and maps are nested deeper than any configuration is; copying them would exhaust the stack.
+
+    Raises:
+        ConfigError: they are.
+
+    >>> check_depth([[[]]], "the file")
+    """
+    level = [data]
+    for _ in range(_DEEPEST):
+        level = [
+            item
+            for value in level
+            if isinstance(value, list | tuple | Mapping)
+            for item in (value.values() if isinstance(value, Mapping) else value)
+        ]
+        if not level:
+            return
+    raise ConfigError(
+        f"{where} is nested more than {_DEEPEST} levels deep", remedy="write its values as plain lists and maps"
+    )
 
 
 def check_replicas(config: Any) -> None:
     """Raise if the configuration asks of several replicas what only one adapter can do.
 
     Raises:
-        NetworkError: it does, or the seeds, ranks or scales of replicas are not one for each.
+        ConfigError: it does, or the seeds, ranks or scales of replicas are not one for each.
 
     >>> from types import SimpleNamespace
     >>> check_replicas(SimpleNamespace(replicas=2, replica_seeds=[0]))
     Traceback (most recent call last):
-    tnpeft.networks.errors.NetworkError: replica_seeds has 1 entries for 2 replicas
+    tnpeft.networks.errors.ConfigError: replica_seeds has 1 entries for 2 replicas
     give one for each, or None
     """
     for name in ("replica_seeds", "replica_ranks", "replica_scales"):
         given = getattr(config, name, None)
         if given is not None and len(given) != config.replicas:
-            raise NetworkError(
+            raise ConfigError(
                 f"{name} has {len(given)} entries for {config.replicas} replicas", remedy="give one for each, or None"
             )
         if given is not None and config.replicas == 1 and name != "replica_seeds":
-            raise NetworkError(f"{name} is for several replicas", remedy="give the one adapter its own network")
+            raise ConfigError(f"{name} is for several replicas", remedy="give the one adapter its own network")
     if config.replicas == 1:
         return
     for field, idle in (
@@ -60,12 +99,12 @@ def check_replicas(config: Any) -> None:
         ("bias", config.bias == "none"),
     ):
         if not idle:
-            raise NetworkError(
+            raise ConfigError(
                 f"{config.replicas} replicas would share what {field} trains",
                 remedy=f"train without {field} (score label words instead of a new head), or one adapter at a time",
             )
     if config.dora:
-        raise NetworkError("replicas have no magnitudes", remedy="train with dora one adapter at a time")
+        raise ConfigError("replicas have no magnitudes", remedy="train with dora one adapter at a time")
 
 
 def _whole(value: Any, least: int = 0) -> bool:
@@ -89,13 +128,18 @@ def _name(value: Any) -> bool:
 
 
 def _pattern(value: Any) -> bool:
-    if not _name(value):
+    if not _name(value) or len(value) > MOST_TEXT:
         return False
     try:
         re.compile(value)
     except (re.error, RecursionError, OverflowError):
         return False
     return True
+
+
+def _path(value: Any) -> bool:
+    """True for the end of a module's path: PEFT reads some of these as regular expressions."""
+    return isinstance(value, str) and _PATH.fullmatch(value) is not None
 
 
 def _modules(value: Any) -> bool:
@@ -130,13 +174,13 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: value is None or _whole(value) or _listed(value, _whole),
         "pass numbers of layers, from 0 on, or None",
     ),
-    "layers_pattern": (lambda value: value is None or _name(value) or _listed(value, _name), "pass names, or None"),
-    "modules_to_save": (lambda value: value is None or _listed(value, _name), "pass a list of names, or None"),
+    "layers_pattern": (lambda value: value is None or _path(value) or _listed(value, _path), "pass names, or None"),
+    "modules_to_save": (lambda value: value is None or _listed(value, _path), "pass a list of names, or None"),
     "trainable_token_indices": (
         lambda value: (
             value is None
             or _listed(value, _whole)
-            or (isinstance(value, Mapping) and all(_name(n) and _listed(v, _whole) for n, v in value.items()))
+            or (isinstance(value, Mapping) and all(_path(n) and _listed(v, _whole) for n, v in value.items()))
         ),
         "pass numbers of tokens, from 0 on, or such lists by the embedding's name, or None",
     ),
@@ -150,7 +194,11 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "pass a positive number, such as 1e-2, or None",
     ),
     "seed": (_whole, "pass a whole number from 0 on, below 2**63"),
-    "tokens replicas": (lambda value: _whole(value, 1), "pass a whole number from 1 on, below 2**63"),
+    "tokens": (lambda value: _whole(value, 1), "pass a whole number from 1 on, below 2**63"),
+    "replicas": (
+        lambda value: _whole(value, 1) and value <= _MOST_REPLICAS,
+        f"pass a whole number from 1 to {_MOST_REPLICAS}",
+    ),
     "replica_seeds": (
         lambda value: value is None or (isinstance(value, list | tuple) and _listed(value, _whole)),
         "pass a list of whole numbers from 0 on, or None",
@@ -163,7 +211,11 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: value is None or (isinstance(value, list | tuple) and _listed(value, _finite)),
         "pass a list of finite numbers, or None",
     ),
-    "base_model_name_or_path revision": (lambda value: value is None or isinstance(value, str), "pass text, or None"),
+    "auto_mapping": (lambda value: value is None or isinstance(value, Mapping), "pass a map, or None"),
+    "base_model_name_or_path revision peft_version": (
+        lambda value: value is None or isinstance(value, str),
+        "pass text, or None",
+    ),
     "save_frozen dora inference_mode": (lambda value: isinstance(value, bool), "pass True or False"),
     "layers": (_places, "check the file: it is a map from paths to their places, from 0 on"),
     "projections": (_order, "check the file: it is a map from names to their places, from 0 on"),

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import copy
+import os
 import re
-from collections.abc import Collection, Mapping
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 
-from tnpeft.networks import Factorization, NetworkError
-from tnpeft.registration import PREFIX
+from tnpeft.adapters.contents import AGAIN, Stored, check_contents, contents, entries, unprefixed
+from tnpeft.layout import Layout
+from tnpeft.networks import AdapterFileError, Factorization
 
+ROOM = "make room or choose a folder that may be written, and save again: what was there before is as it was"
+LOADING: ContextVar[bool] = ContextVar("LOADING", default=False)  # of a folder, whose frozen factors were compared
+_CARD = "README.md"
 _MARK = "## Tensor-network adapter"
-_SHOWN = 3  # names that an error lists
-AGAIN = "copy the adapter's folder again from where it was saved"
+_FIXED = ("network", "dora", "bias", "layers", "projections", "save_frozen", "frozen", "trainable_token_indices")
+_FIXED += ("replicas", "replica_ranks", "replica_scales")
 
 
 def fetch(name: str, subfolder: str | None = None, **hub: Any) -> Path:
@@ -26,11 +39,11 @@ def fetch(name: str, subfolder: str | None = None, **hub: Any) -> Path:
         hub: options of ``hf_hub_download``, such as ``revision`` and ``cache_dir``.
 
     Raises:
-        NetworkError: there is none, or it cannot be had.
+        AdapterFileError: there is none, or it cannot be had.
 
     >>> fetch("/", local_files_only=True)
     Traceback (most recent call last):
-    tnpeft.networks.errors.NetworkError: there is no adapter_model.safetensors in '/'
+    tnpeft.networks.errors.AdapterFileError: there is no adapter_model.safetensors in '/'
     copy the adapter's folder again from where it was saved
     """
     folder = Path(name, subfolder or "")
@@ -41,94 +54,42 @@ def fetch(name: str, subfolder: str | None = None, **hub: Any) -> Path:
         try:
             return Path(hf_hub_download(str(name), SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder or None, **hub))
         except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-            raise NetworkError(
+            raise AdapterFileError(
                 f"{SAFETENSORS_WEIGHTS_NAME} of {str(name)!r} cannot be had from the hub ({type(error).__name__})",
                 remedy=f"check the name and the connection; pickles ({WEIGHTS_NAME}) are not read",
             ) from error
     if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
         pickled = (folder / WEIGHTS_NAME).is_file()
         remedy = "save it with safe_serialization=True: pickles are not read" if pickled else AGAIN
-        raise NetworkError(f"there is no {SAFETENSORS_WEIGHTS_NAME} in {str(folder)!r}", remedy=remedy)
+        raise AdapterFileError(f"there is no {SAFETENSORS_WEIGHTS_NAME} in {str(folder)!r}", remedy=remedy)
     return folder / SAFETENSORS_WEIGHTS_NAME
 
 
-def stored_shapes(path: Path, others: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
-    """Shape of every array in an adapter's file, by name.
-
-    Args:
-        path: the file.
-        others: parts of names of arrays that may be in the file beside the factors.
+def stored(path: Path) -> Stored:
+    """Shape and kind of every array in an adapter's file, by its name in the model.
 
     Raises:
-        NetworkError: the file is damaged, or holds something that is neither a finite factor nor meant.
+        AdapterFileError: the file is damaged, or holds something that is not a finite number.
 
-    >>> stored_shapes(Path("no/such/file"))
+    >>> stored(Path("no/such/file"))
     Traceback (most recent call last):
-    tnpeft.networks.errors.NetworkError: adapter_model.safetensors is damaged: No such file or directory: no/such/file
+    tnpeft.networks.errors.AdapterFileError: adapter_model.safetensors is damaged: No such file or directory: no/su...
     copy the adapter's folder again from where it was saved
     """
-    from safetensors import SafetensorError, safe_open
+    return unprefixed(entries(read(path), SAFETENSORS_WEIGHTS_NAME), SAFETENSORS_WEIGHTS_NAME)
 
+
+def read(path: Path) -> dict[str, Any]:
+    """The arrays of a file by name.
+
+    Raises:
+        AdapterFileError: it cannot be read.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise NetworkError(f"{SAFETENSORS_WEIGHTS_NAME} is damaged: {error}", remedy=AGAIN) from None
-    return checked_shapes(arrays, others, SAFETENSORS_WEIGHTS_NAME)
-
-
-def checked_shapes(arrays: Mapping[str, Any], others: Collection[str], where: str) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of an adapter, by name, once all are known to be finite and meant.
-
-    Args:
-        arrays: the tensors by name.
-        others: parts of names of tensors that may be among them beside the factors.
-        where: what holds them, for the message.
-
-    Raises:
-        NetworkError: one is neither a finite factor nor meant.
-
-    >>> checked_shapes({"fc1.weight": None}, (), "the file")
-    Traceback (most recent call last):
-    tnpeft.networks.errors.NetworkError: the file holds fc1.weight, which is no part of an adapter and would change...
-    """
-    for name, array in arrays.items():
-        if f".{PREFIX}" not in name and not any(part in name for part in others):
-            raise NetworkError(
-                f"{where} holds {name}, which is no part of an adapter and would change the model",
-                remedy="do not load it, or take that array out of it",
-            )
-        if not array.is_floating_point() or not array.isfinite().all():
-            problem = "not finite" if array.is_floating_point() else f"of type {array.dtype}"
-            raise NetworkError(f"{name} in {where} is {problem}", remedy=AGAIN)
-    return {name: tuple(array.shape) for name, array in arrays.items()}
-
-
-def check_shapes(stored: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise unless the file holds exactly the arrays that the network needs on this model.
-
-    Names are compared from the module's path on; ``modules_to_save`` and biases are none of ours.
-
-    Raises:
-        NetworkError: an array is missing, left over, or of another shape.
-
-    >>> check_shapes({"base_model.model.q.tnpeft_factors.B": (4, 2)}, {"q.tnpeft_factors.B": (4, 2)})
-    """
-    found = {name.removeprefix("base_model.model."): shape for name, shape in stored.items() if f".{PREFIX}" in name}
-    missing = [f"{name} {shape} is missing" for name, shape in expected.items() if name not in found]
-    left = [f"{name} {shape} is not part of it" for name, shape in found.items() if name not in expected]
-    wrong = [
-        f"{name} is {found[name]}, not {shape}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    problems = [*wrong, *missing, *left]
-    if problems:
-        more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise NetworkError(
-            f"the stored factors are not those of the adapter's network here: {'; '.join(problems[:_SHOWN])}{more}",
-            remedy="check that the adapter was trained on this architecture and that its files belong together",
-        )
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise AdapterFileError(f"{SAFETENSORS_WEIGHTS_NAME} is damaged: {error}", remedy=AGAIN) from None
 
 
 def hotswap(model: Any, folder: str, adapter: str = "default") -> None:
@@ -142,54 +103,115 @@ def hotswap(model: Any, folder: str, adapter: str = "default") -> None:
         adapter: name of the adapter whose values change.
 
     Raises:
-        NetworkError: the two adapters differ in network, seed of frozen factors, sites, shapes, or what they train
-            besides; nothing is changed then.
+        AdapterFileError: the two adapters differ in network, seed of frozen factors, sites, shapes, or what they
+            train besides; nothing is changed then.
 
     >>> hotswap(None, "no/such/folder")
     Traceback (most recent call last):
-    tnpeft.networks.errors.NetworkError: there is no adapter_model.safetensors in 'no/such/folder'
+    tnpeft.networks.errors.AdapterFileError: there is no adapter_model.safetensors in 'no/such/folder'
     pass a folder that save_pretrained wrote
     """
     import torch
     from peft import get_peft_model_state_dict
-    from safetensors.torch import load_file
 
     from tnpeft.adapters.state import bank_of
 
     path = Path(folder) / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
-        raise NetworkError(
+        raise AdapterFileError(
             f"there is no {SAFETENSORS_WEIGHTS_NAME} in {folder!r}", remedy="pass a folder that save_pretrained wrote"
         )
     own = model.peft_config[adapter]
     new = type(own).from_pretrained(folder)
     if not isinstance(new, type(own)):
-        raise NetworkError(f"the adapter in {folder!r} is a {new.peft_type}", remedy="swap in one of this package")
-    fixed = ("network", "dora", "bias", "layers", "projections", "save_frozen", "frozen")
-    fixed += ("replicas", "replica_ranks", "replica_scales")
-    for name in fixed:
-        if getattr(own, name) != getattr(new, name):
-            raise NetworkError(
-                f"the adapter in {folder!r} has another {name} than {adapter!r}",
-                remedy="load it with load_adapter instead of swapping it in",
-            )
+        raise AdapterFileError(
+            f"the adapter in {folder!r} is a {new.peft_type}", remedy="swap in one of this package"
+        )
+    check_fits(model, adapter, new, f"the adapter in {folder!r}")
     if bank_of(model, adapter).merged:
-        raise NetworkError("a merged adapter cannot be swapped", remedy="call unmerge_adapter() first")
-    values = load_file(path)
+        raise AdapterFileError("a merged adapter cannot be swapped", remedy="call unmerge_adapter() first")
+    values = read(path)
     state = get_peft_model_state_dict(model, adapter_name=adapter)
-    check_shapes(
-        {name: tuple(value.shape) for name, value in values.items()},
-        {n.removeprefix("base_model.model."): tuple(v.shape) for n, v in state.items() if f".{PREFIX}" in n},
-    )
     for name, array in state.items():
         if name not in values or values[name].shape != array.shape:
-            raise NetworkError(
+            raise AdapterFileError(
                 f"the adapter in {folder!r} has no {name} of shape {tuple(array.shape)}",
                 remedy="load it with load_adapter instead of swapping it in",
             )
     with torch.no_grad():
         for name, array in state.items():
             array.copy_(values[name])
+
+
+def check_fits(model: Any, adapter: str, new: Any, what: str) -> None:
+    """Raise unless a configuration read from a folder, and the file beside it, are of an adapter like the attached.
+
+    Raises:
+        AdapterFileError: the two differ in network, scale, seed of frozen factors, sites, or what they train besides.
+    """
+    from tnpeft.adapters.state import bank_of
+
+    own, base = model.peft_config[adapter], bank_of(model, adapter)
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    new = translated(inner, new)
+    for name in _FIXED:
+        if _value(own, name) != _value(new, name):
+            raise AdapterFileError(
+                f"{what} has another {name} than {adapter!r}",
+                remedy="load it with load_adapter, under another name",
+            )
+    if new.stored is not None:
+        check_contents(new.stored, contents(inner, own, base.layouts[adapter]), what)
+
+
+def check_state(model: Any, config: Any, adapter: str, layout: Layout, state: Mapping[str, Any]) -> None:
+    """Raise unless a state dict that is about to be loaded into an attached adapter holds that adapter and no more.
+
+    Warns where frozen factors stay as they are here: of those in the adapter that it was taken from it knows nothing.
+
+    Raises:
+        AdapterFileError: a tensor is missing, not finite, of another shape, or not part of the adapter.
+    """
+    where = "the state dict"
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    held = unprefixed(entries(state, where), where, needed=inner is not model)
+    copies = re.compile(rf"\.modules_to_save\.{re.escape(adapter)}\.|(trainable_tokens_delta)\.{re.escape(adapter)}$")
+    held = {copies.sub(lambda found: found[1] or ".", name): its for name, its in held.items()}
+    check_contents(held, contents(inner, config, layout), where)
+    frozen = sorted({param.label for param in layout.parameters if param.kind == "frozen"})
+    if frozen and not config.save_frozen and not LOADING.get():
+        warnings.warn(
+            f"the state dict holds no frozen factors: {', '.join(frozen)} stay as seed {config.seed} and the start "
+            "values here make them; save_frozen=True puts them into it",
+            stacklevel=2,
+        )
+
+
+def _value(config: Any, name: str) -> Any:
+    """The value of a field, of the network what its outputs depend on."""
+    if name != "network":
+        return getattr(config, name)
+    return replace(config.factorization, name="", source="", lr_multiplier={})
+
+
+def translated(model: Any, config: Any) -> Any:
+    """The configuration with paths as they are today in a model that transformers has rearranged since it was saved.
+
+    >>> from types import SimpleNamespace
+    >>> translated(SimpleNamespace(), "as it is")
+    'as it is'
+    """
+    rules = getattr(model, "_checkpoint_conversion_mapping", None) or {}
+    if not rules or config.layers is None:
+        return config
+
+    def today(path: str) -> str:
+        return next((new for old, to in rules.items() if (new := re.sub(old, to, path)) != path), path)
+
+    found = copy.copy(config)
+    found.layers = {today(path): place for path, place in config.layers.items()}
+    found.stored = config.stored and {today(name): entry for name, entry in config.stored.items()}
+    return found
 
 
 def describe(folder: str, adapters: Mapping[str, Factorization]) -> None:
@@ -201,7 +223,7 @@ def describe(folder: str, adapters: Mapping[str, Factorization]) -> None:
 
     >>> describe("no/such/folder", {"": Factorization.of("A[out inp] -> out inp")})
     """
-    card = Path(folder) / "README.md"
+    card = Path(folder) / _CARD
     if not card.is_file():
         return
     parts = [_MARK]
@@ -218,4 +240,46 @@ def describe(folder: str, adapters: Mapping[str, Factorization]) -> None:
     before, _, after = card.read_text(encoding="utf-8").partition(_MARK)
     kept = re.search(r"^#+ .*", after, re.MULTILINE | re.DOTALL)  # from the next heading on
     text = f"{before.rstrip()}\n\n" + "\n\n".join(parts) + (f"\n{kept[0]}" if kept else "")
-    card.write_text(text, encoding="utf-8")
+    write(card, text)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file as a whole or not at all.
+
+    Raises:
+        AdapterFileError: the disk does not take it; what was there stays.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        raise AdapterFileError(f"{path} cannot be written: {error}", remedy=ROOM) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def written(folder: Any, writes: bool = True) -> Iterator[Any]:
+    """A folder to write files to, which end up in ``folder`` once all are written; if any cannot be, none does.
+
+    Raises:
+        AdapterFileError: the disk does not take them; what was in the folder stays.
+    """
+    if not writes or os.path.isfile(folder):  # PEFT has an error for the latter
+        yield folder
+        return
+    target = Path(folder)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=target) as name:
+            if (target / _CARD).is_file():  # it is added to
+                shutil.copyfile(target / _CARD, Path(name, _CARD))
+            yield name
+            for part in sorted(Path(name).rglob("*"), reverse=True):
+                if part.is_file():
+                    there = target / part.relative_to(name)
+                    there.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(part, there)
+    except (OSError, SafetensorError) as error:
+        raise AdapterFileError(f"{target} cannot be written: {error}", remedy=ROOM) from error

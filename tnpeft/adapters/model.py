@@ -19,12 +19,14 @@ from tnpeft import registration
 from tnpeft.adapters.bank import BANK, FactorBank, TensorNetworkLayer
 from tnpeft.adapters.config import TensorNetworkConfig
 from tnpeft.adapters.config_validation import check_replicas
-from tnpeft.adapters.files import check_shapes
+from tnpeft.adapters.contents import AGAIN, check_modules
+from tnpeft.adapters.expressions import check_expression
+from tnpeft.adapters.files import check_state, translated
 from tnpeft.adapters.guard import watch
 from tnpeft.adapters.layer import TensorNetworkLinear
 from tnpeft.adapters.mixed import BatchAdapterNames, check_names, expanded
 from tnpeft.adapters.owners import check_owner, fused, keep_unfused
-from tnpeft.adapters.placement import base_constants, build_layout, expected_shapes, start_values
+from tnpeft.adapters.placement import base_constants, build_layout, start_values
 from tnpeft.adapters.replicas.batch import check_blocks, expect_blocks
 from tnpeft.adapters.rollback import Parked, Snapshot, layers, outside
 from tnpeft.adapters.siblings import join
@@ -32,9 +34,10 @@ from tnpeft.adapters.targets import card_of, resolve, shared_input_groups
 from tnpeft.adapters.update import update
 from tnpeft.adapters.weighted_sum import combine
 from tnpeft.layout import Layout, ParameterSpec, SiteLayout
-from tnpeft.networks import NetworkError, Site
+from tnpeft.networks import AdapterFileError, ConfigError, NetworkError, Site
 
 _CONTAINERS = type("Containers", (nn.ModuleDict, nn.ParameterDict), {})()  # of adapters, by name
+_UNFIT = (ValueError, TypeError, KeyError, AttributeError)  # of PEFT, whose cause is the folder that is loaded
 _MEANT = ("__base__", "base_layer", "original_module", "modules_to_save", "token_adapter")
 
 
@@ -78,16 +81,21 @@ class TensorNetworkModel(BaseTuner):
         before = None
         try:
             if known is not None:
-                raise NetworkError(
+                raise ConfigError(
                     f"the model has an adapter {adapter_name!r} already",
                     remedy="delete it first, or choose another name",
                 )
             parked.take(model)
             before = Snapshot(self)
-            self.peft_config[adapter_name] = copy.deepcopy(given)
+            config = self.peft_config[adapter_name] = copy.deepcopy(translated(model, given))
+            names = [name for name, _ in model.named_modules()]
+            for field in ("target_modules", "exclude_modules"):
+                if isinstance(pattern := getattr(config, field), str):
+                    check_expression(field, pattern, names)
+            check_modules(model, config, adapter_name)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             parked.restore()
-        except BaseException:
+        except BaseException as error:
             if before is not None:
                 before.restore()
             parked.restore()
@@ -95,7 +103,10 @@ class TensorNetworkModel(BaseTuner):
                 self.peft_config.pop(adapter_name, None)
             else:
                 self.peft_config[adapter_name] = known
+            if given.loaded and isinstance(error, _UNFIT) and not isinstance(error, NetworkError):
+                raise AdapterFileError(f"the adapter does not fit the model: {error}", remedy=AGAIN) from error
             raise
+        config.loaded, config.stored = False, None  # what a model fixed, the next model may fix anew
 
     def _check_target_module_exists(self, peft_config: TensorNetworkConfig, key: str) -> Any:  # type: ignore[override]
         """The same as for any tuner, but that the bank is no target."""
@@ -320,8 +331,7 @@ class TensorNetworkModel(BaseTuner):
     ) -> dict[str, Tensor]:
         bank = next((module for module in model.modules() if isinstance(module, FactorBank)), None)
         if bank is not None and adapter_name in bank.layouts:
-            expected = expected_shapes(config, bank.layouts[adapter_name])
-            check_shapes({name: tuple(value.shape) for name, value in state_dict.items()}, expected)
+            check_state(model, config, adapter_name, bank.layouts[adapter_name], state_dict)
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )

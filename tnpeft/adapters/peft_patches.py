@@ -6,16 +6,20 @@ configuration that is no JSON, of whatever kind it was, an error that names the 
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel, peft_model
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.config import PeftConfigMixin
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as _KINDS
 from peft.tuners.lora import conversion
 from peft.utils import save_and_load
 from torch import Tensor
@@ -24,13 +28,16 @@ from transformers.utils.hub import PushToHubMixin
 
 from tnpeft.adapters.bank import AdaptedLayer
 from tnpeft.adapters.config import TensorNetworkConfig
-from tnpeft.adapters.files import AGAIN, checked_shapes, describe
+from tnpeft.adapters.config_validation import check_depth, shown
+from tnpeft.adapters.contents import AGAIN, entries, unprefixed
+from tnpeft.adapters.files import LOADING, check_fits, describe, fetch, stored, written
 from tnpeft.adapters.rollback import Parked, Snapshot
-from tnpeft.networks import NetworkError
-from tnpeft.registration import PREFIX
+from tnpeft.networks import AdapterFileError
+from tnpeft.registration import PREFIX, TENSOR_NETWORK
 
 _read = PeftConfigMixin.from_pretrained.__func__
 _json = PeftConfigMixin.from_json_file.__func__
+_save = PeftModel.save_pretrained
 _load = PeftAdapterMixin.load_adapter
 _add = PeftAdapterMixin.add_adapter
 _load_peft, _add_peft = PeftModel.load_adapter, PeftModel.add_adapter
@@ -55,7 +62,8 @@ def hook() -> None:
     PeftModel._upload_modified_files = _upload_with_card
     PeftAdapterMixin.load_adapter = _whole(_load_checked)
     PeftAdapterMixin.add_adapter = _whole(_add, reads=False)
-    PeftModel.load_adapter = _whole(_load_peft)
+    PeftModel.load_adapter = _whole(_load_over)
+    PeftModel.save_pretrained = _save_whole
     PeftModel.add_adapter = _whole(_add_peft, reads=False)
     PeftModel.from_pretrained = classmethod(_from_pretrained_whole)
     for cls, made in _made.items():
@@ -119,7 +127,7 @@ def _from_pretrained_whole(
     """Load an adapter onto a base model, or leave that as it was."""
     before = Snapshot(model)
     try:
-        return _load_onto(cls, model, model_id, adapter_name, *args, **kwargs)
+        return _model_from_pretrained(cls, model, model_id, adapter_name, *args, **kwargs)
     except BaseException:
         if _holds(model, adapter_name):
             before.restore()
@@ -141,8 +149,92 @@ def _from_json_file(cls: type[PeftConfig], path: str, **kwargs: Any) -> dict[str
     except (ValueError, TypeError, RecursionError) as error:  # of the parser, or of PEFT, which expects a table
         problem = str(error)
     if problem:
-        raise NetworkError(f"{path} is no configuration of an adapter: {problem}", remedy=AGAIN)
+        raise AdapterFileError(f"{path} is no configuration of an adapter: {problem}", remedy=AGAIN)
+    check_depth(found, path)
+    kind, ours = found.get("peft_type"), found.keys() >= {"network", "projections", "frozen"}
+    if kind != TENSOR_NETWORK if ours else not (kind is None or (isinstance(kind, str) and kind in _KINDS)):
+        raise AdapterFileError(f"{path} says peft_type={shown(kind)}, an unknown kind of adapter", remedy=AGAIN)
     return found  # type: ignore[no-any-return]
+
+
+def _with_factors(name: Any, subfolder: str | None = None, **hub: Any) -> Path:
+    """Return the file of factors of a folder or repository that is to be loaded."""
+    return fetch(str(name), subfolder, **PeftConfig._split_kwargs(hub)[0])
+
+
+@contextmanager
+def _loading() -> Iterator[None]:
+    token = LOADING.set(True)
+    try:
+        yield
+    finally:
+        LOADING.reset(token)
+
+
+@wraps(_load_onto)
+def _model_from_pretrained(
+    cls: type[PeftModel],
+    model: Any,
+    model_id: Any,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    config: Any = None,
+    *args: Any,
+    **kwargs: Any,
+) -> PeftModel:
+    """Load an adapter; a configuration given beside the folder does not keep its file from being checked."""
+    if isinstance(config, TensorNetworkConfig) and config.stored is None:
+        config = copy.copy(config)
+        config.stored = stored(_with_factors(model_id, **kwargs))
+    with _loading():
+        found: PeftModel = _load_onto(cls, model, model_id, adapter_name, is_trainable, config, *args, **kwargs)
+    return found
+
+
+@wraps(_load_peft)
+def _load_over(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+    """Load an adapter; over one of that name only if the two are alike, as nothing but the factors is replaced."""
+    if isinstance(self.peft_config.get(adapter_name), TensorNetworkConfig):
+        hub = self._split_kwargs(kwargs)[0]
+        with _loading():
+            new = PeftConfig.from_pretrained(model_id, **hub)
+        if not isinstance(new, TensorNetworkConfig):
+            raise AdapterFileError(
+                f"the adapter in {str(model_id)!r} is a {new.peft_type}", remedy="load it under another name"
+            )
+        check_fits(self, adapter_name, new, f"the adapter in {str(model_id)!r}")
+    if any(isinstance(config, TensorNetworkConfig) for config in self.peft_config.values()):
+        moved = getattr(self.get_base_model(), "_checkpoint_conversion_mapping", None)  # as PEFT does for the first
+        kwargs |= {} if kwargs.get("key_mapping") or not moved else {"key_mapping": moved}
+    with _loading():
+        return _load_peft(self, model_id, adapter_name, *args, **kwargs)
+
+
+@wraps(_save)
+def _save_whole(
+    self: PeftModel,
+    save_directory: Any,
+    safe_serialization: bool = True,
+    selected_adapters: list[str] | None = None,
+    save_embedding_layers: str | bool = "auto",
+    is_main_process: bool = True,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """Save adapters: all files are written beside the folder's first and then moved, so none is ever half there."""
+    names = self.peft_config if selected_adapters is None else selected_adapters
+    if not any(isinstance(self.peft_config.get(name), TensorNetworkConfig) for name in names):
+        return _save(  # type: ignore[no-any-return]
+            self, save_directory, safe_serialization, selected_adapters, save_embedding_layers, is_main_process,
+            *args, **kwargs,
+        )  # fmt: skip
+    if not safe_serialization:
+        raise AdapterFileError(
+            "safe_serialization=False would write a pickle, and pickles are not read", remedy="leave it out"
+        )
+    with written(save_directory, is_main_process) as folder:
+        _save(self, folder, True, selected_adapters, save_embedding_layers, is_main_process, *args, **kwargs)
+    return None
 
 
 def _from_pretrained(cls: type[PeftConfig], path: Any, subfolder: str | None = None, **kwargs: Any) -> PeftConfig:
@@ -167,14 +259,17 @@ def _load_checked(
     found = peft_config
     if adapter_state_dict is not None and peft_config is None and peft_model_id is not None:
         found = PeftConfig.from_pretrained(peft_model_id, **(kwargs.get("adapter_kwargs") or {}))
+    if adapter_state_dict is None and isinstance(found, TensorNetworkConfig) and found.stored is None:
+        found = copy.copy(found)
+        found.stored = stored(_with_factors(peft_model_id, **(kwargs.get("adapter_kwargs") or {})))
     if adapter_state_dict is None or not isinstance(found, TensorNetworkConfig):
-        return _load(model, peft_model_id, adapter_name, peft_config, adapter_state_dict, *args, **kwargs)
-    before = found.stored
-    found.stored = checked_shapes(adapter_state_dict, found.beside, "adapter_state_dict")
-    try:
-        return _load(model, peft_model_id, adapter_name, found, adapter_state_dict, *args, **kwargs)
-    finally:
-        found.stored = before
+        with _loading():
+            return _load(model, peft_model_id, adapter_name, found, adapter_state_dict, *args, **kwargs)
+    where = "adapter_state_dict"
+    found = copy.copy(found)
+    found.stored = unprefixed(entries(adapter_state_dict, where), where, needed=False)
+    found.loaded = found.layers is not None and found.projections is not None
+    return _load(model, peft_model_id, adapter_name, found, adapter_state_dict, *args, **kwargs)
 
 
 def _upload_with_card(model: PeftModel, working_dir: str, *args: Any, **kwargs: Any) -> Any:

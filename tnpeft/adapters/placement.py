@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 
+from tnpeft.adapters.contents import check_contents, contents
 from tnpeft.adapters.targets import select
 from tnpeft.counting.cuts import warn_ranks
 from tnpeft.layout import Layout, ParameterSpec, layout
 from tnpeft.networks import REPLICA, ConfigError, Factorization, NetworkError, Site, SiteRule
 from tnpeft.nn.init import Initializer, factor_hash
-from tnpeft.registration import PREFIX
 
 if TYPE_CHECKING:
     from tnpeft.adapters.config import TensorNetworkConfig
@@ -75,9 +76,14 @@ def build_layout(model: nn.Module, modules: Mapping[str, nn.Module], config: Ten
             line=str(config.factorization.network),
             remedy="choose smaller ranks",
         )
-    check_beside(model, config)
+    its = contents(model, config, found)
     if config.stored is not None:
-        check_stored(config, found)
+        check_contents(config.stored, its, SAFETENSORS_WEIGHTS_NAME)
+        if replaced := sorted(its.embeddings & {*config.stored} - {*its.required}):
+            warnings.warn(
+                f"the adapter's file holds embeddings, which replace the model's own: {', '.join(replaced)}",
+                stacklevel=2,
+            )
     if not saved:
         for line, sizes in {(p.line.network, tuple(p.sizes.items())): None for p in found.site_layouts}:
             warn_ranks(line, dict(sizes))
@@ -134,86 +140,6 @@ def check_patterns(f: Factorization, patterns: Sequence[str], sites: Sequence[Si
                 f"the rank pattern's entry {pattern!r} is never used: earlier entries take all its projections",
                 remedy="put it before them, or leave it out",
             )
-
-
-def check_stored(config: TensorNetworkConfig, found: Layout) -> None:
-    """Raise unless the file beside the configuration holds exactly the arrays of the layout."""
-    from tnpeft.adapters.files import check_shapes
-
-    check_shapes(config.stored or {}, expected_shapes(config, found))
-
-
-def check_beside(model: nn.Module, config: TensorNetworkConfig) -> None:
-    """Raise unless what an adapter trains or stores beside factors fits the model; PEFT would find out halfway.
-
-    Raises:
-        NetworkError: a token is in no embedding, or an array of the file has no counterpart of its shape.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path, tokens in _embeddings(model, config.trainable_token_indices).items():
-        rows, width = model.get_submodule(path).weight.shape  # type: ignore[union-attr]
-        if not tokens or max(tokens) >= rows:
-            raise NetworkError(
-                f"trainable_token_indices names {f'token {max(tokens)}' if tokens else 'no token'} of {path}",
-                remedy=f"it has the tokens 0 to {rows - 1}; resize the embeddings first if there are to be more",
-            )
-        shapes[f"{path}.token_adapter.trainable_tokens_delta"] = len(tokens), width
-    for stored, shape in (config.stored or {}).items():
-        name = stored.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        wanted = shape if f".{PREFIX}" in name else shapes.get(name) or _shape(model, name)
-        if wanted not in (shape, ()):
-            raise NetworkError(
-                f"{name} is stored with shape {shape}, and the model's is {wanted or 'missing'}",
-                remedy="load it onto the model class and size that it was trained on, embeddings resized alike",
-            )
-
-
-def _embeddings(model: nn.Module, tokens: Any) -> dict[str, list[int]]:
-    """The tokens by the path of their embedding; given without a name they are the model's input."""
-    if tokens is None:
-        return {}
-    paths = [name for name, module in model.named_modules() if getattr(module, "weight", None) is not None]
-    if isinstance(tokens, Mapping):
-        found = {name: [path for path in paths if f".{path}".endswith(f".{name}")] for name in tokens}
-        pairs = {path: [*tokens[name]] for name, its in found.items() for path in its}
-        missing = next((name for name, its in found.items() if not its), None)
-    else:
-        inputs = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-        pairs = {path: [*tokens] for path, module in model.named_modules() if module is inputs}
-        missing = None if pairs else "input embeddings"
-    if missing:
-        raise NetworkError(
-            f"trainable_token_indices: the model has no {missing}",
-            remedy="name the embedding: {'embed_tokens': [...]}",
-        )
-    return pairs
-
-
-def _shape(model: nn.Module, name: str) -> tuple[int, ...] | None:
-    """The shape of a model's array, None if there is none; () where it is quantised or elsewhere and says nothing."""
-    parent, _, leaf = name.rpartition(".")
-    try:
-        array = getattr(model.get_submodule(parent), leaf)
-    except AttributeError:
-        return None
-    return tuple(array.shape) if array.is_floating_point() and array.numel() else ()
-
-
-def expected_shapes(config: TensorNetworkConfig, found: Layout) -> dict[str, tuple[int, ...]]:
-    """Shape of every array that a file of this adapter holds, by its name in the model."""
-    kinds = ("trainable", "frozen") if config.save_frozen else ("trainable",)
-    shapes = {
-        f"{param.home or 'factor_bank'}.{PREFIX}factors.{param.key}": param.shape
-        for param in found.parameters
-        if param.kind in kinds
-    }
-    if config.dora:
-        rows: dict[str, int] = {}
-        for site_layout in found.site_layouts:
-            site = site_layout.site
-            rows[site.module] = max(rows.get(site.module, 0), site.start + site.out)
-        shapes |= {f"{module}.{PREFIX}magnitude": (out,) for module, out in rows.items()}
-    return shapes
 
 
 def start_values(

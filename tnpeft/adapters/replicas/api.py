@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.optimizer import Optimizer
 
-from tnpeft.adapters.placement import expected_shapes, extract_replica, match_parameters
+from tnpeft.adapters.contents import factor_shapes
+from tnpeft.adapters.placement import extract_replica, match_parameters
 from tnpeft.adapters.state import arrays, bank_of, set_factors, stacked
 from tnpeft.layout import Layout, ParameterSpec
 from tnpeft.networks import REPLICA, NetworkError
@@ -227,7 +228,7 @@ def save(model: nn.Module, k: int, folder: str | Path, adapter: str = "default")
     one, values = _own(model, k, adapter, ("trainable", "frozen") if config.save_frozen else ("trainable",))
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    named = zip(expected_shapes(config, one), values.values(), strict=True)
+    named = zip(factor_shapes(config, one), values.values(), strict=True)
     tensors = {f"base_model.model.{name}": value.detach().cpu().contiguous() for name, value in named}
     save_file(tensors, path / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     config.save_pretrained(str(path))

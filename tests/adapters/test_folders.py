@@ -1,0 +1,344 @@
+"""Folders hold what they declare and nothing else; configurations are values that can be kept and used again."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from adapter_models import adapted, bert, gpt2, llama, logits, opt, shake
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import tnpeft
+from tnpeft.adapters.expressions import check_expression
+from tnpeft.networks import AdapterFileError, ConfigError, NetworkError
+
+PREFIX = "base_model.model."
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    model = adapted("mixed")
+    shake(model, 1)
+    model.save_pretrained(folder)
+    return folder
+
+
+def edited(saved: Path, to: Path, arrays: Any = None, **fields: Any) -> Path:
+    """A copy of the folder with other arrays or fields."""
+    to.mkdir(exist_ok=True)
+    held = load_file(saved / "adapter_model.safetensors")
+    save_file(arrays(held) if arrays else held, to / "adapter_model.safetensors")
+    data = json.loads((saved / "adapter_config.json").read_text())
+    (to / "adapter_config.json").write_text(json.dumps({**data, **fields}))
+    return to
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+BASE = {name for name, _ in opt().named_parameters()}
+PARTS = sorted({part for name in BASE for part in name.split(".")} | {"o", "out", "t", "proj", "e"})
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.sampled_from(sorted(BASE)), permits=st.lists(st.sampled_from(PARTS), max_size=2))
+def test_no_file_overwrites_a_base_weight(name: str, permits: list[str], saved: Path, tmp_path: Path) -> None:
+    """Whatever the configuration says is trained: it is refused or kept apart, and unloading brings the base back."""
+    value = dict(opt().named_parameters())[name]
+    folder = edited(
+        saved,
+        tmp_path / "evil",
+        lambda held: held | {PREFIX + name: torch.full(value.shape, 7.0)},
+        modules_to_save=permits or None,
+    )
+    base = opt()
+    before = state(base)
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            model = peft.PeftModel.from_pretrained(base, folder)
+    except NetworkError:
+        assert all(torch.equal(value, before[key]) for key, value in base.state_dict().items())
+        return
+    if any("replace the model's own" in str(one.message) for one in said):
+        assert "embed" in name or "lm_head" in name
+        return
+    assert all(torch.equal(value, before[key]) for key, value in model.unload().state_dict().items())
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(kept=st.integers(0, 2**4 - 1), both=st.booleans())
+def test_names_are_read_as_the_loader_reads_them(kept: int, both: bool, saved: Path, tmp_path: Path) -> None:
+    """Names without PEFT's prefix, some or all, alone or beside those with it, are refused."""
+
+    def rename(held: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        names = sorted(held)
+        bare = {n.removeprefix(PREFIX): held[n] for k, n in enumerate(names) if kept >> k & 1 or not kept}
+        return bare | (
+            {n: v.clone() for n, v in held.items()}
+            if both
+            else {n: v for n, v in held.items() if n.removeprefix(PREFIX) not in bare}
+        )
+
+    with pytest.raises(AdapterFileError, match="does not begin with"):
+        peft.PeftModel.from_pretrained(opt(), edited(saved, tmp_path / "bare", rename))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int64, torch.uint8, torch.bool, torch.complex64])
+def test_factors_of_another_kind_of_number_are_refused(dtype: torch.dtype, saved: Path, tmp_path: Path) -> None:
+    folder = edited(saved, tmp_path, lambda held: {n: torch.ones(v.shape).to(dtype) for n, v in held.items()})
+    with pytest.raises(AdapterFileError, match="of type"):
+        peft.PeftModel.from_pretrained(opt(), folder)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"(([a-z_.0-9])+)+!", r"(.*)*!", r"(.*.*)*x", ".*" * 9 + "!", r"(?:(?:.?){50}){50}!", r"(?:.{0,60}){0,60}!",
+        r"(?=(.+)+!)x", r"(.)\1*!", r"(?:){2000000000}(?:.?){2000000000}!",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
+def test_an_expression_that_backtracks_for_ever_is_refused(
+    field: str, pattern: str, saved: Path, tmp_path: Path
+) -> None:
+    started = time.process_time()
+    with pytest.raises(ConfigError, match="could match for ever"):
+        peft.PeftModel.from_pretrained(opt(), edited(saved, tmp_path, **{field: pattern}))
+    assert time.process_time() - started < 3
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r".*\.(q|v)_proj", r"(?!.*lm_head).*\.layers\.\d+\.(self_attn|mlp)\..*_proj", r"(\w+\.)*q_proj",
+        r"^(?:.*\.)?layers\.(?:[0-9]|1[0-5])\.self_attn\.[qkvo]_proj$", r"(?i).*Q_PROJ",
+        r"model\.(?:[a-z_]+\.)+\d{1,2}\..+",
+    ],
+)  # fmt: skip
+def test_expressions_that_people_write_are_taken(pattern: str) -> None:
+    names = [f"model.decoder.layers.{k}.self_attn.{p}_proj" for k in range(100) for p in ("q", "k", "v", "out")]
+    started = time.process_time()
+    check_expression("target_modules", pattern, names)
+    assert time.process_time() - started < 0.5
+
+
+@pytest.mark.parametrize("field", ["modules_to_save", "layers_pattern"])
+def test_names_that_peft_puts_into_expressions_are_plain(field: str) -> None:
+    more = {"layers_to_transform": [0]} if field == "layers_pattern" else {}
+    with pytest.raises(ConfigError, match=field):
+        tnpeft.TensorNetworkConfig(network="lora", target_modules=["q_proj"], **more, **{field: ["(a+)+"]})
+
+
+MISSING: list[dict[str, Any]] = [
+    {"trainable_token_indices": [3, 5]},
+    {"trainable_token_indices": {"embed_tokens": [3]}},
+    {"modules_to_save": ["fc1"]},
+    {"modules_to_save": ["fc1", "final_layer_norm"]},
+    {"bias": "all"},
+    {"bias": "tensor_network_only"},
+    {"dora": True},
+]
+
+
+@pytest.mark.parametrize("fields", MISSING)
+def test_what_a_configuration_trains_stands_in_the_file(fields: dict[str, Any], saved: Path, tmp_path: Path) -> None:
+    base = opt()
+    before = state(base)
+    with pytest.raises(AdapterFileError, match="is missing"):
+        peft.PeftModel.from_pretrained(base, edited(saved, tmp_path, **fields))
+    assert base.state_dict().keys() == before.keys()
+    adapted("mixed", **fields).save_pretrained(tmp_path / "whole")  # as it is saved, it loads
+    peft.PeftModel.from_pretrained(opt(), tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["factors", "base_layer", "layer", "bank", "default"])
+def test_no_part_of_an_adapter_is_saved_as_a_module(name: str) -> None:
+    base = opt()
+    names = [path for path, _ in base.named_modules()]
+    with pytest.raises(ConfigError, match="a part of the adapter"):
+        adapted("mixed", modules_to_save=[name])
+    assert [path for path, _ in base.named_modules()] == names
+
+
+# ---- configurations are values
+
+
+def fresh(**more: Any) -> tnpeft.TensorNetworkConfig:
+    return tnpeft.TensorNetworkConfig(**{"network": "vera", "target_modules": ["q_proj", "v_proj"], **more})
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    fields=st.fixed_dictionaries(
+        {},
+        optional={
+            "seed": st.integers(0, 9), "ranks": st.just({"r": 3}), "target_modules": st.just(["k_proj"]),
+            "scale": st.sampled_from([0.5, 2.0]), "save_frozen": st.booleans(),
+        },
+    )
+)  # fmt: skip
+def test_an_attached_configuration_is_copied_and_replaced(fields: dict[str, Any]) -> None:
+    config = fresh()
+    held = copy.deepcopy(config.to_dict())
+    first = peft.get_peft_model(opt(), config)
+    peft.get_peft_model(llama(), config)
+    after = config.to_dict()
+    assert {n: v for n, v in after.items() if n != "base_model_name_or_path"} == {
+        n: v for n, v in held.items() if n != "base_model_name_or_path"
+    }
+    first.add_adapter("other", dataclasses.replace(first.peft_config["default"], **fields))
+    assert first.peft_config["other"].seed == fields.get("seed", 0)
+
+
+def test_one_configuration_of_two_models_and_both_files_load(tmp_path: Path) -> None:
+    config = fresh()
+    models = {"opt": peft.get_peft_model(opt(), config), "llama": peft.get_peft_model(llama(), config)}
+    for name, model in models.items():
+        shake(model)
+        model.save_pretrained(tmp_path / name)
+    for name, make in (("opt", opt), ("llama", llama)):
+        again = peft.PeftModel.from_pretrained(make(), tmp_path / name)
+        assert torch.equal(logits(again), logits(models[name]))
+
+
+def test_a_configuration_comes_back_from_a_folder_without_factors(tmp_path: Path) -> None:
+    attached = adapted("vera").peft_config["default"]
+    for name, config in {"fresh": fresh(), "attached": attached}.items():
+        config.save_pretrained(str(tmp_path / name))
+        again = tnpeft.TensorNetworkConfig.from_pretrained(str(tmp_path / name))
+        assert again.to_dict() == config.to_dict()
+        peft.get_peft_model(opt(), again)  # a recipe to be trained
+        base = opt()
+        before = state(base)
+        for load in (peft.PeftModel.from_pretrained, lambda model, folder: model.load_adapter(str(folder))):
+            with pytest.raises(AdapterFileError, match="there is no adapter_model"):
+                load(base, tmp_path / name)
+            assert base.state_dict().keys() == before.keys()
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+def test_a_name_that_is_taken_is_refused_and_stays(tmp_path: Path) -> None:
+    model = opt()
+    first = peft.get_peft_model(model, fresh())
+    before, config = state(model), first.peft_config["default"]
+    with pytest.raises(ConfigError, match="has an adapter 'default' already"):
+        peft.get_peft_model(model, fresh(ranks={"r": 3}))
+    assert first.peft_config["default"] is config
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "fields", [{"scale": 5.0}, {"seed": 2}, {"unit_norm": ["d"]}, {"target_modules": ["q_proj"]}, {"bias": "all"}]
+)
+def test_an_adapter_is_loaded_over_its_like_only(fields: dict[str, Any], tmp_path: Path) -> None:
+    model, like = peft.get_peft_model(opt(), fresh()), peft.get_peft_model(opt(), fresh())
+    other = peft.get_peft_model(opt(), fresh(**fields))
+    for its, name in ((like, "like"), (other, "other")):
+        shake(its)
+        its.save_pretrained(tmp_path / name)
+    before = state(model)
+    with pytest.raises(AdapterFileError, match="has another"):
+        model.load_adapter(tmp_path / "other", "default")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model.load_adapter(tmp_path / "like", "default")
+    assert torch.equal(logits(model), logits(like))
+
+
+@pytest.mark.parametrize("fields", [{"replica_ranks": [{"r": 1}, {"r": 2}]}, {"replica_scales": [1.0, 3.0]}])
+def test_replicas_of_other_ranks_or_scales_are_not_swapped_in(fields: dict[str, Any], tmp_path: Path) -> None:
+    more = {"ranks": {"r": 2}, "replicas": 2, "network": "lora"}
+    other = peft.get_peft_model(opt(), fresh(**more, **fields))
+    other.save_pretrained(tmp_path)
+    with pytest.raises(AdapterFileError, match=f"another {next(iter(fields))}"):
+        tnpeft.hotswap(peft.get_peft_model(opt(), fresh(**more)), str(tmp_path))
+
+
+def test_a_state_dict_without_the_frozen_factors_says_so() -> None:
+    source, target = peft.get_peft_model(opt(), fresh()), peft.get_peft_model(opt(), fresh(seed=1))
+    with pytest.warns(match="holds no frozen factors: A, B stay as seed 1"):
+        peft.set_peft_model_state_dict(target, peft.get_peft_model_state_dict(source))
+    kept = peft.get_peft_model(opt(), fresh(save_frozen=True)), peft.get_peft_model(opt(), fresh(save_frozen=True))
+    peft.set_peft_model_state_dict(kept[1], peft.get_peft_model_state_dict(kept[0]))
+
+
+class _Moved(nn.Module):
+    def __init__(self, moved: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        inner = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"q_proj": nn.Linear(8, 8)})])})
+        self.model = nn.ModuleDict({"language_model": inner}) if moved else inner
+        rule = {r"^model(?!\.language_model)": "model.language_model"}
+        self._checkpoint_conversion_mapping = rule if moved else {}
+
+
+def test_modules_that_have_moved_since_are_found(tmp_path: Path) -> None:
+    old = peft.get_peft_model(_Moved(False), fresh(target_modules=["q_proj"]))
+    shake(old)
+    old.save_pretrained(tmp_path)
+    new = peft.PeftModel.from_pretrained(_Moved(True), tmp_path)
+    for name, value in tnpeft.factors(old).items():
+        assert torch.equal(value, tnpeft.factors(new)[name])
+    new.load_adapter(tmp_path, "default")
+
+
+@pytest.mark.parametrize("make", [opt, llama, gpt2, bert])
+def test_resized_embeddings_come_back(make: Any, tmp_path: Path) -> None:
+    def resized() -> nn.Module:
+        model = make()
+        torch.manual_seed(1)
+        model.resize_token_embeddings(70, mean_resizing=False)
+        return model
+
+    model = peft.get_peft_model(resized(), fresh(network="lora", target_modules="all-linear"))
+    shake(model)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(1)
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = peft.PeftModel.from_pretrained(resized(), tmp_path)
+    assert torch.equal(logits(again), logits(model))
+
+
+# ---- writing
+
+
+def test_a_pickle_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(AdapterFileError, match="pickles are not read"):
+        adapted("mixed").save_pretrained(tmp_path, safe_serialization=False)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_folder_is_written_whole_or_stays(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = edited(saved, tmp_path / "kept")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    model = adapted("mixed")
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tnpeft.adapters.config.describe", full)  # the last that is written
+    with pytest.raises(AdapterFileError, match="No space left on device"):
+        model.save_pretrained(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    monkeypatch.undo()
+    model.save_pretrained(folder)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]

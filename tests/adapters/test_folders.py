@@ -231,6 +231,7 @@ def test_a_configuration_comes_back_from_a_folder_without_factors(tmp_path: Path
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 def test_a_name_that_is_taken_is_refused_and_stays(tmp_path: Path) -> None:
     model = opt()
     first = peft.get_peft_model(model, fresh())

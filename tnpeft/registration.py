@@ -9,33 +9,6 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from warnings import warn
 
-PREFIX = "tnpeft_"  # every parameter of an adapter has it in its name, no module that holds a layer has
-
-
-class PeftTypeName(str):
-    """A PEFT type outside PEFT's own enumeration: text with the ``value`` and ``name`` of an enum member.
-
-    >>> TENSOR_NETWORK == "TENSOR_NETWORK", TENSOR_NETWORK.value
-    (True, 'TENSOR_NETWORK')
-    """
-
-    @property
-    def value(self) -> str:
-        """The text itself."""
-        return str.__str__(self)
-
-    @property
-    def name(self) -> str:
-        """The text itself."""
-        return str.__str__(self)
-
-    def __str__(self) -> str:
-        """Show as a member of PEFT's enumeration shows: its reports take what stands after the dot."""
-        return f"PeftType.{self.value}"
-
-
-TENSOR_NETWORK = PeftTypeName("TENSOR_NETWORK")
-
 
 def install() -> None:
     """Register now if peft is loaded, else as soon as it is. Calling it again changes nothing.
@@ -60,6 +33,7 @@ def register() -> None:
         from peft import mapping
 
         from tnpeft.adapters.config import TensorNetworkConfig
+        from tnpeft.adapters.constants import PREFIX, TENSOR_NETWORK
         from tnpeft.adapters.model import TensorNetworkModel
         from tnpeft.adapters.peft_patches import hook
     except ImportError as error:

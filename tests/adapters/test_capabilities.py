@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import tnpeft
-from tnpeft import registration
 from tnpeft.adapters import dense as dense_module
 from tnpeft.adapters import model as model_module
 from tnpeft.adapters.bank import FactorBank
+from tnpeft.adapters.constants import TENSOR_NETWORK
 from tnpeft.adapters.layer import TensorNetworkLinear
 
 SIZE = 64
@@ -58,11 +58,11 @@ class Host(nn.Module):
 
 
 def tuner() -> type[BaseTuner]:
-    return PEFT_TYPE_TO_TUNER_MAPPING[registration.TENSOR_NETWORK]
+    return PEFT_TYPE_TO_TUNER_MAPPING[TENSOR_NETWORK]
 
 
 def settings() -> peft.PeftConfig:
-    return PEFT_TYPE_TO_CONFIG_MAPPING[registration.TENSOR_NETWORK](target_modules=["layer"])
+    return PEFT_TYPE_TO_CONFIG_MAPPING[TENSOR_NETWORK](target_modules=["layer"])
 
 
 def host(kind: str = "Linear") -> peft.PeftModel:

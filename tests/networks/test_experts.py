@@ -37,8 +37,8 @@ def test_the_expert_axis_stays_in_one_array(line: str) -> None:
     sites = [Site(layer, "experts_down", 8, 6, experts=5) for layer in range(2)]
     placed = layout(f, sites)
     assert placed.count() == tnpeft.parameters(f, layer=2, proj=1, expert=5, out=8, inp=6)
-    assert len(placed.tokens_of) == 2 * len(f.network.factors)
-    for piece in placed.tokens_of:
+    assert len(placed.parameters) == 2 * len(f.network.factors)
+    for piece in placed.parameters:
         assert piece.shape == tuple({"expert": 5, "out": 8, "inp": 6, "r": 3}[index] for index in piece.indices)
     assert placed.site_layouts[0].network.stack == ("expert",)
     assert placed.site_layouts[0].sizes["expert"] == 5

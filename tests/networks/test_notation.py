@@ -194,20 +194,20 @@ def test_a_control_character_is_shown_as_a_blank() -> None:
     ids=["parentheses", "brackets", "openings", "no text", "signs", "factors", "one name", "names"],
 )
 def test_a_megabyte_of_garbage_is_refused_in_under_a_second(garbage: str) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(NetworkError) as caught:
         network(garbage)
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
     assert len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize("part", ["(", "[", "A[", "A[a b] ", "+", "A[x x] ", "A[a b] + ", "~"])
 def test_the_longest_line_that_is_read_is_answered_in_under_a_second(part: str) -> None:
     line = part * (19_000 // len(part))
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(NetworkError):
         network(line)
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 def test_many_terms_and_many_indices_are_no_problem() -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 from peft.config import PeftConfig
 
-from tnpeft import registration
 from tnpeft.adapters.config_validation import check_fields, check_replicas
+from tnpeft.adapters.constants import TENSOR_NETWORK
 from tnpeft.adapters.files import AGAIN, LOADING, Stored, describe, fetch, stored
 from tnpeft.adapters.serialization import factorization, lower, with_rank_pattern
 from tnpeft.networks import AdapterFileError, ConfigError, Factorization, replicated
@@ -101,7 +101,7 @@ class TensorNetworkConfig(PeftConfig):
             super().__post_init__()
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        self.peft_type = registration.TENSOR_NETWORK
+        self.peft_type = TENSOR_NETWORK
         *fields, rank_pattern = changes or (None,) * (len(_CHANGES) + 1)
         given = dict(zip(_CHANGES, fields, strict=True))
         for name in ("splits", "unit_norm"):

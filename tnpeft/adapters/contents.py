@@ -14,9 +14,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from tnpeft.adapters.bank import BANK, TensorNetworkLayer
+from tnpeft.adapters.constants import PREFIX
 from tnpeft.layout import Layout
 from tnpeft.networks import AdapterFileError, ConfigError
-from tnpeft.registration import PREFIX
 
 if TYPE_CHECKING:
     from tnpeft.adapters.config import TensorNetworkConfig

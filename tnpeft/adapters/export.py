@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tnpeft import registration
+from tnpeft.adapters.constants import PREFIX
 from tnpeft.adapters.layer import TensorNetworkLinear
 from tnpeft.adapters.state import bank_of
 from tnpeft.networks import NetworkError
@@ -171,7 +171,7 @@ def _others(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     if not isinstance(model, PeftModel):
         return {}
     state: Mapping[str, Tensor] = get_peft_model_state_dict(model, adapter_name=adapter)
-    return {name: value.cpu().contiguous() for name, value in state.items() if registration.PREFIX not in name}
+    return {name: value.cpu().contiguous() for name, value in state.items() if PREFIX not in name}
 
 
 def _config(

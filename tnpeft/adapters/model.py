@@ -15,10 +15,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tnpeft import registration
 from tnpeft.adapters.bank import BANK, FactorBank, TensorNetworkLayer
 from tnpeft.adapters.config import TensorNetworkConfig
 from tnpeft.adapters.config_validation import check_replicas
+from tnpeft.adapters.constants import PREFIX
 from tnpeft.adapters.contents import AGAIN, check_modules
 from tnpeft.adapters.expressions import check_expression
 from tnpeft.adapters.files import check_state, translated
@@ -48,7 +48,7 @@ class TensorNetworkModel(BaseTuner):
     the call for a second adapter and leave the base model trainable.
     """
 
-    prefix: str = registration.PREFIX
+    prefix: str = PREFIX
     tuner_layer_cls = TensorNetworkLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
@@ -207,10 +207,10 @@ class TensorNetworkModel(BaseTuner):
     def _check_name(self, adapter: str, layout: Layout) -> None:
         bank = getattr(self.model, BANK, None)
         others = bank.keys if isinstance(bank, FactorBank) else {}
-        if not adapter or "." in adapter or registration.PREFIX in adapter or hasattr(_CONTAINERS, adapter):
+        if not adapter or "." in adapter or PREFIX in adapter or hasattr(_CONTAINERS, adapter):
             raise NetworkError(
                 f"no adapter can be called {adapter!r}: its name is part of the names of its factors",
-                remedy=f"choose a name without a dot or {registration.PREFIX!r}, and not that of a module's method",
+                remedy=f"choose a name without a dot or {PREFIX!r}, and not that of a module's method",
             )
         if adapter in _MEANT:
             raise NetworkError(f"{adapter!r} means something else to PEFT", remedy="choose another adapter name")

@@ -29,11 +29,11 @@ from transformers.utils.hub import PushToHubMixin
 from tnpeft.adapters.bank import AdaptedLayer
 from tnpeft.adapters.config import TensorNetworkConfig
 from tnpeft.adapters.config_validation import check_depth, shown
+from tnpeft.adapters.constants import PREFIX, TENSOR_NETWORK
 from tnpeft.adapters.contents import AGAIN, entries, unprefixed
 from tnpeft.adapters.files import LOADING, check_fits, describe, fetch, stored, written
 from tnpeft.adapters.rollback import Parked, Snapshot
 from tnpeft.networks import AdapterFileError
-from tnpeft.registration import PREFIX, TENSOR_NETWORK
 
 _read = PeftConfigMixin.from_pretrained.__func__
 _json = PeftConfigMixin.from_json_file.__func__

@@ -6,19 +6,17 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 
 from tnpeft.adapters.serialization import lower
 from tnpeft.adapters.state import arrays, bank_of
 from tnpeft.networks import Factor, Factorization, Network, NetworkError, SiteRule, Term
 
-if TYPE_CHECKING:
-    from tnpeft.adapters.model import TensorNetworkModel
 
-
-def combine(tuner: TensorNetworkModel, adapters: Sequence[str], weights: Sequence[float], name: str) -> None:
+def combine(tuner: BaseTuner, adapters: Sequence[str], weights: Sequence[float], name: str) -> None:
     """Add the adapter ``name`` whose update is the weighted sum of others: one term for each of theirs.
 
     Weights and scales go into one factor of each term; the result holds its own copies of all factors.
@@ -128,7 +126,7 @@ def carriers(f: Factorization) -> tuple[str, ...]:
     return tuple(chosen)
 
 
-def _config(tuner: TensorNetworkModel, adapter: str) -> Any:
+def _config(tuner: BaseTuner, adapter: str) -> Any:
     if adapter not in tuner.peft_config:
         raise NetworkError(f"there is no adapter {adapter!r}", remedy=f"there are {', '.join(tuner.peft_config)}")
     config = tuner.peft_config[adapter]
@@ -156,7 +154,7 @@ def _numbered(net: Network, k: int) -> Network:
 
 
 def _fill(
-    tuner: TensorNetworkModel,
+    tuner: BaseTuner,
     adapters: Sequence[str],
     weights: Sequence[float],
     name: str,

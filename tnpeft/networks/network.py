@@ -9,7 +9,8 @@ from functools import cached_property
 
 from tnpeft.networks.errors import NetworkError
 from tnpeft.networks.factor import Factor, Group, Kind, Term
-from tnpeft.networks.validation import find_errors, position_of, tokens_of
+from tnpeft.networks.formatting import position_of, tokens_of
+from tnpeft.networks.validation import find_errors
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class Network:
     output: tuple[Group, ...]
 
     def __post_init__(self) -> None:
-        for focus, problem, remedy in find_errors(self):
-            line, position = position_of(self, focus)
+        for focus, problem, remedy in find_errors(self.terms, self.output):
+            line, position = position_of(self.terms, self.output, focus)
             raise NetworkError(problem, line=line, position=position, remedy=remedy)
 
     # ---- factors and indices
@@ -209,7 +210,7 @@ class Network:
 
     @cached_property
     def _text(self) -> str:
-        return "".join(text for text, _ in tokens_of(self))
+        return "".join(text for text, _ in tokens_of(self.terms, self.output))
 
     def __str__(self) -> str:
         return self._text

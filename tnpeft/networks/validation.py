@@ -1,89 +1,28 @@
-"""What makes a line no contraction, and where in the line it stands."""
+"""The rules that a line must obey to be a contraction."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 from unicodedata import normalize
 
-from tnpeft.networks.factor import PREFIX, RESERVED, Factor
+from tnpeft.networks.factor import RESERVED, Factor
+from tnpeft.networks.formatting import Focus, Output, Terms
 
-if TYPE_CHECKING:
-    from tnpeft.networks.network import Network
-
-# ---- the line as text, with what each token of it is (so that an error can point at it)
-
-Focus = tuple[str, int, int, int]  # ("factor" or "index" or "output", term, factor or group, slot)
+Problem = tuple[Focus, str, str]  # where, problem, remedy
 
 
-def tokens_of(net: Network) -> Iterator[tuple[str, Focus]]:
-    """The line in tokens_of, each with what it is.
-
-    >>> from tnpeft.networks import network
-    >>> [text for text, what in tokens_of(network("A[out inp] -> out inp")) if what[0] == "index"]
-    ['out', 'inp']
-    """
-    for t, term in enumerate(net.terms):
-        if t or term.sign < 0:
-            yield (" " if t else "") + ("- " if term.sign < 0 else "+ "), ("sign", t, 0, 0)
-        for f, factor in enumerate(term.factors):
-            if f:
-                yield " ", ("space", t, f, 0)
-            yield PREFIX[factor.kind] + factor.name, ("factor", t, f, 0)
-            yield "[", ("space", t, f, 0)
-            for k, index in enumerate(factor.indices):
-                if k:
-                    yield " ", ("space", t, f, k)
-                yield index, ("index", t, f, k)
-            yield "]", ("space", t, f, 0)
-    yield " ->", ("arrow", 0, 0, 0)
-    for g, group in enumerate(net.output):
-        yield (" " if len(group) == 1 else " ("), ("space", 0, g, 0)
-        for k, index in enumerate(group):
-            if k:
-                yield " ", ("space", 0, g, k)
-            yield index, ("output", 0, g, k)
-        if len(group) != 1:
-            yield ")", ("space", 0, g, 0)
+def find_errors(terms: Terms, output: Output) -> Iterator[Problem]:
+    """Yield the errors of a network: where, what, and the remedy."""
+    yield from _name_errors(terms, output)
+    yield from _factor_errors(terms, output)
+    yield from _output_errors(terms, output)
+    yield from _lone_errors(terms, output)
 
 
-def position_of(net: Network, focus: Focus) -> tuple[str, int | None]:
-    """The whole line and where in it something stands; None if it does not.
-
-    >>> from tnpeft.networks import network
-    >>> position_of(network("A[out inp] -> out inp"), ("output", 0, 1, 0))
-    ('A[out inp] -> out inp', 18)
-    """
-    text, position = "", None
-    for token, what in tokens_of(net):
-        if what == focus:
-            position = len(text)
-        text += token
-    return text, position
-
-
-# ---- what makes a line no contraction
-
-Fault = tuple[Focus, str, str]
-
-
-def find_errors(net: Network) -> Iterator[Fault]:
-    """What makes a network no contraction: where, what, and the remedy.
-
-    >>> from tnpeft.networks import network
-    >>> list(find_errors(network("A[out inp] -> out inp")))
-    []
-    """
-    yield from _name_faults(net)
-    yield from _factor_faults(net)
-    yield from _output_faults(net)
-    yield from _lone_faults(net)
-
-
-def _name_faults(net: Network) -> Iterator[Fault]:
-    if not net.terms or not all(term.factors for term in net.terms):
+def _name_errors(terms: Terms, output: Output) -> Iterator[Problem]:
+    if not terms or not all(term.factors for term in terms):
         yield ("arrow", 0, 0, 0), "a term without factors", "write at least one factor, such as A[out inp]"
-    for t, term in enumerate(net.terms):
+    for t, term in enumerate(terms):
         for f, factor in enumerate(term.factors):
             if not _is_name(factor.name):
                 yield ("factor", t, f, 0), f"{factor.name!r} is not a name", "use letters, digits and _"
@@ -109,9 +48,9 @@ def _is_name(text: str) -> bool:
     return text.isidentifier() and normalize("NFKC", text) == text
 
 
-def _factor_faults(net: Network) -> Iterator[Fault]:
+def _factor_errors(terms: Terms, output: Output) -> Iterator[Problem]:
     first: dict[str, tuple[int, Factor]] = {}
-    for t, term in enumerate(net.terms):
+    for t, term in enumerate(terms):
         for f, factor in enumerate(term.factors):
             before, other = first.setdefault(factor.name, (t, factor))
             kinds = {factor.kind, other.kind}
@@ -130,11 +69,11 @@ def _factor_faults(net: Network) -> Iterator[Fault]:
                 )
 
 
-def _output_faults(net: Network) -> Iterator[Fault]:
+def _output_errors(terms: Terms, output: Output) -> Iterator[Problem]:
     seen: set[str] = set()
-    stack = set(net.stack)
-    places = [set(term.places()) for term in net.terms]
-    for g, group in enumerate(net.output):
+    stack = {index for group in output[:-2] for index in group}
+    places = [set(term.places()) for term in terms]
+    for g, group in enumerate(output):
         for k, index in enumerate(group):
             carried = [index in place for place in places]
             where: Focus = ("output", 0, g, k)
@@ -166,9 +105,9 @@ def _output_faults(net: Network) -> Iterator[Fault]:
             seen.add(index)
 
 
-def _lone_faults(net: Network) -> Iterator[Fault]:
-    outer = set(net.outer)
-    for t, term in enumerate(net.terms):
+def _lone_errors(terms: Terms, output: Output) -> Iterator[Problem]:
+    outer = {index for group in output for index in group}
+    for t, term in enumerate(terms):
         places = term.places()
         for f, factor in enumerate(term.factors):
             for k, index in enumerate(factor.indices):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,7 +46,7 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
         self._disable_adapters = False
         self._trained, self._paused = set(), None
         self._bank = (bank,)
-        self._kept: Tensor | Kept | None = None
+        self._kept: Kept | None = None
         self.out_features, self.in_features = features(self.get_base_layer())
 
     @property
@@ -81,7 +82,8 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
             NetworkError: the linear is quantised by a back end that cannot give its weight.
         """
         try:
-            weight = self._kept if isinstance(self._kept, Tensor) else self.get_base_weight()
+            merged = self._kept is not None and self.quantization_backend is None
+            weight = self._kept.weight() if merged else self.get_base_weight()  # type: ignore[union-attr]
         except TypeError as error:
             raise NetworkError(
                 f"the weight of this quantised linear cannot be read: {error}",
@@ -122,12 +124,8 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
 
     def _delta(self, adapter: str) -> Tensor:
         """The adapter's scaled update of the whole linear, ``[out, inp]``."""
+        self._refuse_replicas(adapter)
         items = self.updates[adapter]
-        if items[0].site_layout.network.stack:
-            raise NetworkError(
-                f"{adapter!r} is several replicas and no one update",
-                remedy="take one out with tnpeft.replicas.attach(model, k, name), then use that",
-            )
         with torch.autocast(self.home_device().type, enabled=False):
             deltas = [item.delta(self.operands(adapter, item)) for item in items]
         if not items[0].side:
@@ -136,6 +134,13 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
         for item, delta in zip(items, deltas, strict=True):
             whole.narrow(0 if item.side == "out" else 1, item.start, item.length).add_(delta)
         return whole
+
+    def _refuse_replicas(self, adapter: str) -> None:
+        if self.updates[adapter][0].site_layout.network.stack:
+            raise NetworkError(
+                f"{adapter!r} is several replicas and no one update",
+                remedy="take one out with tnpeft.replicas.attach(model, k, name), then use that",
+            )
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -155,7 +160,7 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
             return delta
         base = self.base_matrix()
         updated = base + wide(delta)
-        ratio = wide(self.tnpeft_magnitude[adapter]) / updated.norm(dim=1)
+        ratio = rescaling(wide(self.tnpeft_magnitude[adapter]), updated.norm(dim=1))
         return updated * ratio[:, None] - base
 
     def _stored(self, matrix: Tensor) -> Tensor:
@@ -176,12 +181,39 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
             names = [*self.merged_adapters, *names]
             self.unmerge()
         names = [*self.merged_adapters, *names]
+        self.refuse_merge(names)
         merged = self._merged(names, safe_merge)
-        if self._kept is None:
-            base = self.get_base_layer()
-            self._kept = Kept.of(base) if self.quantization_backend else base.weight.data
-        self.set_base_weight(merged)
+        base = self.get_base_layer()
+        kept = Kept.of(base) if self._kept is None else self._kept
+        if self.quantization_backend is not None:
+            self.set_base_weight(merged)
+        else:  # a Parameter of its own: the one that was there may be another module's as well
+            base.weight = nn.Parameter(merged, requires_grad=base.weight.requires_grad)
+        self._kept = kept
         self.merged_adapters[:] = names
+
+    def refuse_merge(self, names: Sequence[str]) -> None:
+        """Raise if adapters cannot be merged here; nothing is computed.
+
+        Raises:
+            NetworkError: the weight is computed at every call, quantised in a way that has no merge, or an adapter is
+                several replicas.
+        """
+        mine = [name for name in names if name in self.updates]
+        backend = self.quantization_backend
+        if mine and backend is not None and not backend.supports_merge:
+            raise NetworkError(
+                f"a linear is quantised with {backend.backend_name}, which takes no merged weight",
+                remedy="merge into the model that is not quantised, or use tnpeft.export_lora",
+            )
+        if mine and backend is None and self.get_base_layer()._parameters.get("weight") is None:
+            raise NetworkError(
+                "the weight of a linear is computed at every call (pruned, normalised or parametrized)",
+                remedy="make it permanent before merging: torch.nn.utils.prune.remove, remove_weight_norm, or "
+                "parametrize.remove_parametrizations",
+            )
+        for name in mine:
+            self._refuse_replicas(name)
 
     @torch.no_grad()
     def check_merge(self, adapter_names: Sequence[str] | None = None) -> None:
@@ -210,13 +242,24 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        base = self.get_base_layer()
-        if isinstance(self._kept, Kept):
-            self.base_layer = self._kept.restore()
-        elif self._kept is not None:
-            base.weight.data = self._kept.to(base.weight.device)
+        if self._kept is not None:
+            self.base_layer = self._kept.restore(follow=self.quantization_backend is None)
         self._kept = None
         self.merged_adapters.clear()
+
+    def saved_apart(self) -> AbstractContextManager[None]:
+        """Hold the base weight as it was before any merge, for as long as it is written to a file."""
+        return nullcontext() if self._kept is None else self._kept.back()
+
+
+def rescaling(magnitude: Tensor, length: Tensor) -> Tensor:
+    """Return the factors that give rows of some length a magnitude; a row of zeros has no direction and stays.
+
+    >>> rescaling(torch.tensor([2.0, 0.0]), torch.tensor([4.0, 0.0]))
+    tensor([0.5000, 1.0000])
+    """
+    there = length > 0
+    return torch.where(there, magnitude / torch.where(there, length, 1.0), 1.0)
 
 
 def wide(tensor: Tensor) -> Tensor:

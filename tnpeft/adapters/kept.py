@@ -1,7 +1,9 @@
-"""A quantised linear as it was before a merge, so that unmerging restores it without quantising again."""
+"""A linear as it was before a merge: the very Parameters, so that unmerging restores every bit and every tie."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Kept:
-    """The module and everything a back end replaces in it when it stores another weight."""
+    """The module and everything that is replaced in it when it stores another weight."""
 
     module: nn.Module
     parameters: dict[str, nn.Parameter | None]
@@ -31,10 +33,29 @@ class Kept:
         state = copy(getattr(module, "state", None))
         return Kept(module, dict(module._parameters), dict(module._buffers), state)
 
-    def restore(self) -> nn.Module:
-        """The module with all of it back in place."""
+    def weight(self) -> Tensor:
+        """Return the weight as it was, on the device and in the dtype that the module's has now."""
+        now, kept = self.module.weight, self.parameters["weight"]
+        assert isinstance(now, Tensor)
+        assert kept is not None  # a linear without a back end has one
+        return kept.data.to(now.device, now.dtype)
+
+    def restore(self, follow: bool = False) -> nn.Module:
+        """Put all of it back; ``follow`` casts and moves the weight as the merged one has been since."""
+        if follow and (kept := self.parameters["weight"]) is not None:
+            kept.data = self.weight()
         self.module._parameters.update(self.parameters)
         self.module._buffers.update(self.buffers)
         if self.state is not None:
             self.module.state = self.state
         return self.module
+
+    @contextmanager
+    def back(self) -> Iterator[None]:
+        """Put it back for a while."""
+        now = Kept.of(self.module)
+        self.restore()
+        try:
+            yield
+        finally:
+            now.restore()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters.bank import FactorBank
-from tnpeft.adapters.dense import DenseLinear, wide
+from tnpeft.adapters.dense import DenseLinear, rescaling, wide
 from tnpeft.adapters.direct import Direct
 from tnpeft.adapters.guard import refuse_reentrant
 from tnpeft.adapters.joined import Joined
@@ -129,7 +129,7 @@ class TensorNetworkLinear(DenseLinear):
         magnitude = self.tnpeft_magnitude[adapter].to(dtype)
         with torch.no_grad():
             length = (self.base_matrix() + wide(self._delta(adapter))).norm(dim=1).to(dtype)
-        ratio = magnitude / length
+        ratio = rescaling(magnitude, length)
         bias = self.get_base_layer().bias
         if dropped:
             plain = nn.functional.linear(x.to(dtype), self.base_matrix().to(dtype))

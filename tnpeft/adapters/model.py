@@ -23,6 +23,7 @@ from tnpeft.adapters.contents import AGAIN, check_modules
 from tnpeft.adapters.expressions import check_expression
 from tnpeft.adapters.files import check_state, translated
 from tnpeft.adapters.guard import watch
+from tnpeft.adapters.kept import Kept
 from tnpeft.adapters.layer import TensorNetworkLinear
 from tnpeft.adapters.mixed import BatchAdapterNames, check_names, expanded
 from tnpeft.adapters.owners import check_owner, fused, keep_unfused
@@ -235,29 +236,39 @@ class TensorNetworkModel(BaseTuner):
     # ---- merging and unloading
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge adapters into the base weights; if one linear refuses, all are as before."""
-        bank: FactorBank = getattr(self.model, BANK)
-        before = [*bank.merged_adapters]
+        """Merge adapters into the base weights; if one linear refuses or fails, all are as before.
+
+        Raises:
+            NetworkError: there is no such adapter, a weight takes no merge, or ``safe_merge`` found a number that is
+                not finite.
+        """
+        self._refuse_merge(adapter_names)
+        linears = [layer for layer in layers(self.model) if isinstance(layer, TensorNetworkLinear)]
+        kept = [Kept.of(layer.get_base_layer()) for layer in linears if layer.quantization_backend is not None]
+        before = Snapshot(self.model)
         try:
             super().merge_adapter(adapter_names, safe_merge)
-        except NetworkError:
-            for layer in self.model.modules():
-                if isinstance(layer, TensorNetworkLayer) and layer.merged:
-                    layer.unmerge()
-            if before:
-                super().merge_adapter(before)
+        except BaseException:
+            before.restore()
+            for base in kept:
+                base.restore()
             raise
 
-    def _check_merge_allowed(self) -> None:
-        """Raise before the first linear is merged if any is quantised in a way that has no merge."""
-        super()._check_merge_allowed()
-        for name, module in self.model.named_modules():
-            backend = module.quantization_backend if isinstance(module, TensorNetworkLinear) else None
-            if backend is not None and not backend.supports_merge:
-                raise NetworkError(
-                    f"{name} is quantised with {backend.backend_name}, which takes no merged weight",
-                    remedy="merge into the model that is not quantised, or use tnpeft.export_lora",
-                )
+    def _refuse_merge(self, adapter_names: Sequence[str] | None) -> None:
+        """Raise before the first linear is merged if any takes no merge, or an adapter is missing."""
+        unknown = (
+            [] if isinstance(adapter_names, str) else [n for n in adapter_names or () if n not in self.peft_config]
+        )
+        if unknown:
+            raise NetworkError(
+                f"there is no adapter {unknown[0]!r}", remedy=f"there are {', '.join(self.peft_config)}"
+            )
+        for name, module in outside(self.model):
+            if isinstance(module, TensorNetworkLinear):
+                try:
+                    module.refuse_merge(module.active_adapters if adapter_names is None else adapter_names)
+                except NetworkError as error:
+                    raise NetworkError(f"{name} cannot be merged: {error.problem}", remedy=error.remedy) from None
 
     def _unload_and_optionally_merge(
         self,
@@ -269,10 +280,12 @@ class TensorNetworkModel(BaseTuner):
         bank: FactorBank = getattr(self.model, BANK)
         if not merge and bank.merged:
             self.unmerge_adapter()
+        if merge:
+            self._refuse_merge(adapter_names)
         if merge and safe_merge:  # PEFT unloads linear by linear, and would stop halfway
-            for module in self.model.modules():
-                if isinstance(module, TensorNetworkLinear):
-                    module.check_merge(adapter_names)
+            for layer in layers(self.model):
+                if isinstance(layer, TensorNetworkLinear):
+                    layer.check_merge(adapter_names)
         model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         delattr(model, BANK)
         for key in [key for key, hook in model._forward_pre_hooks.items() if hook in (watch, check_blocks)]:

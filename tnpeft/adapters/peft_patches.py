@@ -11,7 +11,7 @@ import inspect
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,9 @@ from tnpeft.adapters.config import TensorNetworkConfig
 from tnpeft.adapters.config_validation import check_depth, shown
 from tnpeft.adapters.constants import PREFIX, TENSOR_NETWORK
 from tnpeft.adapters.contents import AGAIN, entries, unprefixed
+from tnpeft.adapters.dense import DenseLinear
 from tnpeft.adapters.files import LOADING, check_fits, describe, fetch, stored, written
-from tnpeft.adapters.rollback import Parked, Snapshot
+from tnpeft.adapters.rollback import Parked, Snapshot, layers
 from tnpeft.networks import AdapterFileError
 
 _read = PeftConfigMixin.from_pretrained.__func__
@@ -40,6 +41,7 @@ _json = PeftConfigMixin.from_json_file.__func__
 _save = PeftModel.save_pretrained
 _load = PeftAdapterMixin.load_adapter
 _add = PeftAdapterMixin.add_adapter
+_state = PeftAdapterMixin.get_adapter_state_dict
 _load_peft, _add_peft = PeftModel.load_adapter, PeftModel.add_adapter
 _load_onto = PeftModel.from_pretrained.__func__
 _made = {cls: cls.__init__ for cls in (PeftModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values())}
@@ -63,7 +65,8 @@ def hook() -> None:
     PeftAdapterMixin.load_adapter = _whole(_load_checked)
     PeftAdapterMixin.add_adapter = _whole(_add, reads=False)
     PeftModel.load_adapter = _whole(_load_over)
-    PeftModel.save_pretrained = _save_whole
+    PeftModel.save_pretrained = _unmerged(_save_whole)
+    PeftAdapterMixin.get_adapter_state_dict = _unmerged(_state)
     PeftModel.add_adapter = _whole(_add_peft, reads=False)
     PeftModel.from_pretrained = classmethod(_from_pretrained_whole)
     for cls, made in _made.items():
@@ -132,6 +135,20 @@ def _from_pretrained_whole(
         if _holds(model, adapter_name):
             before.restore()
         raise
+
+
+def _unmerged(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that writes adapters, and with them whole modules as they were before merging."""
+
+    @wraps(method)
+    def unmerged(model: Any, *args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            for layer in layers(model):
+                if isinstance(layer, DenseLinear):
+                    stack.enter_context(layer.saved_apart())
+            return method(model, *args, **kwargs)
+
+    return unmerged
 
 
 def _filter_exact(state_dict: dict[str, Tensor], unwanted_adapter_names: list[str]) -> dict[str, Tensor]:

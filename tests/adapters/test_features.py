@@ -9,8 +9,10 @@ from typing import Any
 
 import peft
 import pytest
+import torch
 from adapter_models import MODELS, TARGETS, adapted, config, opt, shake
 
+import tnpeft
 from tnpeft.adapters import peft_patches
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -103,3 +105,25 @@ def test_a_card_of_other_adapters_is_left_to_peft(monkeypatch: pytest.MonkeyPatc
     model = peft.get_peft_model(opt(), peft.LoraConfig(target_modules=["q_proj"]))
     assert model._upload_modified_files(str(tmp_path)) == ["README.md"]
     assert (tmp_path / "README.md").read_text() == "theirs"
+
+
+@pytest.mark.parametrize("pattern", [{"v_proj": {"r": 2}}, {"v_proj": {"r": 2}, "q_proj": {"r": 3}}])
+@pytest.mark.parametrize("family", ["lora", "loha", "vera", "lotr"])
+def test_factors_by_rank_pattern(family: str, pattern: dict[str, dict[str, int]]) -> None:
+    """Every entry of the factors comes back, whichever line of the pattern it belongs to."""
+    rules = tnpeft.TensorNetworkConfig(network=family).factorization.lines
+    bonds = {bond for rule in rules for bond in rule.network.bonds}
+    ranks = {name: dict.fromkeys(bonds, its["r"]) for name, its in pattern.items()}
+    targets = ["q_proj", "v_proj", "fc1"]
+    model = peft.get_peft_model(
+        opt(), tnpeft.TensorNetworkConfig(network=family, rank_pattern=ranks, target_modules=targets)
+    )
+    found = tnpeft.factors(model)
+    kinds = {f.name: f.kind for r in model.peft_config["default"].factorization.lines for f in r.network.factors}
+    trained = [name for name in found if kinds[re.split("[#@]", name)[0]] == "trainable"]
+    new = {name: torch.randn_like(found[name]) for name in trained}
+    tnpeft.set_factors(model, new)
+    again = tnpeft.factors(model)
+    assert new.keys() <= again.keys()
+    assert all(torch.equal(again[name], value) for name, value in new.items())
+    assert sum(v.numel() for v in new.values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)

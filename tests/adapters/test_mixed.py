@@ -10,6 +10,7 @@ import torch
 from adapter_models import NETWORKS, adapted, config, opt, shake
 from transformers import GenerationConfig
 
+import tnpeft
 from tnpeft.adapters.layer import TensorNetworkLinear
 from tnpeft.adapters.mixed import block_rows, group_by_network
 from tnpeft.networks import NetworkError
@@ -186,3 +187,35 @@ def test_other_numbers_are_no_lot() -> None:
     found = group_by_network(layer, ["default", "scaled", "wide", "twin"], torch.ones(1))
     assert found == [["default", "twin"], ["scaled"], ["wide"]]
     assert block_rows(["twin", "default"], ["default", "default", "twin"]) == ([2, 2, 0, 1], [0, 2, 3])
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}, {}])
+@pytest.mark.parametrize("where", ["call", "model"])
+def test_beams_of_an_encoder_and_a_decoder(where: str, options: dict[str, int]) -> None:
+    """The encoder runs on the batch, the decoder on its beams; beams may be the model's own setting."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 99}
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+    names = ["one", "two", "__base__"]
+    for k, name in enumerate(names[:2]):
+        config = tnpeft.TensorNetworkConfig(network="lora", target_modules=["q", "v", "wo"], task_type="SEQ_2_SEQ_LM")
+        model = model if k else peft.get_peft_model(model, config, adapter_name=name)
+        if k:
+            model.add_adapter(name, config)
+        tnpeft.set_factors(model, {n: torch.randn_like(v) for n, v in tnpeft.factors(model, name).items()}, name)
+    model.eval()
+    ids, length = torch.arange(36).reshape(3, 12), {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    given = options if where == "call" else {}
+    if where == "model":
+        model.get_base_model().generation_config.update(**options)
+    alone = []
+    for k, name in enumerate(names):
+        if name == "__base__":
+            with model.disable_adapter():
+                alone.append(model.generate(input_ids=ids[k : k + 1], **given, **length))
+        else:
+            model.set_adapter(name)
+            alone.append(model.generate(input_ids=ids[k : k + 1], **given, **length))
+    assert torch.equal(model.generate(input_ids=ids, adapter_names=names, **given, **length), torch.cat(alone))

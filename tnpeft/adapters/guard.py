@@ -1,4 +1,7 @@
-"""Refusing the one combination that trains wrongly: shared factors, DistributedDataParallel, reentrant checkpointing.
+"""Refusing what would train wrongly.
+
+That is an adapter which is another one by the time a checkpoint is recomputed, and shared factors under data
+parallelism with reentrant checkpointing.
 
 Reentrant checkpointing runs each block's backward on its own, and each reports a shared Parameter as ready for the
 exchange of gradients; at best that is an error, at worst the later parts are lost without one.
@@ -6,16 +9,23 @@ exchange of gradients; at best that is an error, at worst the later parts are lo
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils import checkpoint
 
 from tnpeft.networks import NetworkError
 
 if TYPE_CHECKING:
     from tnpeft.adapters.bank import FactorBank
+    from tnpeft.adapters.layer import TensorNetworkLinear
+
+_TOP_HOOKS = torch._C._autograd._top_saved_tensors_default_hooks  # None outside of non-reentrant checkpointing
+_TASK = torch._C._current_graph_task_id  # -1 outside of a backward pass
 
 
 def watch(model: nn.Module, inputs: Any) -> None:
@@ -43,6 +53,45 @@ def refuse_reentrant(bank: FactorBank) -> None:
             remedy='use gradient_checkpointing_kwargs={"use_reentrant": False}, or '
             "DistributedDataParallel(..., static_graph=True)",
         )
+
+
+def check_recomputation(layer: TensorNetworkLinear) -> None:
+    """Note, in the forward of a checkpoint, which adapters a linear uses, and compare in the recomputation.
+
+    Raises:
+        NetworkError: adapters were switched, merged or disabled between the two.
+    """
+    if _TOP_HOOKS(True) is None and _TASK() == -1 and (torch.is_grad_enabled() or not layer.training):
+        return
+    active = layer._active_adapter
+    state = (active if isinstance(active, str) else (*active,), layer._disable_adapters, (*layer.merged_adapters,))
+    for region, again in _regions():
+        noted = region.__dict__.setdefault("_tnpeft_adapters", {})
+        if not again:
+            noted[id(layer)] = state
+        elif noted.get(id(layer), state) != state:
+            raise NetworkError(
+                "adapters were switched, merged or disabled between a checkpointed forward and its recomputation",
+                remedy="call backward() before switching, or train without gradient checkpointing",
+            )
+
+
+def _regions() -> Iterator[tuple[Any, bool]]:
+    """The checkpoints around the caller, innermost first, and whether they are being recomputed.
+
+    Torch tells neither; both of its kinds keep an object of their own from the forward to the backward.
+    """
+    frame = sys._getframe(2)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name in ("forward", "backward") and code.co_varnames[:1] == ("ctx",):
+            yield frame.f_locals["ctx"], code.co_name == "backward"
+        elif code.co_filename == checkpoint.__file__:
+            if code.co_name == "checkpoint" and (made := frame.f_locals.get("gen")) is not None:
+                yield made.gi_frame.f_locals["new_frame"], False
+            elif code.co_name == "unpack_hook":
+                yield frame.f_locals["frame"], True
+        frame = frame.f_back  # type: ignore[assignment]
 
 
 def _data_parallel() -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tnpeft.adapters.bank import FactorBank
 from tnpeft.adapters.dense import DenseLinear, rescaling, wide
 from tnpeft.adapters.direct import Direct
-from tnpeft.adapters.guard import refuse_reentrant
+from tnpeft.adapters.guard import check_recomputation, refuse_reentrant
 from tnpeft.adapters.joined import Joined
 from tnpeft.adapters.mixed import block_rows, group_by_network, update_blocks
 from tnpeft.adapters.prepared import Prepared, may_keep
@@ -142,6 +142,7 @@ class TensorNetworkLinear(DenseLinear):
         """The base linear's output plus the updates of the active adapters, or of each row's own adapter."""
         eager = adapter_names is None and not args and not kwargs and not torch.compiler.is_compiling()
         if eager:
+            check_recomputation(self)
             if self._prepared.direct is not None and (kept := self._prepared.direct(self, x)) is not None:
                 result: Tensor = kept
                 return result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,14 +32,22 @@ class BatchAdapterNames:
     (['a', 'b'], ['a', 'a', 'a', 'b', 'b', 'b'], ['a', 'b'])
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = [*names]
+    def __init__(self, names: Sequence[str], each: int = 1) -> None:
+        self._given = [*names]
+        self._expanded = [name for name in names for _ in range(each)]
+        self.names = self._expanded
         self._lengths: set[int] = set()
 
     def enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Note how many tokens the rows have: a forward pre-hook of the whole model."""
+        """Note the rows and their tokens: a forward pre-hook of the whole model, and of an encoder.
+
+        ``generate`` runs an encoder before it makes several rows of each.
+        """
         given = [*args[:1], *(kwargs.get(name) for name in _TOKENS)]
-        self._lengths = {t.shape[1] for t in given if isinstance(t, Tensor) and t.dim() > 1}
+        seen = [t for t in given if isinstance(t, Tensor) and t.dim() > 1]
+        self._lengths = {t.shape[1] for t in seen}
+        rows = {len(t) for t in seen}
+        self.names = self._given if len(self._given) in rows - {len(self._expanded)} else self._expanded
 
     def hand(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Name the adapters of what a module is given: a forward pre-hook of the module."""
@@ -80,15 +88,18 @@ def check_names(names: Sequence[str], configs: Mapping[str, Any]) -> None:
             )
 
 
-def expanded(names: Sequence[str], options: Mapping[str, Any]) -> list[str]:
-    """The names of the rows that ``generate`` makes of a batch with its options: several beams or sequences for each.
+def rows_for_each(options: Mapping[str, Any], model: nn.Module) -> int:
+    """The rows that ``generate`` makes of each of a batch with its options: several beams or sequences.
 
-    >>> expanded(["a", "b"], {"num_beams": 2})
-    ['a', 'a', 'b', 'b']
+    >>> rows_for_each({"num_beams": 2}, nn.Identity())
+    2
     """
-    given = options.get("generation_config")
-    each = max(options.get(key) or getattr(given, key, None) or 1 for key in ("num_beams", "num_return_sequences"))
-    return [name for name in names for _ in range(each)]
+    for given in (options, options.get("generation_config"), getattr(model, "generation_config", None)):
+        get = given.get if isinstance(given, Mapping) else partial(getattr, given)
+        counts = [get(key, None) for key in ("num_beams", "num_return_sequences")]
+        if any(counts):
+            return max(count or 1 for count in counts)
+    return 1
 
 
 def group_by_network(layer: TensorNetworkLinear, adapters: Sequence[str], x: Tensor) -> list[list[str]]:

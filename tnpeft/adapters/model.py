@@ -25,7 +25,7 @@ from tnpeft.adapters.files import check_state, translated
 from tnpeft.adapters.guard import watch
 from tnpeft.adapters.kept import Kept
 from tnpeft.adapters.layer import TensorNetworkLinear
-from tnpeft.adapters.mixed import BatchAdapterNames, check_names, expanded
+from tnpeft.adapters.mixed import BatchAdapterNames, check_names, rows_for_each
 from tnpeft.adapters.owners import check_owner, fused, keep_unfused
 from tnpeft.adapters.placement import base_constants, build_layout, start_values
 from tnpeft.adapters.replicas.batch import check_blocks, expect_blocks
@@ -39,6 +39,7 @@ from tnpeft.networks import AdapterFileError, ConfigError, NetworkError, Site
 
 _CONTAINERS = type("Containers", (nn.ModuleDict, nn.ParameterDict), {})()  # of adapters, by name
 _UNFIT = (ValueError, TypeError, KeyError, AttributeError)  # of PEFT, whose cause is the folder that is loaded
+_EXACT = {"combination_type": "cat", "svd_full_matrices": True, "majority_sign_method": "total"}  # else None
 _MEANT = ("__base__", "base_layer", "original_module", "modules_to_save", "token_adapter")
 
 
@@ -299,20 +300,28 @@ class TensorNetworkModel(BaseTuner):
     # ---- several adapters
 
     def add_weighted_adapter(
-        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "cat"
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+        **options: Any,
     ) -> None:
         """Add the weighted sum of adapters as one adapter, exactly: the direct sum of their networks.
 
-        PEFT calls that ``cat`` for LoRA, where it puts matrices side by side; there is no other ``combination_type``.
+        PEFT calls that ``cat`` for LoRA, where it puts matrices side by side; there is no other ``combination_type``,
+        and so nothing for PEFT's further options to choose.
 
         Raises:
             NetworkError: the sum is not one network (see :func:`tnpeft.adapters.weighted_sum.combine`), or another
-                combination is asked for.
+                combination or an option of one is asked for.
         """
-        if combination_type != "cat":
-            raise NetworkError(
-                f"combination_type is {combination_type!r}", remedy="leave it out: the sum is exact, as with 'cat'"
-            )
+        asked = {"combination_type": combination_type, **options}
+        for name, value in asked.items():
+            if value != _EXACT.get(name):
+                raise NetworkError(
+                    f"{name} is {value!r}", remedy="leave it out: the sum is exact, as with combination_type='cat'"
+                )
         combine(self, adapters, weights, adapter_name)
 
     @contextmanager
@@ -325,8 +334,10 @@ class TensorNetworkModel(BaseTuner):
         if self.model.training:
             raise NetworkError("adapter_names is for inference", remedy="call model.eval() first")
         check_names(names, self.peft_config)
-        named = BatchAdapterNames(expanded(names, kwargs))
-        handles = [self.model.register_forward_pre_hook(named.enter, with_kwargs=True)]
+        named = BatchAdapterNames(names, rows_for_each(kwargs, self.model))
+        find = getattr(self.model, "get_encoder", None)
+        entered = {self.model, find() if callable(find) else None} - {None}
+        handles = [module.register_forward_pre_hook(named.enter, with_kwargs=True) for module in entered]
         for module in self.modules():
             if isinstance(module, TensorNetworkLinear | AuxiliaryTrainingWrapper):
                 handles.append(module.register_forward_pre_hook(named.hand, with_kwargs=True))

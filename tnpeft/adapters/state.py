@@ -191,11 +191,13 @@ def entries(layout: Layout) -> Iterator[tuple[str, list[ParameterSpec], _Grid]]:
 
 def _order(param: ParameterSpec, layout: Layout, grid: _Grid) -> list[int]:
     """Where the axes of a ``[layer, proj, ...]`` stack go, so that they stand as declared."""
-    declared = next(
-        line.network.factor(param.label).indices
+    uses = [
+        factor.indices
         for line in layout.factorization.lines
-        if any(line.network.label(factor) == param.label for factor in line.network.factors)
-    )
+        for factor in line.network.factors
+        if line.network.label(factor) == param.label
+    ]
+    declared = next(its for its in uses if {*its} - {"layer", "proj"} == {*param.indices} - {"layer", "proj"})
     axes = [name for name, there in zip(("layer", "proj"), grid, strict=True) if there] + [*param.indices]
     return [axes.index(index) for index in declared if index in axes]
 

@@ -17,8 +17,7 @@ from typing import Any
 import _bench
 import torch
 
-from tnpeft.studies.packing import perform_pack
-from tnpeft.studies.runs import perform
+from tnpeft.studies.runs import train_and_evaluate
 from tnpeft.studies.study import Study
 from tnpeft.studies.sweeping import prepare
 
@@ -51,17 +50,19 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Every method's runs alone and in packs."""
     its = study(options)
     prepare(its, lambda line: print(line, file=sys.stderr))
-    perform(its.run(its.cells[0], its.tasks[0], 1e-3, 0))  # what is loaded once in a process
+    train_and_evaluate([its.run(its.cells[0], its.tasks[0], 1e-3, 0)])  # what is loaded once in a process
     rows = []
     for cell in its.cells:
         rates = its.terms(cell, its.tasks[0]).learning_rates
         runs = [its.run(cell, its.tasks[0], lr, seed) for lr in rates for seed in SEEDS]
-        alone, seconds = timed(lambda runs=runs: [perform(run) for run in runs], options.clock)
+        alone, seconds = timed(
+            lambda runs=runs: [r for run in runs for r in train_and_evaluate([run])], options.clock
+        )
         row: dict[str, Any] = {"method": cell.label, "runs": len(runs), "seconds": seconds, "packs": {}}
         for size in PACKS:
             lots = [tuple(runs[k : k + size]) for k in range(0, len(runs), size)]
             packed, its_seconds = timed(
-                lambda lots=lots: [r for lot in lots for r in perform_pack(lot)], options.clock
+                lambda lots=lots: [r for lot in lots for r in train_and_evaluate(lot)], options.clock
             )
             row["packs"][size] = {
                 "seconds": its_seconds,

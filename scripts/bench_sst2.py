@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -30,7 +31,8 @@ from _bench_models import SHAPES, opt_config
 from torch import nn
 
 import tnpeft
-from tnpeft.studies import packed, training
+from tnpeft.studies import training
+from tnpeft.studies.batching import batches
 from tnpeft.studies.data import load
 from tnpeft.studies.protocol import Protocol
 from tnpeft.studies.scoring import Scorer
@@ -93,7 +95,9 @@ class Runs:
         self.scorer, self.together = scorer_of(case.tokenizer, case.words), together
         data, its = load(self.scorer.task, case.data), case.protocol
         self.rows = [self.scorer.encode(data.splits(k, its.train, its.dev, its.eval).train) for k in numbers]
-        self.steps = [packed.rehearse(rows, its, 1e-3, k) for rows, k in zip(self.rows, numbers, strict=True)]
+        lengths = [[len(row["ids"]) for row in rows] for rows in self.rows]
+        orders = [batches(each, its, k) for each, k in zip(lengths, numbers, strict=True)]
+        self.steps = [[*islice(order, its.steps)] for order in orders]
         base = backbone(case.shape, case.layers, len(self.scorer.tokenizer), self.scorer.pad)
         config = tnpeft.TensorNetworkConfig(
             network=FAMILIES[case.family],
@@ -110,14 +114,14 @@ class Runs:
     def step(self, at: int, cut: bool = True) -> None:
         """The step of every run at a place of the epoch; not ``cut``: padded to the longest of each batch."""
         if self.together:
-            packed.backward(self.scorer, self.model, self.rows, [steps[at].batches for steps in self.steps])
+            training.backward(self.scorer, self.model, self.rows, [steps[at] for steps in self.steps])
             self._moved(tnpeft.replicas.clip)
             return
         for rows, steps in zip(self.rows, self.steps, strict=True):
             if cut:
-                packed.backward(self.scorer, self.model, [rows], [steps[at].batches])
+                training.backward(self.scorer, self.model, [rows], [steps[at]])
             else:
-                batch = self.scorer.collate([rows[k] for k in steps[at].batches[0]])
+                batch = self.scorer.collate([rows[k] for k in steps[at][0]])
                 self.scorer.losses(self.model, batch).mean().backward()
             self._moved(lambda model, norm: nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], norm))
 
@@ -129,7 +133,7 @@ class Runs:
     def tokens(self, at: int) -> tuple[int, int]:
         """Of all runs at a place: those of the sentences, and with what pads them as they come."""
         both = zip(self.rows, self.steps, strict=True)
-        lengths = [[len(rows[k]["ids"]) for k in steps[at].batches[0]] for rows, steps in both]
+        lengths = [[len(rows[k]["ids"]) for k in steps[at][0]] for rows, steps in both]
         return sum(map(sum, lengths)), sum(len(its) * max(its) for its in lengths)
 
 

@@ -124,8 +124,8 @@ def accuracy(
     def say(step: int, steps: int, loss: float, dev: float | None) -> None:
         print(f"{folder.name}: step {step} of {steps}, loss {loss:.4f}, held-out {dev:.4f}", flush=True)
 
-    best, seconds = training.fit(
-        adapted, scorer, splits, protocol, lr=LR, seed=SEED, folder=folder / "checkpoints", progress=say
+    (best,), seconds = training.fit(
+        adapted, scorer, [splits], protocol, lrs=[LR], seeds=[SEED], folder=folder / "checkpoints", progress=say
     )
     score, loss = evaluate(scorer, adapted, scorer.encode(splits.eval))
     parameters, _ = methods.trainable(adapted)

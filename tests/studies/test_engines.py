@@ -5,17 +5,19 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import subprocess
+import sys
 import threading
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sweep_results import results, written
 
-from tnpeft.studies import engines
-from tnpeft.studies.engines import Engine, Outcome, work
+from tnpeft.studies import pool
 from tnpeft.studies.files import StudyError
-from tnpeft.studies.packing import Job
+from tnpeft.studies.pool import Engine, Job, Outcome, work
 from tnpeft.studies.reporting import report
 from tnpeft.studies.runs import Store
 from tnpeft.studies.study import Study
@@ -65,7 +67,7 @@ def test_the_engines_agree_to_the_last_bit_and_make_nothing_twice(
 def test_a_run_that_takes_its_process_along_fails_alone(
     table: dict[str, Any], tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engines, "work", deadly)
+    monkeypatch.setattr(pool, "work", deadly)
     table["methods"] = [*table["methods"][1:2], *table["methods"][:1]]  # CP first, LoRA's two sizes beside it
     tally = sweep(Study.of(table, Path(".")), tmp_path, Engine(kind, workers=2, pack=2), quietly)
     assert (tally.done, tally.failed) == (4, 2)
@@ -88,25 +90,21 @@ class _Flaky:
     def cores() -> int:
         return 3
 
-    def submit(self, job: Job) -> int:
+    def submit(self, job: Job) -> Future[list[Outcome]]:
+        task: Future[list[Outcome]] = Future()
+        if job not in self.tasks or any(run.seed == 1 for run in job):
+            task.set_exception(ConnectionError())
+        else:
+            self.made.append(job)
+            task.set_result([(run, "done", 0.0) for run in job])
         self.tasks.append(job)
-        return len(self.tasks) - 1
-
-    def first(self, tasks: Any) -> Any:
-        return next(iter(tasks))
-
-    def outcomes(self, task: int) -> list[Outcome]:
-        job = self.tasks[task]
-        if job not in self.tasks[:task] or any(run.seed == 1 for run in job):
-            raise ConnectionError
-        self.made.append(job)
-        return [(run, "done", 0.0) for run in job]
+        return task
 
 
 def test_what_was_under_way_is_made_again_as_it_was_then_run_by_run(
     table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(engines._POOLS, "processes", _Flaky)
+    monkeypatch.setitem(pool._POOLS, "processes", _Flaky)
     study = Study.of({**table, "seeds": [0, 2, 1]}, Path("."))
     runs = study.search()
     with Engine("processes", pack=2).open(tmp_path) as workers:
@@ -175,6 +173,19 @@ def test_places_are_found_from_anywhere(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
     places = {"model": "model", "data": "hub", "cache": "cache", "tokenizer": "facebook/opt-125m"}
-    found = engines._anywhere(type(run)(**{**run.__dict__, "places": places}))
+    found = pool._anywhere(type(run)(**{**run.__dict__, "places": places}))
     assert found.places == {**places, "model": str(tmp_path / "model"), "cache": str(tmp_path / "cache")}
     assert found.key == run.key
+
+
+def test_a_sweep_is_not_for_torchrun(table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(StudyError, match="started by torchrun"):
+        sweep(Study.of(table, Path(".")), tmp_path)
+
+
+def test_sweeps_need_no_module_that_windows_lacks() -> None:
+    blocked = "import sys; sys.modules.update(dict.fromkeys(('fcntl', 'resource', 'pwd', 'grp')))"
+    code = f"{blocked}; import tnpeft.studies.sweeping, tnpeft.studies.dry_run, tnpeft.studies.finetune"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -165,7 +165,7 @@ def test_offline_one_line_says_what_and_how(tmp_path: Path, command: list[str], 
     assert done.returncode == 2
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("tnpeft: ")
+    assert lines[0].startswith("error: ")
     assert message in lines[0]
     assert "folder" in lines[0]  # the remedy
     assert not list(tmp_path.glob("out/*.json"))

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from sweep_results import results, written
 
-from tnpeft.studies.engines import Engine
 from tnpeft.studies.files import digest, write_json
+from tnpeft.studies.pool import Engine
 from tnpeft.studies.reporting import report
 from tnpeft.studies.runs import Store
 from tnpeft.studies.study import Study
@@ -26,7 +26,7 @@ KILLS = int(os.environ.get("TNPEFT_KILLS", "3"))
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from tnpeft.studies.engines import Engine
+from tnpeft.studies.pool import Engine
 from tnpeft.studies.study import Study
 from tnpeft.studies.sweeping import sweep
 
@@ -106,7 +106,7 @@ def test_a_pack_is_written_whole_or_not_at_all(
     with monkeypatch.context() as patch:
         patch.setattr("tnpeft.studies.runs.write_json", cut)
         with pytest.raises(KeyboardInterrupt):
-            store.keep_all(runs, records)
+            store.keep(runs, records)
     journal = store.folder / f".{digest(sorted(run.key for run in runs))}.pack.json"
     assert journal.exists()
     assert [bool(store.result(run.key)) for run in runs] == [True, False]

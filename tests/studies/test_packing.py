@@ -10,12 +10,9 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from tnpeft.studies import packed, training
-from tnpeft.studies.engines import Engine
 from tnpeft.studies.files import StudyError, merged
-from tnpeft.studies.packing import execute_pack, packs, perform_pack
-from tnpeft.studies.protocol import Protocol
-from tnpeft.studies.runs import Run, Store, execute
+from tnpeft.studies.pool import Engine
+from tnpeft.studies.runs import Run, Store, packs, run_once, train_and_evaluate
 from tnpeft.studies.study import Study
 from tnpeft.studies.sweeping import sweep
 
@@ -54,9 +51,9 @@ def test_a_pack_gives_the_results_of_its_runs(
             for run, r in zip(runs, (3, 5, 1), strict=True)
         )
     assert packs(runs, 3) == [runs]
-    assert execute_pack(runs, together) == ["done"] * 3
+    assert run_once(runs, together) == ["done"] * 3
     for run in runs:
-        assert execute(run, alone) == "done"
+        assert run_once([run], alone) == ["done"]
         one, packed_one = alone.result(run.key) or {}, together.result(run.key) or {}
         assert packed_one.pop("pack") == 3
         assert set(one) == set(packed_one)
@@ -69,38 +66,7 @@ def test_a_pack_gives_the_results_of_its_runs(
             assert mine[1:] == pytest.approx(theirs[1:], rel=1e-5)
     losses = {round((together.result(run.key) or {})["eval_loss"], 5) for run in runs}
     assert len(losses) == 3  # the three runs are three
-    assert execute_pack(runs, together) == ["kept"] * 3
-
-
-@pytest.mark.parametrize("by_length", [False, True])
-def test_the_order_is_the_trainers_own(by_length: bool, tmp_path: Path) -> None:
-    """What a training sees, batch by batch and rate by rate, with an epoch that ends in a small batch."""
-    import torch
-
-    protocol = Protocol(steps=7, batch=4, accumulate=2, warmup=0.3, schedule="cosine", by_length=by_length)
-    rows = [{"ids": [0] * (1 + k % 5)} for k in range(14)]
-    seen: list[tuple[list[int], float]] = []
-
-    class Noting(training.Ordered):
-        def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
-            seen.append((inputs["rows"].tolist(), self.optimizer.param_groups[0]["lr"]))
-            return model(inputs["rows"][:, None].float()).mean() + torch.rand(())
-
-    model = torch.nn.Linear(1, 1)
-    trainer = Noting(
-        protocol=protocol,
-        model=model,
-        args=training.arguments(tmp_path, protocol, 0.2, 5, keep=False),
-        train_dataset=[{"row": k, **row} for k, row in enumerate(rows)],
-        data_collator=lambda rows: {"rows": torch.tensor([row["row"] for row in rows])},
-        optimizers=(torch.optim.AdamW(model.parameters(), lr=0.2), None),
-    )
-    trainer.train()
-    steps = packed.rehearse(rows, protocol, 0.2, seed=5)
-    assert len(steps) == 7
-    other = packed.rehearse(rows, replace(protocol, by_length=not by_length), 0.2, seed=5)
-    assert [step.batches for step in other] != [step.batches for step in steps]
-    assert [(batch, step.lr) for step in steps for batch in step.batches] == seen
+    assert run_once(runs, together) == ["kept"] * 3
 
 
 def test_a_sweep_in_packs_makes_the_same_files(table: dict[str, Any], tmp_path: Path) -> None:
@@ -155,8 +121,8 @@ def test_a_backbone_with_dropout_is_made_alone(table: dict[str, Any], tiny: Path
     config.save_pretrained(tmp_path / "opt")
     runs, store = three({**table, "backbone": str(tmp_path / "opt")}), Store(tmp_path / "runs")
     with pytest.raises(StudyError, match=r"dropout = 0\.1"):
-        perform_pack(runs)
-    assert execute_pack(runs, store) == ["done"] * 3
+        train_and_evaluate(runs)
+    assert run_once(runs, store) == ["done"] * 3
     for run in runs:
         record = store.result(run.key) or {}
         assert "pack" not in record
@@ -165,10 +131,10 @@ def test_a_backbone_with_dropout_is_made_alone(table: dict[str, Any], tiny: Path
 
 def test_only_what_is_missing_is_made(table: dict[str, Any], tmp_path: Path) -> None:
     runs, store = three(table), Store(tmp_path)
-    assert execute(runs[1], store) == "done"
+    assert run_once([runs[1]], store) == ["done"]
     before = store.result(runs[1].key)
     with store.claim(runs[0].key):
-        assert execute_pack(runs, store) == ["busy", "kept", "busy"]
-    assert execute_pack(runs, store) == ["done", "kept", "done"]
+        assert run_once(runs, store) == ["busy", "kept", "busy"]
+    assert run_once(runs, store) == ["done", "kept", "done"]
     assert store.result(runs[1].key) == before
     assert (store.result(runs[2].key) or {})["pack"] == 2

@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, strategies
 
+from tnpeft.networks import TnpeftError
 from tnpeft.studies import methods
-from tnpeft.studies.engines import Engine
 from tnpeft.studies.files import StudyError, merged, read_toml
 from tnpeft.studies.matching import matched
 from tnpeft.studies.methods import count
+from tnpeft.studies.pool import Engine
 from tnpeft.studies.protocol import Protocol
 from tnpeft.studies.reporting import report
-from tnpeft.studies.runs import Store, execute
+from tnpeft.studies.runs import Store, run_once
 from tnpeft.studies.study import Study
 from tnpeft.studies.sweeping import sweep
 
@@ -70,7 +72,7 @@ def test_the_same_seed_gives_the_same_result(table: dict[str, Any], swept: Path,
     study = study_of(table)
     sweep(study, swept, SERIAL, quietly)
     run = study.run(study.cells[0], study.tasks[0], 1e-2, 0)
-    assert execute(run, Store(tmp_path)) == "done"
+    assert run_once([run], Store(tmp_path)) == ["done"]
     old, new = Store(swept).result(run.key), Store(tmp_path).result(run.key)
     assert old is not None
     assert new is not None
@@ -128,6 +130,70 @@ def test_a_damaged_result_is_named(table: dict[str, Any], swept: Path, tmp_path:
             make(study_of(table), tmp_path / "runs", SERIAL, quietly)
 
 
+GOOD: dict[str, Any] = {
+    "key": "a" * 16,
+    "run": {},
+    "parameters": 4,
+    "head_parameters": 0,
+    "dev": 0.5,
+    "eval": 0.25,
+    "eval_loss": None,
+    "scores": {"accuracy": 0.25},
+    "predictions": [1, 0],
+    "labels": [1, 1],
+    "best_step": 2,
+    "steps": 4,
+    "curve": [[2, 0.1, 0.5, 0.7], [4, 0.1, 0.5, None]],
+    "timing": {"train_seconds": 1.0, "step_ms": 2.0},
+}
+WRONG = [float("nan"), float("inf"), "0.5", True, [], {}, None]
+
+
+@given(data=strategies.data())
+def test_a_record_is_believed_only_if_whole(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
+    """A field left out, a value of another kind or not finite, another run's key, half a file, deep nesting."""
+    store = Store(tmp_path_factory.mktemp("runs"))
+    path = store.folder / f"{GOOD['key']}.json"
+    path.write_text(json.dumps(GOOD))
+    assert store.result(GOOD["key"]) == GOOD
+    name = data.draw(strategies.sampled_from(sorted(set(GOOD) - {"key"})))
+    kind = type(GOOD[name])
+    fitting = {dict: (dict,), list: (list,), int: (int,), float: (int, float), type(None): (type(None),)}[kind]
+    bad = WRONG[:2] + [value for value in WRONG[2:] if not isinstance(value, fitting) or isinstance(value, bool)]
+    texts = strategies.one_of(
+        strategies.just({key: value for key, value in GOOD.items() if key != name}).map(json.dumps),
+        strategies.sampled_from(bad).map(lambda value: json.dumps({**GOOD, name: value})),
+        strategies.just(json.dumps({**GOOD, "key": "b" * 16})),
+        strategies.just(json.dumps({**GOOD, "labels": [1]})),
+        strategies.integers(0, len(json.dumps(GOOD)) - 1).map(lambda n: json.dumps(GOOD)[:n]),
+        strategies.integers(5000, 200_000).map(lambda n: '{"a": ' + "[" * n),
+    )
+    path.write_text(data.draw(texts))
+    with pytest.raises(StudyError, match=f"{path.name}: (is damaged|holds the result)"):
+        store.result(GOOD["key"])
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        ([{"family": "lora", "grid": {"rank": ["two"]}}], "two"),
+        ([{"family": "lora", "args": {"rank": 1.5}}], "1.5"),
+        ([{"family": "lora", "args": {"rank": 0}}], "rank|0"),
+        ([{"family": "lora", "protocol": {"targets": ["query"]}}], "query"),
+        ([{"peft": "lora", "protocol": {"targets": ["query"]}}], "query"),
+        ([{"peft": "nothing"}], "nothing"),
+        ([{"family": "lora", "protocol": {"max_length": 1}}], "max_length"),
+    ],
+)
+def test_values_that_fit_nothing_are_refused_before_any_run(
+    table: dict[str, Any], tmp_path: Path, methods: list[Any], message: str
+) -> None:
+    study_table = {**table, "methods": [*table["methods"], *({"label": "wrong", **each} for each in methods)]}
+    with pytest.raises(TnpeftError, match=message):
+        sweep(Study.of(study_table, Path(".")), tmp_path, SERIAL, quietly)
+    assert not list(tmp_path.glob("*.json"))
+
+
 def test_ranks_of_a_line_stand_by_themselves(table: dict[str, Any]) -> None:
     line = "B[layer proj out r] A[layer proj r inp] -> layer proj out inp"
     table["methods"] = [{"label": "mine", "line": line, "grid": {"r": [1, 2]}, "args": {"scale": 2.0}}]
@@ -145,9 +211,9 @@ def test_a_claimed_run_is_left_alone(table: dict[str, Any], tmp_path: Path) -> N
     run = study.run(study.cells[-1], study.tasks[0], 1e-2, 0)
     with store.claim(run.key) as ours:
         assert ours
-        assert execute(run, store) == "busy"
-    assert execute(run, store) == "done"
-    assert execute(run, store) == "kept"
+        assert run_once([run], store) == ["busy"]
+    assert run_once([run], store) == ["done"]
+    assert run_once([run], store) == ["kept"]
 
 
 def test_the_rate_is_chosen_on_dev_alone(table: dict[str, Any], swept: Path) -> None:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import shutil
 from dataclasses import replace
-from itertools import accumulate, combinations, pairwise
+from itertools import accumulate, combinations, count, islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, strategies
+from safetensors.torch import load_file
 
 torch = pytest.importorskip("torch")
 
 from tnpeft.studies import backbones, methods, training  # noqa: E402
-from tnpeft.studies.command import train  # noqa: E402
+from tnpeft.studies.batching import batches, micro_batches  # noqa: E402
 from tnpeft.studies.data import Example, Splits, load  # noqa: E402
 from tnpeft.studies.files import StudyError  # noqa: E402
-from tnpeft.studies.lots import lots  # noqa: E402
+from tnpeft.studies.finetune import train  # noqa: E402
 from tnpeft.studies.protocol import Protocol  # noqa: E402
 from tnpeft.studies.scoring import Scorer, evaluate, judge  # noqa: E402
 from tnpeft.studies.tasks import TASKS, task  # noqa: E402
@@ -57,9 +61,9 @@ THREE = [[10, 1, 9, 4], [2, 2, 11, 40], [5, 5, 5, 5]]
 
 
 @pytest.mark.parametrize(("lengths", "rows"), [([LENGTHS], 1), (THREE, 1), (THREE, 3), ([[500] * 9], 1), ([[7]], 2)])
-def test_lots_hold_every_example_once_and_cost_least(lengths: list[list[int]], rows: int) -> None:
+def test_micro_batches_hold_every_example_once_and_cost_least(lengths: list[list[int]], rows: int) -> None:
     """Of all ways to cut the examples in order of their lengths into passes of at most 1,024 tokens."""
-    found, count = lots(lengths, rows), len(lengths[0])
+    found, count = micro_batches(lengths, rows), len(lengths[0])
     for k in range(len(lengths)):
         assert sorted(place for lot in found for place in lot[k]) == [*range(count)]
     tops = [max(its) for its in zip(*map(sorted, lengths), strict=True)]
@@ -138,7 +142,7 @@ def test_only_the_adapter_moves_and_the_reported_checkpoint_stays(
     model = methods.attach(model, method, PROTOCOL.targets, classifier=False, seed=0)
     scorer = Scorer(TASKS["digits_upright"], tokenizer)
     protocol = replace(PROTOCOL, checkpoint=checkpoint)
-    best, seconds = training.fit(model, scorer, splits(), protocol, lr=0.1, seed=0)
+    (best,), seconds = training.fit(model, scorer, [splits()], protocol, lrs=[0.1], seeds=[0])
     assert [row[0] for row in best.curve] == [2, 4, 6]
     assert (best.step, best.dev) == (6, best.curve[-1][2]) or checkpoint == "best"
     assert best.dev == max(row[2] for row in best.curve) or checkpoint == "last"
@@ -154,7 +158,7 @@ def test_a_classifier_trains_its_head_too(tiny: Path) -> None:
     model = methods.attach(model, {"family": "lora", "args": {"rank": 1}}, PROTOCOL.targets, classifier=True, seed=0)
     assert methods.trainable(model) == (4 * 2 * 16, 160)
     scorer = Scorer(TASKS["digits_upright"], tokenizer, "classifier")
-    best, _ = training.fit(model, scorer, splits(), replace(PROTOCOL, head="classifier"), lr=1e-2, seed=0)
+    (best,), _ = training.fit(model, scorer, [splits()], replace(PROTOCOL, head="classifier"), lrs=[1e-2], seeds=[0])
     assert best.curve[-1][0] == 6
 
 
@@ -162,7 +166,7 @@ def test_a_hopeless_run_stops_by_its_rule(tiny: Path) -> None:
     model, tokenizer = backbone(tiny)
     model = methods.attach(model, {"family": "lora", "args": {"rank": 1}}, PROTOCOL.targets, classifier=False, seed=0)
     scorer, protocol = Scorer(TASKS["digits_upright"], tokenizer), replace(PROTOCOL, steps=40, patience=2)
-    best, _ = training.fit(model, scorer, splits(), protocol, lr=1e-9, seed=0)
+    (best,), _ = training.fit(model, scorer, [splits()], protocol, lrs=[1e-9], seeds=[0])
     assert best.curve[-1][0] < 40
     merits = [(row[2], -row[3]) for row in best.curve]
     assert len(merits) - 1 - merits.index(max(merits)) == 2
@@ -172,7 +176,7 @@ def test_losses_that_are_no_numbers_end_a_run_and_win_nothing(tiny: Path, tmp_pa
     model, tokenizer = backbone(tiny)
     model = methods.attach(model, {"family": "lora", "args": {"rank": 1}}, PROTOCOL.targets, classifier=False, seed=0)
     scorer, protocol = Scorer(TASKS["digits_upright"], tokenizer), replace(PROTOCOL, steps=40, clip=0.0)
-    best, _ = training.fit(model, scorer, splits(), protocol, lr=1e30, seed=0)
+    (best,), _ = training.fit(model, scorer, [splits()], protocol, lrs=[1e30], seeds=[0])
     assert best.curve[-1][0] < 40
     assert not all(map(math.isfinite, best.curve[-1][1:]))
     result = train(
@@ -195,17 +199,17 @@ def test_losses_that_are_no_numbers_end_a_run_and_win_nothing(tiny: Path, tmp_pa
 
 @pytest.mark.parametrize("by", ["metric", "loss"])
 def test_a_checkpoint_whose_loss_is_no_number_is_never_the_best(by: str) -> None:
-    best = training.Best()
-    assert best.offer(1, 0.5, 1.0, by)
-    assert not best.offer(2, 0.9, float("nan"), by)
-    assert best.offer(3, 0.6, 0.9, by)
-    assert best.offer(4, 0.1, 9.0, "last")
+    best = training.Course()
+    assert best.update_best(1, 0.5, 1.0, by)
+    assert not best.update_best(2, 0.9, float("nan"), by)
+    assert best.update_best(3, 0.6, 0.9, by)
+    assert best.update_best(4, 0.1, 9.0, "last")
     best.curve = [(3, 0.9, 0.6, 0.8)]
-    assert not best.hopeless(0)
+    assert not best.should_stop(0)
     best.curve.append((4, float("nan"), 0.6, 0.9))
-    assert best.hopeless(0)
+    assert best.should_stop(0)
     best.curve[-1] = (4, 0.9, 0.6, 0.9)
-    assert [best.hopeless(patience, by) for patience in (0, 1, 2)] == [False, True, False]
+    assert [best.should_stop(patience, by) for patience in (0, 1, 2)] == [False, True, False]
 
 
 def test_epochs_are_steps_and_the_head_has_its_own_rate(tiny: Path) -> None:
@@ -215,7 +219,7 @@ def test_epochs_are_steps_and_the_head_has_its_own_rate(tiny: Path) -> None:
     scorer = Scorer(TASKS["digits_upright"], tokenizer, "classifier")
     protocol = replace(PROTOCOL, head="classifier", epochs=2, batch=12, head_lr=0.5).on(64)
     assert (protocol.steps, protocol.evaluate_every) == (12, 6)
-    best, _ = training.fit(model, scorer, splits(), protocol, lr=1e-2, seed=0)
+    (best,), _ = training.fit(model, scorer, [splits()], protocol, lrs=[1e-2], seeds=[0])
     assert [row[0] for row in best.curve] == [6, 12]
     groups = training.optimizer(model, protocol, 1e-2).param_groups
     names = {id(p): name for name, p in model.named_parameters()}
@@ -243,45 +247,156 @@ def test_a_folder_in_which_nothing_was_begun_is_free(tiny: Path, tmp_path: Path)
         train(tmp_path / "run", **{**short, "steps": 2}, **its)
 
 
-@pytest.mark.parametrize("by_length", [False, True])
-def test_train_resumes_bit_for_bit_and_keeps_its_adapter(tiny: Path, tmp_path: Path, by_length: bool) -> None:
-    def go(out: Path, progress: Any = None) -> dict[str, Any]:
+RESUMED: list[dict[str, Any]] = [
+    {"by_length": True},
+    {"checkpoint": "best", "accumulate": 2},
+    {"checkpoint": "best", "best_by": "loss", "patience": 1, "schedule": "constant"},
+]
+
+
+@pytest.mark.parametrize("change", RESUMED, ids=str)
+def test_train_stopped_at_any_moment_goes_on_to_the_same_bits(
+    tiny: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    """Stopped at every evaluation in turn, the one on held-out examples included, and with damaged checkpoints."""
+    said: list[str] = []
+
+    def go(out: Path, stop: int = -1) -> dict[str, Any]:
+        left = iter(range(stop)) if stop >= 0 else count()
+
+        def say(line: str) -> None:
+            said.append(line)
+            if line.startswith("evaluating") and next(left, None) is None:
+                raise Stop
+
+        settings = {"train": 60, "dev": 32, "eval": 64, "steps": 8, "batch": 16, "evaluate_every": 2, **change}
+        method = {"family": "cp", "args": {"rank": 3}}
+        targets = {"targets": ["q_proj", "v_proj"]}
         return train(
-            out,
-            model=str(tiny),
-            task="digits_upright",
-            method={"family": "cp", "args": {"rank": 3}},
-            lr=0.05,
-            progress=progress,
-            targets=["q_proj", "v_proj"],
-            train=64,
-            dev=32,
-            eval=64,
-            steps=8,
-            batch=16,
-            evaluate_every=2,
-            by_length=by_length,
+            out, model=str(tiny), task="digits_upright", method=method, lr=0.05, say=say, **targets, **settings
         )
 
-    def stop(step: int, *_: Any) -> None:
-        if step == 6:
-            raise Stop
-
     whole = go(tmp_path / "whole")
-    with pytest.raises(Stop):
-        go(tmp_path / "pieces", stop)
-    resumed = go(tmp_path / "pieces")
-    for name in ("dev", "eval", "eval_loss", "best_step", "key"):
-        assert whole[name] == resumed[name]
-    assert [row[2:] for row in whole["curve"]] == [row[2:] for row in resumed["curve"]]
-    assert go(tmp_path / "pieces") == resumed
-    from safetensors.torch import load_file
-
-    one, two = (load_file(tmp_path / part / "adapter" / "adapter_model.safetensors") for part in ("whole", "pieces"))
-    assert one.keys() == two.keys()
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    looks = len(whole["curve"])
+    for stop in range(looks + 1):
+        said.clear()
+        out = tmp_path / str(stop)
+        with pytest.raises(Stop):
+            go(out, stop)
+        checkpoints = sorted((out / "checkpoints").glob("*"))
+        assert len(checkpoints) == min(stop, 2)
+        if stop == 2:
+            file = checkpoints[-1] / "state.safetensors"
+            file.write_bytes(file.read_bytes()[:-100])
+        if stop == 3:
+            (checkpoints[-1] / "state.json").unlink()
+        resumed = go(out)
+        if stop == looks:
+            assert f"going on from step {whole['curve'][-1][0]}" in said
+        assert {k: v for k, v in resumed.items() if k not in ("timing", "finished")} == {
+            k: v for k, v in whole.items() if k not in ("timing", "finished")
+        }
+        one, two = (load_file(part / "adapter" / "adapter_model.safetensors") for part in (tmp_path / "whole", out))
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[name], two[name]) for name in one)
+        assert go(out) == resumed
     with pytest.raises(StudyError, match="holds another run"):
         train(tmp_path / "whole", model=str(tiny), task="digits_upright", method={"family": "lora"})
+
+
+def test_dropout_goes_on_in_its_stream(tiny: Path, tmp_path: Path) -> None:
+    model, tokenizer = backbone(tiny)
+    scorer, adapted = Scorer(TASKS["digits_upright"], tokenizer), list[Any]()
+    method = {"peft": "lora", "args": {"r": 2, "lora_dropout": 0.5}}
+
+    def stop(step: int, *_: Any) -> None:
+        if step == 2:
+            raise Stop
+
+    for progress in (None, stop, None):
+        torch.manual_seed(0)
+        model = methods.attach(backbone(tiny)[0], method, PROTOCOL.targets, classifier=False, seed=0)
+        folder = tmp_path / ("whole" if not adapted else "pieces")
+        adapted.append(model)
+        with contextlib.suppress(Stop):
+            training.fit(model, scorer, [splits()], PROTOCOL, lrs=[0.1], seeds=[3], folder=folder, progress=progress)
+    one, _, two = ([p for p in model.parameters() if p.requires_grad] for model in adapted)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@given(
+    size=strategies.integers(1, 40),
+    batch=strategies.integers(1, 9),
+    accumulate=strategies.integers(1, 3),
+    by_length=strategies.booleans(),
+    start=strategies.integers(0, 20),
+)
+def test_each_epoch_has_every_example_once_and_an_order_can_be_entered_anywhere(
+    size: int, batch: int, accumulate: int, by_length: bool, start: int
+) -> None:
+    protocol = Protocol(batch=batch, accumulate=accumulate, by_length=by_length)
+    lengths = [1 + k % 5 for k in range(size)]
+    epoch = protocol.__class__(epochs=1, batch=batch, accumulate=accumulate).on(size).steps
+    steps = [*islice(batches(lengths, protocol, 5), 2 * epoch)]
+    for part in (steps[:epoch], steps[epoch:]):
+        assert sorted(place for step in part for batch_ in step for place in batch_) == [*range(size)]
+        assert all(len(batch_) == batch for step in part for batch_ in step[:-1])
+    entered, whole = (batches(lengths, protocol, 5, at) for at in (start, 0))
+    assert [*islice(entered, 3)] == [*islice(whole, start, start + 3)]
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "constant", "constant_with_warmup"])
+@pytest.mark.parametrize("warmup", [0.0, 0.3, 1.0])
+def test_schedules_are_those_of_transformers(name: str, warmup: float) -> None:
+    from transformers import get_scheduler
+
+    protocol = Protocol(steps=10, schedule=name, warmup=warmup)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = get_scheduler(name, optimizer, round(warmup * 10), 10)
+    for step in range(10):
+        assert training.schedule(protocol, step) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        theirs.step()
+
+
+@pytest.mark.parametrize("head", ["words", "classifier"])
+def test_examples_that_do_not_fit_the_model_are_one_line(tiny: Path, tmp_path: Path, head: str) -> None:
+    its: dict[str, Any] = {"method": {"family": "lora"}, "targets": ["q_proj"], "steps": 1, "dev": 8, "head": head}
+    digits = {"task": "digits_upright", "model": str(tiny)}
+    long = {"name": "digits_upright", "prompt": "{image} {image} {image}", "text": "{image} {image} {image}"}
+    for change, message in (
+        ({**digits, "tokenizer": backbones.BYTES}, "tokenizer gives the token .* --tokenizer"),
+        ({**digits, "task": long}, "an example has 4[89] tokens, the model 32 positions; set max_length = 32"),
+        ({**digits, "max_length": 1}, "max_length = 1 leaves no room" if head == "words" else ""),
+    ):
+        if message:
+            with pytest.raises(StudyError, match=message) as caught:
+                train(tmp_path / "out", **its, **change)
+            assert "\n" not in str(caught.value)
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny, bare)
+    for file in bare.glob("*token*"):
+        file.unlink()
+    with pytest.raises(StudyError, match=r"token.*--tokenizer|tokenizer.* name another"):
+        train(tmp_path / "out", model=str(bare), task="digits_upright", **its)
+
+
+def test_an_interrupted_command_says_how_to_go_on(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from typer.testing import CliRunner
+
+    from tnpeft.cli import app
+    from tnpeft.studies import finetune
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune, "train_and_evaluate", interrupted)
+    command = ["train", "lora", "--model", str(tiny), "--task", "digits_upright", "--out", str(tmp_path)]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 130
+    assert "start the same command to go on" in done.output
 
 
 def test_rates_by_rule_reach_the_optimizer(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

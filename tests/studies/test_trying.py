@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from tnpeft.studies import backbones, methods
+from tnpeft.studies.dry_run import _at_hand, trial
 from tnpeft.studies.files import StudyError, merged
 from tnpeft.studies.protocol import Protocol
 from tnpeft.studies.study import Study
-from tnpeft.studies.trying import _at_hand, trial
 
 ROOT = Path(__file__).resolve().parents[2]
 from try_presets import PRESETS, read  # noqa: E402

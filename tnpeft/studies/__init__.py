@@ -7,7 +7,7 @@ from typing import Any
 
 _HOME = {
     "Data": "data",
-    "Engine": "engines",
+    "Engine": "pool",
     "Protocol": "protocol",
     "Run": "runs",
     "Scorer": "scoring",
@@ -19,8 +19,8 @@ _HOME = {
     "report": "reporting",
     "sweep": "sweeping",
     "task": "tasks",
-    "train": "command",
-    "trial": "trying",
+    "train": "finetune",
+    "trial": "dry_run",
 }
 
 __all__ = sorted(_HOME)

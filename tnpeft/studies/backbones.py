@@ -114,6 +114,23 @@ def reach(name: str, tokenizer: str = "", cache: Path = CACHE) -> Any:
         raise _unreachable("tokenizer", words, error) from None
 
 
+@lru_cache(maxsize=8)
+def module_names(name: str, head: str, cache: Path) -> tuple[str, ...]:
+    """Return the names of a model's modules; weights are not read."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    known = name.startswith(RANDOM)
+    config = (
+        _configuration(name.removeprefix(RANDOM))
+        if known
+        else AutoConfig.from_pretrained(packaged.folder(name, cache))
+    )
+    with torch.device("meta"):
+        model = (AutoModelForCausalLM if head == "words" else AutoModelForSequenceClassification).from_config(config)
+    return tuple(name for name, _ in model.named_modules())
+
+
 def _unreachable(what: str, name: str, error: Exception) -> StudyError:
     first = str(error).strip().partition("\n")[0]
     if what == "tokenizer":

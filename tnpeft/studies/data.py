@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tnpeft.studies.files import StudyError, digest
-from tnpeft.studies.reading import Row, hub_rows, read_rows
+from tnpeft.studies.readers import Row, hub_rows, read_rows
 from tnpeft.studies.tasks import Task
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -64,7 +65,7 @@ def whole(path: Path) -> Iterator[Path]:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield part
-        with part.open("rb") as stream:
+        with part.open("r+b") as stream:
             os.fsync(stream.fileno())
         os.replace(part, path)
     finally:
@@ -101,6 +102,31 @@ def new_folder(path: Path) -> Iterator[Path]:
             os.replace(work, path)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any] | None:
+    """Return the JSON object in a file, None if there is no such file.
+
+    Raises:
+        StudyError: the file is damaged, or holds a number that is not finite; the message names it.
+    """
+
+    def refuse(text: str) -> Any:
+        raise ValueError(text)
+
+    try:
+        found = json.loads(
+            path.read_text(encoding="utf-8"),
+            parse_constant=refuse,
+            parse_float=lambda text: x if math.isfinite(x := float(text)) else refuse(text),
+        )
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise StudyError("is damaged", where=str(path), remedy=remedy)
+    return found
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

@@ -132,10 +132,7 @@ def attach(
     task_type = "SEQ_CLS" if classifier else "CAUSAL_LM"
     common: dict[str, Any] = {"task_type": task_type, "target_modules": list(targets) or None}
     if "peft" in method:
-        kinds = {kind.value.lower(): config for kind, config in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-        if method["peft"] not in kinds:
-            raise StudyError(f"PEFT has no method {method['peft']!r}", remedy=f"it has {', '.join(sorted(kinds))}")
-        config = kinds[method["peft"]](**common, **method.get("args", {}))
+        config = peft_config(method, **common)
     else:
         import tnpeft
 
@@ -147,6 +144,23 @@ def attach(
             common |= {"replica_ranks": ranks, "replica_scales": [float(its.scale) for its in each]}
         config = tnpeft.TensorNetworkConfig(network=f, seed=seed, **common)
     return peft.get_peft_model(model, config)
+
+
+def peft_config(method: Method, **common: Any) -> Any:
+    """Return the configuration of one of PEFT's methods.
+
+    Raises:
+        StudyError: PEFT has no such method, or the method no such argument.
+    """
+    import peft
+
+    kinds = {kind.value.lower(): config for kind, config in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if method["peft"] not in kinds:
+        raise StudyError(f"PEFT has no method {method['peft']!r}", remedy=f"it has {', '.join(sorted(kinds))}")
+    try:
+        return kinds[method["peft"]](**common, **method.get("args", {}))
+    except TypeError as error:
+        raise StudyError(f"wrong arguments: {error}", where=f"PEFT's {method['peft']!r}") from None
 
 
 def _free_head(model: Any, classifier: bool) -> None:

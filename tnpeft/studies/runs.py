@@ -1,9 +1,8 @@
-"""A run, named by the hash of all that determines it, and the folder that holds one result file for each."""
+"""Runs, each named by the hash of all that determines it; the folder of their results; making them."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -17,7 +16,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tnpeft.studies.files import StudyError, canonical, digest, write_json
+import filelock
+
+from tnpeft.networks import common
+from tnpeft.studies import backbones, methods
+from tnpeft.studies.data import load
+from tnpeft.studies.files import StudyError, canonical, digest, read_json, write_json
 from tnpeft.studies.protocol import Protocol
 from tnpeft.studies.tasks import Task
 from tnpeft.studies.tasks import task as task_of
@@ -25,7 +29,7 @@ from tnpeft.studies.tasks import task as task_of
 if TYPE_CHECKING:
     from tnpeft.studies.data import Splits
     from tnpeft.studies.scoring import Judged
-    from tnpeft.studies.training import Best
+    from tnpeft.studies.training import Course
 
 SCHEMA = 2  # raise it when a change makes results of old runs incomparable
 LIBRARIES = ("tnpeft", "torch", "transformers", "peft", "numpy", "scikit-learn")
@@ -78,6 +82,51 @@ class Run:
         return f"{self.task['name']} {what}{' ' if args else ''}{args} lr={self.lr:g} seed={self.seed}"
 
 
+Job = Sequence[Run]  # runs that are made in one pass
+
+
+def packs(runs: Sequence[Run], size: int) -> list[tuple[Run, ...]]:
+    """Return the runs as jobs of up to ``size`` that can share a pass, in the order of their first runs.
+
+    They can if they train a family or a line and differ in seed, learning rate, ranks and scale alone. A new head
+    or a backbone with random weights comes out of each run's seed, so these are made alone.
+
+    >>> protocol = {"steps": 1, "head": "words"}
+    >>> three = [Run({"name": "a"}, "d", {"family": "lora"}, protocol, 1e-3, seed, "b") for seed in (0, 1, 2)]
+    >>> [len(job) for job in packs(three, 2)]
+    [2, 1]
+    """
+    jobs: list[list[Run]] = []
+    open_jobs: dict[str, list[Run]] = {}
+    for run in runs:
+        kind = _kind(run)
+        job = open_jobs.get(kind)
+        if job is None or len(job) >= size:
+            job = []
+            jobs.append(job)
+            if kind:
+                open_jobs[kind] = job
+        job.append(run)
+    return [tuple(job) for job in jobs]
+
+
+def _kind(run: Run) -> str:
+    """Return what runs of one pass have in common; nothing for a run that is made alone."""
+    adapter = "family" in run.method or "line" in run.method
+    length = run.protocol.get("epochs", 0) or run.protocol.get("steps", 0)
+    words = run.protocol.get("head") == "words" and length > 0
+    fixed = not run.places.get("model", run.backbone).startswith(backbones.RANDOM)
+    if not (adapter and words and fixed) or run.protocol.get("precondition"):
+        return ""
+    shared = {k: v for k, v in run.identity.items() if k not in ("lr", "seed", "method")}
+    by_rule = run.protocol.get("relative_step") or run.protocol.get("rate_rule") == "relative_step"
+    method = run.method if by_rule else str(common(methods.factorization(run.method)))  # a rule depends on the ranks
+    return canonical([shared, dict(run.places), method])
+
+
+# ---- results on disk
+
+
 @dataclass(frozen=True)
 class Store:
     """A folder of results, ``<key>.json`` for a run that ended well, ``<key>.failed.json`` for one that did not."""
@@ -85,61 +134,68 @@ class Store:
     folder: Path
 
     def result(self, key: str) -> dict[str, Any] | None:
-        """The result of a run, None if there is none."""
-        return self._read(self.folder / f"{key}.json")
+        """Return the result of a run, None if there is none.
+
+        Raises:
+            StudyError: the file is damaged, incomplete, or of another run; the message names it.
+        """
+        path = self.folder / f"{key}.json"
+        record = read_json(path, _REDO)
+        if record is not None:
+            _check_result(record, key, path)
+        return record
 
     def failure(self, key: str) -> dict[str, Any] | None:
-        """The record of a failed run, None if it has not failed."""
-        return self._read(self.folder / f"{key}.failed.json")
+        """Return the record of a failed run, None if it has not failed.
 
-    @staticmethod
-    def _read(path: Path) -> dict[str, Any] | None:
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except ValueError:
-            found = None
-        if not isinstance(found, dict):
-            raise StudyError("is damaged", where=str(path), remedy="remove it, and the run is made again")
-        return found
+        Raises:
+            StudyError: the file is damaged.
+        """
+        path = self.folder / f"{key}.failed.json"
+        record = read_json(path, _REDO)
+        if record is not None and not isinstance(record.get("cause"), str):
+            raise StudyError("is damaged: it has no cause", where=str(path), remedy=_REDO)
+        return record
 
     @contextlib.contextmanager
     def claim(self, key: str) -> Iterator[bool]:
-        """Whether the run is ours alone; the claim ends with the block or with the process, however that dies."""
+        """True if the run is ours alone; the claim ends with the block or with the process, however that dies."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / f".{key}.lock").open("w") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
+        lock = filelock.FileLock(self.folder / f".{key}.lock", timeout=0)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            yield False
+            return
+        try:
             yield True
+        finally:
+            lock.release()
 
-    def keep(self, run: Run, record: Mapping[str, Any]) -> None:
-        """Write the result of a run; it has not failed any more."""
-        write_json(self.folder / f"{run.key}.json", record)
-        (self.folder / f"{run.key}.failed.json").unlink(missing_ok=True)
-
-    def keep_all(self, runs: Sequence[Run], records: Sequence[Mapping[str, Any]]) -> None:
+    def keep(self, runs: Job, records: Sequence[Mapping[str, Any]]) -> None:
         """Write the results of runs that were made in one pass: all of them or none, whenever it is cut off.
 
-        They go into one file first, from which :meth:`recover` takes what a killed process left.
+        Several go into one file first, from which :meth:`recover` takes what a killed process left.
         """
         written = {run.key: dict(record) for run, record in zip(runs, records, strict=True)}
-        self._spread(write_json(self.folder / f".{digest(sorted(written))}.pack.json", written))
+        journal = self.folder / f".{digest(sorted(written))}.pack.json"
+        if len(runs) > 1:
+            write_json(journal, written)
+        self._spread(written)
+        journal.unlink(missing_ok=True)
 
-    def _spread(self, file: Path) -> None:
-        with contextlib.suppress(FileNotFoundError):  # another process was faster
-            for key, record in json.loads(file.read_text(encoding="utf-8")).items():
-                write_json(self.folder / f"{key}.json", record)
-                (self.folder / f"{key}.failed.json").unlink(missing_ok=True)
-            file.unlink()
+    def _spread(self, records: Mapping[str, Mapping[str, Any]]) -> None:
+        for key, record in records.items():
+            write_json(self.folder / f"{key}.json", record)
+            (self.folder / f"{key}.failed.json").unlink(missing_ok=True)
 
     def recover(self) -> None:
         """Finish what a process that was killed had begun to write."""
         for file in self.folder.glob(".*.pack.json"):
-            self._spread(file)
+            for key, record in (read_json(file, _REDO) or {}).items():  # none: another process was faster
+                _check_result(record, key, file)
+                self._spread({key: record})
+            file.unlink(missing_ok=True)
 
     def fail(self, run: Run, cause: str, trace: str = "") -> None:
         """Record a failure with its cause."""
@@ -147,76 +203,167 @@ class Store:
         write_json(self.folder / f"{run.key}.failed.json", record)
 
 
-def execute(run: Run, store: Store, *, retry: bool = False) -> str:
-    """``done`` after making a run, ``kept`` if its result was there, ``failed``, or ``busy`` (made elsewhere)."""
-    with store.claim(run.key) as ours:
-        return settled(run, store, ours, retry) or make(run, store)
+_REDO = "remove it, and the run is made again"
+_NUMBER, _COUNT = (int, float), (int,)
+_FIELDS: dict[str, Any] = {
+    "run": dict,
+    "scores": dict,
+    "timing": dict,
+    "parameters": _COUNT,
+    "head_parameters": _COUNT,
+    "best_step": _COUNT,
+    "steps": _COUNT,
+    "dev": _NUMBER,
+    "eval": _NUMBER,
+    "eval_loss": (*_NUMBER, type(None)),
+    "curve": list,
+    "predictions": list,
+    "labels": list,
+}
 
 
-def settled(run: Run, store: Store, ours: bool, retry: bool) -> str:
-    """What there is to say of a run that is not to be made now; nothing if it is."""
+def _check_result(record: Any, key: str, path: Path) -> None:
+    """Refuse a record that is not the whole result of this run."""
+    problem = ""
+    if not isinstance(record, dict):
+        problem = "is damaged"
+    elif record.get("key") != key:
+        problem = f"holds the result of the run {record.get('key')!r}"
+    else:
+        for name, kind in _FIELDS.items():
+            if name not in record:
+                problem = f"is damaged: {name} is missing"
+            elif not isinstance(record[name], kind) or isinstance(record[name], bool):
+                problem = f"is damaged: {name} is wrong"
+    if not problem and not all(type(score) in _NUMBER for score in record["scores"].values()):
+        problem = "is damaged: scores is wrong"
+    if not problem and len(record["predictions"]) != len(record["labels"]):
+        problem = "is damaged: predictions and labels differ in number"
+    if problem:
+        raise StudyError(problem, where=str(path), remedy=_REDO)
+
+
+# ---- making runs
+
+
+def run_once(job: Job, store: Store, *, retry: bool = False) -> list[str]:
+    """Make the runs of a job that have no result yet, in one pass, and return the status of each.
+
+    ``done`` after making it, ``kept`` if its result was there, ``failed``, or ``busy`` (made elsewhere). Each run has
+    its file as if it had been made alone, with their number under ``pack``. A job of which a run is under way
+    elsewhere is left alone as a whole: which runs share a pass does not depend on what else is going on.
+    """
+    with contextlib.ExitStack() as stack:
+        claimed = all(stack.enter_context(store.claim(run.key)) for run in job)
+        store.recover()
+        status = {run.key: cached_status(run, store, claimed, retry) for run in job}
+        fresh = [run for run in job if not status[run.key]]
+        if fresh:
+            status |= zip((run.key for run in fresh), run_and_store(fresh, store), strict=True)
+        return [status[run.key] for run in job]
+
+
+def cached_status(run: Run, store: Store, claimed: bool, retry: bool) -> str:
+    """Return the status of a run that is not to be made now; nothing if it is."""
     if store.result(run.key):
         return "kept"
-    if not ours:
+    if not claimed:
         return "busy"
     return "failed" if store.failure(run.key) and not retry else ""
 
 
-def make(run: Run, store: Store, **note: Any) -> str:
-    """Make a run that is claimed and write its result, with the ``note`` in it, or its failure."""
+def run_and_store(job: Job, store: Store, **note: Any) -> list[str]:
+    """Make claimed runs in one pass and write their results, with the ``note`` in them, or a failure.
+
+    If a pass of several fails, they are made one by one, and their files say why under ``unpacked``.
+    """
+    cause = trace = ""
     try:
-        record = perform(run)
+        store.keep(job, [{**record, **note} for record in train_and_evaluate(job)])
     except Exception as error:
-        store.fail(run, f"{type(error).__name__}: {error}", traceback.format_exc())
-        return "failed"
-    store.keep(run, {**record, **note})
-    return "done"
+        cause, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
+    if not cause:
+        return ["done"] * len(job)
+    if len(job) > 1:
+        return [status for run in job for status in run_and_store([run], store, unpacked=cause)]
+    store.fail(job[0], cause, trace)
+    return ["failed"]
 
 
-def backbone(run: Run, task: Task, protocol: Protocol) -> tuple[Any, Any]:
-    """The frozen model of a run, and its tokenizer."""
-    from tnpeft.studies import backbones
+def train_and_evaluate(
+    job: Job, *, folder: Path | None = None, progress: Any = None, say: Any = None, keep: Any = None
+) -> list[dict[str, Any]]:
+    """Train the runs of a job side by side, evaluate them, and return their records.
 
-    return backbones.load(
-        run.places.get("model", run.backbone),
-        head=protocol.head,
-        classes=len(task.labels),
-        dtype=protocol.dtype,
-        cache=Path(run.places.get("cache", "runs/cache")),
-        tokenizer=run.places.get("tokenizer", ""),
-    )
+    Args:
+        job: one run, or several that :func:`packs` put together.
+        folder: of checkpoints, from which an interrupted job goes on.
+        progress, say: see :func:`tnpeft.studies.training.fit`.
+        keep: called with the trained model and the tokenizer.
 
-
-def perform(run: Run, *, folder: Path | None = None, progress: Any = None, keep: Any = None) -> dict[str, Any]:
-    """Train, judge and describe a run; ``keep(model, tokenizer)`` gets the model at its best checkpoint."""
+    Raises:
+        StudyError: the runs cannot share a pass, or data, tokenizer and model do not fit each other.
+    """
     import torch
 
-    from tnpeft.studies import methods, processes, training
-    from tnpeft.studies.data import load
+    import tnpeft
+    from tnpeft.studies import training
     from tnpeft.studies.scoring import Scorer, judge
 
     quiet()
-    task, protocol = terms(run)
-    splits = load(task, run.places.get("data", "")).splits(run.seed, protocol.train, protocol.dev, protocol.eval)
-    protocol = protocol.on(len(splits.train))
-    torch.manual_seed(run.seed)  # a new classification head draws from it
-    model, tokenizer = backbone(run, task, protocol)
-    classifier = protocol.head == "classifier"
-    model = methods.attach(model, run.method, protocol.targets, classifier=classifier, seed=run.seed)
-    model.to(processes.device())
-    scorer = Scorer(task, tokenizer, protocol.head, protocol.max_length)
-    adapter, head = methods.trainable(model)
-    best, seconds = training.fit(
-        model, scorer, splits, protocol, lr=run.lr, seed=run.seed, folder=folder, progress=progress
+    first, several = job[0], len(job) > 1
+    task, protocol = terms(first)
+    data = load(task, first.places.get("data", ""))
+    splits = [data.splits(run.seed, protocol.train, protocol.dev, protocol.eval) for run in job]
+    protocol = protocol.on(len(splits[0].train))
+    torch.manual_seed(first.seed)  # a new classification head draws from it
+    model, tokenizer = backbones.load(
+        first.places.get("model", first.backbone),
+        head=protocol.head,
+        classes=len(task.labels),
+        dtype=protocol.dtype,
+        cache=Path(first.places.get("cache", "runs/cache")),
+        tokenizer=first.places.get("tokenizer", ""),
     )
-    (judged,) = judge(scorer, model, [scorer.encode(splits.eval)])
-    if keep and processes.first():
+    if several:
+        _refuse_dropout(model.config.to_dict())
+    scorer = Scorer(task, tokenizer, protocol.head, protocol.max_length)
+    held = [scorer.encode(each.eval) for each in splits]
+    training.check_rows(model, scorer, held[0])
+    model = methods.attach(
+        model,
+        first.method,
+        protocol.targets,
+        classifier=protocol.head == "classifier",
+        seed=first.seed,
+        replicas=[(run.method, run.seed) for run in job] if several else (),
+    )
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    sizes = [(tnpeft.replicas.parameters(model, k), 0) for k in range(len(job))] if several else []
+    sizes = sizes or [methods.trainable(model)]
+    lrs, seeds = [run.lr for run in job], [run.seed for run in job]
+    courses, seconds = training.fit(
+        model, scorer, splits, protocol, lrs=lrs, seeds=seeds, folder=folder, progress=progress, say=say
+    )
+    if say:
+        say(f"evaluating on {len(held[0])} held-out examples")
+    reached = judge(scorer, model, held)
+    if keep:
         keep(model, tokenizer)
-    return described(run, (adapter, head), splits, best, seconds, judged, str(model.device))
+    also = {"pack": len(job)} if several else {}
+    parts = zip(job, sizes, splits, courses, reached, strict=True)
+    return [{**described(*part, seconds / len(job), str(model.device)), **also} for part in parts]
+
+
+def _refuse_dropout(config: dict[str, Any]) -> None:
+    """Refuse dropout in a pass of several runs: their masks would come out of one stream of random numbers."""
+    found = [name for name, value in config.items() if "drop" in name and isinstance(value, float) and value > 0]
+    if found:
+        raise StudyError(f"the backbone trains with {found[0]} = {config[found[0]]}", remedy="make such runs alone")
 
 
 def terms(run: Run) -> tuple[Task, Protocol]:
-    """The task and the protocol of a run."""
+    """Return the task and the protocol of a run."""
     task = task_of(dict(run.task))
     return task, Protocol.of({**run.protocol, "targets": list(run.protocol.get("targets", ()))})
 
@@ -225,15 +372,15 @@ def described(
     run: Run,
     parameters: tuple[int, int],
     splits: Splits,
-    best: Best,
-    seconds: float,
+    course: Course,
     judged: Judged,
+    seconds: float,
     device: str,
 ) -> dict[str, Any]:
-    """The record of a run: what its file holds; ``parameters`` of adapter and head, ``judged`` on eval."""
+    """Return the record of a run, the content of its file; ``parameters`` of adapter and head, ``judged`` on eval."""
     import torch
 
-    steps, task = best.curve[-1][0], terms(run)[0]
+    steps, task = course.curve[-1][0], terms(run)[0]
     scores = judged.scores(len(task.labels))
     return {
         "key": run.key,
@@ -243,15 +390,15 @@ def described(
         "head_parameters": parameters[1],
         "examples": [len(splits.train), len(splits.dev), len(splits.eval)],
         "metric": task.metric,
-        "dev": best.dev,
+        "dev": course.dev,
         "eval": scores[task.metric],
         "eval_loss": finite(judged.loss),
         "scores": scores,
         "predictions": judged.guesses,
         "labels": judged.labels,
-        "best_step": best.step,
+        "best_step": course.step,
         "steps": steps,
-        "curve": [[row[0], *map(finite, row[1:])] for row in best.curve],
+        "curve": [[row[0], *map(finite, row[1:])] for row in course.curve],
         "timing": {"train_seconds": round(seconds, 3), "step_ms": round(1000 * seconds / max(1, steps), 3)},
         "versions": versions(),
         "machine": {"device": device, "threads": torch.get_num_threads(), "cores": os.cpu_count()},

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from tnpeft.studies.batching import MicroBatch, micro_batches
 from tnpeft.studies.data import Example
 from tnpeft.studies.files import StudyError
-from tnpeft.studies.lots import Lot, lots
 from tnpeft.studies.tasks import METRICS, Task
 
 Batch = dict[str, torch.Tensor]
@@ -35,11 +35,17 @@ class Scorer:
     def __init__(self, task: Task, tokenizer: Any, head: str = "words", max_length: int = 256) -> None:
         self.task, self.tokenizer, self.head, self.max_length = task, tokenizer, head, max_length
         self.words: list[list[int]] = []
+        where = f"task {task.name!r}"
+        if not tokenizer("a b 1", add_special_tokens=False).input_ids:
+            raise StudyError("the tokenizer knows no tokens", remedy="name the model's tokenizer with --tokenizer")
         if head == "words":
             self.words = [tokenizer(w, add_special_tokens=False).input_ids for w in task.words.values()]
             if not all(self.words) or len({tuple(ids) for ids in self.words}) < len(self.words):
-                raise StudyError("two label words are the same to the tokenizer", where=f"task {task.name!r}")
+                raise StudyError("two label words are the same to the tokenizer", where=where)
         self.width = max((len(ids) for ids in self.words), default=1)
+        if max_length <= self.width * (head == "words"):
+            problem = f"max_length = {max_length} leaves no room before the {self.width} tokens of a label word"
+            raise StudyError(problem, where=where, remedy=f"set max_length to at least {self.width + 1}")
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.pad = 0 if pad is None else pad
 
@@ -76,7 +82,7 @@ class Scorer:
         ids = [p + r if left else r + p for r, p in zip(ids, pads, strict=True)]
         return {"labels": labels, "input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
-    def cut(self, batch: Batch, runs: int = 1) -> Iterator[tuple[Lot, Batch]]:
+    def cut(self, batch: Batch, runs: int = 1) -> Iterator[tuple[MicroBatch, Batch]]:
         """The batch in lots of about equal length, without the padding that they do not need.
 
         Args:
@@ -90,7 +96,7 @@ class Scorer:
         ids, mask = batch["input_ids"], batch["attention_mask"]
         lengths = mask.sum(1).view(count, -1).amax(1).view(runs, -1)
         starts = torch.arange(0, count, count // runs)[:, None]
-        for lot in lots(lengths.tolist(), len(ids) // count, device.type):
+        for lot in micro_batches(lengths.tolist(), len(ids) // count, device.type):
             places = (torch.tensor(lot) + starts).flatten().to(device)
             rows = torch.arange(len(ids), device=device).view(count, -1)[places].flatten()
             longest = int(mask[rows].sum(1).max())
@@ -146,7 +152,7 @@ def only(model: Any, tokens: Sequence[int]) -> Iterator[bool]:
     >>> few.shape, torch.allclose(few[:, 0], model(ids).logits[:, -1, [3, 5]])
     (torch.Size([2, 1, 2]), True)
     """
-    head = _inner(model).get_output_embeddings()
+    head = inner(model).get_output_embeddings()
     if type(head) is not nn.Linear or "forward" in vars(head) or type(head.weight.detach()) is not torch.Tensor:
         yield False
         return
@@ -166,15 +172,14 @@ def only(model: Any, tokens: Sequence[int]) -> Iterator[bool]:
         del head.forward
 
 
-def _inner(model: Any) -> Any:
-    """The transformer inside DDP's and PEFT's wrappers, if any."""
-    inner = model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
-    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+def inner(model: Any) -> Any:
+    """Return the transformer inside PEFT's wrapper, if there is one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _takes(model: Any, name: str) -> bool:
     """Whether the transformer's forward has that argument."""
-    return name in inspect.signature(_inner(model).forward).parameters
+    return name in inspect.signature(inner(model).forward).parameters
 
 
 @dataclass(frozen=True)

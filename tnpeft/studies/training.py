@@ -1,56 +1,66 @@
-"""One training: Hugging Face's Trainer inside, evaluation on dev every so often, the best checkpoint kept."""
+"""The training loop: one run, or several side by side as replicas of one adapter over one frozen backbone.
+
+Each run sees its examples in its order at its learning rate. With a folder, a checkpoint is written at each
+evaluation, and an interrupted training goes on from the newest whole one, to the same bits.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import json
 import math
-import tempfile
+import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch.utils.data import Sampler
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_pt_utils import get_length_grouped_indices
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from tnpeft.studies import methods, processes
+import tnpeft
+from tnpeft.studies import methods
+from tnpeft.studies.batching import batches
 from tnpeft.studies.data import Splits
-from tnpeft.studies.files import StudyError, whole, write_json
+from tnpeft.studies.files import StudyError, new_folder, write_json
 from tnpeft.studies.protocol import Protocol
-from tnpeft.studies.scoring import Scorer, evaluate
+from tnpeft.studies.scoring import Scorer, inner, judge, metric
 
-Progress = Callable[[int, int, float, float | None], None]  # step, steps, training loss, dev metric
+Progress = Callable[[int, int, float, float], None]  # step, steps, training loss, dev metric
+Say = Callable[[str], None]
+Rows = Sequence[dict[str, Any]]
+_KEPT = 2  # checkpoints in a folder: the newest, and the one to fall back to if that is damaged
 
 
 @dataclass
-class Best:
-    """The checkpoint that is best on dev, and the course of the run.
+class Course:
+    """The course of one run, and the checkpoint that it reports.
 
     ``curve`` has a row (step, training loss since the last, dev metric, dev loss) for each evaluation.
     """
 
     step: int = -1
     dev: float = 0.0
-    loss: float = float("inf")
+    loss: float = math.inf
     curve: list[tuple[int, float, float, float]] = field(default_factory=list)
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def offer(self, step: int, dev: float, loss: float, by: str) -> bool:
-        """True if this evaluation is the one to report so far (``by`` last, metric or loss); it is then taken."""
+    def update_best(self, step: int, dev: float, loss: float, by: str) -> bool:
+        """Take this evaluation if it is the one to report so far; ``by`` is last, metric or loss."""
         better = (dev, -loss) > (self.dev, -self.loss) if by == "metric" else loss < self.loss
         if self.step < 0 or by == "last" or (better and math.isfinite(loss)):
             self.step, self.dev, self.loss = step, dev, loss
             return True
         return False
 
-    def hopeless(self, patience: int, by: str = "metric") -> bool:
+    def should_stop(self, patience: int, by: str = "metric") -> bool:
         """True if no evaluation was better at the last ``patience`` ones (0: never), or the losses are not finite."""
+        if not self.curve:
+            return False
         _, trained, _, loss = self.curve[-1]
         if not (math.isfinite(trained) and math.isfinite(loss)):
             return True
@@ -58,132 +68,184 @@ class Best:
         return bool(patience) and len(merits) - 1 - merits.index(max(merits)) >= patience
 
 
-class _Judge(TrainerCallback):
-    """Evaluates on dev, keeps the best weights, stops a run that is hopeless."""
+def fit(
+    model: torch.nn.Module,
+    scorer: Scorer,
+    splits: Sequence[Splits],
+    protocol: Protocol,
+    *,
+    lrs: Sequence[float],
+    seeds: Sequence[int],
+    folder: Path | None = None,
+    progress: Progress | None = None,
+    say: Say | None = None,
+) -> tuple[list[Course], float]:
+    """Train everything that requires a gradient, and leave the model at the checkpoint to report.
 
-    def __init__(
-        self, scorer: Scorer, dev: list[dict[str, Any]], protocol: Protocol, progress: Progress | None
-    ) -> None:
-        self.scorer, self.dev, self.protocol, self.progress = scorer, dev, protocol, progress
-        self.best = Best()
-        self.losses: list[torch.Tensor] = []
-        self.folder: Path | None = None
-        self.seconds = 0.0
+    Args:
+        model: a model; for several runs its adapter has a replica for each.
+        scorer: encodes examples and computes losses.
+        splits: the examples of each run.
+        protocol: the settings that the runs share.
+        lrs: learning rate of each run.
+        seeds: of the order of each run's examples.
+        folder: where checkpoints are written and looked for.
+        progress: called for the first run at each evaluation.
+        say: called with what is done now, in words.
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        step, protocol = state.global_step, self.protocol
-        if step % protocol.evaluate_every and step < protocol.steps:
-            return
-        start = time.perf_counter()
-        self.judge(kwargs["model"], step)
-        self.seconds += time.perf_counter() - start
-        control.should_training_stop |= self.best.hopeless(protocol.patience, protocol.best_by)
+    Returns:
+        The course of each run, and the seconds spent in training (without evaluation).
 
-    def judge(self, model: torch.nn.Module, step: int) -> None:
-        dev, loss = evaluate(self.scorer, model, self.dev)
-        trained = processes.mean(torch.stack(self.losses).mean()) if self.losses else 0.0
-        self.losses.clear()
-        self.best.curve.append((step, trained, dev, loss))
-        if self.best.offer(step, dev, loss, self.protocol.reported):
-            self.best.weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-            if self.folder and processes.first():
-                with whole(self.folder / "best.pt") as part:
-                    torch.save(self.best.weights, part)
-        if self.folder and processes.first():
-            best = {"step": self.best.step, "dev": self.best.dev, "loss": self.best.loss, "curve": self.best.curve}
-            write_json(self.folder / "best.json", best)
-        if self.progress:
-            self.progress(step, self.protocol.steps, trained, dev)
+    Raises:
+        StudyError: the runs' data differ in size, or the examples do not fit the model.
+    """
+    train, dev = [scorer.encode(s.train) for s in splits], [scorer.encode(s.dev) for s in splits]
+    for rows in (*train, *dev):
+        check_rows(model, scorer, rows)
+    transformers.set_seed(seeds[0])  # dropout of a run alone
+    top, runs = max(lrs), len(splits)
+    chosen = optimizer(model, protocol, top)
+    rates = [group["lr"] for group in chosen.param_groups]
+    if runs > 1:
+        tnpeft.replicas.learning_rates(chosen, model, [lr / top for lr in lrs])
+    state = _State(model, chosen, [Course() for _ in range(runs)])
+    start = state.resume(folder) if folder else 0
+    if start and say:
+        say(f"going on from step {start}")
+    seconds, begun, losses = 0.0, time.perf_counter(), list[torch.Tensor]()
 
-    def resume(self, folder: Path, step: int) -> None:
-        """Take up the course of an interrupted run; evaluations after ``step`` are made again.
+    def evaluate(step: int) -> None:
+        if say:
+            say(f"evaluating on {len(dev[0])} examples")
+        trained = torch.stack(losses).mean(0).tolist() if losses else [0.0] * runs
+        losses.clear()
+        results = [(metric(scorer.task.metric, j.guesses, j.labels), j.loss) for j in judge(scorer, model, dev)]
+        for k in state.running(protocol):
+            course, (score, loss) = state.courses[k], results[k]
+            course.curve.append((step, trained[k], score, loss))
+            if course.update_best(step, score, loss, protocol.reported):
+                course.weights = {name: p.detach().clone() for name, p in state.weights(k)}
+        if folder:
+            state.save(folder, step)
+        if progress:
+            progress(step, protocol.steps, *state.courses[0].curve[-1][1:3])
 
-        A best checkpoint from after ``step`` beat all before it, so it is enough that it will be made again.
-        """
-        saved = json.loads((folder / "best.json").read_text())
-        curve = [(row[0], row[1], row[2], row[3]) for row in saved.pop("curve") if row[0] <= step]
-        if saved["step"] <= step:
-            self.best = Best(**saved, weights=torch.load(folder / "best.pt", weights_only=True))
-        self.best.curve = curve
-
-
-class Ordered(Trainer):
-    """A Trainer that takes encoded examples in the order that the protocol says."""
-
-    def __init__(self, *, protocol: Protocol, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.protocol = protocol
-        self.model_accepts_loss_kwargs = False
-
-    def get_train_dataloader(self) -> Any:
-        """Every process is given the whole batches of a run alone, and takes its share of each."""
-        loader = super().get_train_dataloader()
-        if processes.count() > 1:
-            shard = loader.batch_sampler
-            shard.num_processes, shard.process_index, shard.even_batches = 1, 0, False
-        return loader
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if not self.protocol.by_length:
-            return super()._get_train_sampler(train_dataset)
-        rows = self.train_dataset if train_dataset is None else train_dataset
-        return _ByLength([len(row["ids"]) for row in rows], self.args.train_batch_size, self.args.data_seed)
-
-
-class _Scored(Ordered):
-    """A Trainer whose loss is the cross-entropy over the scorer's class scores."""
-
-    def __init__(self, *, scorer: Scorer, judge: _Judge, **kwargs: Any) -> None:
-        super().__init__(protocol=judge.protocol, data_collator=self._collate, callbacks=[judge], **kwargs)
-        self.scorer, self.judge = scorer, judge
-
-    def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        mine, factor = processes.share(rows)
-        return {**self.scorer.collate(mine), "factor": torch.tensor(factor)}
-
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
-        whole = processes.count() > 1  # DDP expects one forward for each backward
-        parts = [inputs] if whole else [part for _, part in self.scorer.cut(inputs)]
-        loss = sum(self.scorer.losses(model, part).sum() for part in parts) / len(inputs["labels"]) * inputs["factor"]
-        self.judge.losses.append(loss.detach())
-        return (loss, {}) if return_outputs else loss
+    if protocol.steps == 0:
+        evaluate(0)
+    model.train()
+    lengths = [[len(row["ids"]) for row in rows] for rows in train]
+    orders = [batches(each, protocol, seed, start) for each, seed in zip(lengths, seeds, strict=True)]
+    for step, places in enumerate(islice(zip(*orders, strict=True), protocol.steps - start), start + 1):
+        if not state.running(protocol):
+            break
+        for group, rate in zip(chosen.param_groups, rates, strict=True):
+            group["lr"] = rate * schedule(protocol, step - 1)
+        losses += backward(scorer, model, train, places)
+        if protocol.clip and runs > 1:
+            tnpeft.replicas.clip(model, protocol.clip)
+        elif protocol.clip:
+            torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], protocol.clip)
+        chosen.step()
+        chosen.zero_grad()
+        if step % protocol.evaluate_every == 0 or step == protocol.steps:
+            seconds += time.perf_counter() - begun
+            evaluate(step)
+            begun = time.perf_counter()
+    with torch.no_grad():
+        for k, course in enumerate(state.courses):
+            for name, parameter in state.weights(k):
+                parameter.copy_(course.weights[name])
+    return state.courses, seconds
 
 
-class _ByLength(Sampler[int]):
-    """Shuffled examples, neighbours of about equal length; the order depends on the seed and the epoch alone, so
-    that a resumed run sees it again."""
+def check_rows(model: torch.nn.Module, scorer: Scorer, rows: Rows) -> None:
+    """Refuse token ids without an embedding, and rows that are longer than the model's learned positions.
 
-    def __init__(self, lengths: list[int], batch: int, seed: int) -> None:
-        self.lengths, self.batch, self.seed, self.epoch = lengths, batch, seed, 0
+    Raises:
+        StudyError: the message names the tokenizer or max_length.
+    """
+    transformer = inner(model)
+    words = transformer.get_input_embeddings().weight.shape[0]
+    largest = max((max(ids, default=0) for ids in ([row["ids"] for row in rows] + scorer.words)), default=0)
+    if largest >= words:
+        raise StudyError(
+            f"the tokenizer gives the token {largest}, the model has {words}",
+            remedy="name the model's own tokenizer with --tokenizer",
+        )
+    config = transformer.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if not limit or any("rope" in name or "rotary" in name for name in config.to_dict()):
+        return
+    if "roberta" in config.model_type:  # positions start after the padding's
+        limit -= config.pad_token_id + 1
+    longest = max(len(row["ids"]) for row in rows) + scorer.width - 1
+    if longest > limit:
+        raise StudyError(
+            f"an example has {longest} tokens, the model {limit} positions", remedy=f"set max_length = {limit}"
+        )
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
 
-    def __len__(self) -> int:
-        return len(self.lengths)
+def backward(scorer: Scorer, model: torch.nn.Module, rows: Sequence[Rows], places: Any) -> list[torch.Tensor]:
+    """Add up the gradients of a step: for each run of the mean, over its batches, of their mean losses.
 
-    def __iter__(self) -> Iterator[int]:
-        draw = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
-        return iter(get_length_grouped_indices(self.lengths, self.batch, generator=draw))
+    Args:
+        scorer: computes losses.
+        model: a model; of several runs with a replica for each.
+        rows: the encoded examples of each run.
+        places: positions in these, batch by batch, for each run.
+
+    Returns:
+        The loss of each batch, ``[runs]``.
+
+    Raises:
+        StudyError: the runs' batches differ in size.
+    """
+    sizes = [len(batch) for batch in places[0]]
+    if any([len(batch) for batch in each] != sizes for each in places):
+        raise StudyError("the runs' batches differ in size", remedy="make these runs alone")
+    owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    device, losses = next(model.parameters()).device, torch.zeros(len(rows), len(sizes))
+    whole = scorer.collate([run[k] for run, own in zip(rows, places, strict=True) for batch in own for k in batch])
+    for lot, part in scorer.cut({name: tensor.to(device) for name, tensor in whole.items()}, len(rows)):
+        owners = owner[torch.tensor(lot)]
+        each = scorer.losses(model, part).view(len(rows), -1) / torch.tensor(sizes)[owners].to(device)
+        (each.sum() / len(sizes)).backward()
+        losses.scatter_add_(1, owners, each.detach().float().cpu())
+    return [*losses.T]
+
+
+def schedule(protocol: Protocol, step: int) -> float:
+    """Return the factor of the learning rate after ``step`` steps, as transformers' schedules of these names have it.
+
+    >>> [schedule(Protocol(steps=4, warmup=0.5), step) for step in range(4)]
+    [0.0, 0.5, 1.0, 0.5]
+    """
+    warmup = round(protocol.warmup * protocol.steps)
+    if protocol.schedule == "constant":
+        return 1.0
+    if step < warmup:
+        return step / warmup
+    if protocol.schedule == "constant_with_warmup":
+        return 1.0
+    gone = (step - warmup) / max(1, protocol.steps - warmup)
+    return 1.0 - gone if protocol.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * gone))
 
 
 def optimizer(model: torch.nn.Module, protocol: Protocol, lr: float) -> torch.optim.Optimizer:
-    """A fused AdamW whose groups learn at the rates that the protocol asks for.
+    """Return a fused AdamW whose groups learn at the rates that the protocol asks for.
 
     Raises:
         StudyError: the protocol asks for rates by rule, or preconditioned steps, which this adapter does not have.
     """
-    import tnpeft
-
     relative = protocol.relative_step or (lr if protocol.rate_rule == "relative_step" else 0.0)
     ours = any(hasattr(config, "lr_multiplier") for config in getattr(model, "peft_config", {}).values())
     groups: Any = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": lr}]
     if (relative or protocol.precondition) and not ours:
         raise StudyError("relative_step and precondition are for networks", remedy="train a family or a line")
-    if relative:
-        groups = _by_rule(model, relative)
-    elif ours:
-        groups = tnpeft.parameter_groups(model, lr=lr)
+    if relative and "relative_step" not in inspect.signature(tnpeft.parameter_groups).parameters:
+        raise StudyError("this tnpeft has no relative steps", remedy="leave relative_step and rate_rule out")
+    if ours:
+        groups = tnpeft.parameter_groups(model, **({"relative_step": relative} if relative else {"lr": lr}))
     if protocol.head_lr:
         head = {id(p): p for name, p in model.named_parameters() if p.requires_grad and methods.of_head(name)}
         groups = [{**group, "params": [p for p in group["params"] if id(p) not in head]} for group in groups]
@@ -197,89 +259,81 @@ def optimizer(model: torch.nn.Module, protocol: Protocol, lr: float) -> torch.op
     return chosen
 
 
-def _by_rule(model: torch.nn.Module, relative_step: float) -> Any:
-    import tnpeft
+@dataclass
+class _State:
+    """All that a training changes: weights, optimizer, random numbers, courses."""
 
-    if "relative_step" not in inspect.signature(tnpeft.parameter_groups).parameters:
-        raise StudyError("this tnpeft has no relative steps", remedy="leave relative_step and rate_rule out")
-    return tnpeft.parameter_groups(model, relative_step=relative_step)
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    courses: list[Course]
+
+    def weights(self, k: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the trained arrays of run k: its slices, if there are several runs."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                yield name, parameter if len(self.courses) == 1 else parameter[k]
+
+    def running(self, protocol: Protocol) -> list[int]:
+        """The runs that their protocol lets go on."""
+        each = enumerate(self.courses)
+        return [k for k, course in each if not course.should_stop(protocol.patience, protocol.best_by)]
+
+    def save(self, folder: Path, step: int) -> None:
+        """Write a checkpoint as a whole, and remove the older ones."""
+        tensors = {f"model/{name}": p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        for k, course in enumerate(self.courses):
+            tensors |= {f"report/{k}/{name}": value for name, value in course.weights.items()}
+        for index, values in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{index}/{name}": torch.as_tensor(value) for name, value in values.items()}
+        tensors["random/cpu"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            tensors["random/cuda"] = torch.cuda.get_rng_state()
+        with new_folder(folder / f"checkpoint-{step}") as work:
+            save_file(
+                {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, work / "state.safetensors"
+            )
+            courses = [{**vars(course), "weights": None} for course in self.courses]
+            write_json(work / "state.json", {"step": step, "courses": courses})
+        for old in _checkpoints(folder)[:-_KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def resume(self, folder: Path) -> int:
+        """Take up the newest whole checkpoint and return its step, 0 without one; damaged ones are removed."""
+        for path in reversed(_checkpoints(folder)):
+            try:
+                saved = json.loads((path / "state.json").read_text(encoding="utf-8"))
+                with safe_open(path / "state.safetensors", "pt") as file:
+                    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                step, courses = int(saved["step"]), [Course(**course) for course in saved["courses"]]
+                trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+                values = {name: tensors[f"model/{name}"] for name in trained}
+            except (OSError, ValueError, TypeError, KeyError, RecursionError, SafetensorError):
+                shutil.rmtree(path, ignore_errors=True)
+                continue
+            with torch.no_grad():
+                for name, parameter in trained.items():
+                    parameter.copy_(values[name])
+            device, state = next(self.model.parameters()).device, dict[int, dict[str, torch.Tensor]]()
+            for name, tensor in tensors.items():
+                kind, _, rest = name.partition("/")
+                key, _, of = rest.partition("/")
+                if kind == "optimizer":
+                    state.setdefault(int(key), {})[of] = tensor
+                elif kind == "report":
+                    courses[int(key)].weights = {**(courses[int(key)].weights or {}), of: tensor.to(device)}
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+            torch.set_rng_state(tensors["random/cpu"])
+            if "random/cuda" in tensors and torch.cuda.is_available():
+                torch.cuda.set_rng_state(tensors["random/cuda"])
+            for course in courses:
+                course.curve = [tuple(row) for row in course.curve]
+            self.courses[:] = courses
+            return step
+        return 0
 
 
-def fit(
-    model: torch.nn.Module,
-    scorer: Scorer,
-    splits: Splits,
-    protocol: Protocol,
-    *,
-    lr: float,
-    seed: int,
-    folder: Path | None = None,
-    progress: Progress | None = None,
-) -> tuple[Best, float]:
-    """Train what requires a gradient and leave the model at its best checkpoint on dev.
-
-    With a ``folder`` a checkpoint is written there at every evaluation and an interrupted run goes on from it.
-
-    Returns:
-        The best checkpoint with the run's course, and the seconds spent in training (evaluation left out).
-    """
-    with contextlib.ExitStack() as stack:
-        where = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        where.mkdir(parents=True, exist_ok=True)
-        judge = _Judge(scorer, scorer.encode(splits.dev), protocol, progress)
-        judge.folder = folder
-        transformers.set_seed(seed)
-        trainer = _Scored(
-            scorer=scorer,
-            judge=judge,
-            model=model,
-            args=arguments(where, protocol, lr, seed, keep=folder is not None),
-            train_dataset=scorer.encode(splits.train),
-            optimizers=(optimizer(model, protocol, lr), None),
-        )
-        trainer.remove_callback(PrinterCallback)
-        last = transformers.trainer_utils.get_last_checkpoint(str(where)) if folder else None
-        if last:
-            judge.resume(where, int(last.rpartition("-")[2]))
-        elif protocol.steps == 0:
-            judge.judge(model, 0)
-        start = time.perf_counter()
-        if protocol.steps:
-            trainer.train(resume_from_checkpoint=last)
-        seconds = time.perf_counter() - start - judge.seconds
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in judge.best.weights:
-                parameter.copy_(judge.best.weights[name])
-    return judge.best, seconds
-
-
-def arguments(where: Path, protocol: Protocol, lr: float, seed: int, *, keep: bool) -> TrainingArguments:
-    """What the Trainer is told of a run; with ``keep`` it writes a checkpoint at every evaluation.
-
-    >>> arguments(Path("runs"), Protocol(steps=50, batch=4), 0.1, seed=3, keep=False).max_steps
-    50
-    """
-    return TrainingArguments(
-        output_dir=str(where),
-        max_steps=max(1, protocol.steps),
-        per_device_train_batch_size=protocol.batch,
-        gradient_accumulation_steps=protocol.accumulate,
-        learning_rate=lr,
-        lr_scheduler_type=protocol.schedule,
-        warmup_steps=round(protocol.warmup * protocol.steps),
-        weight_decay=protocol.weight_decay,
-        max_grad_norm=protocol.clip,
-        seed=seed,
-        data_seed=seed,
-        save_strategy="steps" if keep else "no",
-        save_steps=protocol.evaluate_every,
-        save_total_limit=1,
-        logging_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        dataloader_pin_memory=torch.cuda.is_available(),
-        use_cpu=processes.device() == "cpu",
-    )
+def _checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))

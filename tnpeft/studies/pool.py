@@ -6,8 +6,8 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Generator, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from tnpeft.studies.files import StudyError
-from tnpeft.studies.packing import Job, execute_pack, packs
-from tnpeft.studies.runs import Run, Store
+from tnpeft.studies.runs import Run, Store, packs, run_once
 
-Outcome = tuple[Run, str, float]  # a run, what became of it, seconds
+Outcome = tuple[Run, str, float]  # a run, its status, seconds
+Job = tuple[Run, ...]
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Engine:
             names, else one that Ray starts here. Its machines must see the same folders.
         workers: runs side by side; 0 for as many as there are cores for.
         threads: of each run.
-        retry: whether runs that failed before are made again.
+        retry: True to make runs again that failed before.
         pack: runs that differ in seed, learning rate, ranks and scale alone and are trained in one pass (see
-            :mod:`tnpeft.studies.packing`): faster where a step's fixed costs count, and equal to rounding only.
+            :func:`tnpeft.studies.runs.packs`): faster where a step's fixed costs count, and equal to rounding only.
         gpus: of each run on Ray, if the cluster has any; 0.5 lets two share one.
     """
 
@@ -58,12 +58,12 @@ class Engine:
         return self.workers or max(1, _POOLS[self.kind].cores() // self.threads)
 
     def open(self, folder: Path) -> Workers:
-        """Workers for the runs whose results are in a folder, to be closed by a ``with``."""
+        """Return workers for the runs whose results are in a folder, to be closed by a ``with``."""
         return Workers(self, folder)
 
 
 class Workers:
-    """An engine at work: a pool that is there from its first run to the end of the ``with``."""
+    """A pool that lives from its first run to the end of the ``with``, replaced when a worker dies."""
 
     def __init__(self, engine: Engine, folder: Path) -> None:
         self.engine, self.folder = engine, folder
@@ -81,54 +81,50 @@ class Workers:
         self.pool = None
 
     def map(self, runs: Sequence[Run]) -> Iterator[Outcome]:
-        """Outcomes of the runs as they come in.
+        """Yield outcomes of the runs as they come in.
 
-        A worker may die (out of memory, killed): what was under way is made again by itself, first as it was, then
-        run by run, and a run that dies alone is recorded as failed.
+        A worker may die (out of memory, killed). The jobs under way are then made again one at a time: first as they
+        were, then run by run, and a run that dies alone is recorded as failed.
         """
-        engine, waiting = self.engine, list[Job](packs(runs, self.engine.pack))
-        if engine.kind == "serial":
+        waiting, suspects = deque[Job](packs(runs, self.engine.pack)), deque[Job]()
+        if self.engine.kind == "serial":
             for job in waiting:
-                yield from work(job, str(self.folder), engine.threads, engine.retry)
+                yield from work(job, str(self.folder), self.engine.threads, self.engine.retry)
             return
-        suspects: list[Job] = []
-        while waiting or suspects:
-            if waiting:
-                lost, waiting = yield from self._round(waiting, engine.width)
-                suspects += lost
+        while waiting:
+            suspects += yield from self._until_one_dies(waiting, self.engine.width)
+        while suspects:
+            job = suspects.popleft()
+            if not (yield from self._until_one_dies(deque([job]), 1)):
                 continue
-            job = suspects.pop(0)
-            lost, _ = yield from self._round([job], 1)
-            if lost and len(job) > 1:
-                suspects = [*((run,) for run in job), *suspects]
-            elif lost:
+            if len(job) > 1:
+                suspects.extendleft((run,) for run in reversed(job))
+            else:
                 Store(self.folder).fail(job[0], "its process died (killed, or out of memory)")
                 yield job[0], "failed", 0.0
 
-    def _round(self, jobs: Sequence[Job], width: int) -> Generator[Outcome, None, tuple[list[Job], list[Job]]]:
-        """Outcomes of the jobs until a worker dies; returns the jobs that were lost and those not begun."""
-        queue, lost, under_way = deque(jobs), list[Job](), dict[Any, Job]()
+    def _until_one_dies(self, waiting: deque[Job], width: int) -> Generator[Outcome, None, list[Job]]:
+        """Yield the jobs' outcomes until a worker dies; return the lost jobs. Others stay in ``waiting``."""
+        lost, under_way = list[Job](), dict[Future[list[Outcome]], Job]()
         self.pool = self.pool or _POOLS[self.engine.kind](self.engine, self.folder.resolve())
-        while under_way or (queue and not lost):
-            while queue and not lost and len(under_way) < width:
-                job = queue.popleft()
+        while under_way or (waiting and not lost):
+            while waiting and not lost and len(under_way) < width:
+                job = waiting.popleft()
                 try:
                     under_way[self.pool.submit(job)] = job
                 except self.pool.died:  # while it had nothing to do
                     lost.append(job)
-            if not under_way:
-                continue
-            task = self.pool.first(under_way)
-            job = under_way.pop(task)
-            try:
-                outcomes = self.pool.outcomes(task)
-            except self.pool.died:
-                lost.append(job)
-            else:
-                yield from outcomes
+            for task in wait(under_way, return_when=FIRST_COMPLETED).done:
+                job = under_way.pop(task)
+                try:
+                    outcomes = task.result()
+                except self.pool.died:
+                    lost.append(job)
+                else:
+                    yield from outcomes
         if lost:
             self._close()
-        return lost, list(queue)
+        return lost
 
 
 class _Processes:
@@ -148,15 +144,8 @@ class _Processes:
     def cores() -> int:
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-    def submit(self, job: Job) -> Any:
+    def submit(self, job: Job) -> Future[list[Outcome]]:
         return self.pool.submit(work, job, *self.rest)
-
-    def first(self, tasks: Collection[Any]) -> Any:
-        return next(iter(wait(tasks, return_when=FIRST_COMPLETED).done))
-
-    def outcomes(self, task: Any) -> list[Outcome]:
-        found: list[Outcome] = task.result()
-        return found
 
 
 class _Ray:
@@ -176,22 +165,16 @@ class _Ray:
     def cores() -> int:
         return int(_ray().cluster_resources().get("CPU", 1))
 
-    def submit(self, job: Job) -> Any:
-        return self.remote.remote(tuple(map(_anywhere, job)), *self.rest)
-
-    def first(self, tasks: Collection[Any]) -> Any:
-        return _ray().wait(list(tasks), num_returns=1)[0][0]
-
-    def outcomes(self, task: Any) -> list[Outcome]:
-        found: list[Outcome] = _ray().get(task)
-        return found
+    def submit(self, job: Job) -> Future[list[Outcome]]:
+        task: Future[list[Outcome]] = self.remote.remote(tuple(map(_anywhere, job)), *self.rest).future()
+        return task
 
 
 _POOLS: dict[str, Any] = {"processes": _Processes, "ray": _Ray}
 
 
 def _ray() -> Any:
-    """The library, connected.
+    """Return the library, connected.
 
     Raises:
         StudyError: it is not installed.
@@ -206,7 +189,7 @@ def _ray() -> Any:
 
 
 def _anywhere(run: Run) -> Run:
-    """The run with the folders of its model, data and cache as a process of another working directory finds them."""
+    """Return the run with its folders as a process of another working directory finds them."""
     places = dict(run.places)
     for key, place in run.places.items():
         if place and (key == "cache" or Path(place).exists()):
@@ -231,6 +214,6 @@ def work(job: Job, folder: str, threads: int, retry: bool) -> list[Outcome]:
 
     torch.set_num_threads(threads)
     start = time.perf_counter()
-    statuses = execute_pack(job, Store(Path(folder)), retry=retry)
+    statuses = run_once(job, Store(Path(folder)), retry=retry)
     seconds = (time.perf_counter() - start) / len(job)
     return [(run, status, seconds) for run, status in zip(job, statuses, strict=True)]

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tnpeft.studies import backbones, processes
+from tnpeft.studies import backbones
 from tnpeft.studies.data import load
-from tnpeft.studies.files import StudyError, write_json
+from tnpeft.studies.files import StudyError, read_json, write_json
 from tnpeft.studies.methods import check
 from tnpeft.studies.protocol import Protocol
-from tnpeft.studies.runs import Run, perform
+from tnpeft.studies.runs import Run, train_and_evaluate
+from tnpeft.studies.sweeping import one_process
 from tnpeft.studies.tasks import task as task_of
 
 
@@ -29,12 +29,12 @@ def train(
     lr: float = 1e-3,
     seed: int = 0,
     progress: Any = None,
+    say: Any = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """The result of adapting a model, as ``out/result.json`` has it; the adapter is saved in ``out/adapter``.
+    """Adapt a model and return the result, as ``out/result.json`` has it; the adapter is saved in ``out/adapter``.
 
     Interrupted and called again it goes on from its last evaluation; finished and called again it returns the result.
-    Under ``torchrun`` its processes share every batch, and the result is that of one process to rounding.
 
     Args:
         out: folder to write.
@@ -44,42 +44,38 @@ def train(
         data: folder with the task's files, or ``hub``.
         tokenizer: hub id or folder, if it is not the model's own.
         lr: learning rate.
-        seed: of splits, order and start values.
+        seed: of splits, order and initial values.
         progress: called with step, steps, training loss and dev score at every evaluation.
+        say: called with what is done now, in words.
         settings: of :class:`Protocol`.
 
     Raises:
         StudyError: data or settings are wrong (nothing has been trained then), or ``out`` holds another run.
     """
+    one_process()
     check(method)
     if not 0 < lr < math.inf:
         raise StudyError(f"lr = {lr}", where="train", remedy="give a positive learning rate")
-    out, its, protocol = Path(out), task_of(task), Protocol.of(settings)
+    out, table, protocol = Path(out), task_of(task), Protocol.of(settings)
     cache = out / "cache"
     places = {"model": model, "data": data, "tokenizer": tokenizer, "cache": str(cache)}
-    examples = load(its, data).digest
+    examples = load(table, data).digest
     identity = backbones.identity(model, cache)
-    run = Run(asdict(its), examples, method, protocol.training, lr, seed, identity, places)
-    if (out / "run.json").exists() and begun(out):
-        if json.loads((out / "run.json").read_text(encoding="utf-8"))["key"] != run.key:
+    run = Run(asdict(table), examples, method, protocol.training, lr, seed, identity, places)
+    redo = "remove the folder, and the run is made again"
+    result, begun = read_json(out / "result.json", redo), any((out / "checkpoints").glob("*"))
+    if result or begun:
+        if (read_json(out / "run.json", redo) or {}).get("key") != run.key:
             raise StudyError("holds another run", where=str(out), remedy="choose another folder, or remove it")
-        if (out / "result.json").exists():
-            found: dict[str, Any] = json.loads((out / "result.json").read_text(encoding="utf-8"))
-            return found
+        if result:
+            return result
     backbones.reach(model, tokenizer, cache)
-    if processes.first():
-        write_json(out / "run.json", {"key": run.key, "run": run.identity})
+    write_json(out / "run.json", {"key": run.key, "run": run.identity})
 
     def keep(trained: Any, words: Any) -> None:
         trained.save_pretrained(out / "adapter")
         words.save_pretrained(out / "adapter")
 
-    result = perform(run, folder=out / "checkpoints", progress=progress, keep=keep)
-    if processes.first():
-        write_json(out / "result.json", result)
+    (result,) = train_and_evaluate([run], folder=out / "checkpoints", progress=progress, say=say, keep=keep)
+    write_json(out / "result.json", result)
     return result
-
-
-def begun(out: Path) -> bool:
-    """Whether there is anything in a run's folder that another run would spoil."""
-    return (out / "result.json").exists() or any((out / "checkpoints").glob("*"))

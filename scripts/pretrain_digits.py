@@ -43,7 +43,7 @@ def pretrain(seed: int, folder: Path) -> float:
     torch.manual_seed(seed)
     model = OPTForCausalLM(OPTConfig(vocab_size=len(tokenizer), dropout=0.0, **packaged.DIGITS_SHAPE, **ids))
     scorer, splits = Scorer(task, tokenizer), load(task).splits(seed, 0, 1)
-    fit(model, scorer, splits, protocol, lr=RATE, seed=seed)
+    fit(model, scorer, [splits], protocol, lrs=[RATE], seeds=[seed])
     model = model.half()  # what is kept is what is judged
     model.save_pretrained(folder)
     return evaluate(scorer, model.float(), scorer.encode(splits.eval))[0]

@@ -17,7 +17,7 @@ from typing import Any
 import _bench
 import torch
 
-from tnpeft.studies.runs import train_and_evaluate
+from tnpeft.studies.execution import train_and_evaluate
 from tnpeft.studies.study import Study
 from tnpeft.studies.sweeping import prepare
 

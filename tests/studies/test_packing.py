@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
+from tnpeft.studies.execution import run_once, train_and_evaluate
 from tnpeft.studies.files import StudyError, merged
 from tnpeft.studies.pool import Engine
-from tnpeft.studies.runs import Run, Store, packs, run_once, train_and_evaluate
+from tnpeft.studies.runs import Run, Store, packs
 from tnpeft.studies.study import Study
 from tnpeft.studies.sweeping import sweep
 

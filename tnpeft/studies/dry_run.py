@@ -17,9 +17,10 @@ from tnpeft.networks import NetworkError
 from tnpeft.studies import backbones, methods
 from tnpeft.studies.data import load
 from tnpeft.studies.design import Cell
+from tnpeft.studies.execution import train_and_evaluate
 from tnpeft.studies.files import StudyError
 from tnpeft.studies.pool import follow
-from tnpeft.studies.runs import Run, train_and_evaluate
+from tnpeft.studies.runs import Run
 from tnpeft.studies.study import Study
 from tnpeft.studies.tasks import Task
 

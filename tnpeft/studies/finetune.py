@@ -10,10 +10,11 @@ from typing import Any
 
 from tnpeft.studies import backbones
 from tnpeft.studies.data import load
+from tnpeft.studies.execution import train_and_evaluate
 from tnpeft.studies.files import StudyError, read_json, write_json
 from tnpeft.studies.methods import check
 from tnpeft.studies.protocol import Protocol
-from tnpeft.studies.runs import Run, train_and_evaluate
+from tnpeft.studies.runs import Run
 from tnpeft.studies.sweeping import one_process
 from tnpeft.studies.tasks import task as task_of
 

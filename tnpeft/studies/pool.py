@@ -14,8 +14,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from tnpeft.studies.execution import run_once
 from tnpeft.studies.files import StudyError
-from tnpeft.studies.runs import Run, Store, packs, run_once
+from tnpeft.studies.runs import Run, Store, packs
 
 Outcome = tuple[Run, str, float]  # a run, its status, seconds
 Job = tuple[Run, ...]

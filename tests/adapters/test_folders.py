@@ -21,7 +21,7 @@ from torch import nn
 
 import tnpeft
 from tnpeft.adapters.expressions import check_expression
-from tnpeft.networks import AdapterFileError, ConfigError, NetworkError
+from tnpeft.networks import AdapterFileError, ConfigError, NetworkError, TnpeftError
 
 PREFIX = "base_model.model."
 
@@ -343,3 +343,90 @@ def test_a_folder_is_written_whole_or_stays(saved: Path, tmp_path: Path, monkeyp
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
+
+
+# ---- values of any kind
+
+KEYS = ["r", "a", "b", "out", "inp", "q_proj", "U", "schema", "lines", "network", "sites", "*", "", "0"]
+NUMBERS = st.one_of(
+    st.integers(-3, 3), st.sampled_from([2**31, 2**63, -(2**63), 10**400, 1e308, -1e308, 1e-308, 1e30, 0.5, -0.0])
+)
+TEXTS = st.one_of(
+    st.sampled_from([
+        *KEYS, "all-linear", "none", "all", "SEQ_CLS", "CAUSAL_LM", "LORA", "TENSOR_NETWORK",
+        "(a+)+$", "((", "[", "normal(1e300)",
+        "9**9**9", "ceildiv(r, 0)", "B[out r] A[r inp] -> out inp", "\x00", "\ud800", "x" * 3000,
+    ]),
+    st.text(max_size=8),
+)  # fmt: skip
+VALUES = st.recursive(
+    st.one_of(st.none(), st.booleans(), NUMBERS, TEXTS, st.sampled_from([float("nan"), float("inf")])),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(st.one_of(st.sampled_from(KEYS), st.text(max_size=4)), inner, max_size=3),
+    ),
+    max_leaves=6,
+)  # fmt: skip
+FIELDS = [field.name for field in dataclasses.fields(tnpeft.TensorNetworkConfig)]
+FIELDS += [
+    "ranks",
+    "splits",
+    "init",
+    "scale",
+    "unit_norm",
+    "lr_multiplier",
+    "square",
+    "rank_pattern",
+    "runtime_config",
+    "new",
+]
+INNER = [
+    "schema",
+    "name",
+    "lines",
+    "ranks",
+    "splits",
+    "init",
+    "scale",
+    "unit_norm",
+    "lr_multiplier",
+    "square",
+    "source",
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@settings(max_examples=120, deadline=None, suppress_health_check=[*HealthCheck])
+@given(
+    fields=st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=2),
+    inner=st.dictionaries(st.sampled_from(INNER), VALUES, max_size=2),
+    dropped=st.lists(st.sampled_from(FIELDS), max_size=1),
+)
+def test_a_folder_with_any_values_is_loaded_or_refused(
+    fields: dict[str, Any], inner: dict[str, Any], dropped: list[str], saved: Path, tmp_path: Path
+) -> None:
+    data = json.loads((saved / "adapter_config.json").read_text())
+    data["network"] |= inner
+    data = {name: value for name, value in {**data, **fields}.items() if name not in dropped}
+    (folder := tmp_path / "any").mkdir(exist_ok=True)
+    (folder / "adapter_model.safetensors").write_bytes((saved / "adapter_model.safetensors").read_bytes())
+    (folder / "adapter_config.json").write_text(json.dumps(data))
+    base = opt()
+    names = [path for path, _ in base.named_modules()]
+    try:
+        found = peft.PeftModel.from_pretrained(base, folder)
+    except TnpeftError:
+        assert [path for path, _ in base.named_modules()] == names
+        return
+    assert torch.isfinite(logits(found)).all()
+
+
+@pytest.mark.parametrize("depth", [70, 900, 5000])
+@pytest.mark.parametrize("field", ["network", "auto_mapping", "target_modules", "frozen", "new"])
+def test_values_nested_deeply_are_refused(field: str, depth: int, saved: Path, tmp_path: Path) -> None:
+    folder = edited(saved, tmp_path, **{field: "here"})
+    file = folder / "adapter_config.json"
+    file.write_text(file.read_text().replace('"here"', "[" * depth + "]" * depth))
+    for read in (peft.PeftConfig.from_pretrained, lambda path: peft.PeftModel.from_pretrained(opt(), path)):
+        with pytest.raises(TnpeftError, match=r"levels deep|no configuration"):
+            read(folder)

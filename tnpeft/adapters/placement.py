@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from tnpeft.adapters.targets import select
 from tnpeft.counting.cuts import warn_ranks
 from tnpeft.layout import Layout, ParameterSpec, layout
 from tnpeft.networks import REPLICA, ConfigError, Factorization, NetworkError, Site, SiteRule
+from tnpeft.nn.execute import program
 from tnpeft.nn.init import Initializer, factor_hash
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 _MOST = 16  # times the model's own parameters: more is a slip or a hostile file
 _LEAST = 2**22  # elements that are always allowed
+_LEAST_ROW = 2**14  # the same for each row of activations
 
 
 def base_constants(f: Factorization) -> tuple[str, ...]:
@@ -76,6 +79,7 @@ def build_layout(model: nn.Module, modules: Mapping[str, nn.Module], config: Ten
             line=str(config.factorization.network),
             remedy="choose smaller ranks",
         )
+    check_memory(found, config.tokens, refused=saved)
     its = contents(model, config, found)
     if config.stored is not None:
         check_contents(config.stored, its, SAFETENSORS_WEIGHTS_NAME)
@@ -89,6 +93,39 @@ def build_layout(model: nn.Module, modules: Mapping[str, nn.Module], config: Ten
             warn_ranks(line, dict(sizes))
     config.layers, config.projections = dict(chosen.layers), dict(chosen.projections)
     return found
+
+
+def check_memory(found: Layout, tokens: int, refused: bool = True) -> None:
+    """Raise if a result on the way to an update is absurdly larger than what the linear itself has and creates.
+
+    Raises:
+        ConfigError: one is, and it is to be ``refused``, as in a folder of unknown origin; else it is a warning.
+
+    >>> f = Factorization.of("A[out r s] B[r s inp] -> out inp", ranks={"r": 2**16, "s": 2**16})
+    >>> check_memory(layout(f, [Site(0, "q", 2, 3)]), 64)
+    Traceback (most recent call last):
+    tnpeft.networks.errors.ConfigError: the update of q (2 x 3) passes through 4,294,967,296 elements for each row...
+    """
+    kinds = {(its.network, tuple(its.sizes.items())): its.site for its in found.site_layouts}
+    for (net, sizes), site in kinds.items():
+        run = program(net, dict(sizes), tokens=tokens)
+        for step in (*run.plan.steps, *run.joined.steps):
+            row = run.plan.activation in step.indices
+            size = math.prod(int(run.plan.sizes[index]) for index in step.indices if index != run.plan.activation)
+            own = site.out + site.inp if row else site.out * site.inp
+            most = max(_LEAST_ROW if row else _LEAST, _MOST * own) * run.replicas
+            if size <= most:
+                continue
+            error = ConfigError(
+                f"the update of {site.proj} ({site.out} x {site.inp}) passes through {size:,} elements"
+                f"{' for each row of activations' if row else ''}, of which {most:,} are allowed in a folder",
+                line=str(net),
+                remedy="choose smaller ranks, or let factors share fewer bonds",
+            )
+            if refused:
+                raise error
+            warnings.warn(str(error), stacklevel=2)
+            break
 
 
 def check_experts(found: Layout) -> None:

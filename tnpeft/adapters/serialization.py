@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from tnpeft import families
-from tnpeft.networks import Factorization, Network, NetworkError, SiteRule, network
+from tnpeft.adapters.config_validation import shown
+from tnpeft.networks import ConfigError, Factorization, Network, SiteRule, network
 
 SCHEMA = 1  # of what `lower` writes; a reader refuses any other
-_LARGEST = sys.float_info.max
+_LARGEST = 1e30  # of a scale: fp32 holds it, and products of it with what a model computes
+_MOST_TEXT = 20_000  # characters of a line in a file, as many as a chain of a thousand factors has
+_MOST_LINES = 1_000
 _FIELDS = {
     "schema", "name", "lines", "ranks", "splits", "init", "scale", "unit_norm", "lr_multiplier", "square", "source",
 }  # fmt: skip
@@ -24,7 +26,7 @@ def factorization(given: Any, **changes: Any) -> Factorization:
     that is None is none.
 
     Raises:
-        NetworkError: the text is neither, the data is not what :func:`lower` writes, or a value does not fit.
+        ConfigError: the text is neither, the data is not what :func:`lower` writes, or a value does not fit.
 
     >>> f = factorization("B[out r] A[r inp] -> out inp", ranks={"r": 8}, scale=2.0)
     >>> f.ranks, f.scale
@@ -40,7 +42,7 @@ def factorization(given: Any, **changes: Any) -> Factorization:
     if isinstance(given, Mapping):
         given = _raised(given)
     if not isinstance(given, Factorization):
-        raise NetworkError(
+        raise ConfigError(
             f"network= is {type(given).__name__}",
             remedy="pass a Factorization such as tnpeft.families.lora(rank=8), a family's name, or a line of einsum",
         )
@@ -79,7 +81,7 @@ def with_rank_pattern(f: Factorization, pattern: Mapping[str, Mapping[str, int]]
     both lines share is stored once for each of its shapes.
 
     Raises:
-        NetworkError: an entry names no bond.
+        ConfigError: an entry names no bond.
 
     >>> f = factorization("lora", ranks={"r": 8})
     >>> print(with_rank_pattern(f, {"v_proj": {"r": 4}}).lines[0].network)
@@ -89,18 +91,18 @@ def with_rank_pattern(f: Factorization, pattern: Mapping[str, Mapping[str, int]]
     ranks = dict(f.ranks)
     for number, (sites, changed) in enumerate(pattern.items(), start=1):
         if not isinstance(changed, Mapping):
-            raise NetworkError(
+            raise ConfigError(
                 f"the rank pattern of {sites!r} is {changed!r}", remedy="name the bond: {'v_proj': {'r': 4}}"
             )
         for line in f.lines:
             if line.sites != "*":
-                raise NetworkError(
+                raise ConfigError(
                     f"{f.name!r} has lines for some sites only, and takes no rank pattern",
                     remedy="give its lines their ranks in the factorization itself",
                 )
             for bond in changed:
                 if bond not in line.network.bonds:
-                    raise NetworkError(
+                    raise ConfigError(
                         f"the rank pattern of {sites!r} names {bond!r}, which is no bond",
                         line=str(line.network),
                         remedy=f"its bonds are {', '.join(line.network.bonds)}",
@@ -115,13 +117,13 @@ def _raised(data: Mapping[str, Any]) -> Factorization:
     schema = data.get("schema")
     if type(schema) is not int or schema != SCHEMA:
         newer = type(schema) is int and schema > SCHEMA
-        raise NetworkError(
+        raise ConfigError(
             f"the adapter's network is written in schema {schema!r}; this tnpeft reads schema {SCHEMA}",
             remedy="upgrade tnpeft" if newer else "save the adapter again with a tnpeft that can load it",
         )
     unknown = sorted(set(map(str, data)) - _FIELDS)
     if unknown:
-        raise NetworkError(f"the adapter's network has an unknown entry {unknown[0]!r}", remedy="check the file")
+        raise ConfigError(f"the adapter's network has an unknown entry {unknown[0]!r}", remedy="check the file")
     lines = _field(data, "lines", list, _line)
     pairs: dict[str, Any] = {name: data.get(name, {}) for name in ("ranks", "splits", "init", "lr_multiplier")}
     for name, value in pairs.items():
@@ -154,9 +156,10 @@ def _line(entries: list[Any]) -> list[SiteRule]:
             not isinstance(entry, Mapping)
             or set(entry) != {"network", "sites"}
             or not isinstance(entry["sites"], str)
+            or not isinstance(entry["network"], str)
         ):
             raise _bad("lines", entry)
-    if not entries:
+    if not entries or len(entries) > _MOST_LINES or any(len(its["network"]) > _MOST_TEXT for its in entries):
         raise _bad("lines", entries)
     return [SiteRule(network(entry["network"]), entry["sites"]) for entry in entries]
 
@@ -167,8 +170,8 @@ def _parts(parts: Any) -> tuple[Any, ...]:
     return tuple(parts)
 
 
-def _bad(name: str, value: Any) -> NetworkError:
-    return NetworkError(f"the adapter's network has {name}={str(value)[:60]!r}", remedy="check the file")
+def _bad(name: str, value: Any) -> ConfigError:
+    return ConfigError(f"the adapter's network has {name}={shown(value)[:60]!r}", remedy="check the file")
 
 
 def _plain(value: Any) -> Any:
@@ -181,16 +184,18 @@ def _checked(f: Factorization) -> Factorization:
     for name, value in {"scale": f.scale, **f.lr_multiplier}.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not -_LARGEST <= value <= _LARGEST:
-            raise NetworkError(f"{name} is {str(value)[:60]}", remedy="pass a finite number")
+            raise ConfigError(f"{name} is {shown(value)}", remedy=f"pass a number of at most {_LARGEST:g}")
     if f.scale == 0:
-        raise NetworkError("scale is 0: the update would be zero for ever", remedy="pass another number")
+        raise ConfigError("scale is 0: the update would be zero for ever", remedy="pass another number")
+    if abs(f.scale) < 1 / _LARGEST:
+        raise ConfigError(f"scale is {f.scale}: the update would be zero", remedy="pass a larger number")
     for label, rate in f.lr_multiplier.items():
         if rate < 0:
-            raise NetworkError(f"the learning rate of {label!r} is multiplied by {rate}", remedy="pass 0 or more")
+            raise ConfigError(f"the learning rate of {label!r} is multiplied by {rate}", remedy="pass 0 or more")
     for label, start in f.init.items():
         if not isinstance(start, str | list) and not hasattr(start, "tolist"):
-            raise NetworkError(f"init[{label!r}] is {start!r}", remedy="pass the name of a start, or an array")
+            raise ConfigError(f"init[{label!r}] is {start!r}", remedy="pass the name of a start, or an array")
     for side, parts in f.splits.items():
         if not all(part is None or isinstance(part, int | str) for part in parts):
-            raise NetworkError(f"splits[{side!r}] is {parts!r}", remedy="pass whole numbers, None, or rules as text")
+            raise ConfigError(f"splits[{side!r}] is {parts!r}", remedy="pass whole numbers, None, or rules as text")
     return f

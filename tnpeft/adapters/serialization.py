@@ -19,6 +19,26 @@ _FIELDS = {
 }  # fmt: skip
 
 
+def _named(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(name, str) for name in value)
+
+
+_CHANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "ranks": (_named, 'pass a map from bonds to sizes, {"r": 8}'),
+    "splits": (
+        lambda value: _named(value) and all(isinstance(parts, list | tuple) for parts in value.values()),
+        'pass a map from sides to lists of sizes, {"out": (32, None)}',
+    ),
+    "init": (_named, 'pass a map from factors to starts, {"B": "zeros"}'),
+    "unit_norm": (
+        lambda value: isinstance(value, list | tuple) and all(isinstance(name, str) for name in value),
+        "pass a list of factors' names",
+    ),
+    "lr_multiplier": (_named, 'pass a map from factors to numbers, {"G": 16}'),
+    "square": (lambda value: isinstance(value, bool), "pass True or False"),
+}
+
+
 def factorization(given: Any, **changes: Any) -> Factorization:
     """The factorization that a family's name, a line, a network or plain data stands for, with fields changed.
 
@@ -33,6 +53,10 @@ def factorization(given: Any, **changes: Any) -> Factorization:
     ({'r': 8}, 2.0)
     """
     changes = {name: value for name, value in changes.items() if value is not None}
+    for name, value in changes.items():
+        fits, remedy = _CHANGES.get(name, (lambda _: True, ""))
+        if not fits(value):
+            raise ConfigError(f"{name} is {shown(value)}", remedy=remedy)
     if isinstance(given, str) and "->" in given:
         given = network(given)
     if isinstance(given, Network):
@@ -87,6 +111,10 @@ def with_rank_pattern(f: Factorization, pattern: Mapping[str, Mapping[str, int]]
     >>> print(with_rank_pattern(f, {"v_proj": {"r": 4}}).lines[0].network)
     B[layer proj out r_1] A[layer proj r_1 inp] -> layer proj out inp
     """
+    if not _named(pattern):
+        raise ConfigError(
+            f"rank_pattern is {shown(pattern)}", remedy="name projections and bonds: {'v_proj': {'r': 4}}"
+        )
     lines: list[SiteRule] = []
     ranks = dict(f.ranks)
     for number, (sites, changed) in enumerate(pattern.items(), start=1):

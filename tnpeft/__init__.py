@@ -6,9 +6,49 @@ The public names are handed out lazily: ``import tnpeft`` and counting never imp
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tnpeft import registration
+
+if TYPE_CHECKING:  # for type checkers and editors; a test keeps it equal to _HOME
+    from tnpeft import families as families
+    from tnpeft import testing as testing
+    from tnpeft.adapters import TensorNetworkConfig as TensorNetworkConfig
+    from tnpeft.adapters import coordinate_check as coordinate_check
+    from tnpeft.adapters import export_lora as export_lora
+    from tnpeft.adapters import factors as factors
+    from tnpeft.adapters import hotswap as hotswap
+    from tnpeft.adapters import parameter_groups as parameter_groups
+    from tnpeft.adapters import refresh as refresh
+    from tnpeft.adapters import replica as replica
+    from tnpeft.adapters import replicas as replicas
+    from tnpeft.adapters import set_factors as set_factors
+    from tnpeft.counting import budget as budget
+    from tnpeft.counting import dof as dof
+    from tnpeft.counting import parameter_step as parameter_step
+    from tnpeft.counting import parameters as parameters
+    from tnpeft.counting import parameters_by_factor as parameters_by_factor
+    from tnpeft.counting import rank_bound as rank_bound
+    from tnpeft.drawing import draw as draw
+    from tnpeft.drawing import mermaid as mermaid
+    from tnpeft.networks import AdapterFileError as AdapterFileError
+    from tnpeft.networks import ConfigError as ConfigError
+    from tnpeft.networks import Factor as Factor
+    from tnpeft.networks import Factorization as Factorization
+    from tnpeft.networks import Network as Network
+    from tnpeft.networks import NetworkError as NetworkError
+    from tnpeft.networks import Site as Site
+    from tnpeft.networks import SiteRule as SiteRule
+    from tnpeft.networks import StudyError as StudyError
+    from tnpeft.networks import Term as Term
+    from tnpeft.networks import TnpeftError as TnpeftError
+    from tnpeft.networks import network as network
+    from tnpeft.nn import dense as dense
+    from tnpeft.nn import fit as fit
+    from tnpeft.planning import plan as plan
+    from tnpeft.planning import plan_table as plan_table
+    from tnpeft.scaling import gain as gain
+    from tnpeft.scaling import learning_rates as learning_rates
 
 __version__ = "0.1.0"
 

@@ -7,6 +7,8 @@ import time
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import tnpeft
 from tnpeft.nn import least_squares
@@ -190,3 +192,51 @@ def test_a_list_is_a_target_and_text_is_no_network() -> None:
     assert fit(tnpeft.network("B[out r] A[r inp] -> out inp"), [[1.0, 2.0], [2.0, 4.0]], r=1).error < 1e-12
     with pytest.raises(tnpeft.NetworkError, match="is no network but str"):
         fit("B[out r] A[r inp] -> out inp", np.ones((2, 2)), r=1)
+
+
+@given(
+    st.sampled_from([np.float16, np.float32, np.float64, np.longdouble, np.int32]),
+    st.integers(-300, 300),
+    st.sampled_from([(6, 7), (1, 7), (6, 1), (1, 1)]),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_target_of_any_scale_and_dtype_is_fitted_or_refused(dtype, power, shape):
+    rng = np.random.default_rng(0)
+    exact = rng.integers(1, 5, (shape[0], 1)) @ rng.integers(1, 5, (1, shape[1]))
+    with np.errstate(all="ignore"):
+        target = (exact * np.longdouble(10) ** power).astype(dtype)
+    net = tnpeft.network("A[out r] B[r inp] -> out inp")
+    try:
+        found = fit(net, target, r=2, restarts=1)
+    except tnpeft.NetworkError:
+        info = np.iinfo(dtype) if np.issubdtype(dtype, np.integer) else np.finfo(dtype)
+        assert 16 * 10.0**power > float(info.max) or not target.any() or dtype is np.longdouble
+        return
+    wanted = target.astype(np.float64)
+    got = np.float64(found.factors["A"]) / np.abs(found.factors["A"]).max() @ np.float64(found.factors["B"])
+    error = np.abs(got / np.abs(got).max() - wanted / np.abs(wanted).max()).max()
+    assert error < 20 * max(np.finfo(found.factors["A"].dtype).eps, 1e-9)
+    assert found.error < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_torch_targets_of_every_float_dtype(dtype):
+    target = torch.outer(torch.arange(1, 5), torch.arange(1, 4)).to(dtype)
+    found = fit(tnpeft.network("A[out r] B[r inp] -> out inp"), target, r=1)
+    assert found.error < 1e-12
+    assert {value.dtype for value in found.factors.values()} == {dtype}
+
+
+@pytest.mark.parametrize("target", [np.ones((2, 2), complex), torch.ones(2, 2, dtype=torch.complex64)])
+def test_a_complex_target_is_refused(target):
+    with pytest.raises(tnpeft.NetworkError, match="complex"):
+        fit(tnpeft.network("A[out r] B[r inp] -> out inp"), target, r=1)
+
+
+def test_every_term_takes_its_share_of_the_scale():
+    target, held = np.random.default_rng(0).standard_normal((3, 4)) * 1e250, {"F": np.ones((3, 4))}
+    found = fit(tnpeft.network("A[out r] B[r inp] - ^F[out inp] g[] -> out inp"), target, r=2, fixed=held)
+    update = found.factors["A"] @ found.factors["B"] - found.factors["g"]
+    assert np.linalg.norm((update - target) / 1e250) / np.linalg.norm(target / 1e250) == pytest.approx(found.error)
+    with pytest.raises(tnpeft.NetworkError, match="cannot be scaled"):
+        fit(tnpeft.network("A[out r] B[r inp] - ^F[out inp] -> out inp"), target, r=2, fixed=held)

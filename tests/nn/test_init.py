@@ -413,3 +413,19 @@ def test_the_hash_tells_values_and_shapes_apart():
     assert len(hashes) == 5
     assert factor_hash(x.reshape(2, 3).T) == factor_hash(x.reshape(2, 3).T.contiguous())
     assert factor_hash(x.to(torch.bfloat16)) == factor_hash(x)
+
+
+@pytest.mark.parametrize("value", [None, [[1.0, 0.0], [0.0, 2.0]], "numpy", "torch", "eye"])
+def test_a_constant_is_data(value):
+    """Without a value it is refused by name; a list, an array and a tensor are one and the same."""
+    line, held = "B[out r] ^S[r k] A[k inp] -> out inp", [[1.0, 0.0], [0.0, 2.0]]
+    value = {"numpy": np.array(held), "torch": torch.tensor(held)}.get(str(value), value)
+    init = {} if value is None else {"S": value}
+    if value is None:
+        with pytest.raises(tnpeft.NetworkError, match="the constant 'S' has no value") as caught:
+            Initializer(place(line, ranks={"r": 2, "k": 2}, init=init))
+        assert caught.value.position == line.index("^S")
+        return
+    placed = place(line, ranks={"r": 2, "k": 2}, init=init)
+    (param,) = (param for param in placed.parameters if param.label == "S")
+    assert Initializer(placed)(param).tolist() == (held if not isinstance(value, str) else torch.eye(2).tolist())

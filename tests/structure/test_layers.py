@@ -198,3 +198,22 @@ def test_layers_that_need_no_torch_load_none(layer: str) -> None:
 
 def test_loading_torch_would_be_found() -> None:
     assert loaded("import tnpeft\ntnpeft.networks\nimport torch", "torch", "sympy") >= {"torch"}
+
+
+def test_public_names_are_typed_and_listed() -> None:
+    """Type checkers see what the lazy look-up hands out, name by name, and ``dir`` of a package lists its names."""
+    import tnpeft.adapters
+    import tnpeft.nn
+    import tnpeft.studies
+
+    source = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
+    (checking,) = (node for node in source.body if isinstance(node, ast.If))
+    typed = {
+        alias.name: str(node.module).partition(".")[2]
+        for node in checking.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert typed == {**tnpeft._HOME, "families": "", "testing": ""}
+    for package in (tnpeft, tnpeft.nn, tnpeft.adapters, tnpeft.studies):
+        assert set(package.__all__) <= set(dir(package))

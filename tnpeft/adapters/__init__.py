@@ -34,3 +34,7 @@ def __getattr__(name: str) -> Any:
     value = module if name == _HOME[name] else getattr(module, name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__]

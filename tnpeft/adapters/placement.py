@@ -35,8 +35,9 @@ def base_constants(f: Factorization) -> tuple[str, ...]:
     ('W',)
     """
     kinds = {line.network.label(factor): factor.kind for line in f.lines for factor in line.network.factors}
+    named = {label: value for label, value in f.init.items() if isinstance(value, str | list)}  # arrays are data
     return tuple(
-        label for label, kind in kinds.items() if kind == "constant" and f.init.get(label) in ("base", ["base"])
+        label for label, kind in kinds.items() if kind == "constant" and named.get(label) in ("base", ["base"])
     )
 
 

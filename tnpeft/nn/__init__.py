@@ -22,3 +22,7 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(f"tnpeft.nn.{_HOME[name]}"), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__]

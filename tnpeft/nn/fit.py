@@ -19,6 +19,8 @@ from tnpeft.nn.least_squares import FactorLeastSquares, term_network
 from tnpeft.nn.philox import normal
 from tnpeft.nn.refine import polish
 
+_SQUARABLE = 400  # binary exponent up to which the square of a norm is a float64
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -57,7 +59,8 @@ def fit(
     output keeps are a batch of separate problems; a problem too large for its matrix is solved by conjugate
     gradients). Where that stalls above ``tolerance``, Levenberg-Marquardt, or LBFGS for large problems, goes on over
     all factors at once. Starts are repeated until one reaches ``tolerance``, two agree, or ``restarts`` are used up;
-    the best is polished and returned. All of it runs in float64.
+    the best is polished and returned. All of it runs in float64, on the target scaled to entries near 1; the factors
+    share its scale, and ``error`` is theirs before they are rounded to the target's dtype.
 
     Args:
         net: a network, or a factorization, whose ranks and splits fill the sizes (its scale is left out).
@@ -83,15 +86,32 @@ def fit(
     require_network(line)
     target = target if isinstance(target, Tensor) else np.asarray(target)
     dims = _sizes(net, line, tuple(target.shape), sizes, more)
-    wanted = torch.as_tensor(target).detach().to("cpu", torch.float64)
+    wanted, exponent = _scaled(_real(target))
     if not torch.isfinite(wanted).all() or not wanted.any():
         raise NetworkError("the target is zero or not finite", remedy="pass a tensor of finite numbers, not all zero")
-    solver = _Solver(line, dims, wanted, _fixed(line, dims, fixed or {}))
-    best = solver.best(restarts, sweeps, tolerance, seed)
+    held = _fixed(line, dims, fixed or {})
+    shares = _shares(line, held)
+    if exponent and not shares:
+        if abs(exponent) > _SQUARABLE:
+            raise NetworkError(
+                f"the target's entries are near 2**{exponent}, beyond what squares hold, and a term of fixed factors "
+                "alone cannot be scaled with it",
+                line=str(line),
+                remedy="scale the target and the fixed factors yourself",
+            )
+        wanted, exponent = torch.ldexp(wanted, torch.tensor(exponent)), 0
+    best = _Solver(line, dims, wanted, held).best(restarts, sweeps, tolerance, seed)
+    for label, share in shares.items():
+        best.factors[label].mul_(2.0 ** (exponent * share))  # type: ignore[attr-defined]
     if isinstance(target, Tensor):
         found: dict[str, Any] = {k: v.to(target.device, target.dtype) for k, v in best.factors.items()}
     else:
         found = {k: v.numpy().astype(np.result_type(target.dtype, np.float32)) for k, v in best.factors.items()}
+    for label, value in found.items():
+        if not bool(torch.isfinite(value).all() if isinstance(value, Tensor) else np.isfinite(value).all()):
+            raise NetworkError(
+                f"factor {label!r} has entries that {value.dtype} does not hold", remedy="pass the target in float64"
+            )
     return Fit(found, best.error, best.sweeps, best.restarts)
 
 
@@ -185,6 +205,41 @@ class _Solver:
 
 
 # ---- what comes in
+
+
+def _real(target: Any) -> Tensor:
+    """The target in float64 on the CPU; a complex one is refused."""
+    kind = str(target.dtype)
+    if "complex" in kind or (isinstance(target, np.ndarray) and target.dtype.kind not in "fiub"):
+        raise NetworkError(
+            f"the target holds {kind} numbers, and factors are real",
+            remedy="pass real numbers; fit the real and the imaginary part of complex ones apart",
+        )
+    if isinstance(target, np.ndarray):
+        with np.errstate(over="ignore"):
+            target = target.astype(np.float64)
+    return torch.as_tensor(target).detach().to("cpu", torch.float64)
+
+
+def _scaled(target: Tensor) -> tuple[Tensor, int]:
+    """The target with its largest entry between 1/2 and 1, and the power of two that was taken out of it."""
+    largest = target.abs().max() if target.numel() else torch.zeros(())
+    if not torch.isfinite(largest) or not largest:
+        return target, 0
+    exponent = int(torch.frexp(largest).exponent)
+    half = exponent // 2  # in two steps: a power of two below 2**-1022 may lose digits
+    return target * 2.0**-half * 2.0 ** (half - exponent), exponent
+
+
+def _shares(net: Network, fixed: Mapping[str, Tensor]) -> dict[str, float]:
+    """The power with which each free factor takes part in a scaling of the whole network; empty if there is none."""
+    shares: dict[str, float] = {}
+    for term in net.terms:
+        free = [label for factor in term.factors if (label := net.label(factor)) not in fixed]
+        if not free:
+            return {}
+        shares |= dict.fromkeys(free, 1 / len(free))
+    return shares
 
 
 def _refuse_tied(net: Network, free: list[str]) -> None:

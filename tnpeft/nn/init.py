@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tnpeft.layout import Layout, ParameterSpec, SiteLayout
-from tnpeft.networks import NetworkError, Site
+from tnpeft.networks import Factorization, NetworkError, Site
 from tnpeft.nn import patterns
 from tnpeft.nn.philox import Array, normal, orthonormal, uniform
 from tnpeft.nn.specs import start
@@ -85,6 +85,7 @@ class Initializer:
             for param in site_layout.parameters.values():
                 self._places.setdefault(param, []).append(site_layout)
         self._named = {label: start(value, label) for label, value in layout.factorization.init.items()}
+        _require_constants(layout.factorization)
         self.zeros = starts.zero_init_factors(layout.factorization, self._named)
         self.away = starts.nonzero_at_init(layout.factorization, self._named, self.zeros)
         self._variances = least_variances(layout)
@@ -226,3 +227,17 @@ class Initializer:
             site_layout = self._places[param][0]
             return float(starts.unit_size(param.indices, site_layout.network, site_layout.sizes) ** -0.5)
         return float(self._variances[param] ** 0.5)
+
+
+def _require_constants(f: Factorization) -> None:
+    """Refuse a constant without a value: it is data, such as a mask, and nothing can be drawn for it."""
+    for rule in f.lines:
+        for factor in rule.network.factors:
+            if factor.kind == "constant" and factor.name not in f.init:
+                line = str(rule.network)
+                raise NetworkError(
+                    f"the constant {factor.name!r} has no value",
+                    line=line,
+                    position=line.index(str(factor)),
+                    remedy=f'pass init={{{factor.name!r}: an array}}, or "base" (the base weight), "eye", "ones" ...',
+                )

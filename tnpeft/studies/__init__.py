@@ -30,3 +30,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'tnpeft.studies' has no attribute {name!r}")
     return getattr(import_module(f"tnpeft.studies.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__]

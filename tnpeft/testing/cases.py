@@ -52,9 +52,10 @@ def _work(net: Network, sizes: Mapping[str, int]) -> int:
 
 
 def small_factorization(net: Network, sizes: Mapping[str, int]) -> Factorization:
-    """A bare network as a factorization with the start values of the general rule."""
+    """A bare network as a factorization with the start values of the general rule; constants are random."""
     splits = {side: tuple(sizes[i] for i in group) for side, group in (("out", net.rows), ("inp", net.cols))}
-    return Factorization.of(net, ranks={bond: sizes[bond] for bond in net.bonds}, splits=splits)
+    init = {factor.name: "normal" for factor in net.factors if factor.kind == "constant"}
+    return Factorization.of(net, ranks={bond: sizes[bond] for bond in net.bonds}, splits=splits, init=init)
 
 
 def reduced(f: Factorization) -> Factorization:

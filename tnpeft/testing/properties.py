@@ -185,7 +185,7 @@ def identity(start: Start) -> Answer:
     if largest == 0:
         return True, "the update is exactly zero"
     declared = [
-        all(start.init.get(net.label(f), "zeros") != "zeros" for f in term.factors if f.kind == "trainable")
+        all(str(start.init.get(net.label(f), "zeros")) != "zeros" for f in term.factors if f.kind == "trainable")
         for term in net.terms
     ]
     if any(declared):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sympy
 from typer.testing import CliRunner, Result
 
 import tnpeft
@@ -121,7 +123,6 @@ BAD = [
     (["count", LORA, "--size", "layer"], "'layer' is no size"),
     (["count", LORA, "--set", "out=3,4"], "--set is for families"),
     (["count", "lora", "--targets", "q_proj"], "targets are given without a model"),
-    (["count", "U[out r s] V[inp r s] -> out inp", "--rank", "8"], "--rank 8 does not say which bond"),
     (["plan", "lora"], "no size for 'out', 'inp'"),
     (["plan", "lora", "-s", "out=8", "-s", "inp=8", "--minimize", "luck"], "minimize='luck' is no objective"),
     (["draw", "lora", "--out", "lora.gif"], "cannot draw into 'lora.gif'"),
@@ -191,4 +192,63 @@ def test_families_in_a_pipe_are_one_row_each() -> None:
     rows = run("families").stdout.splitlines()
     starts = [row.split()[0] for row in rows[1:] if not row.startswith(" ")]
     assert starts == list(tnpeft.families.names())
-    assert "layer*proj*r*(out + inp)" in next(row for row in rows if row.startswith("lora "))
+    assert "layer*proj*r*(inp + out)" in next(row for row in rows if row.startswith("lora "))
+
+
+def test_every_formula_is_an_expression() -> None:
+    for row in answer("families"):
+        for formula in row["formulas"]:
+            names = {name: sympy.Symbol(name) for name in re.findall(r"[A-Za-z_]\w*", formula)}
+            assert sympy.sympify(formula, locals=names).free_symbols or formula.isdigit(), row["name"]
+
+
+@pytest.mark.parametrize("name", ["lora", "cp", "lorta", "vera", "lotr", "tensor_train", "ia3"])
+@pytest.mark.parametrize("where", ["Qwen/Qwen2.5-7B q,v", "llama-3.2-1b all-linear", "opt-125m q,v"])
+def test_degrees_of_freedom_of_a_model_never_exceed_its_parameters(name: str, where: str) -> None:
+    model, targets = where.split()
+    found = answer("count", name, "-m", model, "-t", targets)
+    free = found["degrees_of_freedom"]
+    assert sum(free.values() if isinstance(free, dict) else [free]) <= found["parameters"]
+    if name == "lora":
+        sites = tnpeft.counting.sites(model, targets)
+        assert sum(free.values() if isinstance(free, dict) else [free]) == sum(
+            8 * (s.out + s.inp) - 64 for s in sites
+        )
+
+
+def test_a_formula_is_that_of_the_line_in_use() -> None:
+    assert answer("count", "ia3")["formula"] == answer("count", "ia3")["parameters"]
+    assert set(answer("count", "ia3", "-m", "opt-125m", "-t", "all-linear")["formula"]) > {"*"}
+
+
+def test_sizes_given_with_a_budget_are_used_or_refused() -> None:
+    line = "B[layer proj out r] ^S[layer group] A[group r inp] -> layer proj out inp"
+    row = tnpeft.budget(line, group=4, parameters=196608, model="opt-1.3b")[0]
+    assert set(row.nearest.ranks) == {"r"}
+    assert row.nearest.count == 2 * (48 * 2048 + 4 * 2048)
+    for wrong in ({"banana": 4}, {"layer": 3}, {"out": 8}):
+        with pytest.raises(tnpeft.NetworkError, match=next(iter(wrong))):
+            tnpeft.budget(line, parameters=196608, model="opt-1.3b", **wrong)
+    shown = answer("budget", line, "-p", "196608", "-m", "opt-1.3b", "-s", "group=4")["rows"][0]
+    assert shown["nearest"]["ranks"] == {"r": 2}
+
+
+def test_a_family_that_does_not_fit_is_a_row_that_says_so() -> None:
+    found = {row.family: row for row in tnpeft.budget(["lora", "lotra"], parameters=196608, model="opt-1.3b")}
+    assert found["lora"].nearest.count == 196608
+    assert found["lotra"].nearest is None
+    assert "basis" in found["lotra"].problem
+    assert "basis" in str(tnpeft.budget(["lora", "lotra"], parameters=196608, model="opt-1.3b"))
+    with pytest.raises(tnpeft.NetworkError, match="basis"):
+        tnpeft.budget("lotra", parameters=196608, model="opt-1.3b")
+
+
+def test_known_models_are_listed() -> None:
+    assert "facebook/opt-1.3b" in answer("models")
+
+
+def test_one_rank_stands_for_every_bond_that_is_not_named() -> None:
+    line = "U[out a] G[a b] V[b inp] -> out inp"
+    sizes = ["-s", "out=8", "-s", "inp=8"]
+    assert answer("count", line, *sizes, "-r", "2")["parameters"] == 2 * 8 * 2 + 4
+    assert answer("count", line, *sizes, "-r", "2", "-r", "b=3")["parameters"] == 16 + 6 + 24

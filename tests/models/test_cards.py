@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 
@@ -250,3 +251,19 @@ def test_errors_name_the_input_and_the_remedy(tmp_path, monkeypatch) -> None:
             card(bad)
     with pytest.raises(NetworkError, match="no target"):
         sites("opt-125m", [])
+
+
+def test_an_unknown_name_is_answered_at_once_where_the_hub_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No retries: the connection is tried once, for a second."""
+    from huggingface_hub import constants
+
+    from tnpeft.models import cards
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(cards, "getproxies", dict)
+    monkeypatch.setattr(cards, "create_connection", lambda *_, **__: time.sleep(5))
+    started = time.monotonic()
+    with pytest.raises(NetworkError, match="the hub cannot be reached") as caught:
+        card("facebook/opt-1.3c")
+    assert time.monotonic() - started < 3
+    assert "did you mean facebook/opt-1.3b" in caught.value.remedy

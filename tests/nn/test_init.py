@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import tnpeft
 from tnpeft.layout import Layout, layout
 from tnpeft.networks import Factorization, NetworkError, Site
 from tnpeft.nn.init import Initializer, factor_hash

@@ -202,7 +202,7 @@ def budget(
     """For each family the ranks nearest to, and the largest within, a parameter budget, and the budgets it can meet.
 
     With a family or a line as the budget, `--rank` sets its ranks. Those of the networks are free: they share one
-    number, times their `--ratio`.
+    number, times their `--ratio`; a bond whose size is given (`-s group=4`) is held there.
 
     **Examples**
 
@@ -217,12 +217,13 @@ def budget(
     from tnpeft.counting import budget as rungs
 
     goal = read_budget(parameters, rank)
+    held = read_sizes(size) | ({} if isinstance(goal, Factorization) else read_sizes(rank))
     if isinstance(goal, Network):
         raise NetworkError(
             "the budget's line has a bond without a rank", line=parameters, remedy="pass --rank NAME=NUMBER"
         )
     where: dict[str, Any] = {"model": model, "targets": targets, "ratios": read_ratios(ratio)}
-    found = rungs(nets, read_sizes(size), parameters=goal, **where)
+    found = rungs(nets, held, parameters=goal, **where)
     show(asdict(found), as_json, lambda: str(found))
 
 
@@ -232,9 +233,15 @@ def _facts(data: dict[str, Any]) -> str:
     def text(value: Any) -> str:
         if isinstance(value, dict):
             return "  ".join(f"{key} {text(each)}" for key, each in value.items())
+        if isinstance(value, list):
+            return "; ".join(map(text, value))
         return f"{value:,}" if isinstance(value, int | float) else str(value)
 
-    rows = [(key.replace("_", " "), text(value)) for key, value in data.items() if value not in (None, {}, [], "")]
+    rows = [
+        ({"mebibytes": "MiB"}.get(key, key.replace("_", " ")), text(value))
+        for key, value in data.items()
+        if value not in (None, {}, [], "")
+    ]
     width = max(len(key) for key, _ in rows)
     return "\n".join(f"{key:{width}}  {value}" for key, value in rows)
 
@@ -253,3 +260,16 @@ def _table(rows: list[dict[str, Any]]) -> str:
     with console.capture() as captured:
         console.print(table, markup=False)
     return "\n".join(line.rstrip() for line in captured.get().rstrip().splitlines())
+
+
+@app.command()
+def models(as_json: JsonOption = False) -> None:
+    """The models whose sizes are known by name; any other one is read from its configuration.
+
+    **Example**
+
+    `tnpeft models`
+    """
+    from tnpeft.counting import names
+
+    show([*names()], as_json, lambda: "\n".join(names()))

@@ -27,13 +27,13 @@ def counted(
     count = counting.parameters(net, given, **where)
     data: dict[str, Any] = {
         "line": str(lines[0]) if len(lines) == 1 else " ; ".join(map(str, lines)),
-        "formula": _formula(sum(counting.parameters(line) for line in lines)),
+        "formula": _formulas(net, given, model, targets),
         "parameters": _formula(count),
         "by_factor": _plain(counting.parameters_by_factor(net, given, **where)),
         "one_more_rank": {bond: _step(net, bond, given, where) for bond in _free(net, lines)},
     }
     if isinstance(count, int):
-        data["megabytes"] = {
+        data["mebibytes"] = {
             "fp32": round(counting.stored_megabytes(count), 3),
             "bf16": round(counting.stored_megabytes(count, 2), 3),
             "adam": round(counting.optimizer_megabytes(count), 3),
@@ -58,12 +58,13 @@ def placed(
         return
     from tnpeft.counting.parameters import layout_on
 
-    seen = set()
+    groups: dict[Any, list[Any]] = {}
     for place in layout_on(net, sizes, model=model, targets=targets).site_layouts:
-        key = place.line.network, tuple(place.sizes.items())
-        if key not in seen:
-            seen.add(key)
-            yield _site(place.site), place.line.network, dict(place.sizes)
+        groups.setdefault((place.line.network, tuple(place.sizes.items())), []).append(place)
+    for alike in groups.values():
+        counts = {"layer": len({p.site.layer for p in alike}), "proj": len({p.site.proj for p in alike})}
+        known = dict(alike[0].sizes)
+        yield _site(alike[0].site), alike[0].line.network, known | {i: n for i, n in counts.items() if i in known}
 
 
 def planned(plan: Any) -> dict[str, Any]:
@@ -76,8 +77,9 @@ def described(name: str) -> dict[str, Any]:
     """A family as plain data: its lines, formulas, options and source.
 
     >>> described("lora")["formulas"]
-    ['layer*proj*r*(out + inp)']
+    ['layer*proj*r*(inp + out)']
     """
+    from tnpeft.counting import parameters
     from tnpeft.families import get
 
     declare = get(name)
@@ -90,7 +92,7 @@ def described(name: str) -> dict[str, Any]:
         "name": name,
         "what": rows[0],
         "lines": [str(line.network) for line in f.lines],
-        "formulas": [row.removeprefix("Parameters:").strip(" `.") for row in rows if row.startswith("Parameters:")],
+        "formulas": [*dict.fromkeys(str(_formula(parameters(line.network))) for line in f.lines)],
         "options": ", ".join(options),
         "source": f.source,
     }
@@ -140,6 +142,21 @@ def _formula(count: Any) -> int | str:
     return str(factor_terms(count))
 
 
+def _formulas(
+    net: Network | Factorization, sizes: dict[str, Any], model: str | None, targets: str | None
+) -> int | str | dict[str, Any]:
+    """The formula of the line that is counted; of several that serve a model one each, by what they serve."""
+    from tnpeft import counting
+
+    if isinstance(net, Network) or model is None:
+        return _formula(counting.parameters(net if isinstance(net, Network) else net.network))
+    from tnpeft.counting.parameters import layout_on
+
+    used = dict.fromkeys(place.line for place in layout_on(net, sizes, model=model, targets=targets).site_layouts)
+    found = {rule.sites: _formula(counting.parameters(rule.network)) for rule in used}
+    return found if len(found) > 1 else next(iter(found.values()))
+
+
 def _reach(
     net: Network | Factorization, sizes: dict[str, Any], model: str | None, targets: str | None
 ) -> dict[str, Any]:
@@ -154,4 +171,9 @@ def _reach(
                 data["degrees_of_freedom"][where] = counting.dof(line, known)
             except NetworkError as error:
                 data["degrees_of_freedom"][where] = error.problem
+    free = data["degrees_of_freedom"]
+    if len(free) > 1 and all(isinstance(count, int) for count in free.values()):
+        total = counting.parameters(net, sizes, model=model, targets=targets)
+        if sum(free.values()) > total:  # factors that sites of several shapes share stand in several of the counts
+            data["degrees_of_freedom"] = {"all sites, at most": total}
     return {key: found[""] if list(found) == [""] else found for key, found in data.items() if found}

@@ -17,7 +17,7 @@ NetworkArgument = Annotated[
 RankOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--rank", "-r", metavar="NAME=NUMBER", help="Size of a bond, such as `-r r=8`; `-r 8` if there is one."
+        "--rank", "-r", metavar="NAME=NUMBER", help="Size of a bond, such as `-r r=8`; `-r 8` for all of them."
     ),
 ]
 SizeOption = Annotated[
@@ -130,16 +130,9 @@ def _family(name: str, ranks: dict[str, int], options: dict[str, str]) -> Factor
 
 
 def _named(ranks: dict[str, int], net: Network) -> dict[str, int]:
-    """A number without a name is the size of the only bond."""
-    if "" not in ranks:
-        return ranks
-    if len(net.bonds) != 1:
-        raise NetworkError(
-            f"--rank {ranks['']} does not say which bond",
-            line=str(net),
-            remedy=f"the bonds are {', '.join(net.bonds)}",
-        )
-    return {net.bonds[0]: ranks[""]}
+    """A number without a name is the size of every bond that is not named."""
+    named = {bond: size for bond, size in ranks.items() if bond}
+    return {**dict.fromkeys(net.bonds, ranks[""]), **named} if "" in ranks else named
 
 
 def _pairs(texts: Iterable[str]) -> Iterable[tuple[str, str]]:

@@ -9,6 +9,7 @@ from numbers import Integral
 
 from tnpeft.counting.cuts import bond_cuts
 from tnpeft.counting.parameters import parameters as count_parameters
+from tnpeft.counting.parameters import with_sizes
 from tnpeft.layout import layout, stack_sizes
 from tnpeft.models.cards import Model, Targets, sites
 from tnpeft.networks import Factorization, Network, NetworkError, Site, network
@@ -35,13 +36,15 @@ class BudgetRow:
     """What a family offers for a budget.
 
     ``nearest`` is the size closest to it (the smaller one of two), ``below`` the largest that stays within it, None
-    if there is none; ``ladder`` all sizes from rank 1 on to the first above the budget, at most 64.
+    if there is none; ``ladder`` all sizes from rank 1 on to the first above the budget, at most 64. A family that
+    does not fit the sites has none of these but the ``problem``.
     """
 
     family: str
-    nearest: Rung
+    nearest: Rung | None
     below: Rung | None
     ladder: tuple[Rung, ...]
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,10 @@ class Budget:
 
     def __str__(self) -> str:
         cells = [("family", "nearest", "below", "ladder")]
-        cells += [(row.family, str(row.nearest), str(row.below or "none"), _steps(row.ladder)) for row in self.rows]
+        cells += [
+            (row.family, str(row.nearest or "none"), str(row.below or "none"), row.problem or _steps(row.ladder))
+            for row in self.rows
+        ]
         widths = [max(len(cell[k]) for cell in cells) + 2 + (k > 0) for k in range(3)]
         lines = ["".join(c.ljust(w) for c, w in zip(cell, widths, strict=False)) + cell[3] for cell in cells]
         return "\n".join([f"budget {self.parameters:,}", *lines])
@@ -100,10 +106,10 @@ def budget(
         model: count over the sites of a model, as :func:`tnpeft.parameters` does.
         targets: the model's projections.
         ratios: a rank's size relative to the others, 1 if not named.
-        more: sizes by name.
+        more: sizes by name. A bond whose size is given is held there.
 
     Raises:
-        NetworkError: a family or a ratio's rank is unknown, a size is missing, or a family does not fit the sites.
+        NetworkError: a family, a size or a ratio's rank is unknown, a size is missing, or no family fits the sites.
 
     >>> row = budget("lora", parameters=10_000, out=768, inp=768, layer=1, proj=1)[0]
     >>> row.nearest.ranks, row.below.count, len(row.ladder)
@@ -115,11 +121,45 @@ def budget(
     for rank in ratios or {}:
         if rank not in known:
             raise NetworkError(f"no family has the rank {rank!r}", remedy=f"the ranks are {', '.join(sorted(known))}")
-    on = _Ground(None if model is None else sites(model, targets), {**(sizes or {}), **more})
+    given = {**(sizes or {}), **more}
+    _refuse_unknown(chosen, given, model)
+    on = _Ground(None if model is None else sites(model, targets), given)
     goal = on.count(parameters) if isinstance(parameters, Factorization) else parameters
     if not isinstance(goal, Integral) or goal < 1:
         raise NetworkError(f"the budget is {goal!r}", remedy="pass parameters= a positive whole number")
-    return Budget(int(goal), tuple(_row(f, int(goal), on, ratios or {}) for f in chosen))
+    rows = [_row_or_problem(f, int(goal), on, ratios or {}) for f in chosen]
+    refused = [row for row in rows if isinstance(row, NetworkError)]
+    if len(refused) == len(rows):
+        raise refused[0]
+    return Budget(
+        int(goal),
+        tuple(
+            BudgetRow(f.name, None, None, (), row.problem) if isinstance(row, NetworkError) else row
+            for f, row in zip(chosen, rows, strict=True)
+        ),
+    )
+
+
+def _refuse_unknown(chosen: Sequence[Factorization], given: Mapping[str, Size], model: Model) -> None:
+    """Refuse a size that no family uses, or that the model decides."""
+    nets = [rule.network for f in chosen for rule in f.lines]
+    known = {index for net in nets for index in net.indices} | {"task", "replica"}
+    for name in given:
+        if name not in known | (set() if model is not None else {"out", "inp", "heads", "layer", "proj", "expert"}):
+            remedy = f"the indices are {', '.join(sorted(known))}"
+            raise NetworkError(f"{name!r} is no index of any family", remedy=remedy)
+        if model is not None and name in ("layer", "proj", "expert", "out", "inp"):
+            raise NetworkError(f"the size of {name!r} comes from the model", remedy="leave it out")
+
+
+def _row_or_problem(
+    f: Factorization, goal: int, on: _Ground, ratios: Mapping[str, float]
+) -> BudgetRow | NetworkError:
+    held = {name: size for name, size in on.given.items() if any(name in rule.network.indices for rule in f.lines)}
+    try:
+        return _row(with_sizes(f, held, {}), goal, on, ratios)
+    except NetworkError as error:
+        return error
 
 
 @dataclass(frozen=True)
@@ -209,7 +249,9 @@ def _caps(f: Factorization, on: _Ground) -> dict[str, int]:
         if factor.kind == "trainable"
         for index in factor.indices
     }
-    free = [rank for rank, size in f.ranks.items() if isinstance(size, int) and rank in carried]
+    free = [
+        rank for rank, size in f.ranks.items() if isinstance(size, int) and rank in carried and rank not in on.given
+    ]
     caps: dict[str, int] = {}
     for net, sizes in on.placed(f.with_ranks(**dict.fromkeys(free, _UNLIMITED))):
         dense = prod(sizes[index] for index in net.outer)

@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
 from importlib.resources import files
 from os import PathLike
 from pathlib import Path
+from socket import create_connection
+from threading import Event, Thread
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from tnpeft.networks import NetworkError, Site
 from tnpeft.networks.sizes import evaluate
@@ -336,12 +341,50 @@ def _read(path: Path) -> dict[str, Any]:
 def _download(name: str) -> dict[str, Any]:
     close = get_close_matches(name.lower(), _known(), n=3)
     hint = f"did you mean {', '.join(close)}? Else " if close else ""
-    try:
-        from transformers import AutoConfig
+    reason = "the hub cannot be reached"
+    if _cached(name) or _hub_answers():
+        try:
+            from transformers import AutoConfig
 
-        return dict(AutoConfig.from_pretrained(name).to_dict())
-    except (ImportError, OSError, ValueError) as error:
-        raise NetworkError(
-            f"no card for the model {name!r}, and its configuration cannot be fetched ({type(error).__name__})",
-            remedy=f"{hint}pass a folder with a config.json",
-        ) from None
+            return dict(AutoConfig.from_pretrained(name).to_dict())
+        except (ImportError, OSError, ValueError) as error:
+            reason = type(error).__name__
+    raise NetworkError(
+        f"no card for the model {name!r}, and its configuration cannot be fetched ({reason})",
+        remedy=f"{hint}pass a folder with a config.json; `tnpeft models` lists the models that are known by name",
+    )
+
+
+def _cached(name: str) -> bool:
+    """True if the configuration of a model of the hub lies on this machine."""
+    try:
+        from huggingface_hub import try_to_load_from_cache
+
+        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except (ImportError, ValueError):  # HFValidationError is a ValueError
+        return False
+
+
+def _hub_answers() -> bool:
+    """True if the hub takes a connection within a second; asking one that does not takes half a minute of retries."""
+    try:
+        from huggingface_hub import constants
+    except ImportError:
+        return False
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if getproxies():
+        return True
+    place = urlsplit(constants.ENDPOINT)
+    address = place.hostname or "", place.port or {"http": 80}.get(place.scheme, 443)
+    answered = Event()
+
+    def ask() -> None:  # in a thread, since looking up a name takes as long as it likes
+        with (
+            suppress(OSError),
+            create_connection((place.hostname or "", place.port or {"http": 80}.get(place.scheme, 443)), timeout=1),
+        ):
+            answered.set()
+
+    Thread(target=ask, daemon=True).start()
+    return answered.wait(1)

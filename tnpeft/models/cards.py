@@ -380,10 +380,7 @@ def _hub_answers() -> bool:
     answered = Event()
 
     def ask() -> None:  # in a thread, since looking up a name takes as long as it likes
-        with (
-            suppress(OSError),
-            create_connection((place.hostname or "", place.port or {"http": 80}.get(place.scheme, 443)), timeout=1),
-        ):
+        with suppress(OSError), create_connection(address, timeout=1):
             answered.set()
 
     Thread(target=ask, daemon=True).start()

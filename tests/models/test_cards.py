@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import nullcontext
+from threading import Event
 
 import pytest
 
@@ -259,11 +261,13 @@ def test_an_unknown_name_is_answered_at_once_where_the_hub_is_away(monkeypatch: 
 
     from tnpeft.models import cards
 
+    released = Event()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(cards, "getproxies", dict)
-    monkeypatch.setattr(cards, "create_connection", lambda *_, **__: time.sleep(5))
+    monkeypatch.setattr(cards, "create_connection", lambda *_, **__: nullcontext(released.wait(20)))
     started = time.monotonic()
     with pytest.raises(NetworkError, match="the hub cannot be reached") as caught:
         card("facebook/opt-1.3c")
     assert time.monotonic() - started < 3
     assert "did you mean facebook/opt-1.3b" in caught.value.remedy
+    released.set()

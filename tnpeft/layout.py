@@ -210,7 +210,7 @@ class _FactorTemplate:
 
 @dataclass(frozen=True)
 class _SiteTemplate:
-    """What all sites of one line and one shape have in common."""
+    """The part of a layout that all sites of one line and one shape have in common."""
 
     network: Network
     sizes: Mapping[str, int]

@@ -94,7 +94,7 @@ def test_errors_of_sizes() -> None:
         tnpeft.parameters(net, model="facebook/opt-1.3b")
     with pytest.raises(NetworkError, match="'layer' comes from the model"):
         tnpeft.parameters(net, r=1, layer=3, model="facebook/opt-1.3b")
-    with pytest.raises(NetworkError, match="'q' is no index"):
+    with pytest.raises(NetworkError, match="unknown index 'q'"):
         tnpeft.parameters(net, r=1, q=3, model="facebook/opt-1.3b")
 
 

@@ -249,7 +249,7 @@ def test_errors_name_the_input_and_the_remedy(tmp_path, monkeypatch) -> None:
     with pytest.raises(NetworkError, match="cannot be read"):
         card(tmp_path)
     for bad in (5, "", " "):
-        with pytest.raises(NetworkError, match="is no model"):
+        with pytest.raises(NetworkError, match="expected a model, got"):
             card(bad)
     with pytest.raises(NetworkError, match="no target"):
         sites("opt-125m", [])

@@ -50,7 +50,7 @@ def test_a_keyword_must_be_an_index_a_mapping_may_hold_more() -> None:
     assert bind(LORA, {"out": 3}, {"out": 5}) == {"out": 5}
     with pytest.raises(NetworkError) as caught:
         bind(LORA, {}, {"heads": 2})
-    assert caught.value.problem == "'heads' is no index of the line"
+    assert caught.value.problem == "unknown index 'heads'"
     assert caught.value.remedy == "the indices are layer, out, r, inp"
 
 
@@ -194,7 +194,7 @@ def test_what_is_no_network_is_said_so(bad: object) -> None:
         lambda: tnpeft.dense(bad, {}),
     )
     for ask in asked:
-        with pytest.raises(NetworkError, match=r"is no network but \w+\nread a line with tnpeft\.network"):
+        with pytest.raises(NetworkError, match=r"expected a Network, got \w+: .*\nread a line with tnpeft\.network"):
             ask()
 
 

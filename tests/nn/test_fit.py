@@ -163,7 +163,7 @@ def test_a_large_core_does_not_need_its_matrix():
         ("A[o r] A[i r] -> o i", (3, 3), {"r": 2}, "'A' stands 2 times"),
         ("A[o r] B[r i] + A[o s] C[s i] -> o i", (3, 3), {"r": 2, "s": 2}, "'A' stands 2 times"),
         ("B[o r] A[r i] -> o i", (3, 3), {}, "no size for 'r'"),
-        ("B[o r] A[r i] -> o i", (3, 3), {"r": 2, "q": 1}, "'q' is no index"),
+        ("B[o r] A[r i] -> o i", (3, 3), {"r": 2, "q": 1}, "unknown index 'q'"),
         ("B[o r] A[r i] -> o i", (3, 3, 3), {"r": 2}, "3 axes, the output 2 groups"),
         ("B[o r] A[r i] -> o i", (3, 3), {"r": 2, "o": 4}, "the target 3"),
         ("B[o1 o2 r] A[r i] -> (o1 o2) i", (6, 3), {"r": 2}, "no size for 'o1', 'o2'"),
@@ -190,7 +190,7 @@ def test_the_same_call_gives_the_same_factors():
 
 def test_a_list_is_a_target_and_text_is_no_network() -> None:
     assert fit(tnpeft.network("B[out r] A[r inp] -> out inp"), [[1.0, 2.0], [2.0, 4.0]], r=1).error < 1e-12
-    with pytest.raises(tnpeft.NetworkError, match="is no network but str"):
+    with pytest.raises(tnpeft.NetworkError, match="expected a Network, got str"):
         fit("B[out r] A[r inp] -> out inp", np.ones((2, 2)), r=1)
 
 

@@ -217,7 +217,7 @@ def test_a_plan_of_the_dense_tensor_takes_any_output() -> None:
         ({"out": 4, "inp": 4, "tokens": 2}, "no size for 'r'"),
         ({"out": 4, "inp": 4, "r": 0, "tokens": 2}, "the size of 'r' is 0"),
         ({"out": 4, "inp": 4, "r": Symbol("r"), "tokens": 2}, "symbol"),
-        ({"out": 4, "inp": 4, "r": 2, "q": 3, "tokens": 2}, "'q' is no index"),
+        ({"out": 4, "inp": 4, "r": 2, "q": 3, "tokens": 2}, "unknown index 'q'"),
         ({"out": 4, "inp": 4, "r": 2, "tokens": 0}, "'tokens' is 0"),
         ({"out": 4, "inp": 4, "r": 2, "tokens": 2, "minimize": "beauty"}, "objective"),
         ({"out": 4, "inp": 4, "r": 2, "tokens": 2, "base": "bf16"}, "bf16"),

@@ -168,7 +168,7 @@ def test_check_takes_sizes_and_sites() -> None:
     assert "102 counted" in str(check(f, sites=[Site(0, "q_proj", 10, 7)]))
     with pytest.raises(NetworkError, match="tried at sites, not at sizes"):
         check(f, out=4)
-    with pytest.raises(NetworkError, match="'q' is no index"):
+    with pytest.raises(NetworkError, match="unknown index 'q'"):
         check("B[out r] A[r inp] -> out inp", q=4)
     with pytest.raises(NetworkError, match="no rows and columns"):
         check("v[out] -> out")

@@ -13,7 +13,7 @@ from tnpeft.networks.sizes import bind
 def counted(
     net: Network | Factorization, sizes: Mapping[str, int], model: str | None, targets: str | None
 ) -> dict[str, Any]:
-    """What ``tnpeft count`` tells: lines, formula, count, factors, steps of ranks, and what one site can reach.
+    """Return the answer of ``tnpeft count``: lines, formula, count, factors, rank steps, and what one site reaches.
 
     >>> from tnpeft import network
     >>> counted(network("B[out r] A[r inp] -> out inp"), {"out": 8, "inp": 4, "r": 2}, None, None)["parameters"]

@@ -1,4 +1,4 @@
-"""What is typed at the shell as what the library takes: networks, sizes, ranks and options of families."""
+"""Parse what is typed at the shell: networks, sizes, ranks and options of families."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def read_network(
     A line whose bonds all have a rank is a factorization; else it stays a network, and the ranks are sizes.
 
     Raises:
-        NetworkError: the line is no network, or the family, an option or a rank is unknown.
+        NetworkError: the line is not a network, or the family, an option or a rank is unknown.
 
     >>> read_network("lora", ["r=4"]).ranks, read_network("cp", ["2"], ["out=32,64"]).splits
     ({'r': 4}, {'out': (32, 64)})
@@ -68,7 +68,7 @@ def read_budget(text: str, ranks: Iterable[str] | None = None) -> int | Network 
     """The budget that was typed: a number of parameters, or the network whose count it is.
 
     Raises:
-        NetworkError: it is no whole number from 1 on, and no network.
+        NetworkError: neither a positive whole number nor a network.
 
     >>> read_budget("196_608"), read_budget("1e5"), read_budget("lora", ["2"]).name
     (196608, 100000, 'lora')
@@ -98,7 +98,7 @@ def read_ratios(ratios: Iterable[str] | None) -> dict[str, float]:
     """Ratios by rank.
 
     Raises:
-        NetworkError: one is no positive number.
+        NetworkError: a ratio is not a positive number.
 
     >>> read_ratios(["a=2", "b=0.5"])
     {'a': 2, 'b': 0.5}
@@ -106,7 +106,7 @@ def read_ratios(ratios: Iterable[str] | None) -> dict[str, float]:
     found = {name: _value(text) for name, text in _pairs(ratios or ())}
     for name, ratio in found.items():
         if not name or not isinstance(ratio, int | float) or not 0 < ratio < inf:
-            raise NetworkError(f"{name}={ratio} is no ratio", remedy="write NAME=NUMBER, such as a=2 or b=0.5")
+            raise NetworkError(f"invalid ratio {name}={ratio}", remedy="write NAME=NUMBER, such as a=2 or b=0.5")
     return found
 
 
@@ -144,7 +144,7 @@ def _pairs(texts: Iterable[str]) -> Iterable[tuple[str, str]]:
 def _whole(name: str, text: str) -> int:
     if not text.isdecimal():
         what = f"{name}={text}" if name else text
-        raise NetworkError(f"{what!r} is no size", remedy="write NAME=NUMBER, such as r=8 or layer=24")
+        raise NetworkError(f"invalid size {what!r}", remedy="write NAME=NUMBER, such as r=8 or layer=24")
     return int(text)
 
 

@@ -33,7 +33,7 @@ class Rung:
 
 @dataclass(frozen=True)
 class BudgetRow:
-    """What a family offers for a budget.
+    """The counts that a family can reach at a budget.
 
     ``nearest`` is the size closest to it (the smaller one of two), ``below`` the largest that stays within it, None
     if there is none; ``ladder`` all sizes from rank 1 on to the first above the budget, at most 64. A family that
@@ -164,7 +164,7 @@ def _row_or_problem(
 
 @dataclass(frozen=True)
 class _Ground:
-    """Where adapters are counted: on sites of a model, or at given sizes."""
+    """The place of the count: sites of a model, or given sizes."""
 
     sites: tuple[Site, ...] | None
     given: Mapping[str, Size]

@@ -50,7 +50,7 @@ def min_cut(
 ) -> MinCut:
     """Return the cut of the smallest product of sizes between ``start`` and ``stop``.
 
-    The start takes in what an edge joins to it that is no smaller than a cut already known, since no smaller cut goes
+    The start takes in what an edge joins to it that is at least a cut already known, since no smaller cut goes
     through that edge; most questions about chains and trains are answered by this alone, near the start. What is left
     is a maximum flow.
 

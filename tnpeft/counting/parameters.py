@@ -1,4 +1,4 @@
-"""How many parameters: of a line, by factor, of one more rank, on a model; and the memory they take."""
+"""Parameter counts: of a line, by factor, of one more rank, on a model; and the memory they take."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def parameters(
         more: sizes by name. Only those of the counted factors are needed; an unbound one is a symbol.
 
     Raises:
-        NetworkError: a size is no positive whole number or symbol, a keyword is no index, or a rank is missing on a
+        NetworkError: a size is not a positive whole number or symbol, an index is unknown, or a rank is missing on a
             model.
 
     >>> import tnpeft
@@ -97,7 +97,7 @@ def parameter_step(
     errors as :func:`parameters`.
 
     Raises:
-        NetworkError: ``rank`` is no index of the line, or follows from a rule.
+        NetworkError: ``rank`` is not an index of the line, or follows from a rule.
 
     >>> import tnpeft
     >>> parameter_step(tnpeft.network("B[out r] A[r inp] -> out inp"), "r", out=2048, inp=2048)
@@ -113,7 +113,7 @@ def parameter_step(
         )
     if rank not in network.indices:
         remedy = f"the indices are {', '.join(network.indices)}"
-        raise NetworkError(f"{rank!r} is no index of the line", line=str(network), remedy=remedy)
+        raise NetworkError(f"unknown index {rank!r}", line=str(network), remedy=remedy)
     given = {**(sizes or {}), **more}
     size = given.get(rank, net.ranks.get(rank, 1) if isinstance(net, Factorization) else 1)
 
@@ -210,7 +210,7 @@ def with_sizes(net: Network | Factorization, given: Mapping[str, Size], keywords
         if name not in bonds | grouped | stacks | {"task", "replica"}:
             known = name in nets[0].indices
             raise NetworkError(
-                f"the size of {name!r} comes from the model" if known else f"{name!r} is no index of the line",
+                f"the size of {name!r} comes from the model" if known else f"unknown index {name!r}",
                 line=str(nets[0]),
                 remedy="leave it out" if known else f"the indices are {', '.join(nets[0].indices)}",
             )

@@ -1,4 +1,4 @@
-"""What a picture of one term shows: factors, small dots for hyper-indices, open legs, and the lines between."""
+"""The graph of one term in a picture: factors, small dots for hyper-indices, open legs, and the lines between."""
 
 from __future__ import annotations
 
@@ -91,10 +91,10 @@ def _bundles(net: Network, term: Term) -> dict[tuple[Side, tuple[int, ...]], Gro
 
 
 def lines_of(net: Drawable, sizes: Mapping[str, Any] | None) -> Iterator[tuple[str, Network, dict[str, Size]]]:
-    """What is to be drawn: the sites that a line serves ("" if it is the only one), its network, its known sizes.
+    """Return the parts to draw: the sites that a line serves ("" if it is the only one), its network, its known sizes.
 
     Raises:
-        NetworkError: the line is no network, or a size is unfit.
+        NetworkError: the line is not a network, or a size is unfit.
 
     >>> [(sites, str(net)) for sites, net, known in lines_of("A[out inp] -> out inp", {})]
     [('', 'A[out inp] -> out inp')]

@@ -1,4 +1,4 @@
-"""Where the nodes of a graph stand: annealing on a small grid, rows left, columns right, stack on top."""
+"""Positions of the nodes of a graph: annealing on a small grid, rows left, columns right, stack on top."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class _Search:
         return pairwise(k for k, part in enumerate(self.parts) if part == side)
 
     def _cells(self, part: str) -> Points:
-        """Where a node may stand; dots and stack legs also between two columns, dots between two rows."""
+        """Return the free positions of a node; dots and stack legs also between two columns, dots between two rows."""
         halves = part == "dot"
         x = np.arange(1, 2 * self.width + 2) / 2 if halves else np.arange(1.0, self.width + 1)
         y = np.arange(2 * self.height) / 2 if halves else np.arange(float(self.height))
@@ -152,7 +152,7 @@ class _Search:
         return trial
 
     def cost(self, points: Points) -> NDArray[np.float64]:
-        """How bad placements are, nodes along the last axis: long, slanted, crossing, hidden, tight, out of order."""
+        """Return the cost of positions, nodes along the last axis: long, slanted, crossing, hidden, tight, out of order."""
         along = points[..., self.b] - points[..., self.a]
         length = np.maximum(np.abs(along), 1e-9)
         slant = np.abs(along.real * along.imag) / length**2
@@ -175,14 +175,14 @@ class _Search:
         return (over & under).sum(-1)
 
     def _hidden(self, points: Points, along: Points, length: Any) -> Any:
-        """How often a line passes under a node that is not its own."""
+        """Count the lines that pass under a node that they do not end at."""
         step = along[..., self.edge]
         to = points[..., self.other] - points[..., self.a[self.edge]]
         part = np.clip((to * step.conj()).real / length[..., self.edge] ** 2, 0, 1)
         return (np.abs(to - part * step) < self.near).sum(-1)
 
     def _narrow(self, points: Points) -> Any:
-        """How often two lines leave a node in almost the same direction."""
+        """Count the pairs of lines that leave a node in almost the same direction."""
         centre, one, two = (points[..., self.forks[:, k]] for k in range(3))
         turn = (one - centre).conj() * (two - centre)
         return (turn.real > 0.93 * np.abs(turn)).sum(-1)

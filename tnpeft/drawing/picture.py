@@ -35,7 +35,7 @@ def draw(net: Drawable, file: str | Path, sizes: Mapping[str, Any] | None = None
     to the top. The same network always gives the same picture.
 
     Raises:
-        NetworkError: the line is no network, a size is unfit, or the ending is none of the three.
+        NetworkError: the line is not a network, a size is unfit, or the ending is none of the three.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:

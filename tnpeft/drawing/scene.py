@@ -51,7 +51,7 @@ class Box:
         return max(0.0, wide) * max(0.0, high)
 
     def under(self, line: Line) -> float:
-        """How much of a line, 0 to 1, runs under the box (Liang and Barsky's clipping).
+        """Return the share of a line, 0 to 1, that runs under the box (Liang and Barsky's clipping).
 
         >>> Box("", "dot", 0, 0, 2, 2).under(((-2.0, 0.0), (2.0, 0.0)))
         0.5
@@ -149,7 +149,7 @@ def _node(node: Node, centre: Point) -> Box:
 
 
 def _tip(node: Node, centre: Point) -> Point:
-    """Where lines to the node end: its centre, or the inner end of an open leg, which is shorter than a cell."""
+    """Return the point at which lines to the node end: its centre, or the inner end of an open leg, which is shorter than a cell."""
     dx, dy = _OUTWARD[node.side] if node.side else (0, 0)
     return centre[0] - 0.42 * dx, centre[1] - 0.3 * dy
 

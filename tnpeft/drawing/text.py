@@ -29,7 +29,7 @@ def mermaid(net: Drawable, sizes: Mapping[str, Any] | None = None) -> str:
     """The network as a Mermaid flowchart, rows at the left: pages that know Mermaid show it as a picture.
 
     Raises:
-        NetworkError: the line is no network, or a size is unfit.
+        NetworkError: the line is not a network, or a size is unfit.
 
     >>> print(mermaid("B[out r] A[r inp] -> out inp", {"r": 8}).splitlines()[1])
       n0(["B"]):::trainable
@@ -68,7 +68,7 @@ def text(net: Drawable, sizes: Mapping[str, Any] | None = None) -> str:
     """The network as a table: a row for each factor, a column for each index, a dot where one carries the other.
 
     Raises:
-        NetworkError: the line is no network, or a size is unfit.
+        NetworkError: the line is not a network, or a size is unfit.
 
     >>> print(text("B[out r] A[r inp] -> out inp", {"r": 8}))
          out  inp   r

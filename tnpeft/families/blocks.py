@@ -60,7 +60,7 @@ def c3a(block: Rank = "gcd(out, inp, 64)", zero: bool = False, scale: float = 0.
 
     Parameters: ``layer*proj*o1*i1*c``.
     Start: Xavier as released, so the update is **not zero**; ``zero=True`` starts at zero. Scale: 1/inp as released,
-    which is no single number for a model: pass it; the default is our choice.
+    which varies over the sites of a model: pass it; the default is our choice.
     Source: arXiv 2407.19342 (line as released in PEFT, count printed).
 
     >>> print(c3a(block=64).network)

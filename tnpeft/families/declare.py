@@ -1,4 +1,4 @@
-"""What declarations are written with: digits of a split, names of bonds, ranks over bonds, factors as text."""
+"""Helpers of declarations: digits of a split, names of bonds, ranks over bonds, factors as text."""
 
 from __future__ import annotations
 
@@ -84,19 +84,17 @@ def line(factors: Iterable[str], stack: Sequence[str], rows: Group, cols: Group)
 
 
 def separate(stack: Sequence[str], modes: Sequence[str]) -> Group:
-    """Stack indices that are no modes of the tensor: every factor carries them, so each value has its own tensor.
+    """Return the stack indices that are not modes of the tensor: every factor carries them, so each value has its own tensor.
 
     Raises:
-        NetworkError: a mode is no stack index.
+        NetworkError: a mode is not a stack index.
 
     >>> separate(("layer", "proj"), ("layer",))
     ('proj',)
     """
     unknown = [mode for mode in modes if mode not in stack]
     if unknown:
-        raise NetworkError(
-            f"the mode {unknown[0]!r} is no stack index", remedy=f"choose modes from {', '.join(stack) or 'none'}"
-        )
+        raise NetworkError(f"unknown mode {unknown[0]!r}", remedy=f"choose modes from {', '.join(stack) or 'none'}")
     return tuple(index for index in stack if index not in modes)
 
 
@@ -119,7 +117,7 @@ def effective(alpha: float | None, rank: Rank, rslora: bool = False) -> float:
     """The effective scale of the alpha rules: alpha/r, or alpha/sqrt(r) (arXiv 2312.03732); no alpha means alpha = r.
 
     Raises:
-        NetworkError: rank or alpha is no such number, or the scale is to depend on a rank that depends on sizes.
+        NetworkError: rank or alpha is not such a number, or the scale is to depend on a rank that depends on sizes.
 
     >>> effective(16, 8), effective(None, 8), effective(16, 4, rslora=True)
     (2.0, 1.0, 8.0)
@@ -131,7 +129,7 @@ def effective(alpha: float | None, rank: Rank, rslora: bool = False) -> float:
         return (rank if alpha is None else alpha) / (sqrt(rank) if rslora else rank)
     if alpha is not None or rslora:
         raise NetworkError(
-            f"the rank {rank!r} is a rule over sizes, so that alpha over it is no single number",
+            f"the rank {rank!r} is a rule over sizes, so that alpha over it varies over the sites",
             remedy="pass a whole number as the rank, or leave alpha and rslora out",
         )
     return 1.0

@@ -234,7 +234,7 @@ def card(model: Model) -> Card:
         return _build(name, architecture, _data()["models"][architecture][name], {})
     if not isinstance(model, str | PathLike) or not str(model).strip():
         raise NetworkError(
-            f"{model!r} is no model", remedy="pass a name, a folder with a config.json, or a configuration"
+            f"expected a model, got {model!r}", remedy="pass a name, a folder with a config.json, or a configuration"
         )
     path = Path(model)
     if path.exists():

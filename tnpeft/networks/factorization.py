@@ -42,7 +42,7 @@ class Site:
         """This site cut along its longer side into square slices, in order; itself if it is square.
 
         Raises:
-            NetworkError: the longer side is no multiple of the shorter one.
+            NetworkError: the longer side is not a multiple of the shorter one.
         """
         side, long, short = ("out", self.out, self.inp) if self.out > self.inp else ("inp", self.inp, self.out)
         if long == short:
@@ -70,7 +70,7 @@ class SiteRule:
     sites: str = "*"
 
     def serves(self, site: Site) -> bool:
-        """Whether this line is meant for the site.
+        """True if this line is meant for the site.
 
         >>> SiteRule(network("A[out inp] -> out inp"), "fc2|down_*").serves(Site(0, "down_proj", 8, 4))
         True
@@ -80,7 +80,9 @@ class SiteRule:
             shape = {"out<inp": site.out < site.inp, "out>=inp": site.out >= site.inp}
             shape |= {"out>inp": site.out > site.inp, "out<=inp": site.out <= site.inp}
             if pattern not in shape:
-                raise NetworkError(f"{self.sites!r} is no pattern of sites", remedy=f"use one of {', '.join(shape)}")
+                raise NetworkError(
+                    f"invalid pattern of sites {self.sites!r}", remedy=f"use one of {', '.join(shape)}"
+                )
             return shape[pattern]
         return any(fnmatchcase(site.proj, pattern.strip()) for pattern in self.sites.split("|"))
 

@@ -1,4 +1,4 @@
-"""What a factorization is: factors over named indices, multiplied and summed. Structure only, no sizes, no data."""
+"""Networks: factors over named indices, multiplied and summed. Structure only, no sizes, no data."""
 
 from __future__ import annotations
 

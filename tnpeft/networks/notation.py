@@ -21,9 +21,7 @@ _ADVICE = {
     "*": "factors that stand side by side are multiplied: leave * out",
     "/": "a line has no division: put a number into scale=",
     "=": "sizes are passed apart from the line, as keywords or ranks",
-    **dict.fromkeys(
-        "0123456789.", "numbers are no part of a line: put a factor into scale=, leave an index of size 1 out"
-    ),
+    **dict.fromkeys("0123456789.", "a line holds no numbers: put a factor into scale=, leave an index of size 1 out"),
 }
 
 

@@ -52,7 +52,7 @@ def require_network(net: object) -> None:
     """Raise a NetworkError unless it is a network, such as the text of one."""
     if not isinstance(net, Network):
         raise NetworkError(
-            f"{str(net)[:60]!r} is no network but {type(net).__name__}",
+            f"expected a Network, got {type(net).__name__}: {str(net)[:60]!r}",
             remedy="read a line with tnpeft.network(line), take a family with tnpeft.families.get(name)()",
         )
 
@@ -61,7 +61,7 @@ def bind(net: Network, sizes: Sizes | None, keywords: Sizes, extra: Iterable[str
     """Checked sizes of the line's indices from one mapping (which may hold more) and keywords (which may not).
 
     Raises:
-        NetworkError: ``net`` is no network, a keyword is no index of the line, a size is no positive whole number or
+        NetworkError: ``net`` is not a network, an index is unknown, a size is not a positive whole number or
             symbol, or the two uses of one factor get different sizes.
     """
     require_network(net)
@@ -69,7 +69,7 @@ def bind(net: Network, sizes: Sizes | None, keywords: Sizes, extra: Iterable[str
     for name in keywords:
         if name not in known and name not in extra:
             raise NetworkError(
-                f"{name!r} is no index of the line",
+                f"unknown index {name!r}",
                 line=str(net),
                 remedy=f"the indices are {', '.join(known)}",
             )
@@ -288,4 +288,4 @@ def evaluate(rule: str, sizes: Mapping[str, int]) -> int:
     except NetworkError:
         raise
     except (SyntaxError, ValueError, ZeroDivisionError, TypeError, RecursionError) as error:
-        raise NetworkError(f"the rule {rule!r} is no formula: {error}", remedy="such as min(out, inp) // r") from None
+        raise NetworkError(f"invalid expression {rule!r}: {error}", remedy="such as min(out, inp) // r") from None

@@ -33,12 +33,12 @@ def weights(minimize: str, training: bool) -> Weights:
     if minimize == "time":
         return Weights(**time)
     if minimize not in OBJECTIVES:
-        raise NetworkError(f"minimize={minimize!r} is no objective", remedy=f"choose from {', '.join(OBJECTIVES)}")
+        raise NetworkError(f"unknown objective minimize={minimize!r}", remedy=f"choose from {', '.join(OBJECTIVES)}")
     return Weights(**{**time, minimize: time[minimize] + _TIE})
 
 
 def score(plan: Plan, price: Weights) -> int:
-    """What a plan costs under the prices of an objective.
+    """The cost of a plan under the prices of an objective.
 
     >>> from tnpeft import network
     >>> p = plan(network("B[out r] A[r inp] -> out inp"), out=64, inp=32, r=2, tokens=8, training=False)
@@ -102,7 +102,7 @@ def whole_tokens(tokens: Size) -> int:
     """The number of activation rows, checked.
 
     Raises:
-        NetworkError: it is no positive whole number; a symbol is none.
+        NetworkError: it is not a positive whole number.
 
     >>> whole_tokens(2048)
     2048

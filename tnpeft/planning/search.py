@@ -23,7 +23,7 @@ _REPEATS, _SHARE = 32, 512  # how many: fewer the more operands there are, so th
 
 @dataclass(frozen=True)
 class Weights:
-    """What a step is counts_as_saved for: the price of one unit of each cost."""
+    """The prices of a step: the price of one unit of each cost."""
 
     macs: int = 0
     backward: int = 0
@@ -33,7 +33,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Operand:
-    """What the search sees of an operand: its indices, whether it needs a gradient, whether keeping it costs."""
+    """An operand as the search sees it: its indices, whether it needs a gradient, whether keeping it costs."""
 
     indices: frozenset[str]
     live: bool = False

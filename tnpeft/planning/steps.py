@@ -115,7 +115,7 @@ class Plan:
         """The same steps at other sizes, numbers or symbols; ``tokens`` is the number of activation rows.
 
         Raises:
-            NetworkError: a name is no index of the plan.
+            NetworkError: a name is not an index of the plan.
 
         >>> from tnpeft import network, plan
         >>> from sympy import Symbol
@@ -128,7 +128,7 @@ class Plan:
         for name in sizes:
             if name not in self.sizes:
                 known = ", ".join([*self.sizes, *(["tokens"] if self.activation else [])])
-                raise NetworkError(f"{name!r} is no index of the plan", remedy=f"the indices are {known}")
+                raise NetworkError(f"unknown index {name!r}", remedy=f"the indices are {known}")
         new = {**self.sizes, **{name: check_size(name, size) for name, size in sizes.items()}}
         steps = with_costs(self.steps, new, self.network, self.activation, self.training)
         return replace(self, dims=tuple(new.items()), steps=steps)

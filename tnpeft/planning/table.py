@@ -23,7 +23,7 @@ class PlanTable:
         """The best plan for this number of tokens, with_costs for it.
 
         Raises:
-            NetworkError: it is no positive whole number.
+            NetworkError: it is not a positive whole number.
 
         >>> from tnpeft import network
         >>> plans = plan_table(network("B[out r] A[r inp] -> out inp"), out=64, inp=32, r=2, minimize="macs")
@@ -82,7 +82,7 @@ def plan_table(
         envelope.setdefault((other, flatter), right)
         if slope <= flatter or fixed >= other:
             continue
-        middle = (other - fixed) // (slope - flatter)  # the last number of tokens at which the left one is no worse
+        middle = (other - fixed) // (slope - flatter)  # the last number of tokens at which the left one is as good
         for tokens in {middle, middle + 1} - {low, high}:
             if low < tokens < high:
                 found = best(tokens)

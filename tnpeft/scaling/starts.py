@@ -345,7 +345,7 @@ def _choose(
     """The first factor of the term that may start at zero, best one that leaves no other term with two zeros."""
     uses = Counter(factor.name for factor in term.factors)
     free = [f.name for f in term.factors if f.kind == "trainable" and f.name not in named and uses[f.name] == 1]
-    free.sort(key=lambda name: name in unit_norm)  # these only if there is no other
+    free.sort(key=lambda name: name in unit_norm)  # these come last
     for name in free:
         mates = {f.name for other in others if any(f.name == name for f in other.factors) for f in other.factors}
         if not mates & zeros:

@@ -28,14 +28,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`check` found. Prints as a table; true if nothing failed."""
+    """The result of :func:`check`. Prints as a table; true if nothing failed."""
 
     subject: str
     findings: tuple[Finding, ...]
 
     @property
     def passed(self) -> bool:
-        """Whether no property fails."""
+        """True if every property holds or is skipped."""
         return all(finding.passed is not False for finding in self.findings)
 
     def __bool__(self) -> bool:
@@ -70,7 +70,7 @@ def check(
 
     Raises:
         AssertionError: a property does not hold; the message is the report.
-        NetworkError: the line is no network, or a size is unknown or unfit.
+        NetworkError: the line is not a network, or a size is unknown or unfit.
 
     >>> print(check("B[out r] A[r inp] -> out inp", out=4, r=2, inp=3).findings[0].passed)
     True

@@ -91,7 +91,7 @@ def _bundles(net: Network, term: Term) -> dict[tuple[Side, tuple[int, ...]], Gro
 
 
 def lines_of(net: Drawable, sizes: Mapping[str, Any] | None) -> Iterator[tuple[str, Network, dict[str, Size]]]:
-    """Return the parts to draw: the sites that a line serves ("" if it is the only one), its network, its known sizes.
+    """Return the parts to draw: the sites that a line serves ("" if it is the only one), its network, known sizes.
 
     Raises:
         NetworkError: the line is not a network, or a size is unfit.

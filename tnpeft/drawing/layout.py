@@ -84,7 +84,7 @@ class _Search:
         return pairwise(k for k, part in enumerate(self.parts) if part == side)
 
     def _cells(self, part: str) -> Points:
-        """Return the free positions of a node; dots and stack legs also between two columns, dots between two rows."""
+        """Return the free positions of a node; dots and stack legs also between columns, dots between rows."""
         halves = part == "dot"
         x = np.arange(1, 2 * self.width + 2) / 2 if halves else np.arange(1.0, self.width + 1)
         y = np.arange(2 * self.height) / 2 if halves else np.arange(float(self.height))

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import tnpeft
 from tnpeft import NetworkError, network
-from tnpeft.networks import Network
+from tnpeft.networks import STACK, Network
 from tnpeft.networks.factor import RESERVED
 from tnpeft.networks.sizes import bind, check_size, complete, evaluate, even_split, integers, product, split
 from tnpeft.testing import networks, sizes_for
@@ -233,7 +233,7 @@ def test_sizes_that_python_cannot_print_are_refused() -> None:
 @given(st.text(min_size=1, max_size=3).filter(lambda name: name.isidentifier() and re.fullmatch(r"\w+", name)))
 def test_a_name_means_the_same_as_a_keyword_and_in_a_line(name: str) -> None:
     """Python folds names to NFKC; a micro sign in the line is then the Greek letter of the keyword."""
-    if unicodedata.normalize("NFKC", name) in RESERVED | {"o", "i", "net"}:
+    if unicodedata.normalize("NFKC", name) in RESERVED | {"o", "i", "net", "out", "inp", "heads", *STACK}:
         return
     net = network(f"A[o {name}] B[{name} i] -> o i")
     scope: dict[str, Any] = {"tnpeft": tnpeft, "net": net}

@@ -149,7 +149,7 @@ def _node(node: Node, centre: Point) -> Box:
 
 
 def _tip(node: Node, centre: Point) -> Point:
-    """Return the point at which lines to the node end: its centre, or the inner end of an open leg, which is shorter than a cell."""
+    """Return the point at which lines to the node end: the centre, or the inner end of an open leg."""
     dx, dy = _OUTWARD[node.side] if node.side else (0, 0)
     return centre[0] - 0.42 * dx, centre[1] - 0.3 * dy
 

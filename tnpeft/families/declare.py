@@ -84,7 +84,7 @@ def line(factors: Iterable[str], stack: Sequence[str], rows: Group, cols: Group)
 
 
 def separate(stack: Sequence[str], modes: Sequence[str]) -> Group:
-    """Return the stack indices that are not modes of the tensor: every factor carries them, so each value has its own tensor.
+    """Return the stack indices that are not modes: every factor carries them, so each value has a tensor of its own.
 
     Raises:
         NetworkError: a mode is not a stack index.

@@ -152,7 +152,7 @@ class _Search:
         return trial
 
     def cost(self, points: Points) -> NDArray[np.float64]:
-        """Return the cost of positions, nodes along the last axis: length, slant, crossings, hidden and tight lines, order."""
+        """Return the cost of positions, nodes along the last axis: length, slant, crossings, order and more."""
         along = points[..., self.b] - points[..., self.a]
         length = np.maximum(np.abs(along), 1e-9)
         slant = np.abs(along.real * along.imag) / length**2

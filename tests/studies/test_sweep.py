@@ -240,7 +240,7 @@ def test_the_rate_is_chosen_on_dev_alone(table: dict[str, Any], swept: Path) -> 
         ({"methods": [{"family": "lora"}, {"family": "lora"}]}, "two methods are called"),
         ({"methods": [{"family": "lora", "ranks": 3}]}, "unknown key 'ranks' in a method"),
         ({"protocol": {"stpes": 3}}, "unknown setting 'stpes'"),
-        ({"protocol": {"steps": "many"}}, "is no int"),
+        ({"protocol": {"steps": "many"}}, "steps = 'many'; give a value of type int"),
         ({"protocol": {"head": "tail"}}, "head = 'tail' is unknown"),
         ({"tasks": ["sst9"]}, "no task is called"),
         ({"tasks": "sst2"}, "tasks = 'sst2' is no list of name or tables"),

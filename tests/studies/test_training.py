@@ -399,27 +399,22 @@ def test_an_interrupted_command_says_how_to_go_on(
     assert "start the same command to go on" in done.output
 
 
-def test_rates_by_rule_reach_the_optimizer(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The relative step is the protocol's, or the number that is swept; PEFT's own methods have none."""
+def test_rates_by_rule_reach_the_optimizer(tiny: Path) -> None:
+    """The relative step is the protocol's, or the number that is swept; PEFT's methods have none."""
     import tnpeft
 
-    asked: list[float] = []
-
-    def groups(model: Any, lr: float = 0.0, *, relative_step: float = 0.0, **_: Any) -> Any:
-        asked.append(relative_step)
-        return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": relative_step}]
-
-    monkeypatch.setattr(tnpeft, "parameter_groups", groups)
-    for method in ({"family": "lora", "args": {"rank": 1}}, {"peft": "lora", "args": {"r": 1}}):
+    for method in ({"family": "cp", "args": {"rank": 2}}, {"peft": "lora", "args": {"r": 1}}):
         model = methods.attach(backbone(tiny)[0], method, PROTOCOL.targets, classifier=False, seed=0)
-        for change in ({"relative_step": 2e-3}, {"rate_rule": "relative_step"}):
-            protocol = Protocol.of({"targets": ["q_proj"], **change})
+        for change, step in (({"relative_step": 2e-3}, 2e-3), ({"rate_rule": "relative_step"}, 1e-3)):
+            protocol = Protocol.of({"targets": ["q_proj", "v_proj"], **change})
             if "peft" in method:
                 with pytest.raises(StudyError, match="are for networks"):
                     training.optimizer(model, protocol, 1e-3)
-            else:
-                assert training.optimizer(model, protocol, 1e-3).param_groups[0]["lr"] == asked[-1]
-    assert asked == [2e-3, 1e-3]
+                continue
+            groups = training.optimizer(model, protocol, 1e-3).param_groups
+            wanted = tnpeft.parameter_groups(model, relative_step=step)
+            assert [group["lr"] for group in groups] == [group["lr"] for group in wanted]
+            assert len({group["lr"] for group in groups}) > 1
 
 
 def test_records_tell_each_example_of_one_evaluation_set(tiny: Path, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def _table(text: str, option: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text.replace(";", "\n"))
     except tomllib.TOMLDecodeError as error:
-        raise StudyError(f"is no TOML: {error}", where=f"{option} {text!r}", remedy="such as 'rank=8'") from None
+        raise StudyError(f"invalid TOML: {error}", where=f"{option} {text!r}", remedy="such as 'rank=8'") from None
 
 
 @app.command()

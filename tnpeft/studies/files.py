@@ -146,7 +146,7 @@ def _read_toml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     except OSError as error:
         raise StudyError(f"cannot be read ({error.strerror})", where=str(path), remedy="check the path") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise StudyError(f"is no valid TOML: {error}", where=str(path)) from None
+        raise StudyError(f"invalid TOML: {error}", where=str(path)) from None
     base = found.pop("extends", None)
     return merged(_read_toml(path.parent / base, (*seen, path.resolve())), found) if base else found
 

@@ -120,7 +120,7 @@ class Protocol:
                 value = float(value)
             if type(value) is not type(default):
                 kind = "list" if isinstance(default, tuple) else type(default).__name__
-                raise StudyError(f"{name} = {value!r} is no {kind}", where="protocol", remedy=f"give a {kind}")
+                raise StudyError(f"{name} = {value!r}", where="protocol", remedy=f"give a value of type {kind}")
             values[name] = value
         return Protocol(**values)
 

@@ -70,9 +70,9 @@ def _json(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, R
             if isinstance(error, StudyError):
                 raise
             remedy = "write one whole object a line"
-            raise StudyError(f"is no JSON: {error}", where=where, remedy=remedy) from None
+            raise StudyError(f"invalid JSON: {error}", where=where, remedy=remedy) from None
         if not isinstance(row, dict):
-            raise StudyError("is no JSON object", where=where, remedy="write one object a line")
+            raise StudyError("expected a JSON object", where=where, remedy="write one object a line")
         yield number, row
 
 
@@ -105,7 +105,7 @@ def _cells(path: Path, lines: Iterator[tuple[int, str]], tabs: bool) -> Iterator
                 raise StudyError(problem, where=where, remedy=remedy)
     except csv.Error as error:
         remedy = "quotes must be closed and lines end in \\n"
-        raise StudyError(f"is no CSV: {error}", where=f"{path}:{reader.line_num}", remedy=remedy) from None
+        raise StudyError(f"invalid CSV: {error}", where=f"{path}:{reader.line_num}", remedy=remedy) from None
 
 
 def hub_rows(path: str, configuration: str, split: str) -> Iterator[tuple[int, Row]]:

@@ -83,14 +83,14 @@ class Scorer:
         return {"labels": labels, "input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
     def cut(self, batch: Batch, runs: int = 1) -> Iterator[tuple[MicroBatch, Batch]]:
-        """The batch in lots of about equal length, without the padding that they do not need.
+        """Yield the batch in micro-batches of about equal length, without the padding that they do not need.
 
         Args:
             batch: what :meth:`collate` made.
-            runs: blocks of equally many examples in it, each of which takes part in every lot.
+            runs: blocks of equally many examples in it, each of which takes part in every micro-batch.
 
         Yields:
-            The places of a lot's examples in their blocks, and the lot as a batch of as many blocks.
+            The places of a micro-batch's examples in their blocks, and itself as a batch of as many blocks.
         """
         count, device = len(batch["labels"]), batch["labels"].device
         ids, mask = batch["input_ids"], batch["attention_mask"]

@@ -58,7 +58,7 @@ class Task:
         try:
             fields = self.fields
         except ValueError as error:
-            raise StudyError(f"the prompt is no format: {error}", where=where, remedy=_LIKE) from None
+            raise StudyError(f"invalid format string in the prompt: {error}", where=where, remedy=_LIKE) from None
         if not fields or "" in fields:
             raise StudyError("the prompt names no field", where=where, remedy=_LIKE)
 
@@ -168,7 +168,6 @@ def task(given: str | Mapping[str, Any]) -> Task:
     for key, value in given.items():
         kind, called = _KINDS.get(key, (str, "text"))
         if not isinstance(value, kind):
-            problem = f"{key} = {value!r} is no {called}"
-            raise StudyError(problem, where=f"task {given['name']!r}", remedy="see tnpeft.studies.Task")
+            raise StudyError(f"{key} = {value!r}", where=f"task {given['name']!r}", remedy=f"give a {called}")
     words = {str(label): str(word) for label, word in given["words"].items()}
     return Task(**{**given, "words": words, **{key: tuple(given.get(key, ())) for key in _LISTS}})

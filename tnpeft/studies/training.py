@@ -6,13 +6,14 @@ evaluation, and an interrupted training goes on from the newest whole one, to th
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -242,10 +243,8 @@ def optimizer(model: torch.nn.Module, protocol: Protocol, lr: float) -> torch.op
     groups: Any = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": lr}]
     if (relative or protocol.precondition) and not ours:
         raise StudyError("relative_step and precondition are for networks", remedy="train a family or a line")
-    if relative and "relative_step" not in inspect.signature(tnpeft.parameter_groups).parameters:
-        raise StudyError("this tnpeft has no relative steps", remedy="leave relative_step and rate_rule out")
     if ours:
-        groups = tnpeft.parameter_groups(model, **({"relative_step": relative} if relative else {"lr": lr}))
+        groups = tnpeft.parameter_groups(model, lr=lr, relative_step=relative or None)
     if protocol.head_lr:
         head = {id(p): p for name, p in model.named_parameters() if p.requires_grad and methods.of_head(name)}
         groups = [{**group, "params": [p for p in group["params"] if id(p) not in head]} for group in groups]
@@ -253,9 +252,9 @@ def optimizer(model: torch.nn.Module, protocol: Protocol, lr: float) -> torch.op
         groups += [{"params": list(head.values()), "lr": protocol.head_lr}] if head else []
     chosen = torch.optim.AdamW(groups, lr=lr, weight_decay=protocol.weight_decay, fused=True)
     if protocol.precondition:
-        if not hasattr(tnpeft, "optim"):
+        if find_spec("tnpeft.optim") is None:
             raise StudyError("precondition needs tnpeft.optim", remedy="leave precondition out, or update tnpeft")
-        tnpeft.optim.precondition(chosen, model)
+        import_module("tnpeft.optim").precondition(chosen, model)
     return chosen
 
 

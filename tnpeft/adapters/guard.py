@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import checkpoint
 
@@ -35,21 +35,20 @@ def watch(model: nn.Module, inputs: Any) -> None:
     """
     if not torch.compiler.is_compiling():
         bank: FactorBank = model.factor_bank  # type: ignore[assignment]
-        bank.watching = (
-            torch.is_grad_enabled() and _data_parallel() and any(p.requires_grad for p in bank.parameters())
-        )
+        exchanged = _data_parallel() and any(p.requires_grad for p in bank.parameters())
+        bank.watching = torch.is_grad_enabled() and (exchanged or _sharded(bank))
 
 
 def refuse_reentrant(bank: FactorBank) -> None:
     """Raise inside a forward that runs without gradients though the model's own runs with them.
 
     Raises:
-        NetworkError: reentrant checkpointing under DistributedDataParallel with factors in the bank.
+        NetworkError: reentrant checkpointing with factors in the bank under DistributedDataParallel, FSDP1 or ZeRO.
     """
     if not torch.compiler.is_compiling() and bank.watching and not torch.is_grad_enabled():
         bank.watching = False
         raise NetworkError(
-            "factors shared between layers, DistributedDataParallel and reentrant checkpointing give wrong gradients",
+            "factors shared between layers, data parallelism and reentrant checkpointing give wrong gradients",
             remedy='use gradient_checkpointing_kwargs={"use_reentrant": False}, or '
             "DistributedDataParallel(..., static_graph=True)",
         )
@@ -92,6 +91,16 @@ def _regions() -> Iterator[tuple[Any, bool]]:
             elif code.co_name == "unpack_hook":
                 yield frame.f_locals["frame"], True
         frame = frame.f_back  # type: ignore[assignment]
+
+
+def _sharded(bank: FactorBank) -> bool:
+    """True if FSDP1 has put views in the place of the bank's Parameters, or ZeRO holds them in parts."""
+    stores = bank.tnpeft_factors.children()
+    return any(
+        any(isinstance(value, Tensor) and value.requires_grad for value in vars(store).values())
+        or any(hasattr(array, "ds_id") and array.requires_grad for array in store.parameters())
+        for store in stores
+    )
 
 
 def _data_parallel() -> bool:

@@ -100,6 +100,8 @@ class Siblings:
         """
         if x.numel() < _WORTH or type(x) is not Tensor:
             return None
+        if not all(factor.is_leaf for factor in factors):
+            return None  # FSDP1's views: a recomputation does not find them there, and would take another path
         begun = None if self._begun is None else self._begun()
         taken = None if begun is None else begun.take(linear, x, factors)
         if taken is None:

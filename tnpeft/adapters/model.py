@@ -125,7 +125,7 @@ class TensorNetworkModel(BaseTuner):
         **optional: Any,
     ) -> None:
         bank = getattr(self.model, BANK, None)
-        if bank is None or adapter_name not in bank.layouts:
+        if not isinstance(bank, FactorBank) or adapter_name not in bank.layouts:
             self._place(peft_config, adapter_name)
 
     def _place(self, config: TensorNetworkConfig, adapter: str) -> None:

@@ -123,6 +123,7 @@ def select(
         wanted = set(keep)
         found = [place for place in found if place.proj in wanted]
     found += _by_pattern(model, {name: module for name, module in modules.items() if name not in known})
+    _check_apart(found)
     _check_layers({place.layer for place in found}, layers)
     places = layers or {name: k for k, name in enumerate(sorted({p.layer for p in found}, key=_natural))}
     projs = sorted_projs({place.proj for place in found}, order)
@@ -205,6 +206,17 @@ def _heads(model: nn.Module, name: str, module: nn.Module) -> int:
 def _natural(text: str) -> list[tuple[int, int, str]]:
     """A key that sorts numbers in a path as numbers."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", text)]
+
+
+def _check_apart(found: Iterable[_Place]) -> None:
+    seen: dict[tuple[str, str], _Place] = {}
+    for place in found:
+        other = seen.setdefault((place.layer, place.proj), place)
+        if other is not place:
+            raise NetworkError(
+                f"nothing tells {other.module} and {place.module} apart: both are {place.proj!r} of one layer",
+                remedy="adapt them with two adapters: leave one out with exclude_modules",
+            )
 
 
 def _check_layers(found: set[str], saved: Mapping[str, int] | None) -> None:

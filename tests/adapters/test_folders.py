@@ -430,3 +430,26 @@ def test_values_nested_deeply_are_refused(field: str, depth: int, saved: Path, t
     for read in (peft.PeftConfig.from_pretrained, lambda path: peft.PeftModel.from_pretrained(opt(), path)):
         with pytest.raises(TnpeftError, match=r"levels deep|no configuration"):
             read(folder)
+
+
+ABSURD: list[dict[str, Any]] = [
+    {"scale": 1e308}, {"scale": -1e31}, {"scale": 1e-300}, {"peft_type": "NOTHING"}, {"peft_type": ["LORA"]},
+    {"peft_type": "LORA"}, {"task_type": "SING"}, {"task_type": {}}, {"replicas": 2**40}, {"peft_version": 3},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", ABSURD)
+def test_absurd_values_are_refused_when_read(fields: dict[str, Any], saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(TnpeftError, match=next(iter(fields)) if "task_type" not in fields else "Invalid task type"):
+        peft.PeftConfig.from_pretrained(edited(saved, tmp_path, **fields))
+
+
+@pytest.mark.filterwarnings("ignore:the update of")
+def test_a_plan_that_takes_all_memory_is_refused_in_a_folder(tmp_path: Path) -> None:
+    """Eleven factors, each sharing a bond of size 2 with every other one."""
+    legs = [[f"b{min(a, b)}x{max(a, b)}" for b in range(11) if b != a] for a in range(11)]
+    line = " ".join(f"K{k}[{' '.join(its + ['out'] * (k == 0) + ['inp'] * (k == 10))}]" for k, its in enumerate(legs))
+    config = fresh(network=f"{line} -> out inp", ranks={bond: 2 for its in legs for bond in its})
+    peft.get_peft_model(opt(), config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="are allowed in a folder"):
+        peft.PeftModel.from_pretrained(opt(), tmp_path)

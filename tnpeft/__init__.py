@@ -87,6 +87,7 @@ _HOME = {
     "hotswap": "adapters",
     "parameter_groups": "adapters",
     "coordinate_check": "adapters",
+    "rebalance": "optim",
     "replica": "adapters",
     "replicas": "adapters",
 }
@@ -99,6 +100,7 @@ _MODULES = (
     "drawing",
     "nn",
     "adapters",
+    "optim",
     "studies",
     "testing",
     "cli",
@@ -110,7 +112,7 @@ _EXTRAS = {
     "studies": "studies",
 }  # what a layer needs beyond the plain installation
 
-__all__ = ["__version__", "families", "testing", *_HOME]
+__all__ = ["__version__", "families", "optim", "testing", *_HOME]
 
 
 def __getattr__(name: str) -> Any:

@@ -24,7 +24,7 @@ hierarchical_tucker lora_fa vera lokr krona loha hira lora_xs moslora randlora n
 fact_tk loretta tt_lora metatt_4d metatt_5d quanta cara dota kradapter shared_outer_lora bd_lora mica glora svft
 melora rasa tied_lora abba stella tuka lora_edge pera expert_lora expert_cp expert_tucker
 """
-NOT_ZERO = {"lora_xs", "c3a", "loretta", "tt_lora", "stella"}
+NOT_ZERO = {"lora_xs", "c3a", "tt_lora", "stella"}
 STACKED = {"lotra": "basis", "tuka": "scene"}  # with stack indices that no model has
 IN_MODELS = [name for name in families.names() if name not in STACKED]
 
@@ -175,6 +175,13 @@ def test_start_is_zero_and_alive_or_declared(name: str) -> None:
         assert all(sum(net.label(g) in zero for g in term.factors) <= 1 for term in net.terms) or name == "pera"
         moved = {**factors, **{label: factors[label] + 0.1 for label in zero or trainable[:1]}}
         assert np.abs(dense(net, moved, sizes) - start).max() > 0
+
+
+@pytest.mark.parametrize("name", families.names())
+def test_a_docstring_says_which_start_is_by_the_rule(name: str) -> None:
+    f = families.get(name)()
+    unnamed = {x.name for rule in f.lines for x in rule.network.factors} - {*f.init}
+    assert bool(unnamed) == ("by the variance rule" in " ".join(families.get(name).__doc__.split()))
 
 
 # ---- options

@@ -24,6 +24,7 @@ ORDER = (
     {"nn"},
     {"drawing", "testing"},
     {"adapters"},
+    {"optim"},
     {"studies"},
     {"cli"},
 )

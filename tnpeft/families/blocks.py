@@ -82,7 +82,7 @@ def monarch(out: Split = PAIR, inp: Split = PAIR, scale: float = 1.0) -> Factori
     """MoRe (Monarch): two block-diagonal matrices with a permutation between, of full rank in general.
 
     Parameters: ``layer*proj*o1*i1*(o2 + i2)``.
-    Start: F zero (our choice; the release's start is unknown). Scale: a plain number.
+    Start: F zero, R by the variance rule (the release's start is unknown). Scale: a plain number.
     Source: arXiv 2408.17383 (line derived, checked against the released layer).
 
     >>> print(monarch().network)

@@ -38,7 +38,8 @@ def cp(
     A stack index in ``modes`` is a mode of the tensor; each value of the others has a tensor of its own.
 
     Parameters: ``layer*proj*r*(1 + o1 + o2 + i1 + i2)``.
-    Start: the amplitudes w zero (the only choice with unit factors). Columns have unit norm, taken in the forward.
+    Start: the amplitudes w zero (the only choice with unit factors), the sides by the variance rule: columns of
+    length one. They have unit norm, taken in the forward.
     Source: arXiv 2606.00428 (193 per component at 32 x 64 x 32 x 64 printed, line secondary, start unknown).
 
     >>> print(cp(rank=21, out=(32, 64), inp=(32, 64)).network)  # doctest: +NORMALIZE_WHITESPACE
@@ -106,7 +107,8 @@ def cara(rank: Rank = 16, heads: str = _QKV, scale: float = 1.0) -> Factorizatio
 
     Parameters: ``r*(1 + layer*proj + inp + head + dim)``.
     Parameters: ``r*(1 + layer*proj + inp + out)``.
-    Start: A2 and P2 zero, A3, A4 and P3 orthogonal, the weights one. Scale: a plain number for each data set.
+    Start: A2 and P2 zero, A3, A4 and P3 orthogonal, the weights one, A1 and P1 by the variance rule.
+    Scale: a plain number for each data set.
     Source: OpenReview vexHifrbJg (lines as released, which of P2 and P3 is the input side is our reading).
 
     >>> for line in cara().lines:

@@ -36,8 +36,8 @@ def randlora(rank: Rank = 32, alpha: float | None = None) -> Factorization:
 
     Parameters: ``layer*proj*n*(a + inp)``.
     Parameters: ``layer*proj*n*(a + out)``.
-    Start: lam zero; gam ones (PEFT has 1/min(out, inp) on bases of spread 1: the same updates up to scale). Scale:
-    alpha/r.
+    Start: lam zero, the bases by the variance rule, gam ones (PEFT has 1/min(out, inp) on bases of spread 1: the same
+    updates up to scale). Scale: alpha/r.
     Source: arXiv 2502.00987 (lines as released in PEFT, count derived).
 
     >>> for line in randlora().lines:
@@ -88,8 +88,9 @@ def refta(rank: Rank = 15) -> Factorization:
     """ReFTA: two trained sides that all layers share, weighted by a fixed transform over depth; VeRA mirrored.
 
     Parameters: ``proj*a*(out + inp)``.
-    Start: A zero, u a discrete cosine transform over depth (our choice; the release starts from the leading
-    components of the transformed weights and subtracts them; its B has one column more, for the bias).
+    Start: A zero, B by the variance rule, u a discrete cosine transform over depth (our choice; the release starts
+    from the leading components of the transformed weights and subtracts them; its B has one column more, for the
+    bias).
     Source: ReFTA, CVPR 2026, code jzheng20/ReFTA (line derived from the code, counts derived).
 
     >>> print(refta().network)
@@ -132,7 +133,7 @@ def tied_lora(rank: Rank = 8, alpha: float | None = None) -> Factorization:
     """Tied-LoRA: one trained pair of matrices for all sites, two trained vectors at every site; VeRA trained.
 
     Parameters: ``layer*proj*(out + r) + r*(out + inp)``.
-    Start: B zero, b and d ones (our choice: the release's start was not seen). Scale: alpha/r.
+    Start: B zero, the rest by the variance rule (the release's start was not seen). Scale: alpha/r.
     Source: arXiv 2311.09578 (line derived).
 
     >>> print(tied_lora().network)
@@ -142,7 +143,7 @@ def tied_lora(rank: Rank = 8, alpha: float | None = None) -> Factorization:
         "b[layer proj out] B[out r] d[layer proj r] A[r inp] -> layer proj out inp",
         name="tied_lora",
         ranks={"r": rank},
-        init={"b": "ones", "B": "zeros", "d": "ones"},
+        init={"B": "zeros"},
         scale=effective(alpha, rank),
         source="arXiv 2311.09578 (line derived)",
     )

@@ -101,7 +101,7 @@ def kradapter(out: Split = PAIR, scale: float = 1.0) -> Factorization:
     """KRAdapter: a column-wise Kronecker (Khatri-Rao) product, of full rank in general.
 
     Parameters: ``layer*proj*inp*(o1 + o2)``.
-    Start: U zero (our choice; the release's start is unknown). Scale: a plain number.
+    Start: U zero, V by the variance rule (the release's start is unknown). Scale: a plain number.
     Source: arXiv 2508.00230 (line derived, checked against the released layer).
 
     >>> print(kradapter().network)

@@ -19,7 +19,6 @@ def loretta(
     out: Split = _FOUR,
     inp: Split = _FOUR,
     alpha: float | None = None,
-    std: float = 0.15,
 ) -> Factorization:
     """LoRETTA_rep: both sides of LoRA as tensor trains; the bottleneck is cut into three digits a, b, c.
 
@@ -27,7 +26,7 @@ def loretta(
 
     Parameters: ``layer*proj*(i1*w + w*i2*x + x*i3*y + y*i4*a*z + z*b*c
     + a*b*d + d*c*o1*e + e*o2*f + f*o3*g + g*o4)``.
-    Start: every core normal, so the update is **not zero** (``std`` is our choice). Scale: alpha over the bottleneck.
+    Start: B5 zero, the rest by the variance rule (the paper prints none). Scale: alpha over the bottleneck.
     Source: arXiv 2402.11417 (line derived from the release, order of the second half our reading).
 
     >>> print(loretta().network)  # doctest: +NORMALIZE_WHITESPACE
@@ -45,7 +44,7 @@ def loretta(
         name="loretta",
         ranks={**dict.fromkeys("wxyzdefg", rank), "a": a, "b": b, "c": c},
         splits=splits(out, inp),
-        init={f"{half}{k}": f"normal({std})" for half in "AB" for k in range(1, 6)},
+        init={"B5": "zeros"},
         scale=effective(alpha, a * b * c),
         source="arXiv 2402.11417 (line derived from the release, order of the second half our reading)",
     )
@@ -85,7 +84,7 @@ def metatt_4d(ranks: Rank | Sequence[Rank] = 8, alpha: float = 1.0) -> Factoriza
     """MetaTT-4D: one tensor train for the whole model, from input over layer and projection to output.
 
     Parameters: ``inp*a + a*layer*b + b*proj*c + c*out``.
-    Start: the output end zero (our choice). Scale: alpha.
+    Start: the output end zero, the rest by the variance rule (the paper's start is unknown). Scale: alpha.
     Source: arXiv 2506.09105 (line and counts derived, no code known).
 
     >>> print(metatt_4d().network)
@@ -106,7 +105,7 @@ def metatt_5d(ranks: Rank | Sequence[Rank] = 8, alpha: float = 1.0) -> Factoriza
     """MetaTT-5D: MetaTT-4D with a core for the attention heads of the output side.
 
     Parameters: ``inp*a + a*layer*b + b*proj*c + c*head*d + d*dim``.
-    Start: the output end zero (our choice). Scale: alpha.
+    Start: the output end zero, the rest by the variance rule (the paper's start is unknown). Scale: alpha.
     Source: arXiv 2506.09105 (line and counts derived, no code known).
 
     >>> print(metatt_5d().network)
@@ -131,7 +130,8 @@ def tensor_guide(rank: int = 8, bond: int = 8, noise: int = 8, alpha: float | No
     U and V are the ends that turn their signal into rows and columns.
 
     Parameters: ``n*a + a*m*b + b*out + d*inp``.
-    Start: U zero (a zero in a core that stands twice would be a dead start). Scale: alpha/r.
+    Start: U zero (a zero in a core that stands twice would be a dead start), the rest by the variance rule.
+    Scale: alpha/r.
     Source: arXiv 2506.16456 (abstract printed, line our reading).
 
     >>> print(tensor_guide().network)  # doctest: +NORMALIZE_WHITESPACE

@@ -164,7 +164,7 @@ def rasa(rank: int = 8, shared: int = 1, alpha: float | None = None) -> Factoriz
     Raises NetworkError unless ``shared`` is between 1 and ``rank - 1``.
 
     Parameters: ``layer*proj*(a*(out + 1 + inp) + c) + proj*c*(out + inp)``.
-    Start: B and U zero, d and e ones (our choice: the release's start was not seen). Scale: alpha/r.
+    Start: B and U zero, the rest by the variance rule (the release's start was not seen). Scale: alpha/r.
     Source: arXiv 2503.12576 (line derived, the extent of the sharing secondary).
 
     >>> print(rasa().network)  # doctest: +NORMALIZE_WHITESPACE
@@ -178,7 +178,7 @@ def rasa(rank: int = 8, shared: int = 1, alpha: float | None = None) -> Factoriz
         "-> layer proj out inp",
         name="rasa",
         ranks={"a": rank - shared, "c": f"{shared} * layer"},
-        init={"B": "zeros", "d": "ones", "U": "zeros", "e": "ones"},
+        init={"B": "zeros", "U": "zeros"},
         scale=effective(alpha, rank),
         source="arXiv 2503.12576 (line derived, the extent of the sharing secondary)",
     )

@@ -78,7 +78,7 @@ def tensor_train(
     A stack index in ``modes`` is a mode of the tensor; each value of the others has a tensor of its own.
 
     Parameters: ``layer*proj*(o1*a + a*o2*b + b*i1*c + c*i2)``.
-    Start: the first factor zero.
+    Start: the first factor zero, the rest by the variance rule.
     Source: textbook form (derived).
 
     >>> print(tensor_train().network)
@@ -101,7 +101,7 @@ def tensor_ring(
     """Tensor ring: a tensor train whose ends are joined; options as for :func:`tensor_train`.
 
     Parameters: ``layer*proj*(d*o1*a + a*o2*b + b*i1*c + c*i2*d)``.
-    Start: the first factor zero.
+    Start: the first factor zero, the rest by the variance rule.
     Source: textbook form (derived).
 
     >>> print(tensor_ring().network)  # doctest: +NORMALIZE_WHITESPACE
@@ -125,7 +125,7 @@ def tt_matrix(
     Stack indices in ``modes`` stand at the head of the chain, one factor each.
 
     Parameters: ``layer*proj*(o1*i1*a + a*o2*i2)``.
-    Start: the first factor zero.
+    Start: the first factor zero, the rest by the variance rule.
     Source: textbook form (derived).
 
     >>> print(tt_matrix().network)

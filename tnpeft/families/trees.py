@@ -26,7 +26,7 @@ def hierarchical_tucker(
     joined in pairs, level by level, until two nodes are left for the root.
 
     Parameters: ``layer*proj*(o1*a + o2*b + i1*c + i2*d + a*b*e + c*d*f + e*f)``.
-    Start: the root R zero.
+    Start: the root R zero, the rest by the variance rule.
     Source: textbook form (derived).
 
     >>> print(hierarchical_tucker(stack=()).network)

@@ -39,7 +39,7 @@ def tucker(
     given in the order rows, columns, modes.
 
     Parameters: ``layer*proj*(a*b + a*out + b*inp)``.
-    Start: the core G zero.
+    Start: the core G zero, the sides by the variance rule.
     Source: textbook form (derived).
 
     >>> print(tucker().network)
@@ -79,7 +79,7 @@ def block_term(
     Options as for :func:`tucker`.
 
     Parameters: ``layer*proj*block*(a*b + a*out + b*inp)``.
-    Start: the cores G zero.
+    Start: the cores G zero, the sides by the variance rule.
     Source: textbook form (derived).
 
     >>> print(block_term().network)
@@ -185,7 +185,7 @@ def lotra(
     ``basis`` is a stack index without a meaning in a transformer: this line is for counting, planning and fitting.
 
     Parameters: ``layer*(a*b*c + a*out + b*inp + c*basis)``.
-    Start: the core G zero (our choice).
+    Start: the core G zero, the sides by the variance rule (our choice).
     Source: arXiv 2502.06153 (Tucker of a third-order tensor printed, line derived).
 
     >>> print(lotra().network)
@@ -218,7 +218,7 @@ def tera(
     every bond is as wide as its mode, where both readings count the same.
 
     Parameters: ``layer*proj*(a + b + c + d)``.
-    Start: the first diagonal zero, the others one (our choice). Scale: a plain number.
+    Start: the first diagonal zero, the others by the variance rule (the source prints none). Scale: a plain number.
     Source: arXiv 2509.03234 (outline printed, frozen core secondary, line our reading).
 
     >>> for reading in ("H1", "H2"):
@@ -239,7 +239,7 @@ def tera(
         name="tera",
         ranks=dict(zip(letters, sides, strict=True)) if ranks is None else spread(ranks, letters),
         splits=splits(out, inp),
-        init={**dict.fromkeys(labels, "ones"), labels[0]: "zeros"},
+        init={labels[0]: "zeros"},
         scale=scale,
         source="arXiv 2509.03234 (outline printed, frozen core secondary, line our reading)",
     )
@@ -252,7 +252,7 @@ def tuka(ranks: Rank | Sequence[Rank] = (8, 8, 4, 2), scale: float = 1.0) -> Fac
     Ranks are given in the order output, input, scene, environment.
 
     Parameters: ``layer*proj*(a*b*c*d + a*out + b*inp + c*scene + d*env)``.
-    Start: the core G zero (our choice).
+    Start: the core G zero, the sides by the variance rule (our choice).
     Source: arXiv 2603.14276 (line secondary).
 
     >>> print(tuka().network)  # doctest: +NORMALIZE_WHITESPACE

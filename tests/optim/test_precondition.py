@@ -1,0 +1,241 @@
+"""Preconditioned steps: PEFT's for LoRA, the same in every gauge, and invisible to what drives an optimizer."""
+
+from __future__ import annotations
+
+import copy
+
+import peft
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft.optimizers import create_riemannian_optimizer
+from torch import nn
+
+import tnpeft
+from tnpeft import families
+from tnpeft.networks import NetworkError
+
+
+class Tiny(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleDict({"q_proj": nn.Linear(8, 8), "v_proj": nn.Linear(8, 8)})] * 1)
+        self.layers.append(nn.ModuleDict({"q_proj": nn.Linear(8, 8), "v_proj": nn.Linear(8, 8)}))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + torch.tanh(layer["q_proj"](x)) * layer["v_proj"](x)
+        return x
+
+
+def attached(f, seed=0, **fields):
+    torch.manual_seed(0)
+    config = tnpeft.TensorNetworkConfig(network=f, target_modules=["q_proj", "v_proj"], **fields)
+    model = peft.get_peft_model(Tiny().double(), config).double()
+    generator = torch.Generator().manual_seed(seed)
+    values = {k: torch.randn(v.shape, generator=generator).double() for k, v in trained(model).items()}
+    tnpeft.set_factors(model, values)
+    return model
+
+
+def trained(model):
+    net = model.peft_config["default"].factorization.network
+    kinds = {net.label(f): f.kind for f in net.factors}
+    return {k: v for k, v in tnpeft.factors(model).items() if kinds[k] == "trainable"}
+
+
+def updates(model):
+    return torch.stack([m.get_delta_weight("default") for m in model.modules() if hasattr(m, "updates")])
+
+
+def backward(model, seed=1):
+    x = torch.randn(16, 8, generator=torch.Generator().manual_seed(seed)).double()
+    loss = model(x).square().mean()
+    loss.backward()
+    return loss
+
+
+FAMILIES = {
+    "lora": families.lora(rank=3),
+    "moslora": families.moslora(3),
+    "tucker": families.tucker(ranks=3),
+    "block_term": families.block_term(ranks=2),
+    "tensor_train": families.tensor_train(ranks=2),
+    "tensor_ring": families.tensor_ring(ranks=2),
+    "hierarchical_tucker": families.hierarchical_tucker(ranks=2),
+    "lotr": families.lotr(3),
+    "tenslora": families.tenslora(ranks=2),
+    "gralora": families.gralora(rank=4),
+}
+
+
+def gauged(model, generator):
+    """The same update with an invertible matrix on every bond of exactly two factors."""
+    net = model.peft_config["default"].factorization.network
+    values = {k: v.clone() for k, v in trained(model).items()}
+    for bond in net.bonds:
+        ends = [f for f in net.factors if bond in f.indices]
+        if len(ends) != 2 or any(f.kind != "trainable" for f in ends):
+            continue
+        size = values[ends[0].name].shape[ends[0].indices.index(bond)]
+        matrix = torch.randn(size, size, generator=generator).double() + 2 * torch.eye(size).double()
+        for f, change in zip(ends, (matrix, torch.linalg.inv(matrix).T), strict=True):
+            axis = f.indices.index(bond)
+            values[f.name] = torch.tensordot(values[f.name], change, ([axis], [0])).movedim(-1, axis)
+    tnpeft.set_factors(model, values)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.sampled_from(sorted(FAMILIES)), st.integers(0, 2**16), st.sampled_from(("sgd", "momentum")))
+def test_another_gauge_takes_the_same_step(name, seed, kind):
+    models = [attached(FAMILIES[name], seed), attached(FAMILIES[name], seed)]
+    gauged(models[1], torch.Generator().manual_seed(seed))
+    assert torch.allclose(
+        updates(models[0]), updates(models[1]), rtol=1e-6, atol=1e-6 * float(updates(models[0]).abs().max())
+    )
+    for model in models:
+        optimizer = torch.optim.SGD(tnpeft.parameter_groups(model, lr=1e-2), momentum=0.9 * (kind == "momentum"))
+        tnpeft.optim.precondition(optimizer, model, damping=0)
+        for _ in range(2):
+            optimizer.zero_grad()
+            backward(model)
+            optimizer.step()
+    one, other = map(updates, models)
+    assert (one - other).abs().max() < 1e-6 * one.abs().max()
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.sampled_from(sorted(FAMILIES)), st.integers(0, 2**16))
+def test_adam_is_invariant_too_where_asked(name, seed):
+    models = [attached(FAMILIES[name], seed), attached(FAMILIES[name], seed)]
+    gauged(models[1], torch.Generator().manual_seed(seed))
+    for model in models:
+        optimizer = torch.optim.AdamW(tnpeft.parameter_groups(model, lr=1e-2), weight_decay=0.1)
+        tnpeft.optim.precondition(optimizer, model, damping=0, invariant=True)
+        for _ in range(3):
+            optimizer.zero_grad()
+            backward(model)
+            optimizer.step()
+    one, other = map(updates, models)
+    assert (one - other).abs().max() < 1e-6 * one.abs().max()
+
+
+def test_without_preconditioning_the_gauge_matters():
+    models = [attached(FAMILIES["lora"], 3), attached(FAMILIES["lora"], 3)]
+    gauged(models[1], torch.Generator().manual_seed(3))
+    for model in models:
+        optimizer = torch.optim.SGD(tnpeft.parameter_groups(model, lr=1e-2))
+        backward(model)
+        optimizer.step()
+    one, other = map(updates, models)
+    assert (one - other).abs().max() > 1e-3 * one.abs().max()
+
+
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.AdamW])
+def test_lora_steps_as_pefts_riemannian_optimizer(cls):
+    ours = attached(families.lora(rank=3, alpha=6))
+    tnpeft.set_factors(ours, {k: 0.2 * v for k, v in tnpeft.factors(ours).items()})
+    torch.manual_seed(0)
+    theirs = peft.get_peft_model(
+        Tiny().double(), peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "v_proj"])
+    ).double()
+    named = dict(theirs.named_parameters())
+    own = tnpeft.factors(ours)
+    with torch.no_grad():
+        for k, layer in enumerate(("0", "1")):
+            for j, proj in enumerate(("q_proj", "v_proj")):
+                for label in "AB":
+                    name = f"base_model.model.layers.{layer}.{proj}.lora_{label}.default.weight"
+                    named[name].copy_(own[label][k, j])
+    optimizers = [
+        tnpeft.optim.precondition(cls(tnpeft.parameter_groups(ours, lr=1e-3)), ours, damping=1e-2),
+        create_riemannian_optimizer(theirs, cls, lr=1e-3, reg=1e-2),
+    ]
+    for _ in range(4):
+        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+            optimizer.zero_grad()
+            backward(model)
+            optimizer.step()
+    for k, layer in enumerate(("0", "1")):
+        for j, proj in enumerate(("q_proj", "v_proj")):
+            for label in "AB":
+                expected = named[f"base_model.model.layers.{layer}.{proj}.lora_{label}.default.weight"]
+                assert torch.allclose(tnpeft.factors(ours)[label][k, j], expected, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+@pytest.mark.parametrize("name", [n for n in families.names() if n not in ("tuka",)])
+def test_every_family_takes_finite_steps_from_its_start(name, invariant):
+    torch.manual_seed(0)
+    f = families.get(name)()
+    f = f.with_ranks(**{b: 2 for b, r in f.ranks.items() if isinstance(r, int)})
+    if "expert" in f.network.indices or "basis" in f.network.indices:
+        pytest.skip("for other sites")
+    model = peft.get_peft_model(Tiny(), tnpeft.TensorNetworkConfig(network=f, target_modules=["q_proj", "v_proj"]))
+    optimizer = torch.optim.AdamW(tnpeft.parameter_groups(model, relative_step=1e-3))
+    tnpeft.optim.precondition(optimizer, model, invariant=invariant)
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = model(torch.randn(16, 8, generator=torch.Generator().manual_seed(1))).square().mean()
+        losses.append(float(loss.detach()))
+        loss.backward()
+        optimizer.step()
+    assert all(map(torch.isfinite, map(torch.tensor, losses)))
+    if invariant and name != "pera":  # signs of a preconditioned gradient, as Adam takes, may point uphill
+        assert losses[-1] < losses[0]
+
+
+def test_closures_schedulers_states_and_gradients_pass_through():
+    model = attached(families.lora(rank=3))
+    for invariant in (False, True):
+        optimizer = torch.optim.AdamW(tnpeft.parameter_groups(model, lr=1e-2))
+        same = tnpeft.optim.precondition(optimizer, model, invariant=invariant)
+        assert same is optimizer
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 3)
+        start = {k: v.clone() for k, v in tnpeft.factors(model).items()}
+
+        def closure(optimizer=optimizer):
+            optimizer.zero_grad()
+            return backward(model)
+
+        assert optimizer.step(closure) > 0
+        grads = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+        by_closure = tnpeft.factors(model)
+        schedule.step()
+        state = copy.deepcopy(optimizer.state_dict())
+        tnpeft.set_factors(model, start)
+        again = tnpeft.optim.precondition(
+            torch.optim.AdamW(tnpeft.parameter_groups(model, lr=1e-2)), model, invariant=invariant
+        )
+        again.zero_grad()
+        backward(model)
+        assert all(
+            torch.equal(a, p.grad)
+            for a, p in zip(grads, [p for p in model.parameters() if p.requires_grad], strict=True)
+        )
+        again.step()
+        assert all(torch.equal(v, by_closure[k]) for k, v in tnpeft.factors(model).items())
+        again.load_state_dict(state)
+        results = []
+        for each in (optimizer, again):
+            tnpeft.set_factors(model, by_closure)
+            each.zero_grad()
+            backward(model)
+            each.step()
+            results.append(tnpeft.factors(model))
+        assert all(torch.equal(results[0][k], v) for k, v in results[1].items())
+
+
+def test_refusals():
+    model = attached(families.lora(rank=3))
+    groups = tnpeft.parameter_groups(model, lr=1e-2)
+    with pytest.raises(NetworkError, match="already"):
+        tnpeft.optim.precondition(tnpeft.optim.precondition(torch.optim.SGD(groups), model), model)
+    with pytest.raises(NetworkError, match="several times"):
+        tnpeft.optim.precondition(torch.optim.LBFGS([p for p in model.parameters() if p.requires_grad]), model)
+    with pytest.raises(NetworkError, match="damping is -1"):
+        tnpeft.optim.precondition(torch.optim.SGD(groups), model, damping=-1)
+    with pytest.raises(NetworkError, match="no tensor-network adapter"):
+        tnpeft.optim.precondition(torch.optim.SGD(groups), nn.Linear(2, 2))

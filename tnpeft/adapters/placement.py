@@ -114,7 +114,8 @@ def check_memory(found: Layout, tokens: int, refused: bool = True) -> None:
             if step.kind == "reshape":  # creates nothing, and its indices are groups
                 continue
             row = run.plan.activation in step.indices
-            size = math.prod(int(run.plan.sizes[index]) for index in step.indices if index != run.plan.activation)
+            names = [name for index in step.indices for name in index.strip("()").split()]  # "(o1 o2)" is fused
+            size = math.prod(int(run.plan.sizes[name]) for name in names if name != run.plan.activation)
             own = site.out + site.inp if row else site.out * site.inp
             most = max(_LEAST_ROW if row else _LEAST, _MOST * own) * run.replicas
             if size <= most:

@@ -6,7 +6,7 @@ The sites of one line and one shape are one contraction: factors that differ fro
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 
@@ -27,13 +27,17 @@ Values = Mapping[ParameterSpec, Tensor]
 class Block:
     """A part of an environment that shares no index with the rest: its Gram matrix is a Kronecker factor.
 
-    ``batch`` are outer indices of the factor that the part carries, ``bonds`` the factor's bonds that it closes.
+    ``batch`` are outer indices of the factor that the part carries, ``bonds`` the factor's bonds that it closes,
+    ``averaged`` outer indices that some terms carry and others do not; ``repeated`` says that the part is the same at
+    all sites of the group, over which it is summed.
     """
 
     networks: tuple[Network, ...]
     batch: tuple[str, ...]
     bonds: tuple[str, ...]
     by_site: bool
+    averaged: tuple[str, ...] = ()
+    repeated: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,11 +94,11 @@ class Group:
         sizes = {**self.sites[0].sizes, _SITE: len(self.sites)}
         total: Tensor | None = None
         for net in block.networks:
-            value = self._run(net, arrays, sizes)
+            value = self._run(net, arrays, sizes) / prod(sizes[i] for i in block.averaged if i in net.indices)
             total = value if total is None else total + value
         n = prod(sizes[i] for i in block.bonds)
-        if total is None:
-            total = torch.eye(n).expand(*(sizes[i] for i in block.batch), n, n)
+        assert total is not None
+        total = total * len(self.sites) if block.repeated else total
         return total.reshape(len(self.sites) if block.by_site else 1, *(sizes[i] for i in block.batch), n, n)
 
     def _run(self, net: Network, arrays: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Tensor:
@@ -166,10 +170,12 @@ def _blocks(net: Network, label: str, varying: Iterable[str], joint: bool) -> tu
     if len(uses) == 1:
         parts = [rest] if joint else _parts(rest, outer)
         blocks = [_block(net, own, [(part, part, 1)], varying) for part in parts]
-        split = [block for block in blocks if block.by_site]
-        if own.name in varying or len(split) < 2:
+        if label in varying:
             return tuple(blocks)
-        return (_block(net, own, [(rest, rest, 1)], varying),)
+        split = [part for part in parts if any(net.label(f) in varying for f in part)]
+        if len(split) > 1:  # a sum over sites of Kronecker products does not factor
+            return (_block(net, own, [(rest, rest, 1)], varying),)
+        return tuple(blocks) if split or not blocks else (replace(blocks[0], repeated=True), *blocks[1:])
     pairs = []
     for one, k in uses:
         for other, j in uses:
@@ -200,8 +206,12 @@ def _parts(rest: Sequence[Factor], outer: Sequence[str]) -> list[list[Factor]]:
 def _block(
     net: Network, own: Factor, pairs: Sequence[tuple[Sequence[Factor], Sequence[Factor], int]], varying: Iterable[str]
 ) -> Block:
-    carried = {i for left, right, _ in pairs for f in (*left, *right) for i in f.indices}
+    sides = [{i for f in (*left, *right) for i in f.indices} for left, right, _ in pairs]
+    carried = set.intersection(*sides)
     batch = tuple(i for i in own.indices if i in net.outer and i in carried)
+    traced = {i for i in own.indices if i in net.outer and any(i in side for side in sides)} - carried
+    if traced:  # some terms are broadcast over an index of others: no cross terms, and the mean over that index
+        pairs = [pair for pair in pairs if pair[0] == pair[1]]
     bonds = tuple(i for i in own.indices if i not in net.outer and (i in carried or not pairs[0][0]))
     by_site = (
         any(net.label(f) in varying for left, right, _ in pairs for f in (*left, *right)) and own.name in varying
@@ -215,10 +225,8 @@ def _block(
                 name = f"twin__{f.name}" if net.label(f).startswith("~") else f.name
                 factors.append(Factor(name, (*([_SITE] if net.label(f) in varying else []), *indices), f.kind))
         opened = [*([_SITE] if by_site else []), *batch, *bonds, *(i + _COPY for i in bonds)]
-        if factors and not {*opened} <= {j for f in factors for j in f.indices}:
-            continue  # a term whose environment is broadcast over an index of the others'
         networks.append(Network((Term(tuple(factors) or (_ONE,), sign),), tuple((i,) for i in opened)))
-    return Block(tuple(networks), batch, bonds, by_site)
+    return Block(tuple(networks), batch, bonds, by_site, tuple(sorted(traced)))
 
 
 def _original(name: str) -> str:

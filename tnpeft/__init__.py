@@ -12,6 +12,7 @@ from tnpeft import registration
 
 if TYPE_CHECKING:  # for type checkers and editors; a test keeps it equal to _HOME
     from tnpeft import families as families
+    from tnpeft import optim as optim
     from tnpeft import testing as testing
     from tnpeft.adapters import TensorNetworkConfig as TensorNetworkConfig
     from tnpeft.adapters import coordinate_check as coordinate_check
@@ -45,6 +46,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test keeps it equal to _HO
     from tnpeft.networks import network as network
     from tnpeft.nn import dense as dense
     from tnpeft.nn import fit as fit
+    from tnpeft.optim import rebalance as rebalance
     from tnpeft.planning import plan as plan
     from tnpeft.planning import plan_table as plan_table
     from tnpeft.scaling import gain as gain

@@ -215,6 +215,6 @@ def test_public_names_are_typed_and_listed() -> None:
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    assert typed == {**tnpeft._HOME, "families": "", "testing": ""}
+    assert typed == {**tnpeft._HOME, "families": "", "optim": "", "testing": ""}
     for package in (tnpeft, tnpeft.nn, tnpeft.adapters, tnpeft.studies):
         assert set(package.__all__) <= set(dir(package))

@@ -13,6 +13,7 @@ from tnpeft.studies.files import StudyError, merged
 _TEXTS = ("name", "title", "source", "backbone", "tokenizer", "data", "cache", "choose")
 _GRIDS = ("learning_rates", "relative_steps")
 _RULES = ("start", "rates")
+OURS = ("relative_steps", *_RULES)  # settings of a study that a run has in another form
 _CHOICES = {"choose": ("loss", "metric"), "start": ("published", "rule"), "rates": ("one", "rule")}
 _CALLED = {str: "text", int: "whole number", float | int: "number", Mapping: "table", object: "value", bool: "switch"}
 _CALLED |= {str | Mapping: "name or table"}
@@ -115,22 +116,23 @@ def _cells(
     kind = next((kind for kind in methods.KINDS if kind in given), "")
     name = given[kind] if isinstance(given.get(kind), str) and kind != "line" else kind
     label = str(given.get("label", name))
-    if label not in policy.get("methods", [label]):
-        return
+    wanted = policy.get("methods")
     own: dict[str, Any] = {"precondition": True} if policy.get("precondition") else {}
     for its in (policy, given):
         own = over(own, {**its.get("protocol", {}), **{k: its[k] for k in (*_GRIDS, *_RULES) if k in its}})
     chosen = str(given.get("choose_on", policy.get("choose_on", "")))
+    targets = tuple(given.get("protocol", {}).get("targets", targets))
     for args, change in _sizes(given, model, targets):
         method = {key: given[key] for key in methods.KINDS if key in given}
         method |= {"args": {**given.get("args", {}), **args}} if args or "args" in given else {}
         changed = {**given.get("change", {}), **({"ranks": change} if change else {})}
         method |= {"change": changed} if changed else {}
         methods.check(method)
-        if own.get("start") == "rule":
+        if own.get("start") == "rule" and ("family" in method or "line" in method):
             method = methods.by_rule(method)
         size = ", ".join(f"{key}={value}" for key, value in args.items())
-        yield Cell(label, size, method, own, str(policy.get("label", "")), chosen)
+        if wanted is None or label in wanted or f"{label} ({size})" in wanted:
+            yield Cell(label, size, method, own, str(policy.get("label", "")), chosen)
 
 
 def _sizes(

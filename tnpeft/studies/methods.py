@@ -63,12 +63,11 @@ def by_rule(method: Method) -> Method:
     >>> by_rule({"family": "lora"})["change"]["init"]
     {'B': 'zeros'}
     """
-    if "family" not in method:
-        return method
     f = factorization(method)
     labels = {line.network.label(its) for line in f.lines for its in line.network.factors if its.kind == "trainable"}
     kept = {name: start for name, start in f.init.items() if start == "zeros" or name not in labels}
-    return {**method, "change": {**method.get("change", {}), "init": kept, "lr_multiplier": {}}}
+    key = "change" if "family" in method else "args"
+    return {**method, key: {**method.get(key, {}), "init": kept, "lr_multiplier": {}}}
 
 
 def _of_line(net: Network, args: Mapping[str, Any]) -> Factorization:

@@ -12,7 +12,7 @@ from typing import Any
 
 from tnpeft.studies import backbones, methods
 from tnpeft.studies.data import load
-from tnpeft.studies.design import CONTRAST_KINDS, STUDY_KINDS, Cell, Contrast, cells, check_rules, known, over
+from tnpeft.studies.design import CONTRAST_KINDS, OURS, STUDY_KINDS, Cell, Contrast, cells, check_rules, known, over
 from tnpeft.studies.files import StudyError, digest, merged, read_toml
 from tnpeft.studies.protocol import Protocol
 from tnpeft.studies.runs import Run, Store
@@ -85,7 +85,8 @@ class Study:
     @cached_property
     def protocol(self) -> Protocol:
         """The settings that all methods share."""
-        return Protocol.of(self.table.get("protocol", {}))
+        shared = dict(self.table.get("protocol", {}))
+        return Protocol.of({key: value for key, value in shared.items() if key not in OURS})
 
     @cached_property
     def tasks(self) -> tuple[Task, ...]:
@@ -156,7 +157,8 @@ class Study:
         """Return the cell whose search decides for this one."""
         if not cell.choose_on:
             return cell
-        same = [its for its in self.cells if its.policy == cell.policy and cell.choose_on in (its.label, its.name)]
+        full = f"{cell.policy}: {cell.choose_on}" if cell.policy else cell.choose_on
+        same = [its for its in self.cells if its.called(full)]
         return same[0] if same else self.find(cell.choose_on)
 
     @cached_property

@@ -50,8 +50,10 @@ def settle(store: Store, runs: list[Run], best: float) -> None:
     for run in runs:
         loss = abs(math.log10(run.lr / best))
         row = [1, loss, 0.5, loss if math.isfinite(loss) else None]
-        record = {"best_step": 1, "curve": [row], "dev": 0.5, "eval": 0.6, "eval_loss": loss, "parameters": 7}
-        write_json(store.folder / f"{run.key}.json", {**record, "head_parameters": 0, "run": run.identity})
+        counts = {"parameters": 7, "head_parameters": 0, "steps": 1, "best_step": 1}
+        scores = {"dev": 0.5, "eval": 0.6, "eval_loss": loss, "scores": {"accuracy": 0.6}}
+        record = {"key": run.key, "run": run.identity, "curve": [row], "predictions": [], "labels": [], "timing": {}}
+        write_json(store.folder / f"{run.key}.json", {**record, **counts, **scores})
 
 
 @pytest.fixture(scope="module")

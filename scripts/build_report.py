@@ -1,7 +1,8 @@
 """Build the studies' tables and figures, then paper/report.md from paper/report.in.md, all from files below paper/.
 
 The template's expressions are those of Jinja; :class:`Facts` lists what they can ask for. A number that no file
-holds ends the build with the name of what is missing.
+holds ends the build with the name of what is missing, as does a study on a backbone that is not in
+``paper/backbones.toml``.
 
     python scripts/build_report.py
 """
@@ -14,17 +15,18 @@ import shutil
 import sys
 import tempfile
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from tnpeft.studies import tables
 from tnpeft.studies.files import write_text
 from tnpeft.studies.reporting import render
-from tnpeft.studies.statistics import Summary, paired, summary
-from tnpeft.studies.tables import markdown
+from tnpeft.studies.results import Point
+from tnpeft.studies.statistics import VERDICT, Finding, Summary, exchange_rate, paired, summary, variance_ratio
 
 PAPER = Path(__file__).resolve().parent.parent / "paper"
 Row = Mapping[str, Any]
@@ -41,18 +43,32 @@ class Facts:
         self.paper = paper
         self.data = cache(self._data)
         self.rows = cache(self._rows)
+        self.points = cache(self._points)
 
     # ---- files
 
     def has(self, name: str) -> bool:
-        """Whether a study's results are there."""
+        """True if a study's results are there."""
         return (self.paper / "tables" / f"{name}.json").exists()
 
     def _data(self, name: str) -> Any:
         path = self.paper / "tables" / f"{name}.json"
         if not path.exists():
             raise Missing(f"{path} is not there: run the script that writes it first")
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict) and "points" in found:
+            self._known_backbones(name, found)
+        return found
+
+    def _known_backbones(self, name: str, found: Row) -> None:
+        path = self.paper / "backbones.toml"
+        known = tomllib.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        used = found.get("backbones")
+        if not used:
+            raise Missing(f"{name} names no backbone by its hash: run it again")
+        for backbone, identity in used.items():
+            if known.get(Path(backbone).name) != identity:
+                raise Missing(f"{name} was run on {backbone} ({identity}), which is not in {path.name}")
 
     def _rows(self, name: str) -> list[dict[str, str]]:
         path = self.paper / "tables" / f"{name}.csv"
@@ -66,118 +82,120 @@ class Facts:
         rows = [row for row in self.rows(name) if all(row[key] == value for key, value in where.items())]
         if not rows:
             raise Missing(f"no row of {name} has {where}")
-        return markdown([{key: row[key] for key in columns or row if key not in where} for row in rows])
-
-    def published(self, name: str) -> str:
-        """A published table, with the evidence mark of every column."""
-        tables = tomllib.loads((self.paper / "published" / "results.toml").read_text(encoding="utf-8"))["table"]
-        found = next((table for table in tables if table["id"] == name), None)
-        if found is None:
-            raise Missing(f"no published table is called {name}")
-        marks = found.get("evidence_columns", {})
-        keys = list(dict.fromkeys(key for row in found["rows"] for key in row))
-        titles = {
-            key: f"{key.replace('_', ' ')} ({marks[key]})" if key in marks else key.replace("_", " ") for key in keys
-        }
-        rows = [{titles[key]: row.get(key, "") for key in keys} for row in found["rows"]]
-        about = f"{found['model']}; {found['metric']}. Evidence: {found['evidence']}, {found['source']}."
-        return f"{about}\n\n{markdown(rows)}"
+        keys = [key for key in columns if key in rows[0]] or [key for key in rows[0] if key not in where]
+        return tables.markdown([{key: row[key] for key in keys} for row in rows])
 
     # ---- studies
 
-    def point(self, study: str, task: str, method: str, size: str = "") -> dict[str, Any]:
-        """A study's point: parameters, lr, scores and dev by seed."""
-        for point in self.data(study)["points"]:
-            if (point["task"], point["method"], point["size"]) == (task, method, size):
-                return dict(point)
-        raise Missing(f"{study} has no {method} {size} on {task}")
+    def _points(self, study: str) -> tuple[Point, ...]:
+        return tuple(map(Point.of, self.data(study)["points"]))
 
-    def mean(self, study: str, task: str, method: str, size: str = "") -> str:
-        """The mean score over seeds, in percent."""
-        return f"{100 * self._summary(study, task, method, size).mean:.1f} %"
+    def studies_run(self) -> list[str]:
+        """The studies whose results are there."""
+        return studies(self.paper)
 
-    def _summary(self, study: str, task: str, method: str, size: str) -> Summary:
-        return summary(self.point(study, task, method, size)["scores"])
+    def point(self, study: str, name: str) -> Point:
+        """A study's point by its full name, ``"P1: LoRA (rank=2)"``, or without its size."""
+        found = [p for p in self.points(study) if name in (p.name, p.name.partition(" (")[0])]
+        if len(found) != 1:
+            raise Missing(f"{study} has {len(found) or 'no'} {name}")
+        return found[0]
 
-    def seeds(self, study: str) -> int:
-        """The least number of seeds behind a point."""
-        return min(len(point["scores"]) for point in self.data(study)["points"])
+    def mean(self, study: str, name: str) -> str:
+        """The mean score over seeds in percent, with its interval and number."""
+        return _percent(summary(self.point(study, name).scores))
 
-    def difference(self, study: str, task: str, one: Sequence[str], other: Sequence[str]) -> str:
-        """``one`` minus ``other`` (method, size) over shared seeds, in points, with its interval."""
-        its = self._difference(study, task, one, other)
-        within = f"{100 * its.low:+.1f} to {100 * its.high:+.1f}, {its.n} seeds" if its.n > 1 else "1 seed"
-        return f"{100 * its.mean:+.1f} points ({within})"
-
-    def _difference(self, study: str, task: str, one: Sequence[str], other: Sequence[str]) -> Summary:
-        first, second = (self.point(study, task, *of)["scores"] for of in (one, other))
-        its = paired(first, second)
+    def difference(self, study: str, one: str, other: str) -> str:
+        """``one`` minus ``other`` over shared replicates, in points, with its interval and number."""
+        its = paired(self.point(study, one).scores, self.point(study, other).scores)
         if its is None:
             raise Missing(f"{one} and {other} share no seed in {study}")
-        return its
+        return _percent(its, "+.1f", " points")
 
-    def ranking(self, study: str, task: str) -> str:
-        """All points of a task by their means, with the learning rate and the difference from the first method."""
-        points = [p for p in self.data(study)["points"] if p["task"] == task]
-        base = points[0]
+    def _findings(self, study: str) -> list[Finding]:
+        return tables.contrasts(self.points(study), self.data(study)["contrasts"])
+
+    def contrasts(self, study: str) -> str:
+        """The declared contrasts of a study, in points or in cross-entropy, with the verdicts that there are."""
         rows = []
-        for p in sorted(points, key=lambda p: -summary(p["scores"]).mean):
-            its, gap = summary(p["scores"]), paired(p["scores"], base["scores"])
+        for its, declared in zip(self._findings(study), self.data(study)["contrasts"], strict=True):
+            scale, unit = (100, " points") if declared["measure"] == "metric" else (1, "")
+            within = f"{its.margin * scale:g}{unit}"
             rows.append(
                 {
-                    "method": p["method"],
-                    "size": p["size"],
-                    "parameters": p["parameters"],
-                    "learning rate": f"{p['lr']:g}{' (edge)' if p.get('edge') else ''}",
-                    "mean ± sd, %": f"{100 * its.mean:.1f} ± {100 * its.sd:.1f}",
-                    f"minus {base['method']} {base['size']}, points": (
-                        f"{100 * gap.mean:+.1f} ({100 * gap.low:+.1f} to {100 * gap.high:+.1f})"
-                        if gap and p is not base
-                        else ""
-                    ),
-                    "seeds": its.n,
+                    "contrast": its.name,
+                    "difference": _scaled(its.summary, scale, unit) if its.summary else "not run",
+                    "margin": within,
+                    "verdict at 5 % over all": its.word or f"none under {VERDICT} observations",
                 }
             )
-        return markdown(rows)
+        return tables.markdown(rows)
+
+    def variances(self, study: str, policy: str, base: str) -> str:
+        """The variance between families under a policy over that under another, with its interval."""
+        losses = {
+            name: [p.losses for p in self.points(study) if p.policy == name and p.losses] for name in (policy, base)
+        }
+        its = variance_ratio(losses[policy], losses[base])
+        if its is None:
+            raise Missing(f"{study} has no variance between families under {policy} and {base}")
+        return f"{its.mean:.2g} ({its.low:.2g} to {its.high:.2g}, {its.n} backbones)"
+
+    def under(self, study: str, policy: str, own: str, points: float) -> str:
+        """The families whose mean under a policy is more than so many points under their own tuned one."""
+        found = []
+        for p in self.points(study):
+            its = next((q for q in self.points(study) if q.policy == own and q.label == p.label), None)
+            gap = paired(p.scores, its.scores) if its and p.policy == policy else None
+            if gap and 100 * gap.mean < -points:
+                found.append(f"{p.label} {_percent(gap, '+.1f', ' points')}")
+        return ", ".join(found) or "none"
+
+    def exchange(self, study: str, policy: str, of: str, against: str) -> str:
+        """Parameters of one family that reach the loss of one parameter of another, with a jackknife interval."""
+        curves = [
+            [(p.parameters, p.losses) for p in self.points(study) if (p.policy, p.label) == (policy, label)]
+            for label in (of, against)
+        ]
+        its = exchange_rate(*curves)
+        if its is None:
+            return "not to be read off: the curves share no loss"
+        return f"{its.mean:.2g} ({its.low:.2g} to {its.high:.2g}, {its.n} seeds)"
 
     def settings(self, *studies: str) -> str:
-        """The settings of studies side by side."""
-        keys = (
-            "backbone",
-            "targets",
-            "train",
-            "dev",
-            "eval",
-            "steps",
-            "batch",
-            "schedule",
-            "warmup",
-            "clip",
-            "max_length",
-        )
-        keys += ("evaluate_every", "best_by", "head", "dtype", "by_length")
+        """The settings of studies side by side, and their backbones with their hashes."""
+        keys = ("backbone", "targets", "train", "dev", "steps", "batch", "head", "max_length", "dtype")
         rows = []
-        for key in (*keys, "words"):
+        for key in (*keys, "seeds", "contrasts"):
             row = {"setting": key}
             for study in studies:
                 data = self.data(study)
-                words = "; ".join(f"{n}: {' /'.join(t['words'].values())}" for n, t in data["tasks"].items())
-                value = {**data["settings"], "backbone": Path(data["backbone"]).name, "words": words}[key]
+                declared = {"seeds": f"{len(data['seeds'])}", "contrasts": str(len(data["contrasts"]))}
+                value = {**data["settings"], **declared, "backbone": data["backbone"]}[key]
                 row[study] = ", ".join(value) if isinstance(value, list) else value
             rows.append(row)
-        return markdown(rows)
+        return tables.markdown(rows)
+
+
+def _percent(its: Summary, form: str = ".1f", unit: str = " %") -> str:
+    return _scaled(its, 100, unit, form)
+
+
+def _scaled(its: Summary, scale: float, unit: str, form: str = "") -> str:
+    form = form or ("+.1f" if scale > 1 else "+.3f")
+    within = f"{scale * its.low:{form}} to {scale * its.high:{form}}, n = {its.n}" if its.n > 1 else "n = 1"
+    return f"{scale * its.mean:{form}}{unit} ({within})"
 
 
 def show(paper: Path, name: str) -> None:
-    """Make the tables and figures of one study from its results; of a search for learning rates only its table."""
+    """Make the tables and figures of one study from its results."""
     facts = json.loads((paper / "tables" / f"{name}.json").read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as made:
         render(facts, made)
         for path in sorted(Path(made).iterdir()):
-            if not name.endswith("_rates") or (path.stem == name and path.suffix in (".md", ".csv")):
-                folder = paper / ("figures" if path.suffix in (".png", ".pdf", ".svg") else "tables")
-                folder.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, folder / path.name)
+            folder = paper / ("figures" if path.suffix in (".png", ".pdf", ".svg") else "tables")
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / path.name)
 
 
 def studies(paper: Path) -> list[str]:
@@ -192,9 +210,11 @@ def build(paper: Path) -> None:
     """Write ``report.md`` beside ``report.in.md``.
 
     Raises:
-        Missing: the template asks for a number that no file holds.
+        Missing: the template asks for a number that no file holds, or a study's backbone is unknown.
     """
     facts = Facts(paper)
+    for name in studies(paper):
+        facts.data(name)
     its = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     names = {name: getattr(facts, name) for name in dir(facts) if not name.startswith("_") and name != "paper"}
     text = its.from_string((paper / "report.in.md").read_text(encoding="utf-8")).render(**names)

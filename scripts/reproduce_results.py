@@ -57,7 +57,7 @@ class Cell:
     def __str__(self) -> str:
         if self.point is None:
             return "not run"
-        its = summary(list(self.point["scores"].values()))
+        its = summary(self.point["scores"])
         spread = f" ± {its.sd:.3f}" if its.n > 1 else ""
         return f"{its.mean:.3f}{spread} ({self.point['size']}, {its.n} seed{'s' if its.n > 1 else ''})"
 

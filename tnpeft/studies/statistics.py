@@ -8,6 +8,7 @@ All intervals and tests are Student's t over independent observations and assume
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -203,6 +204,44 @@ def variance_ratio(first: Sequence[Scores], second: Sequence[Scores]) -> Summary
         return None
     its = summary([math.log(one[name] / other[name]) for name in shared])
     return Summary(its.n, math.exp(its.mean), its.sd, _exp(its.low), _exp(its.high), its.replicates)
+
+
+def exchange_rate(first: Sequence[tuple[int, Scores]], second: Sequence[tuple[int, Scores]]) -> Summary | None:
+    """Return how many parameters of the first curve reach the loss of one parameter of the second.
+
+    Curves are sizes with losses by replicate; a loss between sizes is read off straight lines over the logarithm of
+    size. The answer is the geometric mean over the sizes of the second curve whose loss the first one reaches, with a
+    jackknife interval over observations; ``sd`` is that of the logarithm. None where no loss is shared.
+
+    >>> losses = lambda base: [(size, {0: base / size, 1: base / size}) for size in (1, 2, 4, 8)]
+    >>> round(exchange_rate(losses(2.0), losses(1.0)).mean, 6)
+    2.0
+    """
+    curves = [[(size, observations(losses)) for size, losses in sorted(curve)] for curve in (first, second)]
+    shared = [name for name in curves[0][0][1] if all(name in its for curve in curves for _, its in curve)]
+    if len(shared) < 2:
+        return None
+
+    def log_ratio(names: Sequence[str]) -> float | None:
+        means = [[(math.log(size), _mean([its[name] for name in names])) for size, its in curve] for curve in curves]
+        found = [(reached, size) for size, loss in means[1] if (reached := _reaches(means[0], loss)) is not None]
+        return _mean([reached - size for reached, size in found]) if found else None
+
+    whole, n = log_ratio(shared), len(shared)
+    parts = [log_ratio([name for name in shared if name != left]) for left in shared]
+    if whole is None or any(part is None for part in parts):
+        return None
+    pseudo = [n * whole - (n - 1) * part for part in parts if part is not None]
+    its = summary(pseudo)
+    return Summary(n, math.exp(whole), its.sd, _exp(its.low), _exp(its.high), n)
+
+
+def _reaches(curve: Sequence[tuple[float, float]], loss: float) -> float | None:
+    """The place where a curve first comes down to a loss; None where it does not pass it."""
+    for (left, high), (right, low) in itertools.pairwise(curve):
+        if low <= loss <= high and high > low:
+            return left + (right - left) * (high - loss) / (high - low)
+    return None
 
 
 def best_under(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:

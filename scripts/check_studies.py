@@ -1,0 +1,75 @@
+"""Guards over the committed studies, and a run of minutes: are conclusions allowed that the report draws?
+
+Fails if a chosen rate or step stands at an end of its grid, if a verdict stands on fewer than eight independent
+observations, or if a study's backbone is not in ``paper/backbones.toml``. With ``--run`` the controls, lines that
+span the same updates, are trained with preconditioned steps on two backbones: their mean losses must differ by no
+more than replicates of one control make likely.
+
+    python scripts/check_studies.py
+    python scripts/check_studies.py --run
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from build_report import PAPER, Facts, Missing, studies
+
+from tnpeft.studies import Engine, Study, report, sweep
+from tnpeft.studies.results import Point
+from tnpeft.studies.statistics import VERDICT, summary
+
+PRESET = Path(__file__).resolve().parent.parent / "presets" / "controls_digits.toml"
+
+
+def problems(paper: Path) -> Iterator[str]:
+    """Yield what the committed results do not allow."""
+    facts = Facts(paper)
+    for name in studies(paper):
+        try:
+            facts.data(name)
+        except Missing as error:
+            yield str(error)
+            continue
+        for p in facts.points(name):
+            if p.edge:
+                yield f"{name}: the value of {p.name} stands at an end of its grid"
+        for row in facts.rows(f"{name}-contrasts") if facts.data(name)["contrasts"] else ():
+            if row["verdict"] and int(row["n"]) < VERDICT:
+                yield f"{name}: {row['contrast']} has a verdict on {row['n']} observations"
+
+
+def spread(points: tuple[Point, ...]) -> tuple[float, float]:
+    """Return the largest difference between the controls' mean losses, and the noise floor: the 95 % half-width of a
+    difference of two such means, from the spread of one control over its replicates."""
+    found = [summary(list(p.losses.values())) for p in points]
+    means = [its.mean for its in found]
+    sd = (sum(its.sd**2 for its in found) / len(found)) ** 0.5
+    return max(means) - min(means), 2.8 * sd / found[0].n ** 0.5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", action="store_true", help="train the controls as well, about two minutes")
+    found = list(problems(PAPER))
+    if parser.parse_args().run:
+        with tempfile.TemporaryDirectory() as made:
+            study = Study.read(PRESET, cache=made)
+            sweep(study, Path(made) / "runs", Engine(pack=4), say=lambda line: None)
+            gap, floor = spread(report(study, Path(made) / "runs", Path(made) / "report"))
+        print(f"controls: mean losses within {gap:.3f}, noise floor {floor:.3f}")
+        found += [f"the controls differ by {gap:.3f}, over their noise floor {floor:.3f}"] if gap > floor else []
+    print(*found, sep="\n") if found else print("studies: no guard is broken")
+    sys.exit(bool(found))
+
+
+if __name__ == "__main__":
+    main()

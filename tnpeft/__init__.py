@@ -86,6 +86,7 @@ _HOME = {
     "set_factors": "adapters",
     "refresh": "adapters",
     "export_lora": "adapters",
+    "convert": "adapters.convert",
     "hotswap": "adapters",
     "parameter_groups": "adapters",
     "coordinate_check": "adapters",

@@ -175,20 +175,33 @@ def _known(card: cards.Card | None, name: str, module: nn.Module) -> list[_Place
 
 
 def _by_pattern(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[_Place]:
+    names = names_by_path(modules)
+    return [
+        _Place(*names[name], *features(module), _heads(model, name.rpartition(".")[2], module), name)
+        for name, module in modules.items()
+    ]
+
+
+def names_by_path(paths: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """The layer and the projection that each path stands for, for models without a card.
+
+    The first number in a path ends its layer; the last name, or as much of the end as tells the modules of a layer
+    apart, is the projection.
+
+    >>> names_by_path(["h.0.attn.c_proj", "h.0.mlp.c_proj", "h.0.mlp.c_fc"])["h.0.mlp.c_proj"]
+    ('h.0', 'mlp_c_proj')
+    """
     found = []
-    for name, module in modules.items():
+    for name in paths:
         match = _NUMBERED.fullmatch(name)
         layer, inside = (match["layer"], match["inside"]) if match else name.rpartition(".")[::2]
-        found.append((layer, inside.split("."), name, module))
-    names = {name: path[-1] for _, path, name, _ in found}
-    for depth in range(2, max((len(path) for _, path, _, _ in found), default=1) + 1):
-        counts = Counter((layer, names[name]) for layer, _, name, _ in found)
+        found.append((layer, inside.split("."), name))
+    names = {name: path[-1] for _, path, name in found}
+    for depth in range(2, max((len(path) for _, path, _ in found), default=1) + 1):
+        counts = Counter((layer, names[name]) for layer, _, name in found)
         clashing = {proj for (_, proj), count in counts.items() if count > 1}
-        names |= {name: "_".join(path[-depth:]) for _, path, name, _ in found if names[name] in clashing}
-    return [
-        _Place(layer, names[name], *features(module), _heads(model, path[-1], module), name)
-        for layer, path, name, module in found
-    ]
+        names |= {name: "_".join(path[-depth:]) for _, path, name in found if names[name] in clashing}
+    return {name: (layer, names[name]) for layer, _, name in found}
 
 
 def _heads(model: nn.Module, name: str, module: nn.Module) -> int:

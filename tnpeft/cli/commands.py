@@ -96,6 +96,32 @@ def plan(
 
 
 @app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Adapter folder, or a .safetensors file.")],
+    target: Annotated[Path, typer.Argument(help="Folder or file to write; it must not exist.")],
+    to: Annotated[
+        str, typer.Option(help="tnpeft, peft, lora, per_expert, shared_outer, kohya, lycoris or gguf.")
+    ] = "tnpeft",
+    model: ModelOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """An adapter in another packing, written only if its updates stay what they were.
+
+    **Examples**
+
+    `tnpeft convert lora-on-experts/ experts/ --to per_expert`
+
+    `tnpeft convert kohya.safetensors adapter/ --model runwayml/model`
+    """
+    from dataclasses import asdict
+
+    from tnpeft.adapters.convert import convert as converted
+
+    done = converted(source, target, to, model=model)
+    show(asdict(done), as_json, lambda: str(done))
+
+
+@app.command()
 def draw(
     net: NetworkArgument,
     file: Annotated[Path | None, typer.Option("--out", "-o", help="Picture to write: .svg, .png or .pdf.")] = None,

@@ -1,0 +1,390 @@
+"""tnpeft's own adapter folders: from lines to the files that PeftModel.from_pretrained reads, and back."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tnpeft.adapters.config import TensorNetworkConfig
+from tnpeft.adapters.convert.formats import KOHYA, LYCORIS, PEFT, PER_EXPERT, SHARED_OUTER
+from tnpeft.adapters.convert.lines import AdapterLines, SiteAdapter, save
+from tnpeft.adapters.convert.read import PREFIX, TENSORS, Source, shape_of
+from tnpeft.adapters.placement import expected_shapes, frozen_hashes
+from tnpeft.adapters.targets import names_by_path
+from tnpeft.layout import Layout, ParameterSpec, layout, sorted_projs
+from tnpeft.models import Card
+from tnpeft.networks import AdapterFileError, ConfigError, Factorization, Network, NetworkError, Site, SiteRule
+from tnpeft.registration import PREFIX as OURS
+
+_NOTE = (
+    "tnpeft_converted"  # entry of the file's header: axes of every array, ranks and scales as they were in the source
+)
+_Group = tuple[Network, tuple[tuple[str, int], ...]]
+
+
+# ---- writing
+
+
+def write_folder(lines: AdapterLines, folder: Path, card: Card | None) -> None:
+    """Write the lines as a tnpeft adapter.
+
+    Raises:
+        ConfigError: one tnpeft adapter cannot hold them.
+    """
+    names = _names([site.module for site in lines.sites], card)
+    scale = Counter(site.scale for site in lines.sites).most_common(1)[0][0]
+    ranks = {site.module: _ranks(site) for site in lines.sites}
+    sites = _padded([site.scaled(scale) for site in lines.sites], names)
+    places = {name: k for k, name in enumerate(sorted({layer for layer, _ in names.values()}, key=_natural))}
+    f, chosen = _factorization(sites, names, places, scale)
+    placed = layout(f, list(chosen.values()))
+    values = _values(placed, {site.module: site for site in sites})
+    magnitudes = {site.module: site.magnitude for site in sites if site.magnitude is not None}
+    if magnitudes and len(magnitudes) != len(sites):
+        raise ConfigError("some sites have a DoRA magnitude and others none", remedy="convert them apart")
+    config = TensorNetworkConfig(
+        network=f,
+        target_modules=[site.module for site in sites],
+        dora=bool(magnitudes),
+        save_frozen=any(param.kind == "frozen" for param in placed.parameters),
+        **{key: value for key, value in lines.about.items() if key != "fan_in_fan_out" and value is not None},
+    )
+    config.layers, config.projections = places, {proj: k for k, proj in enumerate(placed.projs)}
+    config.frozen = frozen_hashes(values)
+    config.inference_mode = True
+    arrays = {f"{param.home or 'factor_bank'}.{OURS}factors.{param.key}": value for param, value in values.items()}
+    arrays |= {f"{module}.{OURS}magnitude": value for module, value in magnitudes.items()}
+    assert {name: tuple(value.shape) for name, value in arrays.items()} == expected_shapes(config, placed)
+    axes = {param.key: list(param.indices) for param in placed.parameters}
+    scales = {site.module: site.scale for site in lines.sites if site.scale != scale}
+    padded = {site.module: ranks[site.module] for site in sites if ranks[site.module] != _ranks(site)}
+    config.save_pretrained(str(folder))
+    save(
+        {f"{PREFIX}{name}": value for name, value in {**arrays, **lines.others}.items()},
+        folder / TENSORS,
+        {_NOTE: json.dumps({"axes": axes, "ranks": padded, "scales": scales}, sort_keys=True)},
+    )
+
+
+def _names(modules: Sequence[str], card: Card | None) -> dict[str, tuple[str, str]]:
+    """The layer and the projection of every module, by the model's card where it is known."""
+    found: dict[str, tuple[str, str]] = {}
+    for module in modules if card else ():
+        assert card is not None
+        for p in card.projections:
+            match = re.fullmatch(rf"((?:.*\.)?{re.escape(card.stem)}\.\d+)\.{re.escape(p.path)}", module)
+            if match and "/" in p.name and not p.experts:
+                raise ConfigError(
+                    f"{module} is several projections in one ({p.name}, ...), each a site of its own",
+                    remedy='convert it to="lora" and load that with PEFT',
+                )
+            if match:
+                found[module] = match[1], p.name.partition("/")[0]
+    return found | names_by_path([module for module in modules if module not in found])
+
+
+def _natural(text: str) -> list[tuple[int, int, str]]:
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", text)]
+
+
+def _ranks(site: SiteAdapter) -> dict[str, int]:
+    return {bond: site.sizes[bond] for bond in site.network.bonds}
+
+
+def _padded(sites: Sequence[SiteAdapter], names: Mapping[str, tuple[str, str]]) -> list[SiteAdapter]:
+    """The sites with the bonds of a projection equally large in all layers: zeros fill the smaller ones."""
+    most: dict[tuple[str, Network, str], int] = {}
+    for site in sites:
+        for bond, rank in _ranks(site).items():
+            key = names[site.module][1], site.network, bond
+            most[key] = max(most.get(key, 0), rank)
+    wide = []
+    for site in sites:
+        factors = dict(site.factors)
+        for factor in site.network.factors:
+            label = site.network.label(factor)
+            lacking = [
+                most[names[site.module][1], site.network, index] - size if index in site.network.bonds else 0
+                for index, size in zip(factor.indices, factors[label].shape, strict=True)
+            ]
+            if any(lacking):
+                ends = [part for lack in reversed(lacking) for part in (0, lack)]
+                factors[label] = torch.nn.functional.pad(factors[label], ends)
+        wide.append(replace(site, factors=factors))
+    return wide
+
+
+def _whole(net: Network) -> Network:
+    """The site's line with the stack put back: what the format declares, found by the line of one site."""
+    known = (*(p for packings in PEFT.values() for p in packings), PER_EXPERT, *SHARED_OUTER, *KOHYA, *LYCORIS)
+    for packing in known:
+        if packing.site == net:
+            return packing.network
+    raise ConfigError("the line belongs to no format", line=str(net), remedy='convert it to="lora"')
+
+
+def _factorization(
+    sites: Sequence[SiteAdapter],
+    names: Mapping[str, tuple[str, str]],
+    places: Mapping[str, int],
+    scale: float,
+) -> tuple[Factorization, dict[str, Site]]:
+    by_proj: dict[str, dict[_Group, list[SiteAdapter]]] = {}
+    for site in sites:
+        group = site.network, tuple(sorted(_ranks(site).items()))
+        by_proj.setdefault(names[site.module][1], {}).setdefault(group, []).append(site)
+    groups: dict[_Group, list[str]] = {}
+    for proj, kinds in by_proj.items():
+        if len(kinds) > 1:
+            raise ConfigError(
+                f"the layers of {proj} are updated by different lines: "
+                f"{' and '.join(str(net) for net, _ in list(kinds)[:2])}",
+                remedy="convert these layers apart",
+            )
+        groups.setdefault(next(iter(kinds)), []).append(proj)
+    usual = max(groups, key=lambda group: len(groups[group]))
+    rules, ranks = [], {}
+    for number, (group, projs) in enumerate(sorted(groups.items(), key=lambda item: item[0] == usual)):
+        net = _whole(group[0])
+        new = {bond: bond if group == usual else f"{bond}_{number + 1}" for bond, _ in group[1]}
+        ranks |= {new[bond]: rank for bond, rank in group[1]}
+        rules.append(SiteRule(net.rename(new), "*" if group == usual else "|".join(projs)))
+    chosen = {}
+    for site in sites:
+        layer, proj = names[site.module]
+        out, inp = site.shape
+        chosen[site.module] = Site(places[layer], proj, out, inp, 0, site.module, 0, site.sizes.get("expert", 0))
+    base = Factorization(name="converted", lines=tuple(rules), ranks=ranks, scale=scale, source="converted (derived)")
+    order = sorted_projs({site.proj for site in chosen.values()})
+    chosen = dict(sorted(chosen.items(), key=lambda item: (item[1].layer, order.index(item[1].proj))))
+    return replace(base, splits=_splits(base, sites, chosen)), chosen
+
+
+def _splits(f: Factorization, sites: Sequence[SiteAdapter], chosen: Mapping[str, Site]) -> dict[str, Any]:
+    """The splits that give every site the sizes it has: none if the even split does, else one digit held fixed."""
+    found: dict[str, Any] = {}
+    for side, name in (("out", "rows"), ("inp", "cols")):
+        groups = {getattr(site.network, name) for site in sites}
+        wide = [group for group in groups if len(group) > 1]
+        if not wide:
+            continue
+        wanted = [[site.sizes[i] for i in getattr(site.network, name)] for site in sites]
+        fixed = [
+            tuple(size if k == place else None for k in range(len(wanted[0])))
+            for place in range(len(wanted[0]))
+            for size in {sizes[place] for sizes in wanted}
+        ]
+        for split in ((), *fixed):
+            trial = replace(f, splits={side: split} if split else {})
+            try:
+                same = all(
+                    [
+                        trial.sizes(out=site.shape[0], inp=site.shape[1], line=trial.rule_for(chosen[site.module]))[i]
+                        for i in getattr(site.network, name)
+                    ]
+                    == sizes
+                    for site, sizes in zip(sites, wanted, strict=True)
+                )
+            except (NetworkError, KeyError):
+                continue
+            if same:
+                found |= {side: split} if split else {}
+                break
+        else:
+            raise ConfigError(
+                f"the sites split their {side} sides in ways that no one rule gives", remedy="convert them apart"
+            )
+    return found
+
+
+def _values(placed: Layout, sites: Mapping[str, SiteAdapter]) -> dict[ParameterSpec, Tensor]:
+    values: dict[ParameterSpec, Tensor] = {}
+    for site_layout in placed.site_layouts:
+        site = sites[site_layout.site.module]
+        for label, param in site_layout.parameters.items():
+            value = site.factors[label]
+            if not torch.equal(values.setdefault(param, value), value):
+                raise ConfigError(f"{label} differs between sites that share it", remedy="convert them apart")
+    return values
+
+
+# ---- reading
+
+
+def read_folder(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]]) -> Source:
+    """A tnpeft adapter as lines; its updates are contracted from the stored factors.
+
+    Raises:
+        AdapterFileError: the file and the configuration do not belong together.
+        ConfigError: the adapter holds what the file alone does not tell.
+    """
+    config = TensorNetworkConfig.from_pretrained(str(path))
+    f = config.factorization
+    refused = {
+        "replicas": config.replicas > 1,
+        "trained biases": config.bias != "none",
+        "trained tokens": config.trainable_token_indices is not None,
+        "columns of unit norm": bool(f.unit_norm),
+        "square slices": f.square,
+    }
+    for what, there in refused.items():
+        if there:
+            raise ConfigError(
+                f"an adapter with {what} is not converted", remedy="use tnpeft.export_lora(model, path) instead"
+            )
+    homes, bank, magnitudes, others = _stored(tensors)
+    ranks, scales = _note(path)
+    names = _match(list(homes), config)
+    found, updates = [], []
+    for module, own in homes.items():
+        layer, proj = names[module]
+        site = _site(f, module, own, bank, layer, proj, shape_of(module, shapes))
+        updates.append(np.asarray(site.dense().numpy()))
+        for bond, rank in ranks.get(module, {}).items():
+            site = _narrowed(site, bond, rank)
+        site = replace(site.scaled(scales.get(module, site.scale)), magnitude=magnitudes.get(module))
+        found.append(site)
+    about = {
+        key: getattr(config, key) for key in ("base_model_name_or_path", "task_type", "revision", "modules_to_save")
+    }
+    return Source("tnpeft", AdapterLines(tuple(found), about, others), tuple(updates))
+
+
+def _stored(
+    tensors: Mapping[str, Tensor],
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    homes: dict[str, dict[str, Tensor]] = {}
+    bank: dict[str, Tensor] = {}
+    magnitudes, others = {}, {}
+    for name, tensor in tensors.items():
+        name = name.removeprefix(PREFIX)
+        module, ours, key = name.partition(f".{OURS}factors.")
+        if ours and module.rpartition(".")[2] == "factor_bank":
+            bank[key] = tensor
+        elif ours:
+            homes.setdefault(module, {})[key] = tensor
+        elif name.endswith(f".{OURS}magnitude"):
+            magnitudes[name.removesuffix(f".{OURS}magnitude")] = tensor
+        else:
+            others[name] = tensor
+    if not homes:
+        raise ConfigError(
+            "no site has a factor of its own, so the file does not tell which modules are adapted",
+            remedy="use tnpeft.export_lora(model, path) instead",
+        )
+    return homes, bank, magnitudes, others
+
+
+def _note(path: Path) -> tuple[dict[str, dict[str, int]], dict[str, float]]:
+    """The ranks and scales that sites had in the source of an earlier conversion."""
+    from safetensors import safe_open
+
+    with safe_open(path / TENSORS, framework="pt") as file:
+        text = (file.metadata() or {}).get(_NOTE, "{}")
+    try:
+        data = json.loads(text)
+        ranks = {str(m): {str(b): int(r) for b, r in its.items()} for m, its in data.get("ranks", {}).items()}
+        scales = {str(m): float(s) for m, s in data.get("scales", {}).items() if float(s) != 0}
+        return ranks, scales
+    except (ValueError, AttributeError, TypeError):
+        raise AdapterFileError(f"the header entry {_NOTE} is damaged", remedy="copy the adapter again") from None
+
+
+def _match(modules: Sequence[str], config: TensorNetworkConfig) -> dict[str, tuple[int, str]]:
+    """The position of the layer and the projection of every module, by the configuration's maps."""
+    layers, projs = config.layers or {}, config.projections or {}
+    by_path = names_by_path(modules)
+    found = {}
+    for module in modules:
+        layer = max(
+            (name for name in layers if f"{module}.".startswith(f"{name}.") or not name), key=len, default=None
+        )
+        inside = module[len(layer) :].strip(".") if layer is not None else ""
+        options = [
+            by_path[module][1],
+            inside.replace(".", "_"),
+            *(p for p in projs if p.rpartition("_")[2] in inside),
+        ]
+        proj = next((name for name in options if name in projs), None)
+        if layer is None or proj is None:
+            raise ConfigError(
+                f"{module} is none of the layers and projections that the configuration names",
+                remedy="adapters on slices of a fused linear are exported with tnpeft.export_lora(model, path)",
+            )
+        found[module] = layers[layer], proj
+    return found
+
+
+def _site(
+    f: Factorization,
+    module: str,
+    own: Mapping[str, Tensor],
+    bank: Mapping[str, Tensor],
+    layer: int,
+    proj: str,
+    shape: tuple[int, int] | None,
+) -> SiteAdapter:
+    for rule in f.lines:
+        whole = rule.network
+        if not _by_name(rule, proj):
+            continue
+        net = whole.select(*(index for index in whole.stack if index in ("layer", "proj")))
+        factors: dict[str, Tensor] = {}
+        sizes: dict[str, int] = {bond: rank for bond, rank in f.ranks.items() if isinstance(rank, int)}
+        for group, size in zip((net.rows, net.cols), shape or (), strict=False):
+            sizes |= {group[0]: size} if len(group) == 1 else {}
+        labels = [(whole.label(a), a, b) for a, b in zip(whole.factors, net.factors, strict=True)]
+        for label, factor, one in sorted(labels, key=lambda item: item[0] not in own):
+            if factor.kind == "constant":
+                raise ConfigError(f"{label} is a constant of the model", remedy="use tnpeft.export_lora instead")
+            tags = [f"@{layer}"] * ("layer" in factor.indices) + [f"@{proj}"] * ("proj" in factor.indices)
+            base = label + "".join(tags)
+            options = [own[label]] if len(tags) == 2 and label in own else []
+            options += [t for key, t in bank.items() if len(tags) < 2 and key.partition("#")[0] == base]
+            fit = [t for t in options if _agree(t, one.indices, sizes)]
+            if len(fit) != 1:
+                break
+            factors[label] = fit[0]
+            sizes |= dict(zip(one.indices, fit[0].shape, strict=True))
+        else:
+            site = SiteAdapter(module, net, factors, float(f.scale))
+            if rule.serves(Site(layer, proj, *site.shape)) and f.rule_for(Site(layer, proj, *site.shape)) is rule:
+                return site
+    raise ConfigError(
+        f"the file does not hold every factor of {module}",
+        remedy="pass model=, and save the adapter with save_frozen=True, so that its frozen factors are in the file",
+    )
+
+
+def _by_name(rule: SiteRule, proj: str) -> bool:
+    return "<" in rule.sites or ">" in rule.sites or rule.serves(Site(0, proj, 1, 1))
+
+
+def _agree(tensor: Tensor, indices: Sequence[str], sizes: Mapping[str, int]) -> bool:
+    return tensor.ndim == len(indices) and all(
+        sizes.get(index, size) == size for index, size in zip(indices, tensor.shape, strict=True)
+    )
+
+
+def _narrowed(site: SiteAdapter, bond: str, rank: int) -> SiteAdapter:
+    """The site with a bond cut back to its rank before padding, if what is cut is still zero."""
+    bond = next((b for b in site.network.bonds if b == bond or re.fullmatch(rf"{re.escape(bond)}_\d+", b)), bond)
+    factors = dict(site.factors)
+    for factor in site.network.factors:
+        label = site.network.label(factor)
+        if bond in factor.indices:
+            axis = factor.indices.index(bond)
+            size = factors[label].shape[axis]
+            if not 0 < rank <= size or factors[label].narrow(axis, rank, size - rank).any():
+                return site
+            factors[label] = factors[label].narrow(axis, 0, rank).contiguous()
+    return replace(site, factors=factors)

@@ -1,0 +1,208 @@
+"""The table of formats: how stored names belong to sites, and how stored tensors are the factors of a line.
+
+Every entry also has the update as its own project computes it, written out without the line: a conversion is
+believed only if the two agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tnpeft.adapters.convert.lines import parse
+from tnpeft.networks import Network, network
+
+Array = NDArray[np.float64]
+Raw = Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """One way to store the update of a site.
+
+    ``tensors`` maps the end of a stored name to the factor it holds, with its axes in stored order; those in
+    ``shared`` are stored once for all sites, larger than a site needs, and first cut to the sizes of the axes named
+    there; ``update`` is the project's own
+    formula, ``[*stack, out, inp]`` without the scale.
+    """
+
+    method: str
+    line: str
+    tensors: Mapping[str, str]
+    update: Callable[[Raw], Array]
+    shared: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def network(self) -> Network:
+        """The line as a network, its stack included."""
+        return network(self.line)
+
+    @cached_property
+    def site(self) -> Network:
+        """The network of one site; the index ``expert`` stays."""
+        return self.network.select(*(index for index in self.network.stack if index in ("layer", "proj")))
+
+    def fits(self, stored: Mapping[str, Tensor]) -> bool:
+        """True if these are the tensors of a site in this packing, by their names and numbers of axes."""
+        own = {name for name in self.tensors if name not in self.shared}
+        if own != set(stored):
+            return False
+        for name, tensor in stored.items():
+            axes = parse(self.tensors[name])[1]
+            if tensor.ndim != len(axes) or any(not g and n != 1 for g, n in zip(axes, tensor.shape, strict=True)):
+                return False
+        return True
+
+
+_SITE = "-> layer proj out inp"
+_EXPERT = "-> layer proj expert out inp"
+_LORA = f"B[layer proj out r] A[layer proj r inp] {_SITE}"
+_LOHA = f"B1[layer proj out r] A1[layer proj r inp] B2[layer proj out s] A2[layer proj s inp] {_SITE}"
+_KRON = "-> layer proj (o1 o2) (i1 i2)"
+_OWN_EXPERTS = f"B[layer proj expert out r] A[layer proj expert r inp] {_EXPERT}"
+
+
+def _lora(t: Raw) -> Array:
+    return t["lora_B.weight"] @ t["lora_A.weight"]
+
+
+def _experts(t: Raw) -> Array:
+    """Batched over experts; a shared side has one entry or no such axis."""
+    return np.matmul(t["lora_B.weight"], t["lora_A.weight"])
+
+
+def _target_parameters(t: Raw) -> Array:
+    a, b, experts = t["lora_A.weight"], t["lora_B.weight"], int(t["experts"])
+    b_of = b.reshape(b.shape[0], -1, experts)
+    return np.stack([b_of[:, :, e] @ a.reshape(experts, -1, a.shape[1])[e] for e in range(experts)])
+
+
+def _kohya(t: Raw) -> Array:
+    down, up = t["lora_down.weight"], t["lora_up.weight"]
+    return up.reshape(up.shape[0], -1) @ down.reshape(down.shape[0], -1)
+
+
+def _loha(t: Raw) -> Array:
+    return (t["hada_w1_a"] @ t["hada_w1_b"]) * (t["hada_w2_a"] @ t["hada_w2_b"])
+
+
+def _lokr(t: Raw) -> Array:
+    w1 = t["lokr_w1"] if "lokr_w1" in t else t["lokr_w1_a"] @ t["lokr_w1_b"]
+    w2 = t["lokr_w2"] if "lokr_w2" in t else t["lokr_w2_a"] @ t["lokr_w2_b"]
+    return np.kron(w1, w2)
+
+
+def _vera(t: Raw) -> Array:
+    b, d = t["vera_lambda_b"], t["vera_lambda_d"]
+    return np.asarray((b[:, None] * t["vera_B"]) @ (d[:, None] * t["vera_A"]))
+
+
+def _randlora(t: Raw) -> Array:
+    lam, gam, a, b = t["randlora_lambda"], t["randlora_gamma"], t["randlora_A"], t["randlora_B"]
+    scaled = (lam[:, :, None] * gam[None]) * a  # [a n short]
+    update = b.reshape(b.shape[0], -1) @ scaled.reshape(-1, scaled.shape[2])  # [long short]
+    return update if int(t["tall"]) else update.T
+
+
+_HADA = {"hada_w1_a": "B1[out r]", "hada_w1_b": "A1[r inp]", "hada_w2_a": "B2[out s]", "hada_w2_b": "A2[s inp]"}
+_KRONECKER = tuple(
+    Packing(
+        "LoKr",
+        f"{first} {second} {_KRON}",
+        {
+            **({"lokr_w1": "C[o1 i1]"} if first[0:2] == "C[" else {"lokr_w1_a": "C1[o1 q]", "lokr_w1_b": "C2[q i1]"}),
+            **({"lokr_w2": "K[o2 i2]"} if second[0] == "K" else {"lokr_w2_a": "P[o2 r]", "lokr_w2_b": "Q[r i2]"}),
+        },
+        _lokr,
+    )
+    for first in ("C[layer proj o1 i1]", "C1[layer proj o1 q] C2[layer proj q i1]")
+    for second in ("P[layer proj o2 r] Q[layer proj r i2]", "K[layer proj o2 i2]")
+)
+
+# The packings of PEFT's folders by its own name of the method.
+PEFT: Mapping[str, tuple[Packing, ...]] = {
+    "LORA": (
+        Packing("LoRA", _LORA, {"lora_A.weight": "A[r inp]", "lora_B.weight": "B[out r]"}, _lora),
+        Packing(
+            "LoRA over target_parameters",
+            _OWN_EXPERTS,
+            {"lora_A.weight": "A[(expert r) inp]", "lora_B.weight": "B[out (r expert)]"},
+            _target_parameters,
+        ),
+    ),
+    "LOHA": (Packing("LoHa", _LOHA, _HADA, _loha),),
+    "LOKR": _KRONECKER,
+    "VERA": (
+        Packing(
+            "VeRA",
+            f"b[layer proj out] ~B[out r] d[layer proj r] ~A[r inp] {_SITE}",
+            {"vera_lambda_b": "b[out]", "vera_B": "B[out r]", "vera_lambda_d": "d[r]", "vera_A": "A[r inp]"},
+            _vera,
+            shared={"vera_B": "B[out r]", "vera_A": "A[r inp]"},
+        ),
+    ),
+    "RANDLORA": (
+        Packing(
+            "RandLoRA",
+            f"~B[out n a] lam[layer proj a n] ~A[a inp] gam[layer proj n inp] {_SITE}",
+            {
+                "randlora_B": "B[out (a n)]",
+                "randlora_lambda": "lam[a n]",
+                "randlora_A": "A[a 1 inp]",
+                "randlora_gamma": "gam[n inp]",
+            },
+            _randlora,
+            shared={"randlora_B": "B[out n a]", "randlora_A": "A[a 1 inp]"},
+        ),
+        Packing(
+            "RandLoRA",
+            f"~BT[inp n a] lamT[layer proj a n] ~AT[a out] gamT[layer proj n out] {_SITE}",
+            {
+                "randlora_B": "BT[inp (a n)]",
+                "randlora_lambda": "lamT[a n]",
+                "randlora_A": "AT[a 1 out]",
+                "randlora_gamma": "gamT[n out]",
+            },
+            _randlora,
+            shared={"randlora_B": "BT[inp n a]", "randlora_A": "AT[a 1 out]"},
+        ),
+    ),
+}
+
+# Adapters over experts as three-dimensional tensors, a side that all share with one entry or none.
+PER_EXPERT = Packing(
+    "LoRA per expert",
+    _OWN_EXPERTS,
+    {"lora_A.weight": "A[expert r inp]", "lora_B.weight": "B[expert out r]"},
+    _experts,
+)
+SHARED_OUTER: tuple[Packing, ...] = tuple(
+    Packing("shared-outer LoRA", line, {"lora_A.weight": a, "lora_B.weight": b}, _experts)
+    for line, a, b in (
+        (f"B[layer proj expert out r] A[layer proj r inp] {_EXPERT}", "A[1 r inp]", "B[expert out r]"),
+        (f"B[layer proj out r] A[layer proj expert r inp] {_EXPERT}", "A[expert r inp]", "B[1 out r]"),
+        (f"B[layer proj expert out r] A[layer proj r inp] {_EXPERT}", "A[r inp]", "B[expert out r]"),
+        (f"B[layer proj out r] A[layer proj expert r inp] {_EXPERT}", "A[expert r inp]", "B[out r]"),
+    )
+)
+
+# Single files of image trainers.
+KOHYA: tuple[Packing, ...] = tuple(
+    Packing("LoRA", _LORA, {"lora_down.weight": a, "lora_up.weight": b}, _kohya)
+    for a, b in (("A[r inp]", "B[out r]"), ("A[r inp 1 1]", "B[out r 1 1]"))
+)
+LYCORIS: tuple[Packing, ...] = (Packing("LoHa", _LOHA, _HADA, _loha), *_KRONECKER)
+
+TARGETS: Mapping[str, tuple[Packing, ...]] = {
+    "peft": tuple(packing for packings in PEFT.values() for packing in packings),
+    "lora": PEFT["LORA"][:1],
+    "per_expert": (PER_EXPERT, PEFT["LORA"][0]),
+    "shared_outer": (*SHARED_OUTER[:2], PEFT["LORA"][0]),
+    "kohya": KOHYA[:1],
+    "lycoris": (*KOHYA[:1], *LYCORIS),
+}

@@ -1,0 +1,157 @@
+"""An adapter as lines: one per site, with its factors; and the packing of factors into stored tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tnpeft.networks import AdapterFileError, Network
+from tnpeft.networks.factor import Group
+
+_PACKED = re.compile(r"(\w+)\[([^\]]*)\]")
+
+
+@dataclass(frozen=True)
+class SiteAdapter:
+    """The update of one weight: its module, the line of this one site, the factors with their axes as declared.
+
+    ``magnitude`` is DoRA's, ``[out]``, None without it. ``rounded`` tells that values were multiplied on the way, so
+    that they need not agree to the last bit.
+    """
+
+    module: str
+    network: Network
+    factors: Mapping[str, Tensor]
+    scale: float = 1.0
+    magnitude: Tensor | None = None
+    rounded: bool = False
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size of every index."""
+        return {
+            index: size
+            for factor in self.network.factors
+            for index, size in zip(factor.indices, self.factors[self.network.label(factor)].shape, strict=True)
+        }
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the matrix."""
+        sizes = self.sizes
+        rows, cols = (prod(sizes[i] for i in group) for group in (self.network.rows, self.network.cols))
+        return rows, cols
+
+    def dense(self) -> Tensor:
+        """The update in double precision, ``[*stack, rows, cols]``."""
+        from tnpeft.nn.contract import dense
+
+        update: Tensor = dense(self.network, {name: value.double() for name, value in self.factors.items()})
+        return self.scale * update
+
+    def scaled(self, scale: float) -> SiteAdapter:
+        """The same update at another scale: the quotient goes into the first trainable factor."""
+        if scale == self.scale:
+            return self
+        first = next(self.network.label(f) for f in self.network.factors if f.kind == "trainable")
+        value = self.factors[first]
+        return replace(
+            self,
+            factors={**self.factors, first: (value.double() * (self.scale / scale)).to(value.dtype)},
+            scale=scale,
+            rounded=True,
+        )
+
+
+@dataclass(frozen=True)
+class AdapterLines:
+    """All sites of an adapter, what it names besides (``about``), and tensors that are no factors (``others``)."""
+
+    sites: tuple[SiteAdapter, ...]
+    about: Mapping[str, Any] = field(default_factory=dict)
+    others: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+# ---- packed tensors: "A[(expert r) inp]" is a matrix whose rows count experts slowest
+
+
+def parse(packed: str) -> tuple[str, tuple[Group, ...]]:
+    """The name and the axes of a packed tensor; an axis is a group of indices, ``()`` an axis of size 1.
+
+    >>> parse("A[(expert r) inp 1]")
+    ('A', (('expert', 'r'), ('inp',), ()))
+    """
+    match = _PACKED.fullmatch(packed)
+    assert match is not None, packed
+    axes = re.findall(r"\(([^)]*)\)|(\S+)", match[2])
+    return match[1], tuple(() if one == "1" else tuple((group or one).split()) for group, one in axes)
+
+
+def sizes_of(tensors: Mapping[str, Tensor], packed: Mapping[str, str], known: Mapping[str, int]) -> dict[str, int]:
+    """The sizes of all indices, worked out of the shapes of packed tensors.
+
+    Raises:
+        AdapterFileError: the shapes do not agree with each other.
+
+    >>> sizes_of({"a": torch.zeros(6, 5)}, {"a": "A[(expert r) inp]"}, {"r": 2})
+    {'r': 2, 'expert': 3, 'inp': 5}
+    """
+    sizes = dict(known)
+    axes = [
+        (name, group, length)
+        for name, tensor in tensors.items()
+        for group, length in zip(parse(packed[name])[1], tensor.shape, strict=True)
+    ]
+    for _ in axes:
+        for _, group, length in axes:
+            unknown = [index for index in group if index not in sizes]
+            if len(unknown) == 1:
+                sizes[unknown[0]] = length // max(prod(sizes[i] for i in group if i in sizes), 1)
+    for name, group, length in axes:
+        if any(index not in sizes for index in group) or prod(sizes[index] for index in group) != length:
+            raise AdapterFileError(
+                f"{name} has the shape {tuple(tensors[name].shape)}, which does not fit "
+                f"{packed[name]} at {', '.join(f'{i}={n}' for i, n in sizes.items())}",
+                remedy="check the rank in the configuration, and that the files belong together",
+            )
+    return sizes
+
+
+def unpack(tensor: Tensor, packed: str, declared: Group, sizes: Mapping[str, int]) -> Tensor:
+    """A packed tensor as a factor with the declared axes.
+
+    >>> unpack(torch.arange(6).reshape(6, 1), "A[(e r) i]", ("e", "r", "i"), {"e": 3, "r": 2, "i": 1})[:, :, 0]
+    tensor([[0, 1],
+            [2, 3],
+            [4, 5]])
+    """
+    flat = [index for group in parse(packed)[1] for index in group]
+    spread = tensor.reshape([sizes[index] for index in flat])
+    return spread.permute([flat.index(index) for index in declared]).contiguous()
+
+
+def pack(factor: Tensor, packed: str, declared: Group) -> Tensor:
+    """The inverse of :func:`unpack`.
+
+    >>> pack(torch.arange(6).reshape(3, 2, 1), "A[(r e) i]", ("e", "r", "i")).flatten()
+    tensor([0, 2, 4, 1, 3, 5])
+    """
+    axes = parse(packed)[1]
+    flat = [index for group in axes for index in group]
+    sizes = dict(zip(declared, factor.shape, strict=True))
+    moved = factor.permute([declared.index(index) for index in flat])
+    return moved.reshape([prod(sizes[index] for index in group) for group in axes]).contiguous()
+
+
+def save(tensors: Mapping[str, Tensor], path: Any, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file; tensors may share memory."""
+    from safetensors.torch import save_file
+
+    own = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
+    save_file(own, path, metadata={"format": "pt", **metadata})

@@ -1,0 +1,223 @@
+"""The conversion itself: read, write aside, read back, compare the updates on drawn inputs, and only then keep."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from tnpeft.adapters.convert import gguf
+from tnpeft.adapters.convert.folder import read_folder, write_folder
+from tnpeft.adapters.convert.formats import Array
+from tnpeft.adapters.convert.lines import AdapterLines
+from tnpeft.adapters.convert.read import Source, load, read_peft
+from tnpeft.adapters.convert.trainers import read_trainers_file
+from tnpeft.adapters.convert.write import held, packings_of, write_image, write_peft
+from tnpeft.models import Card, cards
+from tnpeft.networks import AdapterFileError, ConfigError, NetworkError
+
+TARGETS = ("tnpeft", "peft", "lora", "per_expert", "shared_outer", "kohya", "lycoris", "gguf")
+_FILES = {"kohya": ".safetensors", "lycoris": ".safetensors", "gguf": ".gguf"}
+_INPUTS = 4  # drawn per site
+_SLACK = 64  # of the dtype's rounding, where values were multiplied
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A finished conversion: from what to what, its sites and trainable elements, and the largest relative difference
+    between the updates of the two on drawn inputs."""
+
+    source: str
+    target: str
+    path: Path
+    sites: int
+    parameters: int
+    difference: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.source} -> {self.target}: {self.sites} sites, {self.parameters:,} parameters, "
+            f"largest relative difference {self.difference:.2g}, in {self.path}"
+        )
+
+
+def convert(source: str | Path, target: str | Path, to: str = "tnpeft", *, model: Any = None) -> Conversion:
+    """Convert an adapter to another packing.
+
+    Read are folders of PEFT (LoRA with patterns, rsLoRA and DoRA, LoHa, LoKr, VeRA, RandLoRA, ``target_parameters``),
+    of tnpeft, of experts as 3-D tensors (per expert or with a shared outer side), and kohya's and LyCORIS' files.
+    What was written is read back, and its updates are compared with the source's own formula on drawn inputs;
+    nothing is left behind unless they agree.
+
+    Args:
+        source: a folder with an ``adapter_config.json``, or a ``.safetensors`` file.
+        target: the folder, or for kohya, lycoris and gguf the file, to write; it must not exist.
+        to: tnpeft, peft (its own method for the line, else LoRA), lora, per_expert, shared_outer, kohya,
+            lycoris or gguf.
+        model: the base model, its configuration or its name, where shapes or modules' paths do not follow from the
+            file: RandLoRA on oblong linears, trainers' names with underscores, GGUF.
+
+    Raises:
+        AdapterFileError: the source is damaged, or the conversion changes an update: the largest difference is told.
+        ConfigError: the target cannot hold the adapter, or the model is needed.
+
+    >>> convert("no/such/folder", "target")
+    Traceback (most recent call last):
+    tnpeft.networks.errors.AdapterFileError: 'no/such/folder' is neither a folder nor a file
+    pass the adapter's path
+    """
+    if to not in TARGETS:
+        raise ConfigError(f"to={to!r} is not a target", remedy=f"use one of {', '.join(TARGETS)}")
+    path = Path(target)
+    if path.exists():
+        raise ConfigError(f"{str(path)!r} exists", remedy="choose another target, or remove it first")
+    found = _read(Path(source), _shapes(model))
+    card = _card(model, found.lines)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        new = aside / f"file{_FILES[to]}" if to in _FILES else aside / "folder"
+        lines = _write(found.lines, new, to, card)
+        back = _updates(new, to, lines, model, card)
+        difference = _compare(found, lines, back)
+        os.chmod(new, 0o755 if new.is_dir() else 0o644)
+        os.replace(new, path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return Conversion(found.format, to, path, len(lines.sites), _elements(lines), difference)
+
+
+def _read(path: Path, shapes: Mapping[str, tuple[int, int]]) -> Source:
+    config, tensors = load(path)
+    if config.get("peft_type") == "TENSOR_NETWORK":
+        return read_folder(path, tensors, shapes)
+    return read_peft(config, tensors, shapes) if config else read_trainers_file(tensors, shapes)
+
+
+def _write(lines: AdapterLines, new: Path, to: str, card: Card | None) -> AdapterLines:
+    """Write a target; what its updates may differ by is marked in the lines that come back."""
+    if to == "gguf":
+        gguf.write_gguf(lines, new, card)
+        return gguf.rounded(lines)
+    if to in _FILES:
+        write_image(lines, new, to)
+    elif to == "tnpeft":
+        new.mkdir()
+        write_folder(lines, new, card)
+        return gguf.rounded(lines) if len({site.scale for site in lines.sites}) > 1 else lines
+    else:
+        new.mkdir()
+        write_peft(lines, new, to)
+    marked = tuple(held(site, tuple(packings_of(to)))[1] for site in lines.sites)
+    return gguf.rounded(lines) if any(site.rounded for site in marked) else lines
+
+
+def _updates(new: Path, to: str, lines: AdapterLines, model: Any, card: Card | None) -> Mapping[str, Array]:
+    if to == "gguf":
+        assert card is not None
+        return dict(zip((s.module for s in lines.sites), gguf.read_updates(new, lines, card), strict=True))
+    shapes = {site.module: site.shape for site in lines.sites if not site.network.stack}
+    back = _read(new, shapes)
+    return {site.module: update for site, update in zip(back.lines.sites, back.updates, strict=True)} | {
+        f"{site.module}/magnitude": site.magnitude.double().numpy()
+        for site in back.lines.sites
+        if site.magnitude is not None
+    }
+
+
+def _compare(found: Source, lines: AdapterLines, back: Mapping[str, Array]) -> float:
+    """The largest relative difference between the outputs of the updates on drawn inputs.
+
+    Raises:
+        AdapterFileError: it is more than rounding, or a site is missing.
+    """
+    rng = np.random.default_rng(0)
+    worst = 0.0
+    for site, written, update in zip(found.lines.sites, lines.sites, found.updates, strict=True):
+        other = back.get(site.module)
+        if other is None or other.shape != update.shape:
+            shape = None if other is None else other.shape
+            raise AdapterFileError(
+                f"{site.module} has an update of shape {update.shape}, in the target of {shape}",
+                remedy="this is a fault of the conversion: nothing was written",
+            )
+        x = rng.standard_normal((update.shape[-1], _INPUTS))
+        size = max(float(np.abs(update @ x).max()), float((np.abs(update) @ np.abs(x)).max()) * 1e-3, 1e-300)
+        difference = float(np.abs(other @ x - update @ x).max()) / size
+        dtype = next(iter(site.factors.values())).dtype
+        allowed = _SLACK * torch.finfo(dtype).eps if written.rounded else 1e-9
+        worst = max(worst, difference)
+        if not difference <= allowed:
+            raise AdapterFileError(
+                f"the update of {site.module} would change: the largest relative difference is {difference:.3g}, "
+                f"{allowed:.3g} is rounding",
+                remedy="nothing was written",
+            )
+        if site.magnitude is not None and not np.array_equal(
+            back.get(f"{site.module}/magnitude", np.empty(0)), site.magnitude.double().numpy()
+        ):
+            raise AdapterFileError(f"the magnitude of {site.module} would change", remedy="nothing was written")
+    return worst
+
+
+def _elements(lines: AdapterLines) -> int:
+    """The number of elements of all trainable factors."""
+    return sum(
+        site.factors[site.network.label(factor)].numel()
+        for site in lines.sites
+        for factor in site.network.factors
+        if factor.kind == "trainable"
+    )
+
+
+# ---- the base model, as far as it is known
+
+
+def _shapes(model: Any) -> dict[str, tuple[int, int]]:
+    """Out and inp of the base model's linears by path; of a named model the paths in its base model."""
+    if model is None:
+        return {}
+    if isinstance(model, nn.Module):
+        from transformers.pytorch_utils import Conv1D
+
+        from tnpeft.adapters.targets import features
+
+        return {
+            name: features(module) for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
+        }
+    shapes: dict[str, tuple[int, int]] = {}
+    for site in cards.sites(model, "all-linear"):
+        if not site.experts:
+            out, inp = shapes.get(site.module, (0, site.inp))
+            shapes[site.module] = out + site.out, inp
+    return shapes
+
+
+def _card(model: Any, lines: AdapterLines) -> Card | None:
+    """The card of the base model: the one given, else of the name in the adapter if that is known here."""
+    if isinstance(model, nn.Module):
+        model = getattr(model, "config", None)
+        if model is None:
+            return None
+    name = model if model is not None else lines.about.get("base_model_name_or_path")
+    if name is None or (model is None and not _known(str(name))):
+        return None
+    try:
+        return cards.card(name)
+    except NetworkError:
+        if model is None:
+            return None
+        raise
+
+
+def _known(name: str) -> bool:
+    known = {each.lower() for full in cards.names() for each in (full, full.rpartition("/")[2])}
+    return name.lower() in known or (Path(name) / "config.json").is_file()

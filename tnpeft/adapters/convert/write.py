@@ -1,0 +1,340 @@
+"""Writing adapters: lines into PEFT's folders, trainers' files and GGUF, each site in a packing that holds it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tnpeft.adapters.convert.formats import PEFT, TARGETS, Packing
+from tnpeft.adapters.convert.lines import AdapterLines, SiteAdapter, pack, save
+from tnpeft.adapters.convert.read import CONFIG, PREFIX, TENSORS
+from tnpeft.networks import ConfigError
+from tnpeft.nn.lowrank import cut_rank, sides
+
+_LORA, _EXPERTS = PEFT["LORA"]
+
+
+def fitted(site: SiteAdapter, packing: Packing) -> SiteAdapter | None:
+    """The site with the packing's names of factors and indices, None if its line is another one.
+
+    >>> from tnpeft.networks import network
+    >>> own = network("V[inp a] U[out a] -> out inp")
+    >>> found = fitted(SiteAdapter("q", own, {"V": torch.ones(3, 2), "U": torch.ones(5, 2)}), _LORA)
+    >>> {name: tuple(factor.shape) for name, factor in found.factors.items()}
+    {'B': (5, 2), 'A': (2, 3)}
+    """
+    ours, theirs = site.network, packing.site
+    groups = [(len(a), len(b)) for a, b in zip(ours.output, theirs.output, strict=False)]
+    if len(ours.terms) != 1 or len(ours.output) != len(theirs.output) or any(a != b for a, b in groups):
+        return None
+    if ours.stack != theirs.stack or ours.terms[0].sign < 0 or len(ours.factors) != len(theirs.factors):
+        return None
+    outer = dict(zip(ours.outer, theirs.outer, strict=True))
+    for order in permutations(ours.terms[0].factors):
+        names = dict(outer)
+        factors: dict[str, Tensor] = {}
+        for mine, other in zip(order, theirs.terms[0].factors, strict=True):
+            rest = [index for index in other.indices if index not in names.values()]
+            new = [index for index in mine.indices if index not in names]
+            if mine.kind != other.kind or len(new) != len(rest):
+                break
+            names |= dict(zip(new, rest, strict=True))
+            if {names[i] for i in mine.indices} != set(other.indices):
+                break
+            named = [names[i] for i in mine.indices]
+            value = site.factors[ours.label(mine)]
+            factors[theirs.label(other)] = value.permute([named.index(i) for i in other.indices])
+        else:
+            return replace(site, network=theirs, factors=factors)
+    return None
+
+
+def held(site: SiteAdapter, packings: Sequence[Packing]) -> tuple[Packing, SiteAdapter]:
+    """The first packing that holds the site's line; else LoRA through the smallest cut, exactly (of every expert).
+
+    Raises:
+        ConfigError: the target has no packing for the line.
+    """
+    for packing in packings:
+        if (found := fitted(site, packing)) is not None:
+            return packing, found
+    net = site.network
+    over = {"expert": site.sizes["expert"]} if net.stack == ("expert",) else {}
+    target = next((p for p in packings if p.site == (_EXPERTS if over else _LORA).site), None)
+    if target is None or net.stack not in ((), ("expert",)):
+        raise ConfigError(
+            f"the target has no packing for the line of {site.module}",
+            line=str(net),
+            remedy=f"it holds {' or '.join(str(packing.site) for packing in packings)}",
+        )
+    one, sizes = net.select(*net.stack), site.sizes
+    if cut_rank(one, sizes) >= min(site.shape):
+        raise ConfigError(
+            f"no low-rank pair holds the update of {site.module} exactly",
+            line=str(net),
+            remedy="use tnpeft.export_lora(model, path, rank=...), which states its error",
+        )
+    pairs = [sides(one, sizes, _chosen(site, expert)) for expert in range(over.get("expert", 1))]
+    dtype = next(iter(site.factors.values())).dtype
+    b, a = (torch.stack(matrices).to(dtype) for matrices in zip(*pairs, strict=True))
+    factors = {"B": b, "A": a} if over else {"B": b[0], "A": a[0]}
+    return target, replace(site, network=target.site, factors=factors, rounded=True)
+
+
+def _chosen(site: SiteAdapter, expert: int) -> dict[str, Tensor]:
+    """The factors of one expert, in double precision."""
+    values = {}
+    for factor in site.network.factors:
+        value = site.factors[site.network.label(factor)].double()
+        over = "expert" in factor.indices
+        values[site.network.label(factor)] = value.select(factor.indices.index("expert"), expert) if over else value
+    return values
+
+
+def stored(packing: Packing, site: SiteAdapter) -> dict[str, Tensor]:
+    """The site's tensors by the ends of their names; shared ones as this site needs them."""
+    arrays = {}
+    for name, line in packing.tensors.items():
+        label = line.partition("[")[0]
+        arrays[name] = pack(site.factors[label], line, packing.site.factor(label).indices)
+    return arrays
+
+
+# ---- PEFT's folders
+
+
+def write_peft(lines: AdapterLines, folder: Path, to: str) -> None:
+    """Write the lines as a folder that PEFT reads (``per_expert`` and ``shared_outer``: that servers read).
+
+    Raises:
+        ConfigError: the target cannot hold a line, or not all of them in one folder.
+    """
+    pairs = [held(site, TARGETS[to]) for site in lines.sites]
+    methods = {next((k for k, packings in PEFT.items() if packing in packings), "LORA") for packing, _ in pairs}
+    if len(methods) > 1 and to == "peft":  # lines of one site each that only LoRA holds together
+        pairs, methods = [held(site, TARGETS["lora"]) for site in lines.sites], {"LORA"}
+    [kind] = methods
+    if kind != "LORA" and any(site.magnitude is not None for _, site in pairs):
+        raise ConfigError(f"{kind} holds no DoRA magnitude", remedy='convert it to="tnpeft", or a LoRA')
+    tensors: dict[str, Tensor] = {}
+    whole: dict[str, Tensor] = {}
+    for packing, site in pairs:
+        arrays = stored(packing, site)
+        for name in packing.shared:
+            whole[name] = _widest(name, whole.get(name), _uncut(packing, name, site, arrays.pop(name)))
+        tensors |= {f"{PREFIX}{_inside(packing, site, lines)}.{name}": value for name, value in arrays.items()}
+        if site.magnitude is not None:
+            tensors[f"{PREFIX}{site.module}.lora_magnitude_vector"] = site.magnitude
+    if kind == "RANDLORA":
+        whole = _as_peft_sizes(whole, [site.shape for _, site in pairs])
+    tensors |= {f"base_model.{name}": value for name, value in whole.items()}
+    tensors |= {f"{PREFIX}{name}": value for name, value in lines.others.items()}
+    config = _config(kind, pairs, lines.about)
+    config.save_pretrained(str(folder))
+    _tidy(folder / CONFIG)
+    save(tensors, folder / TENSORS, {})
+
+
+def _uncut(packing: Packing, name: str, site: SiteAdapter, value: Tensor) -> Tensor:
+    """A shared tensor with the axes that it is cut along."""
+    groups = packing.shared[name].partition("[")[2].rstrip("]").split()
+    return value.reshape([1 if index == "1" else site.sizes[index] for index in groups])
+
+
+def _widest(name: str, before: Tensor | None, value: Tensor) -> Tensor:
+    """The larger of two cuts of one shared tensor.
+
+    Raises:
+        ConfigError: neither is a cut of the other.
+    """
+    if before is None:
+        return value
+    common = tuple(slice(0, min(a, b)) for a, b in zip(before.shape, value.shape, strict=True))
+    larger = torch.zeros([max(a, b) for a, b in zip(before.shape, value.shape, strict=True)], dtype=value.dtype)
+    covered = [all(n == m for n, m in zip(one.shape, larger.shape, strict=True)) for one in (before, value)]
+    if not torch.equal(before[common], value[common]) or not (any(covered) or before.ndim):
+        raise ConfigError(
+            f"{name} is one tensor for all sites in PEFT, and these sites have different ones",
+            remedy='convert it to="lora"',
+        )
+    for one in (before, value):
+        larger[tuple(slice(0, n) for n in one.shape)] = one
+    return larger
+
+
+def _as_peft_sizes(whole: Mapping[str, Tensor], shapes: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+    """RandLoRA's bases as large as PEFT makes them for these linears; what no linear uses is zero."""
+    short, long = sorted((max(out for out, _ in shapes), max(inp for _, inp in shapes)))
+    a, b = whole["randlora_A"], whole["randlora_B"]
+    rank = a.shape[0]
+    wide = {"randlora_A": a.new_zeros(rank, 1, short), "randlora_B": b.new_zeros(long, -(-short // rank), rank)}
+    for name, value in (("randlora_A", a), ("randlora_B", b)):
+        wide[name][tuple(slice(0, n) for n in value.shape)] = value
+    return wide
+
+
+def _inside(packing: Packing, site: SiteAdapter, lines: AdapterLines) -> str:
+    """The name of the wrapped module: parameters of one owner are wrapped one inside the other."""
+    if packing.method != "LoRA over target_parameters":
+        return site.module
+    owner, _, own = site.module.rpartition(".")
+    names = [other.module.rpartition(".")[2] for other in lines.sites if other.module.rpartition(".")[0] == owner]
+    names.sort(key=lambda name: name == "down_proj")
+    return owner + ".base_layer" * (len(names) - 1 - names.index(own))
+
+
+def _config(kind: str, pairs: Sequence[tuple[Packing, SiteAdapter]], about: Mapping[str, Any]) -> Any:
+    import peft
+
+    own: dict[str, Any] = {
+        key: value
+        for key, value in about.items()
+        if value and key in ("base_model_name_or_path", "task_type", "revision")
+    }
+    own["inference_mode"] = True
+    own["modules_to_save"] = about.get("modules_to_save")
+    if kind != "LORA" and kind != "RANDLORA" and kind != "VERA":
+        own.pop("fan_in_fan_out", None)
+    elif about.get("fan_in_fan_out"):
+        own["fan_in_fan_out"] = True
+    experts = [site.module for packing, site in pairs if packing.method == "LoRA over target_parameters"]
+    own["target_modules"] = sorted(site.module for packing, site in pairs if site.module not in experts)
+    ranks = {site.module: _rank(packing, site) for packing, site in pairs}
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    if kind == "VERA":
+        if len(set(ranks.values())) > 1 or any(site.scale != 1 for _, site in pairs):
+            raise ConfigError("VeRA has one rank and no scale in PEFT", remedy='convert it to="lora"')
+        return peft.VeraConfig(r=usual, save_projection=True, **own)
+    alphas = {site.module: _alpha(site.scale, ranks[site.module]) for _, site in pairs}
+    if kind == "RANDLORA":
+        if len(set(ranks.values())) > 1 or len(set(alphas.values())) > 1:
+            raise ConfigError("RandLoRA has one rank and one alpha in PEFT", remedy='convert it to="tnpeft"')
+        return peft.RandLoraConfig(r=usual, randlora_alpha=alphas[pairs[0][1].module], save_projection=True, **own)
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    own |= {
+        "r": usual,
+        "rank_pattern": {re.escape(module): rank for module, rank in ranks.items() if rank != usual},
+        "alpha_pattern": {re.escape(module): value for module, value in alphas.items() if value != alpha},
+    }
+    if kind == "LORA":
+        dora = any(site.magnitude is not None for _, site in pairs)
+        return peft.LoraConfig(
+            lora_alpha=alpha, use_dora=dora, target_parameters=sorted(experts, reverse=True) or None, **own
+        )
+    if kind == "LOHA":
+        return peft.LoHaConfig(alpha=alpha, **own)
+    sites = [site for _, site in pairs]
+    factor, both = _lokr(sites, ranks)
+    return peft.LoKrConfig(alpha=alpha, decompose_factor=factor, decompose_both=both, **own)
+
+
+def _rank(packing: Packing, site: SiteAdapter) -> int:
+    sizes = site.sizes
+    bond = next((name for name in ("r", "a", "q") if name in site.network.bonds), None)
+    if "s" in sizes and sizes["s"] != sizes["r"]:
+        raise ConfigError(f"the pairs of {site.module} have different ranks, LoHa has one", remedy='use to="lora"')
+    if bond is None:  # a LoKr of whole matrices: PEFT keeps the second whole from half its side on
+        return max(sizes["o2"], sizes["i2"])
+    if packing.method == "LoKr" and "q" in sizes and sizes.get("r", sizes["q"]) != sizes["q"]:
+        raise ConfigError(f"the matrices of {site.module} have different ranks, LoKr has one", remedy='use to="lora"')
+    return sizes[bond]
+
+
+def _alpha(scale: float, rank: int) -> float:
+    """The alpha that gives the scale, a whole number where one does."""
+    alpha = scale * rank
+    whole = round(alpha)
+    return whole if whole / rank == scale else alpha
+
+
+def _lokr(sites: Sequence[SiteAdapter], ranks: Mapping[str, int]) -> tuple[int, bool]:
+    """The options with which PEFT makes LoKr's matrices of exactly these shapes.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    from peft.tuners.lokr.layer import factorization
+
+    both = any("q" in site.sizes for site in sites)
+    for factor in (-1, *range(2, 129)):
+        for site in sites:
+            z, (rows, cols), r = site.sizes, site.shape, ranks[site.module]
+            shapes = factorization(rows, factor) == (z["o1"], z["o2"]) and factorization(cols, factor) == (
+                z["i1"],
+                z["i2"],
+            )
+            first = ("q" not in z) == (not (both and r < max(z["o1"], z["i1"]) / 2))
+            second = ("r" not in z) == (r >= max(z["o2"], z["i2"]) / 2)
+            if not (shapes and first and second):
+                break
+        else:
+            return factor, both
+    raise ConfigError("PEFT makes no LoKr of these shapes and ranks", remedy='convert it to="lycoris" or to="tnpeft"')
+
+
+def _tidy(path: Path) -> None:
+    """The configuration with sets as sorted lists, so that equal adapters have equal files."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("target_modules", "target_parameters"):
+        if isinstance(data.get(name), list):
+            data[name] = sorted(data[name], reverse=name == "target_parameters")
+    path.write_text(json.dumps(data, indent=2, sort_keys=True), encoding="utf-8")
+
+
+# ---- single files
+
+
+def write_image(lines: AdapterLines, path: Path, to: str) -> None:
+    """Write the lines as one file in the names of kohya's and LyCORIS' trainers.
+
+    Raises:
+        ConfigError: such a file cannot hold a line.
+    """
+    plain(lines, "a trainer's file")
+    tensors: dict[str, Tensor] = {}
+    for site in lines.sites:
+        packing, fit = held(site, TARGETS[to])
+        rank = fit.sizes.get("r", fit.sizes.get("q"))
+        if rank is None:
+            fit = fit.scaled(1.0)
+        known = re.fullmatch(r"(lora|lycoris)_\w+", site.module)
+        name = (
+            site.module
+            if known
+            else f"{'lycoris' if to == 'lycoris' else 'lora_unet'}_{site.module.replace('.', '_')}"
+        )
+        arrays = stored(packing, fit)
+        if rank is not None:
+            arrays["alpha"] = torch.tensor(float(_alpha(fit.scale, rank)), dtype=torch.float64)
+            if float(arrays["alpha"].float()) == float(arrays["alpha"]):
+                arrays["alpha"] = arrays["alpha"].float()
+        tensors |= {f"{name}.{end}": value for end, value in arrays.items()}
+    save(tensors, path, {"ss_network_module": "tnpeft"})
+
+
+def plain(lines: AdapterLines, what: str) -> None:
+    """Raise if the adapter has more than factors.
+
+    Raises:
+        ConfigError: it has a DoRA magnitude or modules trained in full.
+    """
+    if any(site.magnitude is not None for site in lines.sites):
+        raise ConfigError(f"{what} holds no DoRA magnitude", remedy='use tnpeft.export_lora, or to="peft"')
+    if lines.others:
+        raise ConfigError(
+            f"{what} holds no modules trained in full ({next(iter(lines.others))})", remedy='use to="peft"'
+        )
+
+
+def packings_of(to: str) -> Iterable[Packing]:
+    """The packings of a target."""
+    return TARGETS[to]

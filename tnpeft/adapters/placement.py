@@ -222,7 +222,8 @@ def start_values(
             "is not the one that the adapter was trained with",
             remedy="save the adapter with save_frozen=True where it was trained, then load that",
         )
-    config.frozen = hashes
+    if not (config.loaded and config.save_frozen and config.frozen):  # else the file's own take their place
+        config.frozen = hashes
     return values
 
 

@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 
 from tnpeft.adapters.config import TensorNetworkConfig
+from tnpeft.adapters.constants import PREFIX as OURS
+from tnpeft.adapters.contents import factor_shapes
 from tnpeft.adapters.convert.formats import KOHYA, LYCORIS, PEFT, PER_EXPERT, SHARED_OUTER
 from tnpeft.adapters.convert.lines import AdapterLines, SiteAdapter, save
 from tnpeft.adapters.convert.read import PREFIX, TENSORS, Source, shape_of
-from tnpeft.adapters.placement import expected_shapes, frozen_hashes
+from tnpeft.adapters.placement import frozen_hashes
 from tnpeft.adapters.targets import names_by_path
 from tnpeft.layout import Layout, ParameterSpec, layout, sorted_projs
 from tnpeft.models import Card
 from tnpeft.networks import AdapterFileError, ConfigError, Factorization, Network, NetworkError, Site, SiteRule
-from tnpeft.registration import PREFIX as OURS
 
 _NOTE = (
     "tnpeft_converted"  # entry of the file's header: axes of every array, ranks and scales as they were in the source
@@ -63,7 +64,7 @@ def write_folder(lines: AdapterLines, folder: Path, card: Card | None) -> None:
     config.inference_mode = True
     arrays = {f"{param.home or 'factor_bank'}.{OURS}factors.{param.key}": value for param, value in values.items()}
     arrays |= {f"{module}.{OURS}magnitude": value for module, value in magnitudes.items()}
-    assert {name: tuple(value.shape) for name, value in arrays.items()} == expected_shapes(config, placed)
+    assert {name: tuple(value.shape) for name, value in arrays.items()} == factor_shapes(config, placed)
     axes = {param.key: list(param.indices) for param in placed.parameters}
     scales = {site.module: site.scale for site in lines.sites if site.scale != scale}
     padded = {site.module: ranks[site.module] for site in sites if ranks[site.module] != _ranks(site)}

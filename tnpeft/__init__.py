@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test keeps it equal to _HO
     from tnpeft.adapters import replica as replica
     from tnpeft.adapters import replicas as replicas
     from tnpeft.adapters import set_factors as set_factors
+    from tnpeft.adapters.convert import convert as convert
     from tnpeft.counting import budget as budget
     from tnpeft.counting import dof as dof
     from tnpeft.counting import parameter_step as parameter_step

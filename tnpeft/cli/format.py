@@ -42,7 +42,20 @@ def counted(
         groups = counting.groups(counting.sites(model, targets))
         data["sites"] = [str(group) for group in groups] if len(groups) > 1 else str(groups[0])
         data["biases_not_counted"] = counting.biases(model, targets)
-    return data | _reach(net, given, model, targets)
+    return data | {"gain": _gain(net, given, where)} | _reach(net, given, model, targets)
+
+
+def _gain(net: Network | Factorization, given: Mapping[str, Any], where: Mapping[str, Any]) -> Any:
+    """The gain as a number, a formula, or numbers by projection; the reason where the start has none."""
+    from tnpeft.scaling import gain
+
+    try:
+        found = gain(net, given, **where)
+    except NetworkError as error:
+        return error.problem
+    if isinstance(found, dict):
+        return {proj: float(f"{value:.4g}") for proj, value in found.items()}
+    return float(f"{found:.4g}") if isinstance(found, float) else str(found)
 
 
 def placed(
@@ -81,6 +94,7 @@ def described(name: str) -> dict[str, Any]:
     """
     from tnpeft.counting import parameters
     from tnpeft.families import get
+    from tnpeft.scaling import gain
 
     declare = get(name)
     f = declare()
@@ -94,6 +108,7 @@ def described(name: str) -> dict[str, Any]:
         "lines": [str(line.network) for line in f.lines],
         "formulas": [*dict.fromkeys(str(_formula(parameters(line.network))) for line in f.lines)],
         "options": ", ".join(options),
+        "gain": str(gain(name)),
         "source": f.source,
     }
 

@@ -17,6 +17,7 @@ from hypothesis import given, strategies
 from scipy import stats
 
 from tnpeft.studies import figures, tables
+from tnpeft.studies.reporting import render
 from tnpeft.studies.results import Point, Tried
 from tnpeft.studies.scoring import metric
 from tnpeft.studies.statistics import (
@@ -382,3 +383,10 @@ def test_further_metrics_have_a_table_of_their_own() -> None:
         ("mrpc", "f1", 2, "0.6000", "0.1414"),
         ("mrpc", "matthews", 1, "0.2500", ""),
     ]
+
+
+def test_a_ladder_under_two_policies_is_drawn(tmp_path: Path) -> None:
+    points = [replace(p, policy=policy, size=f"rank={p.parameters}") for policy in ("own", "one") for p in POINTS]
+    facts = {"name": "two", "title": "", "reference": "LoRA", "seeds": [0, 1], "points": [p.table for p in points]}
+    render(facts, tmp_path)
+    assert (tmp_path / "two.png").exists()

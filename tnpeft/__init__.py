@@ -47,6 +47,8 @@ if TYPE_CHECKING:  # for type checkers and editors; a test keeps it equal to _HO
     from tnpeft.networks import network as network
     from tnpeft.nn import dense as dense
     from tnpeft.nn import fit as fit
+    from tnpeft.nn import from_tensorly as from_tensorly
+    from tnpeft.nn import to_tensorly as to_tensorly
     from tnpeft.optim import rebalance as rebalance
     from tnpeft.planning import plan as plan
     from tnpeft.planning import plan_table as plan_table
@@ -82,6 +84,8 @@ _HOME = {
     "mermaid": "drawing",
     "dense": "nn",
     "fit": "nn",
+    "from_tensorly": "nn",
+    "to_tensorly": "nn",
     "TensorNetworkConfig": "adapters",
     "factors": "adapters",
     "set_factors": "adapters",

@@ -9,6 +9,7 @@ from itertools import product as grid
 from math import prod
 
 import cotengra
+import numpy as np
 import opt_einsum
 import pytest
 from hypothesis import given, settings
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from oracles import Cost, least_macs, plus, term_leaves, tree_cost, trees
 from sympy import Integer, Symbol, symbols
 
+import tnpeft
 from tnpeft import NetworkError, families, network
 from tnpeft.planning import OBJECTIVES, plan, plan_table
 from tnpeft.planning.planner import score, weights
@@ -307,3 +309,32 @@ def test_random_paths_never_beat_the_search() -> None:
             path.append((a, b))
             ids = [k for k in ids if k not in (a, b)] + [6 + len(path) - 1]
         assert path_macs(terms, output, sizes, best) <= path_macs(terms, output, sizes, tuple(path))
+
+
+@pytest.mark.parametrize(
+    "optimize", ["greedy", "optimal", "dp", "auto", "branch-2", opt_einsum.RandomGreedy(max_repeats=4)]
+)
+def test_an_optimiser_of_opt_einsum_may_choose_the_order(optimize) -> None:
+    net = tnpeft.network("G1[o1 a] G2[a o2 b] G3[b i1 c] G4[c i2] -> (o1 o2) (i1 i2)")
+    sizes = {"o1": 3, "o2": 4, "i1": 4, "i2": 3, "a": 2, "b": 3, "c": 2}
+    best = tnpeft.plan(net, sizes, minimize="macs")
+    found = tnpeft.plan(net, sizes, minimize="macs", optimize=optimize)
+    assert found.macs >= best.macs
+    if optimize in ("optimal", "dp"):
+        assert found.macs == best.macs
+    assert tnpeft.plan(net, sizes, tokens=5, optimize=optimize).macs > 0
+
+
+def test_a_plan_gives_its_path_to_opt_einsum() -> None:
+    net = tnpeft.network("A[o a] A[a b] B[b i c] C[c] -> o i")
+    sizes = {"o": 3, "a": 3, "b": 3, "i": 5, "c": 2}
+    rng = np.random.default_rng(0)
+    factors = {f.name: rng.standard_normal([sizes[i] for i in f.indices]) for f in net.factors}
+    path = tnpeft.plan(net, sizes).path
+    got = opt_einsum.contract("oa,ab,bic,c->oi", *(factors[f.name] for f in net.uses()), optimize=path)
+    np.testing.assert_allclose(got, tnpeft.dense(net, factors), rtol=1e-12)
+    assert len(tnpeft.plan(net, sizes, tokens=4, base=None).path) == 4
+    with pytest.raises(tnpeft.NetworkError, match="a sum has no single path"):
+        _ = tnpeft.plan(tnpeft.network("A[o i] + B[o i] -> o i"), o=2, i=2).path
+    with pytest.raises(tnpeft.NetworkError, match="no optimiser 'nothing'"):
+        tnpeft.plan(net, sizes, optimize="nothing")

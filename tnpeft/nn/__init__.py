@@ -11,6 +11,8 @@ _HOME = {
     "program": "execute",
     "Initializer": "init",
     "fit": "fit",
+    "from_tensorly": "tensorly_formats",
+    "to_tensorly": "tensorly_formats",
 }
 
 __all__ = [*_HOME]

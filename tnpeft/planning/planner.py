@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import chain, combinations
+from typing import Any
 
 from tnpeft.networks import Factorization, Network, NetworkError, Term
 from tnpeft.networks.factor import Group
 from tnpeft.networks.sizes import Size, Sizes, bind, check_size, integers
 from tnpeft.planning.build import Builder
-from tnpeft.planning.search import Operand, Path, Weights, search
+from tnpeft.planning.search import Operand, Path, Weights, requested, search
 from tnpeft.planning.steps import Plan, fresh
 
 OBJECTIVES = ("time", "macs", "written", "saved")
@@ -61,6 +62,7 @@ def plan(
     minimize: str = "time",
     training: bool = True,
     base: str | None = "fp32",
+    optimize: Any = None,
     **more: Size,
 ) -> Plan:
     """The best plan of one site's update on ``tokens`` rows of activations, or of the dense tensor itself.
@@ -77,6 +79,8 @@ def plan(
         minimize: ``"macs"``, exact over all these programs, ties by time; ``"time"``, macs + backward macs + 64 x
             (written + saved), the last two in elements; ``"written"``; ``"saved"``. Exact term by term.
         training: whether gradients flow, to the activations as well; without, backward and saved are 0.
+        optimize: None searches exactly where it can; else an optimiser of opt_einsum, by name ("greedy", "dp") or as
+            an object (``opt_einsum.RandomGreedy()``), proposes the order within each term.
         base: ``"fp32"`` lets the plan add the update to the base weight, None forbids it.
 
     Raises:
@@ -90,12 +94,12 @@ def plan(
     line = net.network if isinstance(net, Factorization) else net
     bound = net.bind(sizes, more) if isinstance(net, Factorization) else bind(net, sizes, more)
     if tokens is None:
-        return planned(line, tuple(integers(line, bound).items()), None, minimize, training, None)
+        return planned(line, tuple(integers(line, bound).items()), None, minimize, training, None, optimize)
     line.require_matrix()
     site = line.select(*line.stack)
     own = {index: bound[index] for index in site.indices if index in bound}
     rows = whole_tokens(tokens)
-    return planned(site, tuple(integers(site, own).items()), rows, minimize, training, base)
+    return planned(site, tuple(integers(site, own).items()), rows, minimize, training, base, optimize)
 
 
 def whole_tokens(tokens: Size) -> int:
@@ -121,6 +125,7 @@ def planned(
     minimize: str = "time",
     training: bool = True,
     base: str | None = None,
+    optimize: Any = None,
 ) -> Plan:
     """:func:`plan` with checked sizes, kept by value; a stack index left in ``net`` stays open on the activations.
 
@@ -133,7 +138,7 @@ def planned(
             f"base={base!r} cannot take the update without losing it", remedy='pass base="fp32" or base=None'
         )
     price = weights(minimize, training)
-    planner = _Planner(net, dict(dims), tokens, minimize, training, price)
+    planner = _Planner(net, dict(dims), tokens, minimize, training, price, optimize)
     plans = [planner.dense()] if tokens is None else planner.applied(base)
     return min(plans, key=lambda candidate: score(candidate, price))
 
@@ -142,8 +147,16 @@ class _Planner:
     """The candidate programs of one network at one set of sizes."""
 
     def __init__(
-        self, net: Network, sizes: dict[str, int], tokens: int | None, minimize: str, training: bool, price: Weights
+        self,
+        net: Network,
+        sizes: dict[str, int],
+        tokens: int | None,
+        minimize: str,
+        training: bool,
+        price: Weights,
+        optimize: Any = None,
     ) -> None:
+        self.optimize = optimize
         self.net, self.minimize, self.training, self.price = net, minimize, training, price
         self.token = fresh("token", net.indices) if tokens is not None else ""
         self.sizes = {**sizes, **({self.token: tokens} if tokens is not None else {})}
@@ -199,6 +212,9 @@ class _Planner:
             indices: Group = (*self.net.stack, self.token, *self.net.cols)
             operands.append(Operand(frozenset(indices), live=self.training, counts_as_saved=True))
             output = {*self.net.stack, self.token, *self.net.rows}
+        if self.optimize is not None:
+            self.exact = False
+            return requested(self.optimize, operands, frozenset(output), self.sizes)
         path, exact = search(operands, frozenset(output), self.sizes, self.price)
         self.exact = self.exact and exact
         return path

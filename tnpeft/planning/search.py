@@ -10,9 +10,13 @@ greedy search proposes a path.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
+from typing import Any
+
+from tnpeft.networks import NetworkError
 
 Path = tuple[tuple[int, int], ...]  # pairs of operands; the result of pair k is operand n + k
 
@@ -157,6 +161,42 @@ def _proposed(operands: tuple[Operand, ...], output: frozenset[str], sizes: dict
     else:
         optimizer = GreedyOptimizer()
     return _pairs(optimizer.ssa_path(inputs, tuple(sorted(output)), sizes), len(inputs))
+
+
+def requested(optimize: Any, operands: Sequence[Operand], output: frozenset[str], sizes: Mapping[str, int]) -> Path:
+    """Return the path that an optimiser of opt_einsum finds: a ``PathOptimizer``, or one by its name.
+
+    Raises:
+        NetworkError: there is no optimiser of that name.
+
+    >>> chain = [Operand(frozenset("ab")), Operand(frozenset("bc")), Operand(frozenset("cd"))]
+    >>> requested("optimal", chain, frozenset("ad"), {"a": 2, "b": 9, "c": 9, "d": 9})
+    ((0, 1), (2, 3))
+    """
+    if len(operands) == 1:
+        return ()
+    find = deepcopy(optimize)  # a random optimiser serves one contraction, and a line may have several terms
+    if isinstance(optimize, str):
+        from opt_einsum.paths import get_path_fn
+
+        try:
+            find = get_path_fn(optimize)
+        except KeyError as error:
+            raise NetworkError(
+                f"opt_einsum has no optimiser {optimize!r}", remedy="such as optimal, dp, greedy, branch-2, auto"
+            ) from error
+    inputs = [frozenset(operand.indices) for operand in operands]
+    used = frozenset[str]().union(*inputs)
+    left, pairs = [*range(len(inputs))], list[tuple[int, int]]()
+    for step in find(inputs, output & used, {index: sizes[index] for index in used}):
+        taken = [left[k] for k in sorted(step)]
+        left = [name for name in left if name not in taken]
+        result = taken[0]
+        for other in taken[1:]:  # a step on more than two operands is one after the other
+            pairs.append((min(result, other), max(result, other)))
+            result = len(inputs) + len(pairs) - 1
+        left.append(result)
+    return tuple(pairs)
 
 
 def _pairs(path: Sequence[Sequence[int]], count: int) -> Path:

@@ -76,6 +76,27 @@ class Plan:
         """The size of every index, that of the activations' rows included."""
         return dict(self.dims)
 
+    @property
+    def path(self) -> list[tuple[int, int]]:
+        """The order of contraction in opt_einsum's form: positions among the operands that are left, which are the
+        factors of the line in order, then the activations.
+
+        Raises:
+            NetworkError: the line is a sum, or the plan adds the update to the base weight.
+        """
+        if any(step.kind == "add" for step in self.steps):
+            raise NetworkError("a sum has no single path", remedy="ask for the plan of one term, with base=None")
+        left = [self.network.label(factor) for factor in self.network.uses()]
+        left += [fresh("x", left)] if self.activation else []
+        path = []
+        for step in self.steps:
+            if step.kind == "contract":
+                first = left.index(step.operands[0])
+                second = left.index(step.operands[1], first + 1 if step.operands[0] == step.operands[1] else 0)
+                path.append((min(first, second), max(first, second)))
+                left = [name for k, name in enumerate(left) if k not in (first, second)] + [step.result]
+        return path
+
     @cached_property
     def macs(self) -> Size:
         """Multiply-adds of the forward pass."""
@@ -142,7 +163,7 @@ class Plan:
         total = ("total", self.macs, self.backward_macs, self.written, self.saved)
         lines = table([head, *rows, total])
         sizes = " ".join(f"{index}={size}" for index, size in self.dims)
-        search = "exact search" if self.exact else "greedy search: too many operands for an exact one"
+        search = "exact search" if self.exact else "a search that is not exact"
         what = f"{self.form}, least {self.minimize}, {'training' if self.training else 'inference'}, {search}"
         return "\n".join([str(self.network), sizes, *lines, what])
 

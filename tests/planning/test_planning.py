@@ -323,6 +323,8 @@ def test_an_optimiser_of_opt_einsum_may_choose_the_order(optimize) -> None:
     if optimize in ("optimal", "dp"):
         assert found.macs == best.macs
     assert tnpeft.plan(net, sizes, tokens=5, optimize=optimize).macs > 0
+    assert "order by" in str(found)
+    assert not found.exact
 
 
 def test_a_plan_gives_its_path_to_opt_einsum() -> None:

@@ -199,7 +199,8 @@ class _Planner:
     def _plan(self, form: str, built: Builder) -> Plan:
         dims = tuple(self.sizes.items())
         steps = built.with_costs(self.sizes, self.training)
-        return Plan(self.net, dims, steps, self.minimize, self.training, form, self.exact, self.token)
+        chosen = self.optimize if isinstance(self.optimize, str | None) else type(self.optimize).__name__
+        return Plan(self.net, dims, steps, self.minimize, self.training, form, self.exact, self.token, chosen or "")
 
     def _paths(self, applied: bool) -> list[Path]:
         """The cheapest path of every term, through the activations or to its dense matrix."""

@@ -54,7 +54,8 @@ class Plan:
     ``form`` says what kind of program won: ``"factored"`` (activations through the factors), ``"rebuilt"`` (the
     update is formed, then one matmul), ``"merged"`` (formed and added to the fp32 base weight, whose matmul the
     frozen model does anyway) or ``"dense"`` (no activations). ``exact`` is False where the network was too large
-    for an exact search. Costs are what the update adds to the frozen forward: ``macs`` (one per multiply-add),
+    for an exact search, or an ``optimizer`` of opt_einsum chose the order. Costs are what the update adds to the
+    frozen forward: ``macs`` (one per multiply-add),
     ``flops`` (two), ``written`` (elements created), ``largest`` (elements of the largest result), ``saved``
     (elements autograd keeps: of each contraction the operands that a needed gradient reads; activations and
     intermediate results once each, Parameters and other factors never) and ``backward_macs`` (of each contraction
@@ -70,6 +71,7 @@ class Plan:
     form: str
     exact: bool
     activation: str = ""
+    optimizer: str = ""
 
     @property
     def sizes(self) -> dict[str, Size]:
@@ -163,7 +165,8 @@ class Plan:
         total = ("total", self.macs, self.backward_macs, self.written, self.saved)
         lines = table([head, *rows, total])
         sizes = " ".join(f"{index}={size}" for index, size in self.dims)
-        search = "exact search" if self.exact else "a search that is not exact"
+        search = "exact search" if self.exact else "greedy search: too many operands for an exact one"
+        search = f"order by {self.optimizer}" if self.optimizer else search
         what = f"{self.form}, least {self.minimize}, {'training' if self.training else 'inference'}, {search}"
         return "\n".join([str(self.network), sizes, *lines, what])
 

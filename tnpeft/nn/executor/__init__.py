@@ -1,0 +1,1 @@
+"""Plans as programs: kernels, the compiler, the program of a site, and two autograd functions."""

@@ -1,0 +1,120 @@
+"""Which state of torch surrounds an operation, and what may be computed by kernels of our own in it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module
+from torch.utils.module_tracker import ModuleTracker
+
+
+def autocast_active(device: str) -> bool:
+    """Return True if autocast acts on a kind of device; it does not on the meta device, which torch cannot be asked.
+
+    >>> autocast_active("meta"), autocast_active("cpu")
+    (False, False)
+    """
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def under_transform() -> bool:
+    """Return True if operations are seen one by one: by ``torch.func``, forward differentiation or tracing."""
+    return bool(
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def has_global_hooks() -> bool:
+    """Return True if a hook of all modules is registered.
+
+    Torch's ``ModuleTracker``, which its flop counter uses, is ignored: it only records names, and what is counted
+    should be what runs without it.
+    """
+    if not module._has_any_global_hook():
+        return False
+    kinds = (
+        module._global_forward_pre_hooks,
+        module._global_forward_hooks,
+        module._global_backward_pre_hooks,
+        module._global_backward_hooks,
+    )
+    return any(
+        not isinstance(getattr(hook, "__self__", None), ModuleTracker) for hooks in kinds for hook in hooks.values()
+    )
+
+
+def can_absorb_update(weight: Tensor) -> bool:
+    """Return True if a weight can take an update without losing it; in half precision it would.
+
+    >>> can_absorb_update(torch.ones(1)), can_absorb_update(torch.ones(1, dtype=torch.bfloat16))
+    (True, False)
+    """
+    return torch.finfo(weight.dtype).bits >= 32
+
+
+def can_use_custom_backward(x: Tensor) -> bool:
+    """Return True if gradients are enabled and no transform needs to see the operations one by one.
+
+    Compiled under autocast, the compiler decides what is saved.
+
+    >>> can_use_custom_backward(torch.ones(1))
+    True
+    >>> with torch.no_grad():
+    ...     can_use_custom_backward(torch.ones(1))
+    False
+    """
+    if not torch.is_grad_enabled():
+        return False
+    if torch.compiler.is_compiling():
+        return not autocast_active(x.device.type)
+    return not under_transform()
+
+
+def why_not_plain(linear: nn.Module) -> str:
+    """Return why a module is more than the product with its weight; empty for a plain ``nn.Linear``.
+
+    >>> why_not_plain(nn.Linear(2, 2)), why_not_plain(nn.Bilinear(2, 2, 2))
+    ('', 'the base layer is a Bilinear')
+    """
+    own = linear.__dict__
+    if type(linear) is not nn.Linear:
+        return f"the base layer is a {type(linear).__name__}"
+    if "forward" in own:
+        return "the base layer's forward was replaced"
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return "the base layer has hooks"
+    if has_global_hooks():
+        return "a hook of all modules is registered"
+    weight = own["_parameters"].get("weight")
+    if weight is None and (torch.compiler.is_compiling() or "weight" not in own["_parameters"]):
+        weight = linear.weight
+    if type(weight) not in (nn.Parameter, Tensor):
+        return "the base weight is computed or sharded"
+    return ""
+
+
+def why_not_fused(linear: nn.Module, x: Tensor) -> str:
+    """Return why a module and an update of ``x`` cannot be one operation; empty if they can.
+
+    >>> linear, x = nn.Linear(2, 2), torch.ones(1, 2)
+    >>> why_not_fused(linear, x), why_not_fused(linear, x.double())
+    ('', 'the input is torch.float64, the base weight torch.float32')
+    """
+    reason = why_not_plain(linear)
+    if reason:
+        return reason
+    if x.dtype != linear.weight.dtype:
+        return f"the input is {x.dtype}, the base weight {linear.weight.dtype}"
+    if autocast_active(x.device.type):
+        return "autocast is active"
+    if not torch.is_grad_enabled():
+        return "gradients are disabled"
+    return "" if can_use_custom_backward(x) else "a transform sees every operation"
+
+
+def can_fuse(linear: nn.Module, x: Tensor) -> bool:
+    """Return True if a module and an update of ``x`` can be one operation; see :func:`why_not_fused`."""
+    return not why_not_fused(linear, x)

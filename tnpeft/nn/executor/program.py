@@ -1,0 +1,245 @@
+"""The program of a site: a plan compiled once, and the ways to run it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property, lru_cache
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tnpeft.networks import REPLICA, Network, NetworkError
+from tnpeft.networks.sizes import Size, bind, integers
+from tnpeft.nn.executor.autograd import Link, ProjectionGroup, apply
+from tnpeft.nn.executor.compile import Listing, Prefix, compile_plan, split
+from tnpeft.nn.executor.eligibility import can_absorb_update, can_use_custom_backward
+from tnpeft.nn.executor.kernels import Einsum2, _see, flat, run, view
+from tnpeft.planning.planner import planned
+from tnpeft.planning.steps import Plan
+
+
+def program(
+    net: Network,
+    sizes: Mapping[str, Size],
+    *,
+    tokens: int = 2048,
+    minimize: str = "time",
+    training: bool = True,
+    unit_norm: Collection[str] = (),
+) -> Program:
+    """Return the program of one site's network, best at about ``tokens`` rows of activations; cached by value.
+
+    It runs on any number of rows. ``minimize`` and ``training`` are those of :func:`tnpeft.plan`. If ``replica`` is
+    open, ``tokens`` are those of each replica. The columns of the factors in ``unit_norm`` are normalised.
+
+    Raises:
+        NetworkError: another stack index is still open, or a size is missing or not a positive integer.
+
+    >>> from tnpeft.networks import network
+    >>> run = program(network("B[out r] A[r inp] -> out inp"), {"out": 4, "r": 2, "inp": 3})
+    >>> run.labels, len(run.plan.steps)
+    (('B', 'A'), 2)
+    """
+    dims = integers(net, bind(net, sizes, {}))
+    return _program(net, tuple(dims.items()), tokens, minimize, training, frozenset(unit_norm))
+
+
+@lru_cache(maxsize=1024)
+def _program(
+    net: Network,
+    dims: tuple[tuple[str, int], ...],
+    tokens: int,
+    minimize: str,
+    training: bool,
+    unit_norm: frozenset[str],
+) -> Program:
+    net.require_matrix()
+    for index in net.stack:
+        if index != REPLICA:
+            raise NetworkError(
+                f"the stack index {index!r} is still open",
+                line=str(net),
+                remedy=f"select one site first: net.select({index!r})",
+            )
+    update, fused = (planned(net, dims, tokens, minimize, training, base) for base in (None, "fp32"))
+    return Program(update, fused, planned(net, dims, None, minimize, training), unit_norm)
+
+
+class Program:
+    """One site's update of its output, compiled from a plan.
+
+    ``labels`` is the order in which the factors' tensors are passed. ``plan`` is that of the update alone,
+    ``fused_plan`` the one that has the base weight as an operand; it runs where the two are one operation and the
+    weight can take the update, which half precision cannot. ``recomputed`` names the steps that the backward pass
+    computes again, ``has_weight_steps`` says that some need no activations, and ``prefix`` is the first product if it
+    can be computed apart. A call is a pure function of factors, activations and base output.
+
+    With ``replicas``, the activations are as many equal contiguous blocks of rows, and block k meets slice k of the
+    factors that carry the index ``replica``.
+
+    >>> import torch
+    >>> from tnpeft.networks import network
+    >>> run = program(network("B[out r] A[r inp] -> out inp"), {"out": 4, "r": 2, "inp": 3})
+    >>> run(torch.ones(5, 3), [torch.ones(4, 2), torch.ones(2, 3)], base=torch.ones(5, 4), scale=0.5).unique()
+    tensor([4.])
+    >>> run = program(network("d[replica out] ^A[out inp] -> replica out inp"), {"replica": 2, "out": 1, "inp": 3})
+    >>> run(torch.ones(4, 3), [torch.tensor([[1.0], [10.0]]), torch.ones(1, 3)]).T
+    tensor([[ 3.,  3., 30., 30.]])
+    """
+
+    def __init__(self, plan: Plan, fused_plan: Plan, dense: Plan, unit_norm: frozenset[str]) -> None:
+        net, sizes = plan.network, plan.sizes
+        self.plan, self.fused_plan, self.unit_norm = plan, fused_plan, unit_norm
+        self.replicas = int(sizes.get(REPLICA, 1)) if net.stack else 1
+        self.labels = tuple(net.label(factor) for factor in net.factors)
+        self.rows = prod(sizes[index] for index in net.rows)
+        self.cols = prod(sizes[index] for index in net.cols)
+        self._dense_plan = dense
+        self.update = compile_plan(plan, self.labels, unit_norm)
+        self.fused = compile_plan(plan, self.labels, unit_norm, linear=True)
+        self.merged = compile_plan(fused_plan, self.labels, unit_norm, linear=True) if fused_plan.form == "merged" else None
+        self.prefix = split(self.fused)
+        update_prefix = split(self.update)
+        self._update_prefix = update_prefix if update_prefix is not None and update_prefix.frozen else None
+        self.has_weight_steps = bool(self.update.weight_steps)
+        for listing in (self.update, self.fused, self.merged):
+            if listing is not None:
+                listing.generate()
+
+    @cached_property
+    def recomputed(self) -> tuple[str, ...]:
+        """Names of the plan's steps that the backward pass of training computes again."""
+        return (self.update if self._update_prefix is None else self._update_prefix.rest).recomputed()
+
+    # ---- the update alone
+
+    def __call__(
+        self, x: Tensor, operands: Sequence[Tensor], base: Tensor | None = None, scale: float = 1.0
+    ) -> Tensor:
+        """Return ``base + scale * x @ dW.T``, out of place; ``x [..., inp]``, ``base [..., out]`` or None for zero."""
+        if not can_use_custom_backward(x):
+            return self.apply(x, self.prepare(operands), base, scale)
+        rows, flat_base = self._rows_of(x), None if base is None else base.reshape(-1, self.rows)
+        prefix, listing = self._update_prefix, self.update
+        if prefix is not None and not torch.compiler.is_compiling():
+            values = prefix.steps.registers(operands, rows)  # by autograd, which saves nothing behind frozen factors
+            run(prefix.steps.forward, values)
+            rows, listing = values[prefix.steps.output], prefix.rest
+        result = apply(listing, scale, operands, rows, base=flat_base)
+        return result.reshape(*x.shape[:-1], self.rows)
+
+    def prepare(self, operands: Sequence[Tensor]) -> list[Any]:
+        """Return registers with the factors and all that is computed from them alone, for :meth:`apply`."""
+        values = self.update.registers(operands)
+        run(self.update.weight_steps, values)
+        return values
+
+    def apply(self, x: Tensor, prepared: Sequence[Any], base: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        """Return the result of a call from prepared registers, by operations that autograd sees."""
+        values, at = [*prepared], self.update.at
+        values[at.x] = self._rows_of(x)
+        values[at.y] = None if base is None else base.reshape(-1, self.rows)
+        run(self.update.activation_steps, values, scale)
+        return values[at.y].reshape(*x.shape[:-1], self.rows)  # type: ignore[no-any-return]
+
+    # ---- with the frozen linear
+
+    def with_linear(
+        self, x: Tensor, operands: Sequence[Tensor], weight: Tensor, bias: Tensor | None, scale: float = 1.0
+    ) -> Tensor:
+        """Return ``linear(x, weight, bias) + scale * x @ dW.T`` as one operation, if :func:`can_fuse`."""
+        rows, prefix = self._rows_of(x), self.prefix
+        if self.merged is not None and can_absorb_update(weight):
+            result = apply(self.merged, scale, operands, rows, None, weight, bias)
+        elif prefix is not None and prefix.frozen and not torch.compiler.is_compiling():
+            rows, (narrow,), (link,) = self._alone([operands], rows)
+            result = self.after_prefix(narrow, operands, rows, weight, bias, scale, link)
+        else:
+            result = apply(self.fused, scale, operands, rows, None, weight, bias)
+        return result.reshape(*x.shape[:-1], self.rows)
+
+    @cached_property
+    def _alone(self) -> ProjectionGroup:
+        assert self.prefix is not None  # the caller has asked
+        return ProjectionGroup([self.prefix])
+
+    def after_prefix(
+        self,
+        narrow: Tensor,
+        operands: Sequence[Tensor],
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        link: Link,
+    ) -> Tensor:
+        """Return what :meth:`with_linear` does, ``[tokens, out]``, from the result of the prefix on ``[tokens, inp]``."""
+        assert self.prefix is not None  # there is a result of it
+        return apply(self.prefix.rest, scale, operands, narrow, x, weight, bias, link=link)
+
+    @property
+    def can_share(self) -> bool:
+        """True if the first product can be shared with other programs on the same input."""
+        return self.merged is None and self.prefix is not None and self.prefix.matrix is not None
+
+    # ---- as matrices
+
+    @cached_property
+    def _pair(self) -> tuple[Any, Any] | None:
+        body, at = self.update.activation_steps, self.update.at
+        prefix = split(self.update)
+        if len(body) != 2 or prefix is None or prefix.see is None and prefix.matrix is None and not prefix.frozen:
+            return None
+        first, last = body
+        one, two = first.kernel, last.kernel
+        if not (isinstance(one, Einsum2) and isinstance(two, Einsum2) and one.product and two.product):
+            return None
+        x, token = self.update.layouts[at.x], (self.plan.activation,)
+        if first.operands[0] != at.x or last.operands[0] != first.result or one.left != x or x[0] != token:
+            return None
+        if {*one.summed} != {*x[1]} or len(one.out) != 2 or {*two.summed} != {*one.out[1]} or last.operands[1] == at.x:
+            return None
+        narrow = one.out[1]
+        rows = self.update.layouts[at.y][1]
+        if {*flat(two.right)} != {*narrow, *rows}:
+            return None
+        sizes = self.update.sizes
+        return (first, view(one.right, (narrow, x[1]), sizes)[0]), (last, view(two.right, (rows, narrow), sizes)[0])
+
+    @property
+    def is_low_rank(self) -> bool:
+        """True if the activations meet two matrices and nothing else, ``x @ first.T @ last.T``."""
+        return self._pair is not None
+
+    def matrices(self, prepared: Sequence[Any]) -> tuple[Tensor, Tensor, float]:
+        """Return ``first [narrow, inp]``, ``last [out, narrow]`` and the sign, of a program that is low-rank."""
+        assert self._pair is not None  # the caller has asked
+        (one, see_one), (two, see_two) = self._pair
+        first, last = _see(see_one, prepared[one.operands[1]]), _see(see_two, prepared[two.operands[1]])
+        return first, last, one.sign * two.sign
+
+    @cached_property
+    def _dense(self) -> Listing:
+        return compile_plan(self._dense_plan, self.labels, self.unit_norm)
+
+    def delta(self, operands: Sequence[Tensor], scale: float = 1.0) -> Tensor:
+        """Return ``scale * dW``, ``[rows, cols]``; with replicas ``[replica, rows, cols]``."""
+        stack = len(self.plan.network.stack)
+        values = self._dense.registers(operands)
+        run(self._dense.forward, values)
+        matrix: Tensor = values[self._dense.output]
+        if stack:
+            matrix = matrix.expand(self.replicas, *matrix.shape[1:])
+        matrix = matrix.reshape(*matrix.shape[:stack], self.rows, self.cols)
+        return matrix if scale == 1.0 else matrix * scale
+
+    def _rows_of(self, x: Tensor) -> Tensor:
+        """Return the activations as rows."""
+        if self.replicas > 1 and (x.dim() < 2 or x.shape[0] % self.replicas):
+            raise NetworkError(
+                f"batch size {x.shape[0] if x.dim() > 1 else 1} is not divisible by {self.replicas} replicas",
+                remedy="let the batch be one block of equally many rows for each replica, in their order",
+            )
+        return x.reshape(-1, self.cols)

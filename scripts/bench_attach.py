@@ -24,7 +24,7 @@ from torch import nn
 
 import tnpeft
 from tnpeft.networks import Factorization
-from tnpeft.nn import execute
+from tnpeft.nn.executor import program as execute
 from tnpeft.planning import planner, search
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")

@@ -12,7 +12,7 @@ from torch import Tensor
 from tnpeft import families
 from tnpeft.layout import layout
 from tnpeft.networks import Factorization, NetworkError, Site, network, replicated
-from tnpeft.nn.execute import Program, program
+from tnpeft.nn.executor.program import Program, program
 
 K = 3
 SITE = Site(0, "q_proj", 12, 12, heads=3, module="q")

@@ -86,7 +86,7 @@ def test_imports_point_left(path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "module", "found"),
     [
-        ("import tnpeft.nn.execute", "planning/search.py", ["nn"]),
+        ("import tnpeft.nn.executor.program", "planning/search.py", ["nn"]),
         ("from tnpeft.adapters import config", "nn/init.py", ["adapters"]),
         ("from tnpeft import dense", "counting/rank.py", ["nn"]),
         ("from tnpeft import nn", "families/lora.py", ["nn"]),

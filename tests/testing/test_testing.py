@@ -208,7 +208,7 @@ class _WrongProgram:
 
 
 def _wrong_program(fault: str) -> Callable[..., Any]:
-    from tnpeft.nn.execute import program
+    from tnpeft.nn.executor.program import program
 
     return lambda *args, **kwargs: _WrongProgram(program(*args, **kwargs), fault)
 
@@ -229,8 +229,8 @@ class _WrongStarter:
     ("target", "wrong", "finding", "detail"),
     [
         ("tnpeft.dense", _wrong_dense, "contraction equals brute force", "dense:"),
-        ("tnpeft.nn.execute.program", "scale", "contraction equals brute force", "plan "),
-        ("tnpeft.nn.execute.program", "detach", "gradient equals the numerical one", "factor 'B'"),
+        ("tnpeft.nn.executor.program.program", "scale", "contraction equals brute force", "plan "),
+        ("tnpeft.nn.executor.program.program", "detach", "gradient equals the numerical one", "factor 'B'"),
         ("tnpeft.parameters", lambda *_: 21, "count equals the stored elements", "21 counted, 22 stored"),
         ("tnpeft.counting.rank_bound", lambda *_: 1, "rank within its bound", "rank 2, bound 1"),
         (

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tnpeft.adapters.binding import Update, part
 from tnpeft.adapters.layer import TensorNetworkLinear
 from tnpeft.adapters.state import arrays, bank_of
-from tnpeft.adapters.update import Update, part
 from tnpeft.layout import ParameterSpec
 from tnpeft.networks import NetworkError, Site
-from tnpeft.nn.contract import dense
+from tnpeft.nn.dense import dense
 from tnpeft.planning.steps import table
 from tnpeft.scaling.gain import squares_on
 

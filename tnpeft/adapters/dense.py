@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tnpeft.adapters.bank import FactorBank, TensorNetworkLayer
-from tnpeft.adapters.kept import Kept
+from tnpeft.adapters.binding import Operand, Update, base_factor
+from tnpeft.adapters.snapshot import WeightSnapshot
 from tnpeft.adapters.targets import features
-from tnpeft.adapters.update import Operand, Update, base_factor
 from tnpeft.networks import NetworkError
-from tnpeft.nn.units import Units
 
 if TYPE_CHECKING:
-    from tnpeft.adapters.siblings import Siblings
+    from tnpeft.adapters.shared_input import SharedInputGroup
 
 
 class DenseLinear(nn.Module, TensorNetworkLayer):
@@ -41,12 +40,12 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
         self.tnpeft_magnitude = nn.ParameterDict()
         self.updates: dict[str, tuple[Update, ...]] = {}
         self.dropouts: dict[str, float] = {}
-        self.siblings: dict[str, Siblings] = {}
+        self.siblings: dict[str, SharedInputGroup] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._trained, self._paused = set(), None
         self._bank = (bank,)
-        self._kept: Kept | None = None
+        self._kept: WeightSnapshot | None = None
         self.out_features, self.in_features = features(self.get_base_layer())
 
     @property
@@ -93,14 +92,12 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
 
     # ---- the update
 
-    def operands(self, adapter: str, item: Update, like: Tensor | None = None, raw: bool = False) -> list[Tensor]:
-        """The arrays of one site's update in the program's order, on the device and in the dtype of ``like``.
+    def operands(self, adapter: str, item: Update, like: Tensor | None = None) -> list[Tensor]:
+        """Return the arrays of one site's update in the program's order, on the device and in the dtype of ``like``.
 
-        They are normalised where they are to be, unless ``raw`` says that the program does it.
+        Columns that are to be normalised are so by the program.
         """
         found = self._arrays(adapter, item)
-        if item.norms is not None and not raw:
-            found = Units(found, item.norms).factors
         return found if like is None else [array.to(like.device, like.dtype) for array in found]
 
     def owner(self, operand: Operand) -> TensorNetworkLayer:
@@ -184,7 +181,7 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
         self.refuse_merge(names)
         merged = self._merged(names, safe_merge)
         base = self.get_base_layer()
-        kept = Kept.of(base) if self._kept is None else self._kept
+        kept = WeightSnapshot.of(base) if self._kept is None else self._kept
         if self.quantization_backend is not None:
             self.set_base_weight(merged)
         else:  # a Parameter of its own: the one that was there may be another module's as well

@@ -142,7 +142,7 @@ def _through_cuts(linear: TensorNetworkLinear, adapter: str) -> tuple[Tensor, Te
     """Two factors of the linear's whole update; those of its slices stand side by side."""
     lefts, rights = [], []
     for item in linear.updates[adapter]:
-        operands = dict(zip(item.run.labels, linear.operands(adapter, item), strict=True))
+        operands = dict(zip(item.run.labels, item.normalized(linear.operands(adapter, item)), strict=True))
         left, right = sides(
             item.site_layout.network, item.site_layout.sizes, {k: v.float() for k, v in operands.items()}
         )

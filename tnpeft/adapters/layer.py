@@ -9,17 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters.bank import FactorBank
+from tnpeft.adapters.binding import Update
 from tnpeft.adapters.dense import DenseLinear, rescaling, wide
-from tnpeft.adapters.direct import Direct
+from tnpeft.adapters.fast_path import InferenceFastPath, Route, TrainingFastPath
 from tnpeft.adapters.guard import check_recomputation, refuse_reentrant
-from tnpeft.adapters.joined import Joined
 from tnpeft.adapters.mixed import block_rows, group_by_network, update_blocks
-from tnpeft.adapters.prepared import Prepared, may_keep
-from tnpeft.adapters.update import Update
+from tnpeft.adapters.weight_cache import WeightCache, is_cacheable
 from tnpeft.layout import ParameterSpec
 from tnpeft.networks import NetworkError
-from tnpeft.nn.modes import autocasting
-from tnpeft.nn.together import may_join
+from tnpeft.nn.executor.eligibility import autocast_active, why_not_fused
 
 
 class TensorNetworkLinear(DenseLinear):
@@ -31,14 +29,14 @@ class TensorNetworkLinear(DenseLinear):
 
     def __init__(self, base_layer: nn.Module, bank: FactorBank, **kwargs: Any) -> None:
         super().__init__(base_layer, bank, **kwargs)
-        self._prepared = Prepared()
+        self._cache = WeightCache()
 
     def _ready(self, adapter: str, item: Update, x: Tensor) -> list[Tensor] | None:
         """What inference keeps of one site's update, computed from factors alone; None where nothing may be kept."""
         keeps = not self.training and item.keeps
-        if keeps and may_keep(arrays := self._arrays(adapter, item), x.device.type):
+        if keeps and is_cacheable(arrays := self._arrays(adapter, item), x.device.type):
             key = adapter, item.start, x.dtype, x.device
-            return self._prepared.get(key, arrays, lambda: item.run.prepare(self.operands(adapter, item, x)))
+            return self._cache.get(key, arrays, lambda: item.run.prepare(self.operands(adapter, item, x)))
         return None
 
     def values(self, adapter: str, item: Update, x: Tensor) -> list[Tensor]:
@@ -55,22 +53,22 @@ class TensorNetworkLinear(DenseLinear):
 
     def register_factors(self, adapter: str, pieces: Mapping[ParameterSpec, Tensor], kept: bool) -> None:
         """Own the arrays of an adapter, and forget what inference has kept of one of that name."""
-        self._prepared.clear()
+        self._cache.clear()
         super().register_factors(adapter, pieces, kept)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, and what inference has kept of it."""
-        self._prepared.clear()
+        self._cache.clear()
         super().delete_adapter(adapter_name)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode, and forget what inference has kept."""
-        self._prepared.clear()
+        self._cache.clear()
         return super().train(mode)
 
     def refresh(self) -> None:
         """Forget what inference has kept."""
-        self._prepared.clear()
+        self._cache.clear()
 
     def _update(self, adapter: str, x: Tensor, result: Tensor | None) -> Tensor:
         """``result`` plus the adapter's update of ``x``, both in one dtype; the update alone for None."""
@@ -114,7 +112,7 @@ class TensorNetworkLinear(DenseLinear):
 
     def _compute_dtype(self, adapter: str, x: Tensor) -> torch.dtype:
         """The wider dtype of input and factors; under autocast, which casts by itself, that of the input."""
-        if autocasting(x.device.type):
+        if autocast_active(x.device.type):
             return x.dtype
         for operand in self.updates[adapter][0].operands:
             if operand.source != "base":
@@ -128,8 +126,8 @@ class TensorNetworkLinear(DenseLinear):
         dtype = self._compute_dtype(adapter, x)
         magnitude = self.tnpeft_magnitude[adapter].to(dtype)
         with torch.no_grad():
-            length = (self.base_matrix() + wide(self._delta(adapter))).norm(dim=1).to(dtype)
-        ratio = rescaling(magnitude, length)
+            updated = self.base_matrix() + wide(self._delta(adapter))
+        ratio = rescaling(magnitude, updated.detach().norm(dim=1).to(dtype))  # forward derivatives heed detach alone
         bias = self.get_base_layer().bias
         if dropped:
             plain = nn.functional.linear(x.to(dtype), self.base_matrix().to(dtype))
@@ -138,33 +136,29 @@ class TensorNetworkLinear(DenseLinear):
         change = (ratio - 1) * plain + ratio * self._update(adapter, x.to(dtype), None)
         return change.to(base.dtype)
 
+    # ---- which path a call takes
+
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
         """The base linear's output plus the updates of the active adapters, or of each row's own adapter."""
-        eager = adapter_names is None and not args and not kwargs and not torch.compiler.is_compiling()
-        if eager:
+        if adapter_names is None and not args and not kwargs and not torch.compiler.is_compiling():
             check_recomputation(self)
-            if self._prepared.direct is not None and (kept := self._prepared.direct(self, x)) is not None:
-                result: Tensor = kept
-                return result
-            if torch.is_grad_enabled() and (joined := self.joined()) is not None:
-                together = joined(self, x)
-                if together is not None:
-                    return together
-        if self.disable_adapters or (self.merged and adapter_names is None):
+            path = self.training_path() if torch.is_grad_enabled() else self._cache.inference
+            if path is not None and (result := path(self, x)) is not None:
+                return result  # type: ignore[no-any-return]
+        plain = not args and not kwargs
+        route = self._route(x, adapter_names, plain)
+        if route.kind in ("base", "merged"):
             return self.base_layer(x, *args, **kwargs)
-        if self.merged:
-            raise NetworkError("the adapters are merged into the weights", remedy="call unmerge_adapter() first")
         refuse_reentrant(self.bank)
         active = [adapter for adapter in self.active_adapters if adapter in self.updates]
-        if adapter_names is None and len(active) == 1 and not args and not kwargs and self._joins(active[0], x):
+        if route.kind in ("fused", "shared"):
             item = self.updates[active[0]][0]
-            operands = self.operands(active[0], item, x, raw=True)
             weight, bias = self.base_layer.weight, self.base_layer.bias
-            return item.run.with_linear(x, operands, weight, bias, item.scale, item.norms)
-        if eager and not self.training and len(active) == 1:
-            self._prepared.direct = direct = Direct.of(self, active[0], x)
-            if direct is not None and (kept := direct(self, x)) is not None:
-                return kept
+            return item.run.with_linear(x, self.operands(active[0], item, x), weight, bias, item.scale)
+        if route.kind == "cached" and plain and len(active) == 1:
+            self._cache.inference = path = InferenceFastPath.of(self, active[0], x)
+            if path is not None and (result := path(self, x)) is not None:
+                return result
         result = base = self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             return self._mixed(x, base, adapter_names)
@@ -172,23 +166,71 @@ class TensorNetworkLinear(DenseLinear):
             result = self._adapted(adapter, x, result, base)
         return result
 
-    def _joins(self, adapter: str, x: Tensor) -> bool:
-        """Whether the base linear and the update can be one operation here, with nothing in between."""
+    def route(self, x: Tensor, adapter_names: Sequence[str] | None = None) -> Route:
+        """Return the path that a call with ``x`` takes, and why it is not a faster one.
+
+        The paths are ``base`` (no adapter), ``merged``, ``mixed`` (an adapter for each row), ``shared`` and ``fused``
+        (one operation with the base layer; several layers may share their first product), ``cached`` (inference with
+        results kept from call to call) and ``plain``.
+        """
+        route = self._route(x, adapter_names, plain=True)
+        if route.kind == "fused" and not torch.compiler.is_compiling():
+            path = self.training_path()
+            group = None if path is None else self.siblings.get(path.adapter)
+            if group is not None and group.worthwhile(x) and len(ready := group.ready(x)) > 1 and self in ready:
+                return Route("shared", "")
+        return route
+
+    def _route(self, x: Tensor, adapter_names: Sequence[str] | None, plain: bool) -> Route:
+        if self.disable_adapters:
+            return Route("base", "the adapters are switched off")
+        if self.merged:
+            if adapter_names is None:
+                return Route("merged", "the adapters are merged into the weights")
+            raise NetworkError("the adapters are merged into the weights", remedy="call unmerge_adapter() first")
+        if adapter_names is not None:
+            return Route("mixed", "every row has its own adapter")
+        active = [adapter for adapter in self.active_adapters if adapter in self.updates]
+        if not active:
+            return Route("base", "no active adapter has an update of this layer")
+        reason = self._why_not_fused(active, x) if plain else "the base layer is called with further arguments"
+        if not reason:
+            return Route("fused", "")
+        if self._cacheable(active[0], x):
+            return Route("cached", reason)
+        return Route("plain", reason)
+
+    def _cacheable(self, adapter: str, x: Tensor) -> bool:
+        """Return True if results computed from factors alone, or which these are, may be kept from call to call."""
+        if self.training or torch.compiler.is_compiling():
+            return False
         item = self.updates[adapter][0]
         return (
-            not item.side
-            and not (self.training and self.dropouts[adapter])
-            and adapter not in self.tnpeft_magnitude
-            and may_join(self.base_layer, x)
-            and x.dtype == self._compute_dtype(adapter, x)
+            is_cacheable(self._arrays(adapter, item), x.device.type) if item.keeps or item.run.is_low_rank else False
         )
 
-    def joined(self) -> Joined | None:
-        """What is kept of the linear's one active adapter if the two can be one operation."""
-        kept: Joined | None = self._prepared.joined
-        if kept is None or not kept.holds(self):
-            self._prepared.joined = kept = Joined.of(self)
-        return kept
+    def _why_not_fused(self, active: Sequence[str], x: Tensor) -> str:
+        """Return why the base linear and the update cannot be one operation; empty if they can."""
+        adapter = active[0]
+        if len(active) > 1:
+            return "several adapters are active"
+        if self.updates[adapter][0].side:
+            return "the update is of slices of the layer"
+        if adapter in self.tnpeft_magnitude:
+            return "DoRA rescales the output"
+        if self.training and self.dropouts[adapter]:
+            return "dropout in training"
+        reason = why_not_fused(self.base_layer, x)
+        if not reason and x.dtype != self._compute_dtype(adapter, x):
+            return "the factors are wider than the input"
+        return reason
+
+    def training_path(self) -> TrainingFastPath | None:
+        """Return what is remembered of the linear's one active adapter if the two can be one operation."""
+        path: TrainingFastPath | None = self._cache.training
+        if path is None or path.active != self._active_adapter:
+            self._cache.training = path = TrainingFastPath.of(self)
+        return path
 
     def _mixed(self, x: Tensor, base: Tensor, names: Sequence[str]) -> Tensor:
         """``base`` with the update of every row's own adapter added."""

@@ -10,10 +10,10 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from tnpeft.adapters.prepared import may_keep
+from tnpeft.adapters.weight_cache import is_cacheable
 from tnpeft.networks import REPLICA, NetworkError
 from tnpeft.networks.replicas import with_replicas
-from tnpeft.nn.execute import Program, program
+from tnpeft.nn.executor.program import Program, program
 
 if TYPE_CHECKING:
     from tnpeft.adapters.layer import TensorNetworkLinear
@@ -152,8 +152,8 @@ def update_blocks(layer: TensorNetworkLinear, lot: Sequence[str], x: Tensor, res
     prepared = None
     if not layer.training and not first.constants:
         arrays = [array for adapter, item in zip(lot, items, strict=True) for array in layer._arrays(adapter, item)]
-        if may_keep(arrays, x.device.type):
-            prepared = layer._prepared.get((tuple(lot), rows.dtype, x.device), arrays, values)
+        if is_cacheable(arrays, x.device.type):
+            prepared = layer._cache.get((tuple(lot), rows.dtype, x.device), arrays, values)
     prepared = values() if prepared is None else prepared
     if rows.dtype == result.dtype:
         return run.apply(rows, prepared, result, first.scale)
@@ -165,4 +165,4 @@ def _beside(run: Program, count: int) -> Program:
     """The program of so many adapters of one network, block by block."""
     plan = run.plan
     sizes = {**plan.sizes, REPLICA: count}
-    return program(with_replicas(plan.network), sizes, tokens=int(sizes[plan.activation]))
+    return program(with_replicas(plan.network), sizes, tokens=int(sizes[plan.activation]), unit_norm=run.unit_norm)

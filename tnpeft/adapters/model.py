@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tnpeft.adapters.bank import BANK, FactorBank, TensorNetworkLayer
+from tnpeft.adapters.binding import update
 from tnpeft.adapters.config import TensorNetworkConfig
 from tnpeft.adapters.config_validation import check_replicas
 from tnpeft.adapters.constants import PREFIX
@@ -23,16 +24,15 @@ from tnpeft.adapters.contents import AGAIN, check_modules
 from tnpeft.adapters.expressions import check_expression
 from tnpeft.adapters.files import check_state, translated
 from tnpeft.adapters.guard import watch
-from tnpeft.adapters.kept import Kept
 from tnpeft.adapters.layer import TensorNetworkLinear
 from tnpeft.adapters.mixed import BatchAdapterNames, check_names, rows_for_each
 from tnpeft.adapters.owners import check_owner, fused, keep_unfused
 from tnpeft.adapters.placement import base_constants, build_layout, start_values
 from tnpeft.adapters.replicas.batch import check_blocks, expect_blocks
 from tnpeft.adapters.rollback import Parked, Snapshot, layers, outside
-from tnpeft.adapters.siblings import join
+from tnpeft.adapters.shared_input import join
+from tnpeft.adapters.snapshot import WeightSnapshot
 from tnpeft.adapters.targets import card_of, resolve, shared_input_groups
-from tnpeft.adapters.update import update
 from tnpeft.adapters.weighted_sum import combine
 from tnpeft.layout import Layout, ParameterSpec, SiteLayout
 from tnpeft.networks import AdapterFileError, ConfigError, NetworkError, Site
@@ -245,7 +245,9 @@ class TensorNetworkModel(BaseTuner):
         """
         self._refuse_merge(adapter_names)
         linears = [layer for layer in layers(self.model) if isinstance(layer, TensorNetworkLinear)]
-        kept = [Kept.of(layer.get_base_layer()) for layer in linears if layer.quantization_backend is not None]
+        kept = [
+            WeightSnapshot.of(layer.get_base_layer()) for layer in linears if layer.quantization_backend is not None
+        ]
         before = Snapshot(self.model)
         try:
             super().merge_adapter(adapter_names, safe_merge)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters.bank import FactorBank, TensorNetworkLayer
+from tnpeft.adapters.binding import base_factor
 from tnpeft.adapters.layer import TensorNetworkLinear
-from tnpeft.adapters.update import base_factor
 from tnpeft.layout import Layout, ParameterSpec
 from tnpeft.networks import NetworkError
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from tnpeft.nn.dense import dense  # at once: a module of that name would hide it
+
 _HOME = {
-    "dense": "contract",
-    "Program": "execute",
-    "program": "execute",
+    "Program": "executor.program",
+    "program": "executor.program",
     "Initializer": "init",
     "fit": "fit",
     "from_tensorly": "tensorly_formats",
     "to_tensorly": "tensorly_formats",
 }
 
-__all__ = [*_HOME]
+__all__ = ["dense", *_HOME]
 
 
 def __getattr__(name: str) -> Any:

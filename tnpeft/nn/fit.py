@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tnpeft.networks import Factorization, Network, NetworkError
 from tnpeft.networks.sizes import Sizes, bind, integers, require_network
-from tnpeft.nn.contract import dense
+from tnpeft.nn.dense import dense
 from tnpeft.nn.least_squares import FactorLeastSquares, term_network
 from tnpeft.nn.philox import normal
 from tnpeft.nn.refine import polish

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tnpeft.networks import Factor, Network, Term
 from tnpeft.networks.factor import Group
-from tnpeft.nn.contract import aligned, dense
+from tnpeft.nn.dense import dense
+from tnpeft.nn.executor.kernels import Sizes, singly, view
 
 DENSE_LIMIT = 2**24  # elements of the matrix that a direct solve may hold; above, conjugate gradients never form it
 _ITERATIONS = 100
@@ -137,7 +138,8 @@ def _environment(rest: Term, arrays: Mapping[str, Tensor], order: Group) -> Tens
 
 def _matrices(target: Tensor, axes: Group, batch: Group, rows: Group, cols: Group) -> Tensor:
     """The target as a stack of matrices."""
-    stacked = aligned(axes, (*batch, *rows, *cols))(target)
+    seen, _ = view(singly(axes), singly((*batch, *rows, *cols)), Sizes(dict(zip(axes, target.shape, strict=True))))
+    stacked = target if seen is None else seen(target)
     shape = stacked.shape
     middle = len(batch) + len(rows)
     return stacked.reshape(prod(shape[: len(batch)]), prod(shape[len(batch) : middle]), prod(shape[middle:]))  # type: ignore[no-any-return]

@@ -13,7 +13,7 @@ from torch import Tensor
 from tnpeft.counting.cuts import term_cut
 from tnpeft.networks import Factor, Network, Term
 from tnpeft.networks.factor import Group
-from tnpeft.nn.contract import dense
+from tnpeft.nn.dense import dense
 
 
 @dataclass(frozen=True)

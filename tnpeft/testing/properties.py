@@ -45,7 +45,7 @@ def contraction(case: Case, seed: int) -> Answer:
 
 def _programs(case: Case) -> Iterator[tuple[str, Any]]:
     """Programs of one site for every objective, number of tokens, and with and without training."""
-    from tnpeft.nn.execute import program
+    from tnpeft.nn.executor.program import program
     from tnpeft.planning import OBJECTIVES
 
     net, sizes = _site(case)
@@ -86,7 +86,7 @@ def gradient(case: Case, seed: int) -> Answer:
     """Autograd along a random direction of each trainable factor, against the complex-step derivative."""
     import torch
 
-    from tnpeft.nn.execute import program
+    from tnpeft.nn.executor.program import program
 
     net, sizes = _site(case)
     factors = random_factors(net, sizes, seed)

@@ -26,8 +26,8 @@ _Grads = tuple[Tensor | None, ...]
 class Link:
     """Reference from one program to the projection that it starts from.
 
-    ``reads``: the projection's gradients read its input, which the program's backward pass puts into ``inbox``, so that
-    it is saved once and each program can run backward on its own. ``keep_alive`` is a pending group.
+    ``reads``: the projection's gradients read its input, which the program's backward pass puts into ``inbox``: it is
+    saved once, and each program can run backward on its own. ``keep_alive`` is a pending group.
     """
 
     prefix: Prefix
@@ -43,7 +43,7 @@ class Link:
 
 
 class ProgramFunction(torch.autograd.Function):
-    """A program on ``x``, or on the narrow result of its prefix with the linear's input ``wide``, added to the linear.
+    """A program on ``x``, or on the result of its prefix with the linear's input ``wide``, added to the linear.
 
     Without a weight it is added to ``base``, out of place.
     """
@@ -105,9 +105,8 @@ def apply(
 ) -> Tensor:
     """Return the result of a program, ``[tokens, out]``, by the instructions for the gradients that are wanted."""
     needs = tuple([tensor is not None and tensor.requires_grad for tensor in (*factors, x, wide, weight, bias)])
-    result: Tensor = ProgramFunction.apply(
-        listing.code(needs), scale, link, x, wide, weight, bias, base, *factors
-    )
+    code = listing.traced_code(needs) if torch.compiler.is_compiling() else listing.code(needs)
+    result: Tensor = ProgramFunction.apply(code, scale, link, x, wide, weight, bias, base, *factors)
     return result
 
 
@@ -126,8 +125,8 @@ def _same(autocast: tuple[str, torch.dtype] | None) -> AbstractContextManager[An
 class SharedProjection(torch.autograd.Function):
     """The narrow results of several prefixes on one input, and the input once more if it needs a gradient.
 
-    The input is not saved: whichever program runs backward brings it. Its gradient from the linears comes in with that
-    of the second output and is added to in place.
+    The input is not saved: whichever program runs backward brings it. Its gradient from the linears comes in with
+    that of the second output and is added to in place.
     """
 
     @staticmethod
@@ -168,10 +167,10 @@ class ProjectionGroup:
             at += len(prefix.factors)
 
     def __call__(self, factors: Sequence[Sequence[Tensor]], x: Tensor) -> tuple[Tensor, list[Tensor], list[Link]]:
-        """Return the input, and each program's narrow result and link, from all factors of each and ``[tokens, inp]``."""
+        """Return the input, each program's narrow result and its link, from all its factors and ``[tokens, inp]``."""
         both = zip(self.chosen, self.prefixes, strict=True)
         operands = [factors[k][place] for k, prefix in both for place in prefix.factors]
-        reads = any([operand.requires_grad for operand in operands])
+        reads = any(operand.requires_grad for operand in operands)
         inbox: list[Tensor] = []
         parts = SharedProjection.apply(self, inbox, x, *operands)
         links = [Link(prefix, reads, inbox) for prefix in self.members]
@@ -218,7 +217,7 @@ class ProjectionGroup:
         on_x: bool,
         on_operands: Sequence[bool],
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """Return the gradients of the input, added to ``to_x``, and of the operands; ``x`` is there if they read it."""
+        """Return the gradients of the input, added to ``to_x``, and of the operands, which may read ``x``."""
         found: list[Tensor | None] = [None] * len(operands)
         places = [place for place, grad in enumerate(grads) if grad is not None]
         if not places:
@@ -240,7 +239,9 @@ class ProjectionGroup:
                 values += [None] * (code.total - len(values))
                 values[code.size + listing.output] = _see(prefix.give, part)
                 run(code.backward, values)
-                found[own] = [values[code.size + k] if yes else None for k, yes in zip(prefix.factors, on, strict=True)]
+                found[own] = [
+                    values[code.size + k] if yes else None for k, yes in zip(prefix.factors, on, strict=True)
+                ]
         if on_x:
             matrix = _rows(matrices)
             if to_x is None:
@@ -287,7 +288,7 @@ def _rows(matrices: Sequence[Tensor]) -> Tensor:
 
 
 def _side_by_side(grads: Sequence[Tensor]) -> Tensor:
-    """Return gradients of narrow results in one matrix, stored as they are: with the narrow sides as rows or columns."""
+    """Return gradients of narrow results in one matrix, stored as they are: the narrow sides as rows or columns."""
     if len(grads) == 1:
         return grads[0]
     if all(grad.stride(0) == 1 for grad in grads):

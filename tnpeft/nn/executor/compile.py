@@ -1,7 +1,7 @@
 """From a plan to instructions, and from instructions to those of the backward pass.
 
-The base weight and bias are operands like any factor. The backward list is generated from the forward list for the set
-of operands that want gradients; what it reads is saved, unless it is recomputed by one rule:
+The base weight and bias are operands like any factor. The backward list is generated from the forward list for the
+set of operands that want gradients; what it reads is saved, unless it is recomputed by one rule:
 
 - from factors alone: elementwise products, and results larger than the trainable factors below them;
 - on the activations, if those are saved: results as wide as they are, and those whose elements take no more
@@ -13,8 +13,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from tnpeft.networks.factor import Group
 from tnpeft.nn.executor.kernels import (
@@ -32,7 +30,7 @@ from tnpeft.nn.executor.kernels import (
     singly,
     view,
 )
-from tnpeft.planning.planner import TRAFFIC
+from tnpeft.planning.planner import MACS_PER_ELEMENT
 from tnpeft.planning.steps import Plan, Step, fresh
 
 Mask = tuple[bool, ...]  # which of the factors, activations, input, weight and bias want a gradient
@@ -40,7 +38,7 @@ Mask = tuple[bool, ...]  # which of the factors, activations, input, weight and 
 
 @dataclass(frozen=True, eq=False)
 class Registers:
-    """Numbers of the registers: the factors from zero on, then these, then results; ``wide`` is the linear's input."""
+    """Numbers of the registers: factors from zero on, then these, then results; ``wide`` is the linear's input."""
 
     factors: int
 
@@ -58,7 +56,7 @@ class Registers:
 
 @dataclass(frozen=True)
 class Result:
-    """A result of the program: the name of its plan's step, elements of a row of activations, multiply-adds of each."""
+    """A result: the name of its plan's step, elements for a row of activations, multiply-adds for each of them."""
 
     name: str
     elements: int
@@ -119,13 +117,15 @@ class Listing:
 
     def code(self, needs: Mask) -> Code:
         """Return the instructions for the operands that want gradients: factors, x, wide, weight, bias."""
-        if torch.compiler.is_compiling():  # nothing is generated while a graph is traced: more gradients serve too
-            usual = all([on or not wanted for on, wanted in zip(self._usual, needs, strict=True)])
-            return self.training if usual else self.all_gradients
         code = self._codes.get(needs)
         if code is None:
             code = self._codes[needs] = _generate(self, needs)
         return code
+
+    def traced_code(self, needs: Mask) -> Code:
+        """Return instructions for at least these gradients: nothing is generated while a compiler traces."""
+        usual = all(on or not wanted for on, wanted in zip(self._usual, needs, strict=True))
+        return self.training if usual else self.all_gradients
 
     def generate(self) -> None:
         """Generate the instructions that a compiler may need."""
@@ -203,16 +203,14 @@ class _Compiler:
         trainable = [self.sizes.volume(f.indices) if f.kind == "trainable" else 0 for f in kinds]
         width = self.sizes.volume(flat(self.layouts[self.at.x])) if self.plan.activation else 0
         width //= self.plan.sizes.get(self.plan.activation, 1)
-        return Listing(
-            self.out, self.layouts, self.results, self.at, self.sizes, trainable, width, output
-        )
+        return Listing(self.out, self.layouts, self.results, self.at, self.sizes, trainable, width, output)
 
     def _emit(
-        self, name: str, kernel: Kernel, operands: tuple[int, ...], layout: Layout, summed: Group, sign: float = 1.0
+        self, name: str, kernel: Kernel, operands: tuple[int, ...], layout: Layout, summed: Group, sign: int = 1
     ) -> int:
         register, self.next = self.next, self.next + 1
         self.layouts[register] = layout
-        self.out.append(Instruction(kernel, operands, register, sign))
+        self.out.append(Instruction(kernel, operands, register, sign < 0))
         elements = self.sizes.volume(flat(layout)) // self._rows(layout)
         self.results[register] = Result(name, elements, self.sizes.volume(summed))
         if name:
@@ -230,7 +228,7 @@ class _Compiler:
 
     def _linear(self, weight: int) -> None:
         at = self.at
-        kernel = Linear(self.layouts[at.x], self.layouts[at.weight], self.layouts[at.y], self.sizes, True)
+        kernel = Linear(self.layouts[at.x], self.layouts[at.weight], self.layouts[at.y], self.sizes)
         self.out.append(Instruction(kernel, (at.x, weight, at.bias), at.y))
 
     def _contract(self, step: Step, last: bool) -> None:
@@ -263,7 +261,7 @@ class _Compiler:
             else:
                 kernel = Sum(own, layout, self.sizes)
                 scaled = bool(merged) and self.linear
-                self.out.append(Instruction(kernel, (place,), register, step.signs[k], scaled))
+                self.out.append(Instruction(kernel, (place,), register, step.signs[k] < 0, scaled))
 
     def _accumulate(self, step: Step, sign: int) -> None:
         """Add the product of two operands to the output."""
@@ -271,7 +269,7 @@ class _Compiler:
         if step.frozen and self.linear:
             return self._linear(right[0])
         kernel = Einsum2(left[1], right[1], self.layouts[self.at.y], self.sizes)
-        self.out.append(Instruction(kernel, (left[0], right[0]), self.at.y, sign, True))
+        self.out.append(Instruction(kernel, (left[0], right[0]), self.at.y, sign < 0, True))
         return None
 
 
@@ -319,15 +317,20 @@ def _generate(listing: Listing, needs: Mask) -> Code:
     for step in listing.forward:
         if not live.isdisjoint(step.operands):
             live.add(step.result)
-    order = sorted(reversed(listing.forward), key=lambda step: not isinstance(step.kernel, Linear))
+    order = [step for step in listing.forward if isinstance(step.kernel, Linear)]  # what others are added to
+    order += [step for step in reversed(listing.forward) if not isinstance(step.kernel, Linear)]
     back = []
     for step in order:
         for k, operand in enumerate(step.operands):
-            if operand in live and not isinstance(step.kernel, ColumnNorm) and (k, type(step.kernel)) != (1, Normalize):
+            if (
+                operand in live
+                and not isinstance(step.kernel, ColumnNorm)
+                and (k, type(step.kernel)) != (1, Normalize)
+            ):
                 kernel, others = step.kernel.vjp(k)
                 read = [step.result if other < 0 else step.operands[other] for other in others]
                 operands = (size + step.result, *read)
-                back.append(Instruction(kernel, operands, size + operand, step.sign, step.scaled))
+                back.append(Instruction(kernel, operands, size + operand, step.negative, step.scaled))
     back, extra = _folded(listing, back)
     read = {k for step in back for k in step.operands if k < size}
     recomputed = _recomputed(listing, read)
@@ -364,7 +367,7 @@ def _recomputed(listing: Listing, read: set[int]) -> set[int]:
         inputs = {*range(at.factors), at.x, at.wide, at.weight}
         at_hand = all(k in inputs | read or k not in listing.active for k in producers[register])
         wide = bool(listing.width) and result.elements >= listing.width
-        return at.x in read and (wide or (result.macs <= TRAFFIC and at_hand))
+        return at.x in read and (wide or (result.macs <= MACS_PER_ELEMENT and at_hand))
 
     found = {register for register in producers if register in read and register != at.y and cheap(register)}
     pending = [*found]
@@ -466,7 +469,8 @@ def split(listing: Listing) -> Prefix | None:
     moved = {at.x: at.wide, last: at.x}
     after = [step._replace(operands=tuple(moved.get(k, k) for k in step.operands)) for step in after]
     layouts = {**listing.layouts, at.x: listing.layouts[last], at.wide: listing.layouts[at.x]}
-    rest = _part(listing, [*weights, *after], layouts, at.y)
+    wide = listing.results[last].elements  # where it is as wide as the input, so may be what is recomputed from it
+    rest = _part(listing, [*weights, *after], layouts, at.y, wide if wide >= listing.width else 0)
     before = _reached(listing, [k for step in chain for k in step.operands])
     factors = {k for step in (*before, *chain) for k in step.operands if k < at.factors}
     return Prefix(
@@ -498,5 +502,7 @@ def _reached(listing: Listing, registers: Sequence[int]) -> list[Instruction]:
     return found[::-1]
 
 
-def _part(listing: Listing, steps: Sequence[Instruction], layouts: Mapping[int, Layout], output: int) -> Listing:
-    return Listing(steps, layouts, listing.results, listing.at, listing.sizes, listing.trainable, 0, output)
+def _part(
+    listing: Listing, steps: Sequence[Instruction], layouts: Mapping[int, Layout], output: int, width: int = 0
+) -> Listing:
+    return Listing(steps, layouts, listing.results, listing.at, listing.sizes, listing.trainable, width, output)

@@ -1,7 +1,7 @@
 """Kernels and the interpreter: a two-operand einsum, whose vector-Jacobian products are two-operand einsums again.
 
-Tensors are stored with axes of one index or of several, fused row-major (a layout). Every choice of views, of the order
-in which indices are fused and of the side that is narrow is made when a kernel is built, none when it runs.
+Tensors are stored with axes of one index or of several, fused row-major (a layout). Every choice of views, of the
+order in which indices are fused and of the side that is narrow is made when a kernel is built, none when it runs.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch.nn.functional import linear
 
 from tnpeft.networks.factor import Group
 
@@ -113,7 +111,7 @@ class Kernel:
 class Einsum2(Kernel):
     """``einsum("left,right->out")`` of two stored tensors, as (a stack of) matrix products or elementwise.
 
-    ``product``: by a matrix product even where nothing is summed, or elementwise and then summed; None: a product where
+    ``product``: by a matrix product even where nothing is summed, or elementwise and then summed; None: a product if
     an index is summed. ``strided``: a narrow result may be stored with its narrow side as rows.
     """
 
@@ -243,9 +241,15 @@ class Einsum2(Kernel):
 class Linear(Einsum2):
     """The frozen linear, ``[tokens, out]`` from the activations, the weight ``[out, inp]`` and the bias or None."""
 
+    def __init__(self, left: Layout, right: Layout, out: Layout, sizes: Sizes) -> None:
+        from torch.nn.functional import linear  # numpy does without torch
+
+        super().__init__(left, right, out, sizes, product=True)
+        self._function = linear
+
     def __call__(self, alpha: float, a: Array, b: Array, bias: Array | None = None) -> Array:
         """Return ``a @ b.T + bias``; it is never scaled."""
-        return linear(a, b, bias)
+        return self._function(a, b, bias)
 
     def vjp(self, k: int) -> tuple[Kernel, tuple[int, ...]]:
         """Return those of a product, and the sum over rows for the bias."""
@@ -287,6 +291,8 @@ class ColumnNorm(Kernel):
 
     def __call__(self, alpha: float, a: Array) -> Array:
         """Return the lengths with the axes kept."""
+        import torch  # numpy does without torch
+
         length = torch.linalg.vector_norm(a, dim=self.axes, keepdim=True)
         return length.clamp_min(torch.finfo(length.dtype).tiny)
 
@@ -306,37 +312,44 @@ class Normalize(Kernel):
         return _Orthogonal(self.axes), (-1, 1)
 
 
+def normalize_columns(array: Array, axes: tuple[int, ...]) -> Array:
+    """Return a factor whose columns, along ``axes``, have length one; zero columns stay zero."""
+    return Normalize(axes)(1.0, array, ColumnNorm(axes)(1.0, array))
+
+
 class _Orthogonal(Kernel):
     def __init__(self, axes: tuple[int, ...]) -> None:
         self.axes = axes
 
     def __call__(self, alpha: float, grad: Array, unit: Array, length: Array) -> Array:
         along = (grad * unit).sum(self.axes, keepdim=True)
-        return torch.addcmul(grad, unit, along, value=-1) / length
+        return grad.addcmul(unit, along, value=-1) / length
 
 
 # ---- the interpreter
 
 
 class Instruction(NamedTuple):
-    """One step: a kernel, the registers of its operands and of its result, and the number that multiplies the result.
+    """One step: a kernel, the registers of its operands and of its result, and if that is subtracted.
 
-    ``scaled``: times the scale of the update as well. ``fresh``: a result that is there already was written by the
+    ``scaled``: times the scale of the update. ``fresh``: a result that is there already was written by the
     program itself, so that it may be added to in place.
     """
 
     kernel: Kernel
     operands: tuple[int, ...]
     result: int
-    sign: float = 1.0
+    negative: bool = False
     scaled: bool = False
     fresh: bool = False
 
 
 def run(steps: Sequence[Instruction], registers: list[Array], scale: float = 1.0, inplace: bool = False) -> None:
     """Carry out the steps; a result that is there already is added to."""
-    for kernel, operands, result, sign, scaled, fresh in steps:
-        alpha = sign * scale if scaled else sign
+    for kernel, operands, result, negative, scaled, fresh in steps:
+        alpha = scale if scaled else 1.0
+        if negative:
+            alpha = -alpha
         values = [registers[k] for k in operands]
         total = registers[result]
         if total is None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from tnpeft.networks import REPLICA, Network, NetworkError
 from tnpeft.networks.sizes import Size, bind, integers
 from tnpeft.nn.executor.autograd import Link, ProjectionGroup, apply
-from tnpeft.nn.executor.compile import Listing, Prefix, compile_plan, split
+from tnpeft.nn.executor.compile import Listing, compile_plan, split
 from tnpeft.nn.executor.eligibility import can_absorb_update, can_use_custom_backward
 from tnpeft.nn.executor.kernels import Einsum2, _see, flat, run, view
 from tnpeft.planning.planner import planned
@@ -99,7 +99,9 @@ class Program:
         self._dense_plan = dense
         self.update = compile_plan(plan, self.labels, unit_norm)
         self.fused = compile_plan(plan, self.labels, unit_norm, linear=True)
-        self.merged = compile_plan(fused_plan, self.labels, unit_norm, linear=True) if fused_plan.form == "merged" else None
+        self.merged = (
+            compile_plan(fused_plan, self.labels, unit_norm, linear=True) if fused_plan.form == "merged" else None
+        )
         self.prefix = split(self.fused)
         update_prefix = split(self.update)
         self._update_prefix = update_prefix if update_prefix is not None and update_prefix.frozen else None
@@ -118,7 +120,7 @@ class Program:
     def __call__(
         self, x: Tensor, operands: Sequence[Tensor], base: Tensor | None = None, scale: float = 1.0
     ) -> Tensor:
-        """Return ``base + scale * x @ dW.T``, out of place; ``x [..., inp]``, ``base [..., out]`` or None for zero."""
+        """Return ``base + scale * x @ dW.T``, out of place; ``x [..., inp]``, ``base [..., out]`` or None."""
         if not can_use_custom_backward(x):
             return self.apply(x, self.prepare(operands), base, scale)
         rows, flat_base = self._rows_of(x), None if base is None else base.reshape(-1, self.rows)
@@ -175,7 +177,7 @@ class Program:
         scale: float,
         link: Link,
     ) -> Tensor:
-        """Return what :meth:`with_linear` does, ``[tokens, out]``, from the result of the prefix on ``[tokens, inp]``."""
+        """Return what :meth:`with_linear` does, ``[tokens, out]``, from the prefix's result on ``[tokens, inp]``."""
         assert self.prefix is not None  # there is a result of it
         return apply(self.prefix.rest, scale, operands, narrow, x, weight, bias, link=link)
 
@@ -188,25 +190,23 @@ class Program:
 
     @cached_property
     def _pair(self) -> tuple[Any, Any] | None:
-        body, at = self.update.activation_steps, self.update.at
-        prefix = split(self.update)
-        if len(body) != 2 or prefix is None or prefix.see is None and prefix.matrix is None and not prefix.frozen:
+        listing, at = self.update, self.update.at
+        if len(listing.activation_steps) != 2:
             return None
-        first, last = body
+        first, last = listing.activation_steps
         one, two = first.kernel, last.kernel
         if not (isinstance(one, Einsum2) and isinstance(two, Einsum2) and one.product and two.product):
             return None
-        x, token = self.update.layouts[at.x], (self.plan.activation,)
-        if first.operands[0] != at.x or last.operands[0] != first.result or one.left != x or x[0] != token:
+        x, y = listing.layouts[at.x], listing.layouts[at.y]
+        chained = first.operands[0] == at.x and last.operands[0] == first.result and last.operands[1] != at.x
+        plain = x[0] == (self.plan.activation,) == one.out[0] and len(one.out) == 2 and {*one.summed} == {*x[1]}
+        narrow = one.out[-1]
+        if not (chained and plain and {*two.summed} == {*narrow} and {*flat(two.right)} == {*narrow, *y[1]}):
             return None
-        if {*one.summed} != {*x[1]} or len(one.out) != 2 or {*two.summed} != {*one.out[1]} or last.operands[1] == at.x:
-            return None
-        narrow = one.out[1]
-        rows = self.update.layouts[at.y][1]
-        if {*flat(two.right)} != {*narrow, *rows}:
-            return None
-        sizes = self.update.sizes
-        return (first, view(one.right, (narrow, x[1]), sizes)[0]), (last, view(two.right, (rows, narrow), sizes)[0])
+        return (first, view(one.right, (narrow, x[1]), listing.sizes)[0]), (
+            last,
+            view(two.right, (y[1], narrow), listing.sizes)[0],
+        )
 
     @property
     def is_low_rank(self) -> bool:
@@ -218,7 +218,7 @@ class Program:
         assert self._pair is not None  # the caller has asked
         (one, see_one), (two, see_two) = self._pair
         first, last = _see(see_one, prepared[one.operands[1]]), _see(see_two, prepared[two.operands[1]])
-        return first, last, one.sign * two.sign
+        return first, last, -1.0 if one.negative != two.negative else 1.0
 
     @cached_property
     def _dense(self) -> Listing:

@@ -8,9 +8,9 @@ from typing import Literal
 from torch import Tensor
 
 from tnpeft.layout import ParameterSpec, SiteLayout
-from tnpeft.nn.execute import Program, program
+from tnpeft.nn.executor.kernels import normalize_columns
+from tnpeft.nn.executor.program import Program, program
 from tnpeft.nn.patterns import base as as_factor
-from tnpeft.nn.units import Norms
 
 Source = Literal["site", "bank", "base"]
 
@@ -30,7 +30,7 @@ class Update:
 
     ``side`` is the side of the linear that the site is a slice of, from ``start`` on, or ``""`` for the whole;
     ``keeps`` says that something is computed from the adapter's own factors alone, ``data`` that it has constants
-    besides the base weight, ``norms`` the operands' axes of normalisation, None without any.
+    besides the base weight. The program normalises the operands that are to be.
     Copies and pickles hold the site_layout and build the program anew.
     """
 
@@ -46,7 +46,6 @@ class Update:
     length: int
     keeps: bool
     data: bool
-    norms: Norms | None
 
     def __reduce__(self) -> tuple[object, ...]:
         return update, (self.site_layout, self.unit_norm, self.constants, self.scale, self.tokens)
@@ -54,6 +53,13 @@ class Update:
     def delta(self, operands: list[Tensor]) -> Tensor:
         """The scaled update of this site, ``[out, inp]``."""
         return self.run.delta(operands, self.scale)
+
+    def normalized(self, operands: list[Tensor]) -> list[Tensor]:
+        """Return the operands as the line has them: columns of length one where they are to be."""
+        return [
+            normalize_columns(array, operand.norm) if operand.norm else array
+            for array, operand in zip(operands, self.operands, strict=True)
+        ]
 
 
 def update(
@@ -68,7 +74,7 @@ def update(
     >>> [(operand.source, operand.key) for operand in update(place, (), (), 1.0, 64).operands]
     [('site', 'B'), ('bank', 'A')]
     """
-    run = program(site_layout.network, site_layout.sizes, tokens=tokens)
+    run = program(site_layout.network, site_layout.sizes, tokens=tokens, unit_norm=unit_norm)
     site = site_layout.site
     last = site.proj.rpartition("/")[2]
     side: Literal["", "out", "inp"] = "out" if last.startswith("out:") else "inp" if last.startswith("inp:") else ""
@@ -84,9 +90,8 @@ def update(
         side,
         site.start,
         site.inp if side == "inp" else site.out,
-        (run.prepares or any(operand.norm for operand in operands)) and not constants,
+        run.has_weight_steps and not constants,
         any(param.kind == "constant" and label not in constants for label, param in site_layout.parameters.items()),
-        tuple(operand.norm for operand in operands) if any(operand.norm for operand in operands) else None,
     )
 
 

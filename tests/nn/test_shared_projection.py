@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tnpeft import network
-from tnpeft.nn.execute import Program, program
-from tnpeft.nn.first import Joint, Source
-from tnpeft.nn.together import rest, together
+from tnpeft.nn.executor.autograd import ProjectionGroup, apply
+from tnpeft.nn.executor.program import Program, program
 
 TOKENS, WIDE, SCALE = 7, 12, -0.5
 SIZES = {"out": WIDE, "inp": WIDE, "r": 2, "s": 3, "a": 2, "b": 3, "c": 2, "o1": 3, "o2": 4, "i1": 4, "i2": 3}
@@ -64,15 +63,15 @@ class Group:
 
     def shared(self, x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
         own = self.parts(factors)
-        assert self.run.first is not None
-        begun = Joint([Source(self.run.first)] * 3)(own, x)
+        assert self.run.prefix is not None
+        x, narrow, links = ProjectionGroup([self.run.prefix] * 3)(own, x)
         return tuple(
-            rest(begun.links[k], begun.narrow[k], SCALE, begun.x, self.weights[k], None, own[k]) for k in range(3)
+            self.run.after_prefix(narrow[k], own[k], x, self.weights[k], None, SCALE, links[k]) for k in range(3)
         )
 
     def alone(self, x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
         own = self.parts(factors)
-        return tuple(together(self.run.flow, SCALE, x, self.weights[k], None, own[k]) for k in range(3))
+        return tuple(apply(self.run.fused, SCALE, own[k], x, None, self.weights[k]) for k in range(3))
 
     def parts(self, factors: Any) -> list[list[Tensor]]:
         count = len(factors) // 3
@@ -160,13 +159,14 @@ class Products(TorchDispatchMode):
 @pytest.mark.parametrize(("same", "narrow"), [(False, 6), (True, 2)])
 def test_one_narrow_product_for_all_and_one_of_each_kind_for_its_gradients(same: bool, narrow: int) -> None:
     group = Group("lora")
-    own, first = group.parts(group.factors), group.run.first
+    own, run = group.parts(group.factors), group.run
+    assert run.prefix is not None
     if same:
         own = [[B, own[0][1]] for B, _ in own]
     with Products() as forward:
-        begun = Joint([Source(first, key=same or None)] * 3)(own, group.x)
+        x, parts, links = ProjectionGroup([run.prefix] * 3, ["A"] * 3 if same else None)(own, group.x)
     assert forward.shapes == [(narrow, WIDE, TOKENS)]
-    results = [rest(begun.links[k], begun.narrow[k], 1.0, begun.x, group.weights[k], None, own[k]) for k in range(3)]
+    results = [run.after_prefix(parts[k], own[k], x, group.weights[k], None, 1.0, links[k]) for k in range(3)]
     with Products() as backward:
         sum(result.sum() for result in results).backward()
     # the gradient of the input and that of the joined matrices, beside two for each linear's last step
@@ -177,7 +177,7 @@ def test_one_narrow_product_for_all_and_one_of_each_kind_for_its_gradients(same:
 
 @pytest.mark.parametrize("name", APART)
 def test_programs_without_one_narrow_first_step_have_none(name: str) -> None:
-    assert built(APART[name]).first is None
+    assert not built(APART[name]).can_share
 
 
 @pytest.mark.parametrize("name", ["lora", "scaled", "vera", "tied", "hadamard"])

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import tnpeft
-from tnpeft.adapters import siblings
-from tnpeft.nn import first
+from tnpeft.adapters import shared_input
+from tnpeft.nn.executor import autograd
 
 QKV = ["q_proj", "k_proj", "v_proj"]
 TARGETS = {
@@ -59,19 +59,20 @@ def extract_replica(net: Any) -> Any:
 def begun(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """For how many linears something was begun, each time."""
     found: list[int] = []
-    original = first.Joint.__call__
+    original = autograd.ProjectionGroup.__call__
 
     def start(joint: Any, factors: Any, x: Tensor) -> Any:
-        found.append(len(factors))
+        if len(factors) > 1:
+            found.append(len(factors))
         return original(joint, factors, x)
 
-    monkeypatch.setattr(first.Joint, "__call__", start)
+    monkeypatch.setattr(autograd.ProjectionGroup, "__call__", start)
     return found
 
 
 @pytest.fixture(autouse=True)
 def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(siblings, "_WORTH", 0)
+    monkeypatch.setattr(shared_input, "MIN_ELEMENTS", 0)
 
 
 def gradients(net: Any, name: str = "opt") -> dict[str, Tensor]:
@@ -366,10 +367,10 @@ def test_dropout_draws_for_each(key: str, begun: list[int]) -> None:
 def test_small_inputs_are_not_worth_it(monkeypatch: pytest.MonkeyPatch, begun: list[int]) -> None:
     net = model("lora")
     x = x_of(net)
-    monkeypatch.setattr(siblings, "_WORTH", x.numel() + 1)
+    monkeypatch.setattr(shared_input, "MIN_ELEMENTS", x.numel() + 1)
     group(net)[0](x)
     assert not begun
-    monkeypatch.setattr(siblings, "_WORTH", x.numel())
+    monkeypatch.setattr(shared_input, "MIN_ELEMENTS", x.numel())
     group(net)[0](x)
     assert begun == [3]
 
@@ -413,13 +414,13 @@ def test_nothing_is_left_after_the_last_one() -> None:
     q, k, v = group(net)
     x = x_of(net)
     outputs = [q(x)]
-    left = q.siblings["default"]._begun()
+    left = q.siblings["default"]._pending()
     assert set(left.waiting) == {k, v}
     outputs += [k(x), v(x)]
     assert not left.waiting
     assert left.x is left.rows is None
     del outputs, left
-    assert q.siblings["default"]._begun() is None
+    assert q.siblings["default"]._pending() is None
 
 
 def test_an_exception_between_them_leaves_nothing() -> None:
@@ -432,7 +433,7 @@ def test_an_exception_between_them_leaves_nothing() -> None:
         above = x * 2.0
         output = q(above)
         assert output.requires_grad
-        left = q.siblings["default"]._begun()
+        left = q.siblings["default"]._pending()
         found = weakref.ref(left), weakref.ref(left.rows.untyped_storage())
         try:
             k(above)
@@ -457,7 +458,7 @@ def test_copies_and_pickles_know_each_other_and_have_begun_nothing(begun: list[i
         its = [linear.siblings["default"] for linear in group(one)]
         assert its[0] is its[1] is its[2]
         assert [*its[0].linears] == group(one)
-        assert its[0]._begun is None
+        assert its[0]._pending is None
         calls.clear()
         same(gradients(one), gradients(net))
         assert calls == [3, 3, 3, 3]

@@ -60,7 +60,7 @@ def layer(net: Any) -> Any:
 
 
 def kept(net: Any) -> int:
-    return len(layer(net)._prepared._entries)
+    return len(layer(net)._cache._entries)
 
 
 @torch.no_grad()
@@ -211,7 +211,7 @@ def test_a_call_asks_for_no_factor_again(key: str, monkeypatch: pytest.MonkeyPat
     first = net(x)
     general = hooked(net)
     torch.testing.assert_close(first, general(x), rtol=1e-13, atol=1e-13)
-    assert layer(general)._prepared.direct is None
+    assert layer(general)._cache.inference is None
     asked: list[Any] = []
     kind = type(layer(net))
     original = kind.operands
@@ -220,7 +220,7 @@ def test_a_call_asks_for_no_factor_again(key: str, monkeypatch: pytest.MonkeyPat
     assert torch.equal(net(X), first.reshape(3, 48))
     assert net(x[:0]).shape == (0, 1, 48)
     assert bool(asked) == (key == "kron")
-    assert (layer(net)._prepared.direct is None) == (key == "kron")
+    assert (layer(net)._cache.inference is None) == (key == "kron")
 
 
 def off(net: Any) -> Any:
@@ -278,13 +278,13 @@ def test_the_direct_way_ends_where_it_would_be_wrong(change: Callable[[Any], Any
     randomise(net.double().eval(), 5)
     net.set_adapter("default")
     before = net(X)
-    assert layer(net)._prepared.direct is not None
+    assert layer(net)._cache.inference is not None
     inside = change(net)
     with inside or contextlib.nullcontext():
         torch.manual_seed(7)
         found = net(X)
         general = net if change is scripted else copy.deepcopy(net)
-        layer(general)._prepared.clear()
+        layer(general)._cache.clear()
         torch.manual_seed(7)
         assert torch.equal(general(X), found)
         wanted = layer(net).base_layer(X)
@@ -306,8 +306,8 @@ def test_the_direct_way_takes_the_dtypes_of_the_call() -> None:
         if hasattr(module, "tnpeft_factors"):
             module.tnpeft_factors.float()  # a wider base: the general way
     found = net(X)
-    assert layer(net)._prepared.direct is None
+    assert layer(net)._cache.inference is None
     torch.testing.assert_close(found, plain(net), rtol=1e-12, atol=1e-12)
     half = net.to(torch.bfloat16)
     assert half(X.bfloat16()).dtype == torch.bfloat16
-    assert layer(half)._prepared.direct is not None
+    assert layer(half)._cache.inference is not None

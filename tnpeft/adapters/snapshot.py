@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Kept:
+class WeightSnapshot:
     """The module and everything that is replaced in it when it stores another weight."""
 
     module: nn.Module
@@ -21,17 +21,17 @@ class Kept:
     state: Any
 
     @staticmethod
-    def of(module: nn.Module) -> Kept:
+    def of(module: nn.Module) -> WeightSnapshot:
         """What the module holds now, without copying any array.
 
         >>> linear = nn.Linear(2, 2)
-        >>> kept = Kept.of(linear)
+        >>> kept = WeightSnapshot.of(linear)
         >>> linear.weight = nn.Parameter(linear.weight * 2)
         >>> kept.restore().weight is kept.parameters["weight"]
         True
         """
         state = copy(getattr(module, "state", None))
-        return Kept(module, dict(module._parameters), dict(module._buffers), state)
+        return WeightSnapshot(module, dict(module._parameters), dict(module._buffers), state)
 
     def weight(self) -> Tensor:
         """Return the weight as it was, on the device and in the dtype that the module's has now."""
@@ -53,7 +53,7 @@ class Kept:
     @contextmanager
     def back(self) -> Iterator[None]:
         """Put it back for a while."""
-        now = Kept.of(self.module)
+        now = WeightSnapshot.of(self.module)
         self.restore()
         try:
             yield

@@ -116,8 +116,8 @@ def test_a_pass_costs_what_its_replicas_cost(name: str) -> None:
     one = program(alone.network, alone.sizes, tokens=64)
     for cost in ("macs", "backward_macs", "written", "saved"):
         assert getattr(many.plan, cost) == K * getattr(one.plan, cost)
-    assert len(many.again) == len(one.again)
-    assert len(many.flow.stages.keep) == len(one.flow.stages.keep)
+    assert len(many.recomputed) == len(one.recomputed)
+    assert len(many.update.training.saved) == len(one.update.training.saved)
 
 
 @pytest.mark.parametrize("name", ["lora", "signed", "stretched", "hyper"])
@@ -137,7 +137,7 @@ def test_the_second_derivative_of_the_joined_operation(name: str) -> None:
 def test_rows_that_are_no_equal_blocks_are_refused() -> None:
     _, site_layout = placed(families.lora(rank=1))
     many = program(site_layout.network, site_layout.sizes)
-    with pytest.raises(NetworkError, match="4 rows are no 3 equal blocks"):
+    with pytest.raises(NetworkError, match="batch size 4 is not divisible by 3 replicas"):
         many(torch.ones(4, 12, dtype=torch.float64), drawn(many, site_layout))
 
 

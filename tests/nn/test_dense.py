@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tnpeft import NetworkError, dense, network
 from tnpeft.networks import Network
-from tnpeft.nn.dense import evaluate
+from tnpeft.nn.dense import evaluator
 from tnpeft.planning.build import Builder
 from tnpeft.planning.search import Path
 from tnpeft.planning.steps import Plan
@@ -63,7 +63,7 @@ def test_any_path_gives_the_same(data: st.DataObject, case: tuple[Network, dict[
     factors = random_factors(net, sizes)
     builder = Builder(net, "").dense([data.draw(paths(len(term.factors))) for term in net.terms])
     steps = builder.with_costs(sizes, True)
-    got = evaluate(Plan(net, tuple(sizes.items()), steps, "none", True, "dense", False), factors)
+    got = evaluator(Plan(net, tuple(sizes.items()), steps, "none", True, "dense", False))(factors)
     shape = tuple(sizes[index] for index in net.outer)
     assert got.shape == shape
     assert close(got.reshape(brute(net, factors).shape), net, sizes, factors)

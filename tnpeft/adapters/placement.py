@@ -17,7 +17,7 @@ from tnpeft.adapters.targets import select
 from tnpeft.counting.cuts import warn_ranks
 from tnpeft.layout import Layout, ParameterSpec, layout
 from tnpeft.networks import REPLICA, ConfigError, Factorization, NetworkError, Site, SiteRule
-from tnpeft.nn.execute import program
+from tnpeft.nn.executor.program import program
 from tnpeft.nn.init import Initializer, factor_hash
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def check_memory(found: Layout, tokens: int, refused: bool = True) -> None:
     kinds = {(its.network, tuple(its.sizes.items())): its.site for its in found.site_layouts}
     for (net, sizes), site in kinds.items():
         run = program(net, dict(sizes), tokens=tokens)
-        for step in (*run.plan.steps, *run.joined.steps):
+        for step in (*run.plan.steps, *run.fused_plan.steps):
             if step.kind == "reshape":  # creates nothing, and its indices are groups
                 continue
             row = run.plan.activation in step.indices

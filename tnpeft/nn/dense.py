@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache, reduce
 from math import prod
 from typing import Any
@@ -11,8 +11,9 @@ import numpy as np
 
 from tnpeft.networks import Factorization, Network, NetworkError
 from tnpeft.networks.sizes import Sizes, bind, require_network
-from tnpeft.nn.executor.compile import Listing, compile_plan
+from tnpeft.nn.executor.compile import compile_plan
 from tnpeft.nn.executor.kernels import run
+from tnpeft.nn.executor.listing import Listing
 from tnpeft.planning.planner import planned
 from tnpeft.planning.steps import Plan
 
@@ -47,10 +48,11 @@ def dense(net: Network | Factorization, factors: Mapping[str, Array], *, sizes: 
     return result.reshape(tuple(prod(dims[index] for index in group) for group in line.output))
 
 
-def evaluate(plan: Plan, arrays: Mapping[str, Array]) -> Array:
-    """Return the result of a dense plan's steps, one axis per open index."""
+def evaluator(plan: Plan) -> Callable[[Mapping[str, Array]], Array]:
+    """Return the function of the factors by label that a dense plan is, one axis per open index."""
     net = plan.network
-    return _run(compile_plan(plan, [net.label(factor) for factor in net.factors]), net, arrays)
+    listing = compile_plan(plan, [net.label(factor) for factor in net.factors])
+    return lambda arrays: _run(listing, net, arrays)
 
 
 def _run(listing: Listing, net: Network, arrays: Mapping[str, Array]) -> Array:

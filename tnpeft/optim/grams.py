@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tnpeft.layout import Layout, ParameterSpec, SiteLayout
 from tnpeft.networks import Factor, Network, Term
-from tnpeft.nn.contract import run
+from tnpeft.nn.dense import evaluator
 from tnpeft.planning.planner import planned
 
 _SITE, _COPY = "site__", "__copy"
@@ -106,7 +106,8 @@ class Group:
             dims = tuple((i, sizes[i.removesuffix(_COPY)]) for i in net.indices)
             plan = planned(net, dims, None, "time", False)
             names = [factor.name for factor in net.factors]
-            self._plans[net] = lambda given: run(plan, {name: given[_original(name)] for name in names})
+            value = evaluator(plan)
+            self._plans[net] = lambda given: value({name: given[_original(name)] for name in names})
         if net.terms[0].factors == (_ONE,):
             return next(iter(arrays.values())).new_ones(())
         return self._plans[net](arrays)

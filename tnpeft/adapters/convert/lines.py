@@ -50,7 +50,7 @@ class SiteAdapter:
 
     def dense(self) -> Tensor:
         """The update in double precision, ``[*stack, rows, cols]``."""
-        from tnpeft.nn.contract import dense
+        from tnpeft.nn.dense import dense
 
         update: Tensor = dense(self.network, {name: value.double() for name, value in self.factors.items()})
         return self.scale * update

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnpeft.nn.executor.compile import Code, Listing, Prefix
 from tnpeft.nn.executor.eligibility import autocast_active
 from tnpeft.nn.executor.kernels import NARROW, _see, run
+from tnpeft.nn.executor.listing import Code, Listing
+from tnpeft.nn.executor.prefix import Prefix
 
 _Grads = tuple[Tensor | None, ...]
 

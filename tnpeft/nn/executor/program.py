@@ -13,9 +13,11 @@ from torch import Tensor
 from tnpeft.networks import REPLICA, Network, NetworkError
 from tnpeft.networks.sizes import Size, bind, integers
 from tnpeft.nn.executor.autograd import Link, ProjectionGroup, apply
-from tnpeft.nn.executor.compile import Listing, compile_plan, split
+from tnpeft.nn.executor.compile import compile_plan
 from tnpeft.nn.executor.eligibility import can_absorb_update, can_use_custom_backward
 from tnpeft.nn.executor.kernels import Einsum2, _see, flat, run, view
+from tnpeft.nn.executor.listing import Listing
+from tnpeft.nn.executor.prefix import split
 from tnpeft.planning.planner import planned
 from tnpeft.planning.steps import Plan
 

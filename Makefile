@@ -6,7 +6,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: test demo check unit paper clean
+.PHONY: docs test demo check unit paper clean
 
 test: check unit
 
@@ -20,6 +20,10 @@ check: .venv/ready
 
 unit: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests tnpeft --doctest-modules
+
+docs: .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --site-dir site
 
 paper: demo
 	cp demo/digits.png paper/figures/demo.png && cp demo/digits.svg paper/figures/demo.svg
@@ -35,4 +39,4 @@ paper: demo
 	touch $@
 
 clean:
-	rm -rf .venv demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv demo site build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

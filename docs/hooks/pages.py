@@ -1,0 +1,88 @@
+"""Pages made from the package itself: one for each family, one for each public name."""
+
+from __future__ import annotations
+
+import inspect
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+import tnpeft
+from tnpeft.networks import TnpeftError
+
+MODELS = {"facebook/opt-1.3b": ["q_proj", "v_proj"], "meta-llama/Llama-3.1-8B": ["q_proj", "v_proj"]}
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the made pages to those of the folder."""
+    made = {**family_pages(), **reference_pages()}
+    for name, content in made.items():
+        files.append(File.generated(config, name, content=content))
+    return files
+
+
+def family_pages() -> dict[str, str | bytes]:
+    """A page and a picture for each family, and the table of all."""
+    pages: dict[str, str | bytes] = {}
+    rows = ["| family | line | parameters |", "| --- | --- | --- |"]
+    for name in tnpeft.families.names():
+        declare = tnpeft.families.get(name)
+        f = declare()
+        lines = "\n".join(str(rule.network) for rule in f.lines)
+        formulas = [str(tnpeft.parameters(rule.network)) for rule in f.lines]
+        rows.append(f"| [{name}]({name}.md) | `{str(f.network).partition(' -> ')[0]}` | `{formulas[0]}` |")
+        pages[f"families/{name}.svg"] = picture(f.network)
+        summary, _, rest = inspect.getdoc(declare).partition("\n\n")  # type: ignore[union-attr]
+        text = rest.split(">>>")[0].strip()
+        counts = "\n".join(count_row(f, model, targets) for model, targets in MODELS.items())
+        pages[f"families/{name}.md"] = (
+            f"# {name}\n\n{summary}\n\n```text\n{lines}\n```\n\n![the network of {name}]({name}.svg)\n\n{text}\n\n"
+            f"```python\ntnpeft.families.{name}{inspect.signature(declare)}\n```\n\n"
+            "| model | sites | parameters at the defaults |\n| --- | --- | ---: |\n" + counts + "\n"
+        )
+    head = "# Families\n\nEvery factorization that is built in, at its default ranks; a page for each.\n\n"
+    pages["families/index.md"] = head + "\n".join(rows) + "\n"
+    return pages
+
+
+def picture(net: tnpeft.Network) -> bytes:
+    """The drawing of a network as SVG."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network.svg"
+        tnpeft.draw(net, path)
+        return path.read_bytes()
+
+
+def count_row(f: tnpeft.Factorization, model: str, targets: list[str]) -> str:
+    """One row of counts; a family that does not fit says why."""
+    try:
+        count = f"{tnpeft.parameters(f, model=model, targets=targets):,}"
+    except TnpeftError as error:
+        count = str(error).splitlines()[0]
+    return f"| {model} | {', '.join(targets)} | {count} |"
+
+
+def reference_pages() -> dict[str, str | bytes]:
+    """A page for each public name, and the table of all."""
+    pages: dict[str, str | bytes] = {}
+    rows = ["| name | |", "| --- | --- |"]
+    for name in sorted(set(tnpeft.__all__) - {"__version__"}, key=str.lower):
+        found: Any = getattr(tnpeft, name)
+        path = found.__name__ if inspect.ismodule(found) else f"{found.__module__}.{found.__qualname__}"
+        summary = (inspect.getdoc(found) or "").splitlines()[0].replace("|", "\\|")
+        rows.append(f"| [`{name}`]({name}.md) | {summary} |")
+        pages[f"reference/{name}.md"] = f"::: {path}\n"
+    pages["reference/index.md"] = "# Reference\n\nEvery public name of `tnpeft`.\n\n" + "\n".join(rows) + "\n"
+    pages["reference/study_files.md"] = (
+        "# Study files\n\nA study is a TOML file. Its top-level keys are those of the study, `[protocol]` those of the "
+        "protocol, and each `[[tasks]]` table those of a task.\n\n"
+        + "\n\n".join(f"::: tnpeft.studies.{where}" for where in STUDY_FILES)
+        + "\n"
+    )
+    return pages
+
+
+STUDY_FILES = ("study.Study", "methods.Method", "protocol.Protocol", "tasks.Task")

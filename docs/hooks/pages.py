@@ -77,7 +77,7 @@ def reference_pages() -> dict[str, str | bytes]:
         pages[f"reference/{name}.md"] = f"::: {path}\n"
     pages["reference/index.md"] = "# Reference\n\nEvery public name of `tnpeft`.\n\n" + "\n".join(rows) + "\n"
     pages["reference/study_files.md"] = (
-        "# Study files\n\nA study is a TOML file. Its top-level keys are those of the study, `[protocol]` those of the "
+        "# Study files\n\nA study is a TOML file: the keys of the study at the top, in `[protocol]` those of the "
         "protocol, and each `[[tasks]]` table those of a task.\n\n"
         + "\n\n".join(f"::: tnpeft.studies.{where}" for where in STUDY_FILES)
         + "\n"

@@ -21,8 +21,12 @@ def test_a_page_prints_what_it_says(page: str, tmp_path: Path, monkeypatch: pyte
     assert result.failed == 0
 
 
+MADE = ("families/index.md", "reference/index.md")  # made from the package when the site is built
+
+
 def test_every_link_of_the_pages_leads_somewhere() -> None:
     for path in DOCS.rglob("*.md"):
         for part in path.read_text().split("](")[1:]:
             target = part.split(")")[0].split("#")[0]
-            assert not target or target.startswith("http") or (path.parent / target).exists(), (path.name, target)
+            there = not target or target.startswith("http") or target in MADE
+            assert there or (path.parent / target).exists(), (path.name, target)

@@ -187,3 +187,14 @@ def test_text_marks_signs_kinds_and_sites() -> None:
     )
     assert text(f).startswith("fc1:\n")
     assert "*:" in text(f).splitlines()
+
+
+def test_the_order_inside_a_group_is_drawn() -> None:
+    """Two networks whose matrices differ by a permutation of columns have different pictures."""
+    from tnpeft.drawing.graph import graph
+    from tnpeft.drawing.scene import scene
+
+    nets = [tnpeft.network(f"A[o1 a] B[o2 b] C[i1 a] D[i2 b] -> (o1 o2) ({group})") for group in ("i1 i2", "i2 i1")]
+    texts = [{box.text for box in scene(graph(net, net.terms[0], {})).boxes} for net in nets]
+    assert {"(o1 o2)", "(i1 i2)"} <= texts[0]
+    assert {"(o1 o2)", "(i2 i1)"} <= texts[1]

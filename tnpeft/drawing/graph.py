@@ -34,10 +34,12 @@ class Edge:
 
 @dataclass(frozen=True)
 class Graph:
-    """One term as nodes and edges."""
+    """One term as nodes and edges, and the order of the indices that are fused to its rows and its columns."""
 
     nodes: tuple[Node, ...]
     edges: tuple[Edge, ...]
+    rows: Group = ()
+    cols: Group = ()
 
 
 def graph(net: Network, term: Term, sizes: Mapping[str, object]) -> Graph:
@@ -62,7 +64,7 @@ def graph(net: Network, term: Term, sizes: Mapping[str, object]) -> Graph:
             nodes.append(Node(text, None, side, indices))
         if len(ends) == 2:
             edges.append(Edge((ends[0], ends[1]), "" if side else text))
-    return Graph(tuple(nodes), tuple(edges))
+    return Graph(tuple(nodes), tuple(edges), net.rows, net.cols)
 
 
 def label(indices: Group, sizes: Mapping[str, object]) -> str:

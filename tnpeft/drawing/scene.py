@@ -131,7 +131,14 @@ def scene(graph: Graph) -> Scene:
         if node.kind is None and node.text and not node.side:
             box = _text(node.text, "index")
             placed.append(_best(box, _around(centre, box), placed, lines))
-    return Scene(tuple(placed), tuple(lines), tuple(_brackets(graph.nodes, boxes)))
+    brackets = dict(_brackets(graph.nodes, boxes))
+    for side, ((x, low), (_, high)) in brackets.items():  # the order of fused indices is part of the matrix
+        box = _text(f"({' '.join(graph.rows if side == 'rows' else graph.cols)})", "index")
+        gap = box.height / 2 + 0.04
+        out = -1 if side == "rows" else 1
+        spots = [(x + dx * out * box.width, y) for dx in (0, 0.5, -0.5) for y in (high + gap, low - gap)]
+        placed.append(_best(box, spots, placed, lines))
+    return Scene(tuple(placed), tuple(lines), tuple(brackets.values()))
 
 
 def _node(node: Node, centre: Point) -> Box:
@@ -188,13 +195,11 @@ def _best(box: Box, spots: Iterable[Point], boxes: Sequence[Box], lines: Sequenc
     return min((box.moved(*spot) for spot in spots), key=covered)
 
 
-def _brackets(nodes: Sequence[Node], boxes: Sequence[Box]) -> Iterable[Line]:
+def _brackets(nodes: Sequence[Node], boxes: Sequence[Box]) -> Iterable[tuple[str, Line]]:
     """A thin line beside the legs of each group of fused row or column indices."""
     for side, sign in (("rows", -1), ("cols", 1)):
         legs = [box for node, box in zip(nodes, boxes, strict=True) if node.side == side]
         if sum(len(node.indices) for node in nodes if node.side == side) > 1:
             x = max(sign * box.x + box.width / 2 for box in legs) * sign + sign * 0.05
-            yield (
-                (x, min(box.y - box.height / 2 for box in legs)),
-                (x, max(box.y + box.height / 2 for box in legs)),
-            )
+            low, high = min(box.y - box.height / 2 for box in legs), max(box.y + box.height / 2 for box in legs)
+            yield side, ((x, low), (x, high))

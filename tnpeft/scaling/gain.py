@@ -15,11 +15,11 @@ from tnpeft.networks.sizes import Size, Sizes, bind, require_network
 from tnpeft.scaling import starts
 from tnpeft.scaling.moments import Entry, first_step
 
-SiteRule = Network | Factorization | str
+AnyNetwork = Network | Factorization | str
 
 
 def gain(
-    f: SiteRule,
+    f: AnyNetwork,
     sizes: Sizes | None = None,
     /,
     *,
@@ -67,7 +67,7 @@ def gain(
 
 
 def gain_squares(
-    f: SiteRule, sizes: Sizes | None = None, /, *, rms_base: Size = 1.0, **more: Size
+    f: AnyNetwork, sizes: Sizes | None = None, /, *, rms_base: Size = 1.0, **more: Size
 ) -> dict[str, Size]:
     """Return by label the squared gain of each trained factor alone; they add up to the squared gain.
 
@@ -80,7 +80,7 @@ def gain_squares(
     return _scaled(f, first_step(f.network, bound, entries))
 
 
-def resolve(f: SiteRule) -> tuple[Factorization, bool]:
+def resolve(f: AnyNetwork) -> tuple[Factorization, bool]:
     """Return the factorization that a line, a network or a family's name stands for; True if its ranks are open.
 
     >>> resolve("lora")[0].name, resolve("lora")[1]

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 from tnpeft.networks import Factorization, Network, NetworkError
 from tnpeft.networks.sizes import Size, Sizes, integers, product
 from tnpeft.scaling import starts
-from tnpeft.scaling.gain import SiteRule, entries_of, open_sizes, resolve
+from tnpeft.scaling.gain import AnyNetwork, entries_of, open_sizes, resolve
 from tnpeft.scaling.moments import first_step
 
 Rule = Literal["gain", "structure", "measured"]
@@ -41,7 +41,7 @@ class Steps(Protocol):
 
 
 def learning_rates(
-    f: SiteRule,
+    f: AnyNetwork,
     sizes: Sizes | None = None,
     /,
     *,

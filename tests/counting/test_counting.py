@@ -10,7 +10,7 @@ import pytest
 import sympy
 
 import tnpeft
-from tnpeft.counting import layout, optimizer_megabytes, sites, stored_megabytes
+from tnpeft.counting import budgets, layout, optimizer_megabytes, sites, stored_megabytes
 from tnpeft.networks import Factorization, NetworkError, Site, SiteRule
 
 LORA = "B[layer proj out r] A[layer proj r inp] -> layer proj out inp"
@@ -238,6 +238,33 @@ def test_ratios_and_errors() -> None:
             tnpeft.budget("lora", sizes, parameters=bad)
     with pytest.raises(NetworkError, match="did you mean"):
         tnpeft.budget("lorra", sizes, parameters=10)
+
+
+def test_no_site_is_an_error() -> None:
+    with pytest.raises(NetworkError, match="no site is selected"):
+        layout(tnpeft.families.lora(1), [])
+
+
+@pytest.mark.parametrize("index", ["task", "replica", "scene"])
+def test_sizes_of_other_stack_indices_count_in_a_budget_on_a_model(index: str) -> None:
+    net = tnpeft.network(f"B[{index} layer proj out r] A[layer proj r inp] -> {index} layer proj out inp")
+    row = tnpeft.budget(net, model="opt-125m", targets="q_proj", parameters=100_000, **{index: 3})[0]
+    assert (row.nearest.ranks, row.nearest.count) == ({"r": 3}, 12 * 3 * (3 * 768 + 768))
+
+
+@pytest.mark.parametrize("top", [1, 2, 3, 13, 16, 100])
+def test_the_search_meets_powers_of_two_and_both_sides_of_the_crossing(top: int) -> None:
+    for goal in range(top + 1):
+        seen: list[int] = []
+        budgets._search(lambda step: seen.append(step) or step <= goal, top)  # type: ignore[func-returns-value]  # noqa: B023
+        assert {*(1 << k for k in range(top.bit_length())), top} <= {*seen} <= {*range(1, top + 1)}
+        assert {*range(max(goal, 1), min(goal + 1, top) + 1)} <= {*seen}
+
+
+def test_a_held_bond_leaves_the_rest_of_the_cut_to_its_neighbour() -> None:
+    net = tnpeft.network("B[out a b] A[a b inp] -> out inp")
+    row = tnpeft.budget(net, out=16, inp=16, b=2, parameters=10**9)[0]
+    assert row.nearest.ranks == {"a": 8}
 
 
 # ---- fresh processes

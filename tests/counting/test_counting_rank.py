@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from decimal import Decimal, localcontext
 from itertools import pairwise
 from itertools import product as choices
 from math import prod
@@ -11,11 +12,14 @@ from math import prod
 import numpy as np
 import pytest
 import sympy
+from hypothesis import given
+from hypothesis import strategies as st
 
 import tnpeft
 from tnpeft.counting import RankWarning, clipped_ranks, cuts, dof, rank_bound, unfolding_bounds
-from tnpeft.counting.cuts import term_legs
-from tnpeft.counting.min_cut import Edge, min_cut
+from tnpeft.counting.cuts import absorbing, term_legs
+from tnpeft.counting.dof import _clip
+from tnpeft.counting.min_cut import Edge, _logarithm, min_cut
 from tnpeft.networks import Network, NetworkError, Term
 
 # name: line, sizes, rank of one site's matrix
@@ -235,6 +239,10 @@ CAPPED = {
     "blocks fill a matrix of low rank": ("G[k a b] U[k o a] V[k b i] -> o i", "k=2 a=2 b=2 o=9 i=8"),
     "per layer": ("G[layer k a b] U[layer k o a] V[k b i] -> layer o i", "layer=2 k=2 a=1 b=2 o=6 i=7"),
     "a part at its dense size": ("A[o1 a b] B[i1 b a] ^E[o2 i2] -> (o1 o2) (i1 i2)", "o1=2 o2=3 i1=2 i2=3 a=3 b=3"),
+    "two parts, one of low rank": (
+        "G[k a b] U[k o1 a] V[k b i1] C[o2 r] D[r i2] -> (o1 o2) (i1 i2)",
+        "k=2 a=2 b=2 o1=6 i1=5 o2=2 i2=3 r=1",
+    ),
     "two parts": ("A[o1 a b] B[i1 b a] C[o2 r] D[r i2] -> (o1 o2) (i1 i2)", "o1=2 o2=3 i1=2 i2=4 a=3 b=2 r=2"),
 }
 
@@ -245,6 +253,21 @@ def test_dof_is_capped_part_by_part(name: str) -> None:
     line, text = CAPPED[name]
     net, sizes = tnpeft.network(line), sized(text)
     assert dof(net, sizes) == jacobian_rank(net, sizes)
+
+
+def test_bonds_are_clipped_until_none_exceeds_its_cut() -> None:
+    """The hyper-index comes first, and what it can tell apart shrinks with the bonds that come after it."""
+    net = tnpeft.network("U[k o] V[k b] W[k c] X[b i1] Y[c i2] -> o (i1 i2)")
+    sizes = sized("k=9 b=5 c=5 o=6 i1=2 i2=2")
+    legs = _clip(term_legs(net.terms[0], sizes, dict.fromkeys(net.outer, "outer")), absorbing(net, net.terms[0]))
+    assert {leg.names: leg.size for leg in legs if not leg.side} == {("k",): 4, ("b",): 2, ("c",): 2}
+
+
+@given(size=st.integers(2, 10**30), digits=st.integers(1, 60))
+def test_logarithms_are_whole_to_the_last_digit(size: int, digits: int) -> None:
+    with localcontext() as context:
+        context.prec = 120
+        assert abs(Decimal(size).ln().scaleb(digits) - _logarithm(size, digits)) <= 1
 
 
 def test_dof_of_tied_factors_is_refused() -> None:

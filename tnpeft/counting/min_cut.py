@@ -131,7 +131,7 @@ def _flow(edges: Sequence[Edge], core: set[Node], ends: frozenset[Node], best: M
 
 @lru_cache(maxsize=4096)
 def _logarithm(size: int, digits: int) -> int:
-    """Return ln(size) times 10**digits, rounded to a whole number."""
+    """Return ln(size) times 10**digits, within one of the exact value."""
     with localcontext() as context:
-        context.prec = digits + len(str(size.bit_length())) + 3
+        context.prec = digits + len(str(size.bit_length()))  # the latter covers the whole part
         return int(Decimal(size).ln().scaleb(digits).to_integral_value())

@@ -1,4 +1,4 @@
-"""Published counts: each is derived from its line and by its family, the tables are current, and a mismatch fails."""
+"""Counts of papers: each is derived from its line and by its family, the tables are current, and a mismatch fails."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ NO_FAMILY = {"TinyLoRA", "VB-LoRA", "Uni-LoRA", "FourierFT"}
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry["id"])
-def test_every_published_count_is_derived(entry: dict[str, Any]) -> None:
+def test_every_recorded_count_is_derived(entry: dict[str, Any]) -> None:
     row = script.derive(entry)
     assert row.by_line == entry["value"]
     assert (row.by_family is None) == (entry["method"] in NO_FAMILY)
@@ -64,8 +64,16 @@ def test_figures_of_the_papers_by_hand() -> None:
     assert by_id["refta-vit-l-qv-R15"] == 2 * 15 * (2 * 1024 + 1)
 
 
-def test_tables_are_current(tmp_path: Path) -> None:
+def test_tables_are_current(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert script.main(["--tables", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    for mark, count in Counter(entry["evidence"] for entry in ENTRIES).items():
+        assert f"{mark}: {count} of {count} " in told
+        assert f"- {mark}: {count} of {count} " in (tmp_path / "counts.md").read_text()
+        assert f"{count}" in (ROOT / "README.md").read_text().partition("tables/counts.md")[2][:300]
+    assert "published" not in (tmp_path / "counts.md").read_text().replace("published by nobody", "").replace(
+        "paper/published/counts.toml", ""
+    )
     for name in ("counts.md", "counts.csv"):
         assert (tmp_path / name).read_text() == (ROOT / "paper" / "tables" / name).read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["counts.csv", "counts.md"]
@@ -77,7 +85,7 @@ def test_a_wrong_value_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     wrong = tmp_path / "counts.toml"
     wrong.write_text(text.replace("value = 9264\n", "value = 9265\n"), encoding="utf-8")
     assert script.main(["--published", str(wrong), "--tables", str(tmp_path / "tables")]) == 1
-    assert "cp-opt1.3b-qv-c1: published 9,265, from the line 9,264" in capsys.readouterr().err
+    assert "cp-opt1.3b-qv-c1: secondary 9,265, from the line 9,264" in capsys.readouterr().err
     assert "| NO |" in (tmp_path / "tables" / "counts.md").read_text()
 
 

@@ -67,14 +67,11 @@ def test_no_file_overwrites_a_base_weight(name: str, permits: list[str], saved: 
     base = opt()
     before = state(base)
     try:
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             model = peft.PeftModel.from_pretrained(base, folder)
     except NetworkError:
         assert all(torch.equal(value, before[key]) for key, value in base.state_dict().items())
-        return
-    if any("replace the model's own" in str(one.message) for one in said):
-        assert "embed" in name or "lm_head" in name
         return
     assert all(torch.equal(value, before[key]) for key, value in model.unload().state_dict().items())
 

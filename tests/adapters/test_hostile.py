@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -214,7 +213,7 @@ BESIDE: dict[str, tuple[dict[str, Any], Edit, str]] = {
     "a module that is not there": (
         {"modules_to_save": ["fc1"]},
         weights(lambda held: {n.replace(".0.fc1", ".7.fc1"): v for n, v in held.items()}),
-        "holds model.decoder.layers.7.fc1.bias, which is no part of the adapter",
+        "holds model.decoder.layers.7.fc1.bias, which is not part of the adapter",
     ),
     "a bias": (
         {"bias": "tensor_network_only"},
@@ -359,11 +358,13 @@ def test_lower_precision_and_what_peft_writes_beside_factors_load(good: Path, tm
     resized = adapted("mixed")
     resized.save_pretrained(tmp_path / "embeddings", save_embedding_layers=True)
     assert any("embed_tokens" in name for name in load_file(tmp_path / "embeddings" / "adapter_model.safetensors"))
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
+    config = tmp_path / "embeddings" / "adapter_config.json"
+    declared = json.loads(config.read_text())
+    assert declared["embeddings"] == ["lm_head.weight", "model.decoder.embed_tokens.weight"]
+    peft.PeftModel.from_pretrained(opt(), tmp_path / "embeddings")
+    config.write_text(json.dumps(declared | {"embeddings": None}))
+    with pytest.raises(NetworkError, match=r"(lm_head|embed_tokens)\.weight, which is not part"):
         peft.PeftModel.from_pretrained(opt(), tmp_path / "embeddings")
-    replaced = "embeddings, which replace the model's own: lm_head.weight, model.decoder.embed_tokens.weight"
-    assert any(replaced in str(one.message) for one in said)
 
 
 def test_safe_merge_and_unload_refuses_before_the_first_linear() -> None:

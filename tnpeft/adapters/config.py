@@ -48,6 +48,8 @@ class TensorNetworkConfig(PeftConfig):
         layers: saved order of layers, path to position; filled in when the adapter is placed.
         projections: saved order of projections, name to position; filled in likewise.
         frozen: hash of every frozen factor; filled in likewise, and compared when the adapter is loaded.
+        embeddings: names of the model's embedding weights that the folder holds, resized ones; written by
+            ``save_pretrained``. No other weight of the base model is replaced when an adapter is loaded.
         ranks: size of every bond (not kept: part of ``network``, as are the following).
         splits: sizes of the indices in the row and column groups.
         init: start values by factor.
@@ -86,6 +88,7 @@ class TensorNetworkConfig(PeftConfig):
     layers: dict[str, int] | None = field(default=None, repr=False)
     projections: dict[str, int] | None = None
     frozen: dict[str, str] | None = field(default=None, repr=False)
+    embeddings: list[str] | None = field(default=None, repr=False)
     ranks: InitVar[Mapping[str, int | str] | None] = None
     splits: InitVar[Mapping[str, Any] | None] = None
     init: InitVar[Mapping[str, Any] | None] = None

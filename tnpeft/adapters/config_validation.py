@@ -219,5 +219,9 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "save_frozen dora inference_mode": (lambda value: isinstance(value, bool), "pass True or False"),
     "layers": (_places, "check the file: it is a map from paths to their places, from 0 on"),
     "projections": (_order, "check the file: it is a map from names to their places, from 0 on"),
+    "embeddings": (
+        lambda value: value is None or (isinstance(value, list) and all(isinstance(v, str) for v in value)),
+        "pass names of weights, or None",
+    ),
     "frozen": (lambda value: value is None or _texts(value), "check the file: it is a map from factors to hashes"),
 }

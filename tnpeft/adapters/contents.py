@@ -41,11 +41,10 @@ Stored = dict[str, Entry]
 
 @dataclass
 class Contents:
-    """The tensors that a file must hold, those it may hold besides, and the base weights among these."""
+    """The tensors that a file must hold, and those that it may hold besides."""
 
     required: Stored = field(default_factory=dict)
     optional: Stored = field(default_factory=dict)
-    embeddings: set[str] = field(default_factory=set)
 
 
 def entries(tensors: Mapping[str, Any], where: str) -> Stored:
@@ -117,7 +116,8 @@ def contents(model: nn.Module, config: TensorNetworkConfig, found: Layout) -> Co
     for path, (shape, tied) in _token_rows(model, config).items():
         (its.optional if tied else its.required)[f"{path}.token_adapter.trainable_tokens_delta"] = Entry(shape)
     _add_biases(its, model, config, {site_layout.site.module for site_layout in found.site_layouts}, whole)
-    _add_embeddings(its, model)
+    declared = {*(config.embeddings or ())}
+    its.optional |= {name: entry for name, entry in embeddings(model).items() if name in declared}
     return its
 
 
@@ -135,8 +135,9 @@ def check_contents(stored: Stored, its: Contents, where: str) -> None:
         wanted, factor = known.get(name), f".{PREFIX}" in f".{name}"
         if wanted is None and not factor:
             raise AdapterFileError(
-                f"{where} holds {name}, which is no part of the adapter and would change the model",
-                remedy="do not load it, or take that array out of it",
+                f"{where} holds {name}, which is not part of the adapter and would change the model",
+                remedy="do not load it, or take that array out of it; resized embeddings are declared under "
+                "'embeddings' in adapter_config.json",
             )
         if wanted is None:
             factors.append(f"{name} {entry.shape} is not part of it")
@@ -277,17 +278,17 @@ def _add_biases(
             its.required[name] = _entry(value)
 
 
-def _add_embeddings(its: Contents, model: nn.Module) -> None:
-    """Add the model's embeddings, which PEFT writes and loads as they are where the vocabulary has been resized."""
+def embeddings(model: nn.Module) -> Stored:
+    """Return the weights of the model's embeddings, under each name that PEFT may give them in a file."""
+    found: Stored = {}
     for ask in ("get_input_embeddings", "get_output_embeddings"):
         path = _embedding(model, ask)
         if path is None:
             continue
         for name, value in _unwrapped(model.get_submodule(path)).state_dict().items():
             inside = ("", "base_layer.", "original_module.", "modules_to_save.", "token_adapter.base_layer.")
-            names = [f"{path}.{part}{name}" for part in inside]
-            its.optional |= dict.fromkeys(names, _entry(value))
-            its.embeddings |= {*names}
+            found |= dict.fromkeys((f"{path}.{part}{name}" for part in inside), _entry(value))
+    return found
 
 
 def _embedding(model: nn.Module, ask: str) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -21,7 +22,8 @@ from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.config import PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as _KINDS
 from peft.tuners.lora import conversion
-from peft.utils import save_and_load
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, save_and_load
+from safetensors import safe_open
 from torch import Tensor
 from transformers.integrations.peft import PeftAdapterMixin
 from transformers.utils.hub import PushToHubMixin
@@ -30,7 +32,7 @@ from tnpeft.adapters.bank import AdaptedLayer
 from tnpeft.adapters.config import TensorNetworkConfig
 from tnpeft.adapters.config_validation import check_depth, shown
 from tnpeft.adapters.constants import PREFIX, TENSOR_NETWORK
-from tnpeft.adapters.contents import AGAIN, entries, unprefixed
+from tnpeft.adapters.contents import AGAIN, PEFT_PREFIX, embeddings, entries, unprefixed
 from tnpeft.adapters.dense import DenseLinear
 from tnpeft.adapters.files import LOADING, check_fits, describe, fetch, stored, written
 from tnpeft.adapters.rollback import Parked, Snapshot, layers
@@ -251,7 +253,21 @@ def _save_whole(
         )
     with written(save_directory, is_main_process) as folder:
         _save(self, folder, True, selected_adapters, save_embedding_layers, is_main_process, *args, **kwargs)
+        if is_main_process:
+            _declare_embeddings(self, Path(folder))
     return None
+
+
+def _declare_embeddings(model: PeftModel, folder: Path) -> None:
+    """Name in each written configuration the embeddings that its file holds: loading takes in no others."""
+    known = embeddings(model.get_base_model())
+    for file in folder.rglob(SAFETENSORS_WEIGHTS_NAME):
+        path = file.with_name(CONFIG_NAME)
+        table = json.loads(path.read_text(encoding="utf-8"))
+        with safe_open(file, "pt") as stored_file:
+            held = sorted({name.removeprefix(PEFT_PREFIX) for name in stored_file.keys()} & {*known})  # noqa: SIM118
+        if held and table.get("peft_type") == TENSOR_NETWORK:
+            path.write_text(json.dumps({**table, "embeddings": held}, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _from_pretrained(cls: type[PeftConfig], path: Any, subfolder: str | None = None, **kwargs: Any) -> PeftConfig:

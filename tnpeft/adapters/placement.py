@@ -84,11 +84,6 @@ def build_layout(model: nn.Module, modules: Mapping[str, nn.Module], config: Ten
     its = contents(model, config, found)
     if config.stored is not None:
         check_contents(config.stored, its, SAFETENSORS_WEIGHTS_NAME)
-        if replaced := sorted(its.embeddings & {*config.stored} - {*its.required}):
-            warnings.warn(
-                f"the adapter's file holds embeddings, which replace the model's own: {', '.join(replaced)}",
-                stacklevel=2,
-            )
     if not saved:
         for line, sizes in {(p.line.network, tuple(p.sizes.items())): None for p in found.site_layouts}:
             warn_ranks(line, dict(sizes))

@@ -17,13 +17,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import _bench
 import peft
 import torch
+from bench import driver
 from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM
 
 import tnpeft
+from tnpeft.studies.files import write_json, write_text
 
 TARGETS = ["q_proj", "v_proj"]
 SHAPE = {
@@ -100,11 +101,11 @@ def main() -> None:
     """Check and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=_bench.TABLES)
+    parser.add_argument("--out", type=Path, default=driver.TABLES)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     found = list(rows(torch.arange(4, 36).reshape(2, 16) * 7))
-    data = {"cases": found, "machine": _bench.machine(options.threads)}
+    data = {"cases": found, "machine": driver.machine(options.threads)}
     text = "# OPT-1.3B's architecture at full size, random weights\n\n" + " ".join(
         f"""CP on {" and ".join(TARGETS)}, 2 x 16 tokens, {options.threads} threads of {data["machine"]["processor"]};
         two AdamW steps, the adapter saved, loaded onto the bare model and merged.""".split()
@@ -117,8 +118,9 @@ def main() -> None:
         }
         for row in found
     ]
-    _bench.write(options.out, "full_size", data, f"{text}\n\n{_bench.markdown(shown)}")
-    print(_bench.markdown(shown))
+    write_json(options.out / "full_size.json", data)
+    write_text(options.out / "full_size.md", f"{text}\n\n{driver.markdown(shown)}")
+    print(driver.markdown(shown))
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ from __future__ import annotations
 from itertools import product
 from typing import Any
 
-import _bench
 import pytest
 import torch
+from bench import meters
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -107,7 +107,7 @@ def test_forward_flops_are_those_of_the_plan_for_the_dtype(name: str, tokens: in
     plan = (run.fused_plan if dtype == torch.float32 else run.plan).resized(tokens=rows)
     summed = [s for s in plan.steps if s.kind == "contract" and set(s.uses[0]) & set(s.uses[1]) - set(s.indices)]
     frozen = 2 * rows * SIZES["out"] * SIZES["inp"]
-    with torch.no_grad(), _bench.flop_counter() as counter:
+    with torch.no_grad(), meters.flop_counter() as counter:
         joined(run, *given)
     assert counter.get_total_flops() == frozen + 2 * sum(step.macs for step in summed)
 
@@ -121,7 +121,7 @@ def test_half_precision_would_lose_the_update() -> None:
     torch.testing.assert_close(exact, wanted, rtol=1e-2, atol=1e-4)
     half = [tensor.bfloat16() for tensor in (x, change, weight)]
     assert torch.equal(half[2] + half[1] * 0.5, half[2])
-    with _bench.flop_counter() as counter:
+    with meters.flop_counter() as counter:
         run.with_linear(half[0], [half[1]], half[2], None, 0.5)
     assert counter.get_total_flops() == 2 * 2 * len(x) * weight.numel()
 
@@ -132,6 +132,6 @@ def test_a_family_that_forms_its_matrix_pays_for_no_second_product() -> None:
 
     base = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(64, 96)))
     model = peft.get_peft_model(base, tnpeft.TensorNetworkConfig(network="ia3", target_modules=["0.0"]))
-    with _bench.flop_counter() as counter:
+    with meters.flop_counter() as counter:
         model(torch.randn(200, 64))
     assert counter.get_total_flops() == 2 * 200 * 64 * 96

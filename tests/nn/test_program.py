@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from math import prod
 
-import _bench
 import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
+from bench import meters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd.graph import saved_tensors_hooks
@@ -93,7 +93,7 @@ def test_the_flop_counter_agrees(case: tuple[Network, dict[str, int]], tokens: i
     summed = [s for s in plan.steps if s.kind == "contract" and set(s.uses[0]) & set(s.uses[1]) - set(s.indices)]
     x = torch.randn(rows, run.cols, dtype=torch.float64, requires_grad=True)
     operands = tensors(net, sizes, run)
-    with _bench.flop_counter() as counter:
+    with meters.flop_counter() as counter:
         result = run(x, operands, torch.zeros(rows, run.rows, dtype=torch.float64))
         forward = counter.get_total_flops()
         result.sum().backward()

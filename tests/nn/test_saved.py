@@ -7,10 +7,10 @@ from functools import lru_cache, partial
 from math import prod
 from typing import Any
 
-import _bench
 import peft
 import pytest
 import torch
+from bench import meters
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -72,7 +72,7 @@ def loss(model: nn.Module, tokens: int = TOKENS) -> Tensor:
 
 
 def saved(model: nn.Module, tokens: int = TOKENS) -> int:
-    return _bench.saved_bytes(model, partial(model, activations(tokens)))
+    return meters.saved_bytes(model, partial(model, activations(tokens)))
 
 
 def width(update: Update) -> int:
@@ -150,7 +150,7 @@ def test_flops_are_the_plan_s_beside_the_linear_s(name: str, replicas: int) -> N
     plan = update.run.plan.resized(tokens=TOKENS)
     summed = [s for s in plan.steps if s.kind == "contract" and set(s.uses[0]) & set(s.uses[1]) - set(s.indices)]
     frozen = 2 * replicas * TOKENS * WIDE * WIDE
-    with _bench.flop_counter() as counter:
+    with meters.flop_counter() as counter:
         result = loss(model, replicas * TOKENS)
         forward = counter.get_total_flops()
         result.backward()
@@ -160,12 +160,12 @@ def test_flops_are_the_plan_s_beside_the_linear_s(name: str, replicas: int) -> N
 
 
 def test_a_lora_step_launches_fewer_operations_than_peft_s() -> None:
-    floor = _bench.meters(bare := Site().requires_grad_(False), partial(loss, bare))
-    ours = _bench.meters(model := site("lora")[0], partial(loss, model))
-    theirs = _bench.meters(model := peft.get_peft_model(Site(), PEFT["lora"]), partial(loss, model))
+    floor = meters.meters(bare := Site().requires_grad_(False), partial(loss, bare))
+    ours = meters.meters(model := site("lora")[0], partial(loss, model))
+    theirs = meters.meters(model := peft.get_peft_model(Site(), PEFT["lora"]), partial(loss, model))
     # forward two products; backward four, and B's gradient put into B's layout (two); replicas as one adapter
     assert ours.kernels - floor.kernels == 8
-    many = _bench.meters(model := site("lora", TOKENS, REPLICAS)[0], partial(loss, model, REPLICAS * TOKENS))
+    many = meters.meters(model := site("lora", TOKENS, REPLICAS)[0], partial(loss, model, REPLICAS * TOKENS))
     assert many.kernels == ours.kernels
     assert ours.kernels < theirs.kernels
     assert ours.peak <= theirs.peak
@@ -199,6 +199,6 @@ def test_a_vera_step_multiplies_full_width_twice_and_peft_s_three_times() -> Non
 def test_the_meter_sees_what_is_kept() -> None:
     """A square keeps its operand once; what is a parameter is left out."""
     x = torch.ones(10, requires_grad=True)
-    assert _bench.saved_bytes(nn.Identity(), lambda: (x * 1.0) ** 2) == 40
+    assert meters.saved_bytes(nn.Identity(), lambda: (x * 1.0) ** 2) == 40
     linear = nn.Linear(10, 10)
-    assert _bench.saved_bytes(linear, lambda: linear(x[None])) == 40
+    assert meters.saved_bytes(linear, lambda: linear(x[None])) == 40

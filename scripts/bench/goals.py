@@ -1,9 +1,9 @@
-"""What adapters were to cost, beside what the benchmarks measured: paper/tables/speed.md, from their result files.
+"""Goals of what adapters cost, and what the benchmarks measured: paper/tables/speed.md, from their result files.
 
 A goal that has no measurement says so. Run the benchmarks first, on a machine with nothing else to do:
 
-    python scripts/run_benchmarks.py
-    python scripts/speed_goals.py
+    python scripts/bench.py all
+    python scripts/bench.py goals
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import _bench
-from bench_growth import COUNTED, FAMILIES, power
+from bench.growth import COUNTED, FAMILIES, power
+from bench.step import CONSTRUCTIONS
 
-CONSTRUCTIONS = ("att", "qkv", "depth", "att_qkv", "att_depth", "qkv_depth", "att_qkv_depth")
+TITLE = "What a step costs: goals and measurements"
+OPTIONS = {"name": "speed"}
+EXACT = True
 OF_WIDTH = {  # families of the founding papers by the rank of PEFT's LoRA that is as wide inside
     8: ("cp rank=8", "lorta rank=8", "tera ranks=8", *(f"tenslora {name} ranks=8" for name in CONSTRUCTIONS)),
     64: ("cp rank=64", "lorta rank=64", "tera ranks=64", "tenslora qkv_depth ranks=(64, 64, 3, 2)"),
@@ -57,18 +59,6 @@ class Goal:
     reached: bool | None
     source: str
     why: str = ""  # it may be missed
-
-    @property
-    def row(self) -> dict[str, str]:
-        """As the table shows it."""
-        verdict = {True: "yes", False: "**no**", None: "not measured"}[self.reached]
-        return {
-            "what": self.what,
-            "goal": self.goal,
-            "measured": self.measured,
-            "reached": verdict,
-            "from": self.source,
-        }
 
 
 class Results:
@@ -261,30 +251,30 @@ def replicas(results: Results) -> Iterator[Goal]:
             )
 
 
-def page(found: list[Goal], results: Results) -> str:
-    """The table with what it was measured on."""
-    machine = results["step_bare"]["machine"]
-    missed = sum(goal.reached is False for goal in found)
-    reasons = dict.fromkeys(goal.why for goal in found if goal.reached is False and goal.why)
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the goals, judged by the results in the folder of tables."""
+    results = Results(options.out)
+    found = [asdict(goal) for goal in goals(results)]
+    return {"goals": found, "machine": results["step_bare"]["machine"]}
+
+
+def about(data: Mapping[str, Any]) -> str:
+    """Return how many goals are missed, and where the measurements are from."""
+    m, missed = data["machine"], sum(goal["reached"] is False for goal in data["goals"])
     return (
-        "# What a step costs: goals and measurements\n\n"
-        f"{len(found)} goals, {missed} missed. Times are medians of interleaved runs on {machine['cores']} cores "
-        f"({machine['processor']}; torch {machine['torch']}, peft {machine['peft']}), bytes are exact; settings "
-        "and load are in the table named last.\n\n"
-        + _bench.markdown([goal.row for goal in found])
-        + ("\n## Why some are missed\n\n" + "".join(f"- {why}\n" for why in reasons) if reasons else "")
+        f"{len(data['goals'])} goals, {missed} missed. Times are medians of interleaved runs on {m['cores']} cores "
+        f"({m['processor']}; torch {m['torch']}, peft {m['peft']}), bytes are exact; settings and load are in the "
+        "table named last."
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tables", type=Path, default=_bench.TABLES, help="folder of the benchmarks' results")
-    options = parser.parse_args()
-    results = Results(options.tables)
-    found = [*goals(results)]
-    _bench.write(options.tables, "speed", {"goals": [asdict(goal) for goal in found]}, page(found, results))
-    print(page(found, results))
-
-
-if __name__ == "__main__":
-    main()
+def tables(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row for each goal, and why some are missed."""
+    verdict = {True: "yes", False: "**no**", None: "not measured"}
+    rows = [
+        {**{key: goal[key] for key in ("what", "goal", "measured")}, "reached": verdict[goal["reached"]]}
+        | {"from": goal["source"]}
+        for goal in data["goals"]
+    ]
+    reasons = dict.fromkeys(goal["why"] for goal in data["goals"] if goal["reached"] is False and goal["why"])
+    return {"": rows} | ({"Why some are missed": "".join(f"- {why}\n" for why in reasons)} if reasons else {})

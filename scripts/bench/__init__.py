@@ -1,0 +1,1 @@
+"""Benchmarks: each module declares one, :mod:`bench.driver` runs them."""

@@ -1,0 +1,98 @@
+"""Token-by-token generation: the frozen model, adapters on it, and adapters merged into it, side by side.
+
+Every case decodes the same number of tokens greedily with a key-value cache, one sequence in turn.
+
+    python scripts/bench.py decode --layers 4 --clock cpu
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor
+
+import tnpeft
+from bench import driver, models
+from bench.models import TARGETS
+
+TITLE = "Token-by-token generation"
+OPTIONS = {**models.SHAPE, "prompt": 16, "tokens": 16, **driver.DEVICE, **driver.ONLY}
+
+
+def configs() -> dict[str, Any]:
+    """Return the adapters, PEFT's LoRA first."""
+    f = tnpeft.families
+    ours = {
+        "lora rank=8": f.lora(rank=8),
+        "cp rank=8": f.cp(rank=8),
+        "lorta rank=8": f.lorta(rank=8),
+        "tenslora qkv_depth ranks=8": f.tenslora(ranks=8),
+        "tensor_train": f.tensor_train(),
+        "vera rank=256": f.vera(rank=256),
+        "lokr rank=8": f.lokr(rank=8),
+    }
+    return {
+        "PEFT LoRA r=8": peft.LoraConfig(r=8, target_modules=list(TARGETS)),
+        **{name: models.network(one, 1) for name, one in ours.items()},
+    }
+
+
+@torch.no_grad()
+def decode(model: Callable[..., Any], prompt: Tensor, tokens: int) -> Tensor:
+    """Return greedy tokens after the prompt, made one at a time."""
+    found = model(input_ids=prompt, use_cache=True)
+    out = []
+    for _ in range(tokens):
+        token = found.logits[:, -1:].argmax(-1)
+        out.append(token)
+        found = model(input_ids=token, past_key_values=found.past_key_values, use_cache=True)
+    return torch.cat(out, dim=1)
+
+
+def cases(options: argparse.Namespace) -> dict[str, driver.Case]:
+    """Return all cases; merged ones must give the tokens of unmerged ones."""
+    base = models.backbone(options.shape, options.layers, causal=True, eos_token_id=None).to(options.device).eval()
+    prompt = torch.arange(3, 3 + options.prompt, device=options.device)[None]
+
+    def case(model: Any) -> driver.Case:
+        run = partial(decode, model, prompt, options.tokens)
+        return driver.Case(run, unit="milliseconds per token", per=options.tokens)
+
+    found, few = {"floor": case(base)}, min(4, options.tokens)
+    for name, config in driver.chosen(configs(), options.only).items():
+        found[name] = case(models.adapted(base, config).eval())
+        merged = peft.get_peft_model(copy.deepcopy(base), config).eval().merge_and_unload()
+        assert torch.equal(decode(merged, prompt, few), found[name].run()[:, :few])
+        found[f"{name}, merged"] = case(merged)
+    return found
+
+
+def about(data: Mapping[str, Any]) -> str:
+    """Return what was measured."""
+    s = data["settings"]
+    return (
+        f"{s['shape']} with {s['layers']} layers, {', '.join(TARGETS)}, one sequence, {s['prompt']} tokens of "
+        f"prompt, {s['tokens']} decoded one by one. Medians of ratios to the frozen model's time in the same turn."
+    )
+
+
+def tables(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row for each adapter, with its merged model."""
+    over = {name: f"{row['overhead']:+.1%}" for name, row in data["cases"].items()}
+    rows = [
+        {
+            "case": name,
+            "ms per token": row["milliseconds per token"],
+            "over the frozen model": over[name] if name != "floor" else "",
+            "merged, over the frozen model": over.get(f"{name}, merged", ""),
+        }
+        for name, row in data["cases"].items()
+        if not name.endswith(", merged")
+    ]
+    return {"": rows}

@@ -1,0 +1,143 @@
+"""What the benchmarks run on: frozen OPT backbones with random weights, linears alone, and rebuilt updates."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+import tnpeft
+from tnpeft.networks import Factorization
+
+SHAPES: Mapping[str, tuple[int, int, int]] = {  # width, heads, layers
+    "tiny": (256, 4, 4),
+    "opt-125m": (768, 12, 12),
+    "opt-350m": (1024, 16, 24),
+    "opt-1.3b": (2048, 32, 24),
+}
+TARGETS = ("q_proj", "k_proj", "v_proj")
+SHAPE = {
+    "shape": {"choices": SHAPES, "default": "opt-125m"},
+    "layers": {"type": int, "help": "layers of the model, if not the shape's own"},
+}
+
+
+def with_layers(text: str) -> tuple[str, int]:
+    """Return a shape and a number of layers, from ``shape:layers``."""
+    name, _, layers = text.partition(":")
+    return name, int(layers or SHAPES[name][2])
+
+
+def opt(width: int, heads: int, layers: int, *, causal: bool = False, **fields: Any) -> Any:
+    """Return a frozen OPT decoder, or language model, with random weights and a small vocabulary."""
+    from transformers import OPTConfig, OPTForCausalLM, OPTModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": width, "word_embed_proj_dim": width, "ffn_dim": 4 * width, "num_attention_heads": heads}
+    sizes |= {"num_hidden_layers": layers, "vocab_size": 512, "dropout": 0.0}
+    return (OPTForCausalLM if causal else OPTModel)(OPTConfig(**{**sizes, **fields})).requires_grad_(False)
+
+
+def backbone(shape: str, layers: int | None = None, **fields: Any) -> Any:
+    """Return a frozen OPT of a shape."""
+    width, heads, depth = SHAPES[shape]
+    return opt(width, heads, layers or depth, **fields)
+
+
+class Bare(nn.Module):
+    """Nothing of an OPT decoder but the q, k and v linears of its layers, under their names."""
+
+    def __init__(self, whole: Any) -> None:
+        super().__init__()
+        self.config, self.decoder = whole.config, nn.Module()
+        self.decoder.layers = nn.ModuleList()
+        for layer in whole.decoder.layers:
+            attention = nn.ModuleDict({name: getattr(layer.self_attn, name) for name in TARGETS})
+            self.decoder.layers.append(nn.ModuleDict({"self_attn": attention}))
+
+    def forward(self, inputs_embeds: Tensor, use_cache: bool = False) -> tuple[Tensor]:
+        """Return the last layer's sum."""
+        x = inputs_embeds
+        for layer in self.decoder.layers:
+            linears = layer["self_attn"]
+            x = linears["q_proj"](x) + linears["k_proj"](x) + linears["v_proj"](x)
+        return (x,)
+
+
+class Rebuilt(nn.Module):
+    """An honest reference: a linear whose update is formed densely at each call, its site's matrix or its tensor.
+
+    ``whole`` rebuilds all that the site's factors share: every stack index that some factor lacks stays open.
+    """
+
+    def __init__(
+        self, base: nn.Module, f: Factorization, arrays: nn.ParameterDict, at: Mapping[str, int], whole: bool
+    ):
+        super().__init__()
+        net = f.network
+        shared = [i for i in net.stack if any(i not in factor.indices for factor in net.factors)] if whole else []
+        self.base, self.arrays, self.scale = base, arrays, float(f.scale)
+        self.at = {index: k for index, k in at.items() if index in net.stack and index not in shared}
+        self.place = tuple(at[index] for index in net.stack if index in shared)
+        self.order = {factor.name: factor.indices for factor in net.factors}
+        self.net = net.select(*self.at)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the base linear's output plus the update."""
+        own = {
+            name: array[tuple(self.at.get(index, slice(None)) for index in self.order[name])]
+            for name, array in self.arrays.items()
+        }
+        result: Tensor = self.base(x) + linear(x, tnpeft.dense(self.net, own)[self.place]) * self.scale
+        return result
+
+
+def sharing(base: nn.Module) -> nn.Module:
+    """Return a copy of a frozen model that shares its parameters."""
+    return copy.deepcopy(base, {id(p): p for p in base.parameters()})
+
+
+def adapted(base: nn.Module, config: Any) -> Any:
+    """Return a copy of a frozen model, whose parameters it shares, with adapters."""
+    import peft
+
+    return peft.get_peft_model(sharing(base), config)
+
+
+def network(f: Factorization, tokens: int, targets: Sequence[str] = TARGETS, **fields: Any) -> Any:
+    """Return the configuration of an adapter."""
+    return tnpeft.TensorNetworkConfig(network=f, target_modules=list(targets), tokens=tokens, **fields)
+
+
+def rebuilt(base: nn.Module, f: Factorization, whole: bool) -> nn.Module:
+    """Return a copy whose linears form their update at every call: the site's, or the ``whole`` tensor it is in."""
+    stacked, model = tnpeft.factors(adapted(base, network(f, 1))), sharing(base)
+    arrays = nn.ParameterDict({name: nn.Parameter(value) for name, value in stacked.items()})
+    for number, layer in enumerate(model.decoder.layers):
+        for place, name in enumerate(TARGETS):
+            its = getattr(layer.self_attn, name)
+            setattr(layer.self_attn, name, Rebuilt(its, f, arrays, {"layer": number, "proj": place}, whole))
+    return model
+
+
+def step(model: Callable[..., Any], x: Tensor, weights: Tensor) -> Tensor:
+    """Return the loss of one step, for a model that sees embeddings."""
+    loss: Tensor = (model(inputs_embeds=x.detach().requires_grad_(), use_cache=False)[0] * weights).sum()
+    return loss
+
+
+def backward(forward: Callable[[], Tensor]) -> Callable[[], None]:
+    """Return a function that runs forward and backward."""
+    return lambda: forward().backward()
+
+
+def stepper(tokens: Sequence[int], width: int, **options: Any) -> Callable[[nn.Module], Callable[[], Tensor]]:
+    """Return what makes of a model the forward of a step, on inputs that all of them share."""
+    x = torch.randn(*tokens, width, **options)
+    weights = torch.randn_like(x) / x.numel()
+    return lambda model: partial(step, model, x, weights)

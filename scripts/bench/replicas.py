@@ -1,0 +1,143 @@
+"""K adapters trained in one pass against K runs in turn: training steps per second, by tokens of each replica.
+
+A step is forward, backward, clipping and AdamW; the runs in turn take theirs one after the other. All cases of one
+size are interleaved, and the gain is the median of (K steps of one run) over (one step of K replicas) in the same
+turn. The frozen backbone alone, on K batches at once, says what there is to gain.
+
+    python scripts/bench.py replicas --clock cpu
+    MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 python scripts/bench.py replicas --name replicas_kept
+    python scripts/bench.py replicas --device cuda --dtype bfloat16 --shapes opt-1.3b
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+import tnpeft
+from bench import driver, models
+from tnpeft.networks import Factorization
+
+TITLE = "K adapters in one pass"
+TARGETS = ("q_proj", "v_proj")
+FAMILIES: Mapping[str, Factorization | None] = {
+    "none": None,
+    "lora r=8": tnpeft.families.lora(rank=8),
+    "cp r=16": tnpeft.families.cp(rank=16),
+    "tenslora r=8": tnpeft.families.tenslora(ranks=8),
+}
+OPTIONS = {
+    "shapes": {
+        "nargs": "+",
+        "type": models.with_layers,
+        "default": [("tiny", 4), ("opt-125m", 2)],
+        "help": "name:layers",
+    },
+    "families": {"nargs": "+", "choices": FAMILIES, "default": [*FAMILIES]},
+    "batches": ("1x8", "4x8", "4x32", "16x32", "16x64"),  # rows x tokens of each replica; SST-2's are 16 x 32
+    "replicas": (2, 4, 8),
+    **driver.DTYPE,
+    **driver.DEVICE,
+}
+
+
+def trainer(base: nn.Module, f: Factorization | None, replicas: int, rows: int, length: int) -> Callable[[], None]:
+    """Return one training step of so many replicas; of an ordinary adapter for 1; without one, forward and backward."""
+    weight = next(base.parameters())
+    kind = {"device": weight.device, "dtype": weight.dtype}
+    x = torch.randn(replicas * rows, length, base.config.hidden_size, **kind)
+    target = torch.randn_like(x) / (rows * length)
+    if f is None:
+        base.train()
+        return lambda: (base(inputs_embeds=x.requires_grad_(), use_cache=False)[0] * target).sum().backward()
+    model = models.adapted(base, models.network(f, rows * length, TARGETS, replicas=replicas)).train()
+    optimizer = torch.optim.AdamW(tnpeft.parameter_groups(model, lr=1e-3), fused=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if replicas > 1:
+        tnpeft.replicas.learning_rates(optimizer, model, [1 / (k + 1) for k in range(replicas)])
+
+    def step() -> None:
+        out = model(inputs_embeds=x, use_cache=False)[0]
+        (out * target).sum().backward()
+        if replicas > 1:
+            tnpeft.replicas.clip(model, 1.0)
+        else:
+            nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Return every shape, family and batch; all numbers of replicas of one of them in turn."""
+    dtype, rows = getattr(torch, options.dtype), []
+    for shape, layers in options.shapes:
+        base = models.backbone(shape, layers).to(options.device, dtype)
+        for family in options.families:
+            for size, length in (map(int, text.split("x")) for text in options.batches):
+                make = partial(trainer, base, FAMILIES[family], rows=size, length=length)
+                runs = {str(k): make(replicas=k) for k in (1, *options.replicas)}
+                times = driver.interleaved(runs, options.samples, options.clock, options.device)
+                row = {"shape": shape, "layers": layers, "family": family, "rows": size, "length": length}
+                row["milliseconds"] = 1e3 * median(times["1"])
+                row["gain"] = {k: k * driver.ratio(times["1"], times[str(k)]) for k in options.replicas}
+                rows.append(row)
+                driver.progress(row)
+    return {"cases": rows}
+
+
+def about(data: Mapping[str, Any]) -> str:
+    """Return what was measured."""
+    return (
+        "Steps of K adapters trained in one pass over one frozen backbone, over those of K runs in turn in the same "
+        "time: above 1 the pass is faster. A step is forward, backward, clipping and AdamW of an adapter on "
+        f"{', '.join(TARGETS)}. Without an adapter it is forward and backward of the frozen backbone, on K batches "
+        "at once or one by one, which is most of what there is to gain."
+    )
+
+
+def tables(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row for each case."""
+    rows = [
+        {
+            "backbone": f"{row['shape']}, {row['layers']} layers",
+            "adapter": row["family"],
+            "tokens of a replica": f"{row['rows']} x {row['length']}",
+            "ms alone": row["milliseconds"],
+            **{f"K={k}": f"{gain:.2f}" for k, gain in row["gain"].items()},
+        }
+        for row in data["cases"]
+    ]
+    return {"": rows}
+
+
+def plot(data: Mapping[str, Any]) -> Any:
+    """Draw the gain of each number of replicas against the tokens of one, a panel for each backbone."""
+    from matplotlib.figure import Figure
+
+    shapes = list(dict.fromkeys((row["shape"], row["layers"]) for row in data["cases"]))
+    families = list(dict.fromkeys(row["family"] for row in data["cases"]))
+    figure = Figure(figsize=(4 * len(shapes), 3.2))
+    panels = figure.subplots(1, len(shapes), sharey=True, squeeze=False)[0]
+    for axes, (shape, layers) in zip(panels, shapes, strict=True):
+        for family, line in zip(families, ("-", "--", ":"), strict=False):
+            own = [row for row in data["cases"] if (row["shape"], row["family"]) == (shape, family)]
+            for colour, k in enumerate(map(str, data["settings"]["replicas"])):
+                tokens = [row["rows"] * row["length"] for row in own]
+                label = f"K={k}" if family == families[0] else None
+                gains = [row["gain"][k] for row in own]
+                axes.plot(tokens, gains, line, color=f"C{colour}", marker=".", label=label)
+        axes.axhline(1, color="black", linewidth=0.5)
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("tokens of each replica")
+        axes.set_title(f"{shape}, {layers} layers", fontsize=9)
+    panels[0].set_ylabel("steps over those of runs in turn")
+    panels[0].legend(title=", ".join(families), fontsize=7, title_fontsize=6)
+    return figure

@@ -48,7 +48,7 @@ OPTIONS = {
 
 
 def trainer(base: nn.Module, f: Factorization | None, replicas: int, rows: int, length: int) -> Callable[[], None]:
-    """Return one training step of so many replicas; of an ordinary adapter for 1; without one, forward and backward."""
+    """Return one training step of so many replicas (1: an ordinary adapter); without one, forward and backward."""
     weight = next(base.parameters())
     kind = {"device": weight.device, "dtype": weight.dtype}
     x = torch.randn(replicas * rows, length, base.config.hidden_size, **kind)

@@ -61,6 +61,16 @@ class SiteLayout:
 
 
 @dataclass(frozen=True)
+class Shape:
+    """Sites of one line and one shape: the first of them, the line, its sizes over these sites, and their number."""
+
+    site: Site
+    network: Network
+    sizes: Mapping[str, int]
+    count: int
+
+
+@dataclass(frozen=True)
 class Layout:
     """A factorization over a selection of sites.
 
@@ -80,6 +90,23 @@ class Layout:
     def count(self, *, frozen: bool = False) -> int:
         """Elements of all trainable pieces; with ``frozen`` those of the frozen ones as well."""
         return sum(self.by_factor(frozen=frozen).values())
+
+    def shapes(self) -> tuple[Shape, ...]:
+        """The distinct pairs of line and sizes, each with the number of its sites, in order of first use.
+
+        >>> f = Factorization.of("B[layer out r] A[r inp] -> layer out inp", ranks={"r": 2})
+        >>> [(s.sizes, s.count) for s in layout(f, [Site(0, "q", 8, 4), Site(1, "q", 8, 4)]).shapes()]
+        [({'layer': 2, 'out': 8, 'r': 2, 'inp': 4}, 2)]
+        """
+        alike: dict[tuple[Network, tuple[tuple[str, int], ...]], list[SiteLayout]] = {}
+        for place in self.site_layouts:
+            alike.setdefault((place.line.network, tuple(place.sizes.items())), []).append(place)
+        found = []
+        for (net, sizes), places in alike.items():
+            held = {"layer": len({p.site.layer for p in places}), "proj": len({p.site.proj for p in places})}
+            own = {index: held.get(index, size) for index, size in sizes}
+            found.append(Shape(places[0].site, net, own, len(places)))
+        return tuple(found)
 
     def by_factor(self, *, frozen: bool = False) -> dict[str, int]:
         """Elements of each trainable factor over the whole selection; with ``frozen`` of the frozen ones as well."""

@@ -15,12 +15,14 @@ import tnpeft
 
 ROOT = Path(tnpeft.__file__).parent
 ORDER = (
+    {"_text"},
     {"networks"},
     {"families"},
     {"layout", "models"},
     {"counting"},
     {"scaling"},
     {"planning"},
+    {"comparison"},
     {"nn"},
     {"drawing", "testing"},
     {"adapters"},
@@ -37,6 +39,7 @@ WITHOUT_TORCH = (
     "counting",
     "scaling",
     "planning",
+    "comparison",
     "drawing",
     "testing",
     "cli",
@@ -71,7 +74,7 @@ def pointing_right(source: str, path: Path) -> list[str]:
     package = ("tnpeft", *path.parent.parts)
     own = path.parts[0].removesuffix(".py")
     layers = [name.split(".")[1] for name in imports(source, package) if name.startswith("tnpeft.")]
-    return [layer for layer in layers if layer != own and RANK.get(layer, 0) >= RANK[own]]
+    return [layer for layer in layers if layer != own and RANK.get(layer, RANK["networks"]) >= RANK[own]]
 
 
 def modules() -> list[Path]:

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tnpeft._text import Table, block
 from tnpeft.adapters.binding import Update, part
 from tnpeft.adapters.layer import TensorNetworkLinear
 from tnpeft.adapters.state import arrays, bank_of
 from tnpeft.layout import ParameterSpec
 from tnpeft.networks import NetworkError, Site
 from tnpeft.nn.dense import dense
-from tnpeft.planning.steps import table
 from tnpeft.scaling.gain import squares_on
 
 _TOKENS = 1024  # rows of activations that are measured at a site
@@ -47,12 +47,17 @@ class CoordinateCheck:
     rows: tuple[CoordinateRow, ...]
 
     def __str__(self) -> str:
-        head = ("site", "factor", "measured", "predicted", "ratio")
-        cells = [
+        return self._table().text(rule=True)
+
+    def _repr_html_(self) -> str:
+        return block(self._table())
+
+    def _table(self) -> Table:
+        cells = (
             (f"{r.layer} {r.proj}", r.factor, f"{r.measured:.3g}", f"{r.predicted:.3g}", f"{r.ratio:.2f}")
             for r in self.rows
-        ]
-        return "\n".join(table([head, *cells]))
+        )
+        return Table(("site", "factor", "measured", "predicted", "ratio"), tuple(cells), "<>")
 
     def plot(self, path: str | Path) -> None:
         """Write a picture of measured against predicted changes, one mark for each factor of a site."""

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from tnpeft._text import Table, block
 from tnpeft.adapters.constants import PREFIX
 from tnpeft.adapters.layer import TensorNetworkLinear
 from tnpeft.adapters.state import bank_of
@@ -51,16 +52,24 @@ class Export:
         return max(row.error for row in self.rows)
 
     def __str__(self) -> str:
+        return f"{self._title()}\n{self._table().text()}"
+
+    def _repr_html_(self) -> str:
+        return block(self._title(), self._table())
+
+    def _title(self) -> str:
         exact = sum(row.exact for row in self.rows)
-        head = f"LoRA in {self.path}: {len(self.rows)} linears, {exact} exact, {self.parameters:,} parameters"
+        return f"LoRA in {self.path}: {len(self.rows)} linears, {exact} exact, {self.parameters:,} parameters"
+
+    def _table(self) -> Table:
         kinds: dict[tuple[int, int, bool], list[Exported]] = {}
         for row in self.rows:
             kinds.setdefault((row.rank, row.cut, row.exact), []).append(row)
-        table = [f"{'linears':>8} {'rank':>6} {'cut':>6}  error"]
+        table = []
         for (rank, cut, is_exact), rows in sorted(kinds.items()):
             worst = "exact" if is_exact else f"at most {max(row.error for row in rows):.3g}"
-            table.append(f"{len(rows):>8} {rank:>6} {cut or '-':>6}  {worst}")
-        return "\n".join([head, *table])
+            table.append((len(rows), rank, cut or "-", worst))
+        return Table(("linears", "rank", "cut", "error"), tuple(table), ">>><")
 
 
 def export_lora(model: nn.Module, path: str | Path, adapter: str = "default", *, rank: int | None = None) -> Export:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tnpeft._text import Table
 from tnpeft.cli.app import app, show
 from tnpeft.cli.parse import (
     JsonOption,
@@ -268,8 +269,7 @@ def _facts(data: dict[str, Any]) -> str:
         for key, value in data.items()
         if value not in (None, {}, [], "")
     ]
-    width = max(len(key) for key, _ in rows)
-    return "\n".join(f"{key:{width}}  {value}" for key, value in rows)
+    return Table((), tuple(rows)).text()
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

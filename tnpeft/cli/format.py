@@ -71,13 +71,8 @@ def placed(
         return
     from tnpeft.counting.parameters import layout_on
 
-    groups: dict[Any, list[Any]] = {}
-    for place in layout_on(net, sizes, model=model, targets=targets).site_layouts:
-        groups.setdefault((place.line.network, tuple(place.sizes.items())), []).append(place)
-    for alike in groups.values():
-        counts = {"layer": len({p.site.layer for p in alike}), "proj": len({p.site.proj for p in alike})}
-        known = dict(alike[0].sizes)
-        yield _site(alike[0].site), alike[0].line.network, known | {i: n for i, n in counts.items() if i in known}
+    for shape in layout_on(net, sizes, model=model, targets=targets).shapes():
+        yield _site(shape.site), shape.network, dict(shape.sizes)
 
 
 def planned(plan: Any) -> dict[str, Any]:

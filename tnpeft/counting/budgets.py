@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from numbers import Integral
 
-from tnpeft.counting.cuts import bond_cuts
+from tnpeft._text import Table, block
+from tnpeft.counting.cuts import RankWarning, bond_cuts
+from tnpeft.counting.dof import dof, dof_on
 from tnpeft.counting.parameters import parameters as count_parameters
 from tnpeft.counting.parameters import with_sizes
 from tnpeft.layout import layout, stack_sizes
@@ -15,13 +18,14 @@ from tnpeft.models.cards import Model, Targets, sites
 from tnpeft.networks import Factorization, Network, NetworkError, Site, network
 from tnpeft.networks.sizes import Size, Sizes, integers
 
+BY = ("parameters", "dof")
 LONGEST = 64  # rungs of a ladder that are listed
 _UNLIMITED = 1 << 40  # a rank beyond every cut, to find the cut
 
 
 @dataclass(frozen=True)
 class Rung:
-    """One size of a family: its free ranks and its parameter count."""
+    """One size of a family: its free ranks and its count, of parameters or of degrees of freedom."""
 
     ranks: Mapping[str, int]
     count: int
@@ -49,17 +53,18 @@ class BudgetRow:
 
 @dataclass(frozen=True)
 class Budget:
-    """Rows by family for a budget of so many parameters; prints as a table.
+    """Rows by family for a budget of so many parameters, or degrees of freedom; prints as a table.
 
     >>> print(budget(["lora", "cp"], parameters=200_000, model="facebook/opt-1.3b"))
     budget 200,000
-    family  nearest          below            ladder
-    lora    196,608 (r=1)    196,608 (r=1)    196,608  393,216
-    cp      203,808 (r=22)   194,544 (r=21)   9,264  18,528  27,792  ...  203,808
+    family  nearest         below           ladder
+    lora    196,608 (r=1)   196,608 (r=1)   196,608  393,216
+    cp      203,808 (r=22)  194,544 (r=21)  9,264  18,528  27,792  ...  203,808
     """
 
     parameters: int
     rows: tuple[BudgetRow, ...]
+    by: str = "parameters"
 
     def __iter__(self) -> Iterator[BudgetRow]:
         return iter(self.rows)
@@ -71,14 +76,20 @@ class Budget:
         return self.rows[place]
 
     def __str__(self) -> str:
-        cells = [("family", "nearest", "below", "ladder")]
-        cells += [
+        return f"{self._title()}\n{self._table().text()}"
+
+    def _repr_html_(self) -> str:
+        return block(self._title(), self._table())
+
+    def _title(self) -> str:
+        return f"budget {self.parameters:,}{' degrees of freedom' * (self.by == 'dof')}"
+
+    def _table(self) -> Table:
+        rows = (
             (row.family, str(row.nearest or "none"), str(row.below or "none"), row.problem or _steps(row.ladder))
             for row in self.rows
-        ]
-        widths = [max(len(cell[k]) for cell in cells) + 2 + (k > 0) for k in range(3)]
-        lines = ["".join(c.ljust(w) for c, w in zip(cell, widths, strict=False)) + cell[3] for cell in cells]
-        return "\n".join([f"budget {self.parameters:,}", *lines])
+        )
+        return Table(("family", "nearest", "below", "ladder"), tuple(rows))
 
 
 def budget(
@@ -90,6 +101,7 @@ def budget(
     model: Model = None,
     targets: Targets = None,
     ratios: Mapping[str, float] | None = None,
+    by: str = "parameters",
     **more: Size,
 ) -> Budget:
     """For each family the ranks nearest to, and the largest within, a number of trainable parameters.
@@ -106,6 +118,7 @@ def budget(
         model: count over the sites of a model, as :func:`tnpeft.parameters` does.
         targets: the model's projections.
         ratios: a rank's size relative to the others, 1 if not named.
+        by: the quantity that the budget limits, "parameters" or "dof" (degrees of freedom).
         more: sizes by name. A bond whose size is given is held there.
 
     Raises:
@@ -123,7 +136,9 @@ def budget(
             raise NetworkError(f"no family has the rank {rank!r}", remedy=f"the ranks are {', '.join(sorted(known))}")
     given = {**(sizes or {}), **more}
     _refuse_unknown(chosen, given, model)
-    on = _Ground(None if model is None else sites(model, targets), given)
+    if by not in BY:
+        raise NetworkError(f"unknown budget by={by!r}", remedy=f"choose from {', '.join(BY)}")
+    on = _Ground(None if model is None else sites(model, targets), given, by)
     goal = on.count(parameters) if isinstance(parameters, Factorization) else parameters
     if not isinstance(goal, Integral) or goal < 1:
         raise NetworkError(f"the budget is {goal!r}", remedy="pass parameters= a positive whole number")
@@ -137,6 +152,7 @@ def budget(
             BudgetRow(f.name, None, None, (), row.problem) if isinstance(row, NetworkError) else row
             for f, row in zip(chosen, rows, strict=True)
         ),
+        by,
     )
 
 
@@ -168,12 +184,16 @@ class _Ground:
 
     sites: tuple[Site, ...] | None
     given: Mapping[str, Size]
+    by: str
 
     def count(self, f: Factorization) -> int:
         if self.sites is not None:
-            return layout(f, self.sites, stack=stack_sizes(f, self.given)).count()
+            found = layout(f, self.sites, stack=stack_sizes(f, self.given))
+            return dof_on(found) if self.by == "dof" else found.count()
         [(net, sizes)] = self.placed(f)
-        return int(count_parameters(net, sizes))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RankWarning)
+            return int(dof(net, sizes) if self.by == "dof" else count_parameters(net, sizes))
 
     def placed(self, f: Factorization) -> list[tuple[Network, dict[str, int]]]:
         """The networks in use with their sizes, one for each shape of sites."""

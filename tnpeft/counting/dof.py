@@ -12,6 +12,7 @@ from typing import Any
 from tnpeft.counting.cuts import Leg, absorbing, bond_cut, term_cut, term_legs, warn_ranks
 from tnpeft.counting.min_cut import incidence
 from tnpeft.counting.parameters import bound_sizes
+from tnpeft.layout import Layout
 from tnpeft.networks import Factorization, Network, NetworkError, Term
 from tnpeft.networks.sizes import Size, Sizes, complete, product
 
@@ -41,10 +42,31 @@ def dof(net: Network | Factorization, sizes: Sizes | None = None, /, **more: Siz
     """
     network, bound = bound_sizes(net, sizes, **more)
     complete(network, bound)
+    if all(isinstance(size, int) for size in bound.values()):
+        warn_ranks(network, bound)
+    return _dof(network, bound)
+
+
+def dof_on(found: Layout) -> int:
+    """The degrees of freedom over a selection of sites: the sum over their shapes, at most the parameters.
+
+    Factors that sites of several shapes share are counted with each shape, so it is an upper bound there.
+
+    Raises:
+        NetworkError: a trainable factor is used twice.
+
+    >>> from tnpeft import families
+    >>> from tnpeft.layout import layout
+    >>> from tnpeft.networks import Site
+    >>> dof_on(layout(families.lora(rank=4), [Site(0, "q_proj", 64, 32), Site(0, "fc1", 128, 32)]))
+    992
+    """
+    return min(sum(int(_dof(shape.network, shape.sizes)) for shape in found.shapes()), found.count())
+
+
+def _dof(network: Network, bound: Sizes) -> Any:
     _refuse_tied(network)
     exact = all(isinstance(size, int) for size in bound.values())
-    if exact:
-        warn_ranks(network, bound)
     total: Any = 0
     for term in network.terms:
         total = total + _term_dof(network, term, bound, exact)

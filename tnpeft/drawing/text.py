@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from tnpeft._text import Table
 from tnpeft.drawing.graph import Drawable, Graph, graph, lines_of
 from tnpeft.networks import Network, Term
 from tnpeft.networks.factor import PREFIX
@@ -88,9 +89,7 @@ def _table(net: Network, sizes: Mapping[str, object]) -> list[str]:
     body = [row for k, term in enumerate(net.terms) for row in _factors(net, term, k, order)]
     foot = [["", *(_role(net, index) for index in order)]]
     foot += [["", *(str(sizes.get(index, "")) for index in order)]] * any(index in sizes for index in order)
-    rows = [["", *order], *body, *foot]
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-    return ["  ".join([row[0].ljust(widths[0]), *map(str.center, row[1:], widths[1:])]) for row in rows]
+    return Table(("", *order), (*map(tuple, body), *map(tuple, foot)), "<^").text().splitlines()
 
 
 def _factors(net: Network, term: Term, k: int, order: Sequence[str]) -> Iterator[list[str]]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
+from tnpeft._text import Table, block
 from tnpeft.networks import Network, NetworkError
 from tnpeft.networks.factor import Group
 from tnpeft.networks.sizes import Size, Sizes, check_size, product
@@ -157,33 +158,25 @@ class Plan:
         return replace(self, dims=tuple(new.items()), steps=steps)
 
     def __str__(self) -> str:
-        head = ("step", "macs", "backward", "written", "saved")
+        head, table, foot = self._parts()
+        return f"{head}\n{table.text(rule=True)}\n{foot}"
+
+    def _repr_html_(self) -> str:
+        return block(*self._parts())
+
+    def _parts(self) -> tuple[str, Table, str]:
+        """The line with its sizes, the table of steps, and the kind of program."""
         rows = [
             (str(s) + ("  (frozen forward)" if s.frozen else ""), s.macs, s.backward_macs, s.written, s.saved)
             for s in self.steps
         ]
         total = ("total", self.macs, self.backward_macs, self.written, self.saved)
-        lines = table([head, *rows, total])
+        table = Table(("step", "macs", "backward", "written", "saved"), (*rows, total), "<>")
         sizes = " ".join(f"{index}={size}" for index, size in self.dims)
         search = "exact search" if self.exact else "greedy search: too many operands for an exact one"
         search = f"order by {self.optimizer}" if self.optimizer else search
         what = f"{self.form}, least {self.minimize}, {'training' if self.training else 'inference'}, {search}"
-        return "\n".join([str(self.network), sizes, *lines, what])
-
-
-def table(rows: list[tuple[Any, ...]]) -> list[str]:
-    """Rows of aligned text: the first column to the left, the others to the right; a rule under the first row.
-
-    >>> table([("step", "macs"), ("t1", 1200)])
-    ['step   macs', '-----------', 't1    1,200']
-    """
-    cells = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
-    widths = [max(len(row[k]) for row in cells) for k in range(len(cells[0]))]
-    text = [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in cells
-    ]
-    return [text[0], "-" * len(text[0]), *text[1:]]
+        return f"{self.network}\n{sizes}", table, what
 
 
 def with_costs(

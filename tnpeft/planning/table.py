@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tnpeft._text import Table, block
 from tnpeft.networks import Factorization, Network
 from tnpeft.networks.sizes import Size, Sizes
 from tnpeft.planning.planner import plan, score, weights, whole_tokens
-from tnpeft.planning.steps import Plan, table
+from tnpeft.planning.steps import Plan
 
 _FAR = 1 << 40  # stands for any larger number of tokens
 
@@ -35,13 +36,23 @@ class PlanTable:
         return self.plans[best].resized(tokens=wanted)
 
     def __str__(self) -> str:
-        rows: list[tuple[object, ...]] = [("tokens", "form", "macs = fixed", "+ per token", "written", "+ per token")]
+        programs = [f"from {start:,} tokens\n{best}" for start, best in zip(self.starts, self.plans, strict=True)]
+        return "\n".join([self._table().text(rule=True), *(f"\n{program}" for program in programs)])
+
+    def _repr_html_(self) -> str:
+        parts: list[str | Table] = [self._table()]
+        for start, best in zip(self.starts, self.plans, strict=True):
+            parts += [f"from {start:,} tokens", *best._parts()]
+        return block(*parts)
+
+    def _table(self) -> Table:
+        rows: list[tuple[object, ...]] = []
         ends = [*(f"{start - 1:,}" for start in self.starts[1:]), "..."]
         for start, end, best in zip(self.starts, ends, self.plans, strict=True):
             macs, written = _line([p.macs for p in _probe(best)]), _line([p.written for p in _probe(best)])
             rows.append((f"{start:,} to {end}", best.form, *macs, *written))
-        programs = [f"from {start:,} tokens\n{best}" for start, best in zip(self.starts, self.plans, strict=True)]
-        return "\n".join([*table(rows), *(f"\n{program}" for program in programs)])
+        head = ("tokens", "form", "macs = fixed", "+ per token", "written", "+ per token")
+        return Table(head, tuple(rows), "<>")
 
 
 def plan_table(

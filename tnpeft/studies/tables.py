@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tnpeft._text import Table
 from tnpeft.studies.files import write_text
 from tnpeft.studies.results import Point
 from tnpeft.studies.statistics import (
@@ -142,62 +141,17 @@ def markdown(rows: Sequence[Row]) -> str:
     | --- | --- |
     | 1 | x |
     """
-    if not rows:
-        return ""
-    lines = [list(map(str, rows[0])), ["---"] * len(rows[0]), *([_cell(v) for v in row.values()] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _cell(value: Any) -> str:
-    return _text(value).replace("|", "\\|").replace("\n", " ")
-
-
-def _text(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return Table.of(rows).markdown()
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """The rows as CSV with a header.
-
-    >>> as_csv([{"a": 1, "b": "x, y"}])
-    'a,b\\n1,"x, y"\\n'
-    """
-    if not rows:
-        return ""
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return stream.getvalue()
-
-
-_TEX = {character: f"\\{character}" for character in "%_&#${}"}
-_TEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "|": r"\textbar{}"}
-_TEX |= {"<": r"\textless{}", ">": r"\textgreater{}", "±": r"\textpm{}", "×": r"\texttimes{}", "−": "-", "\n": " "}
+    """The rows as CSV with a header; empty text for no rows."""
+    return Table.of(rows).csv()
 
 
 def latex(rows: Sequence[Row]) -> str:
-    r"""The rows as a LaTeX ``tabular`` with the rules of booktabs.
-
-    >>> print(latex([{"a": 1, "b": "5 %"}]))
-    \begin{tabular}{rl}
-    \toprule
-    a & b \\
-    \midrule
-    1 & 5 \% \\
-    \bottomrule
-    \end{tabular}
-    """
-    if not rows:
-        return ""
-
-    def line(values: Any) -> str:
-        return " & ".join("".join(_TEX.get(c, c) for c in _text(v)) for v in values) + r" \\"
-
-    kinds = "".join("r" if isinstance(v, int) else "l" for v in rows[0].values())
-    body = [line(row.values()) for row in rows]
-    top = [rf"\begin{{tabular}}{{{kinds}}}", r"\toprule", line(rows[0]), r"\midrule"]
-    return "\n".join([*top, *body, r"\bottomrule", r"\end{tabular}"])
+    """The rows as a LaTeX ``tabular`` with the rules of booktabs; empty text for no rows."""
+    return Table.of(rows).latex()
 
 
 def write(rows: Sequence[Row], path: Path, caption: str = "") -> None:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any, TypeVar
 
+from tnpeft._text import Table, block
 from tnpeft.layout import Layout
 from tnpeft.networks import STACK, Factorization, Network, NetworkError, Site, network
 from tnpeft.networks.sizes import Sizes, bind
@@ -42,11 +43,14 @@ class Report:
         return self.passed
 
     def __str__(self) -> str:
-        mark = {True: "ok    ", False: "FAILED", None: "-     "}
-        width = max(len(f.name) for f in self.findings)
-        return "\n".join(
-            [self.subject, *(f"  {mark[f.passed]}  {f.name:{width}}  {f.detail}" for f in self.findings)]
-        )
+        return f"{self.subject}\n{self._table().text(indent='  ')}"
+
+    def _repr_html_(self) -> str:
+        return block(self.subject, self._table())
+
+    def _table(self) -> Table:
+        mark = {True: "ok    ", False: "FAILED", None: "-"}
+        return Table((), tuple((mark[f.passed], f.name, f.detail) for f in self.findings))
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain data."""

@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test keeps it equal to _HO
     from tnpeft.adapters import replicas as replicas
     from tnpeft.adapters import set_factors as set_factors
     from tnpeft.adapters.convert import convert as convert
+    from tnpeft.comparison import compare as compare
     from tnpeft.counting import budget as budget
     from tnpeft.counting import dof as dof
     from tnpeft.counting import parameter_step as parameter_step
@@ -80,6 +81,7 @@ _HOME = {
     "learning_rates": "scaling",
     "plan": "planning",
     "plan_table": "planning",
+    "compare": "comparison",
     "draw": "drawing",
     "mermaid": "drawing",
     "dense": "nn",
@@ -105,6 +107,7 @@ _MODULES = (
     "counting",
     "scaling",
     "planning",
+    "comparison",
     "drawing",
     "nn",
     "adapters",

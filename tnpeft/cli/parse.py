@@ -51,7 +51,7 @@ def read_network(
     Raises:
         NetworkError: the line is not a network, or the family, an option or a rank is unknown.
 
-    >>> read_network("lora", ["r=4"]).ranks, read_network("cp", ["2"], ["out=32,64"]).splits
+    >>> read_network("lora:4").ranks, read_network("cp", ["2"], ["out=32,64"]).splits
     ({'r': 4}, {'out': (32, 64)})
     """
     given = {name: _whole(name, value) for name, value in _pairs(ranks or ())}
@@ -73,13 +73,36 @@ def read_budget(text: str, ranks: Iterable[str] | None = None) -> int | Network 
     >>> read_budget("196_608"), read_budget("1e5"), read_budget("lora", ["2"]).name
     (196608, 100000, 'lora')
     """
+    number = read_number(text)
+    return read_network(number, ranks) if isinstance(number, str) else number
+
+
+def read_number(text: str) -> int | str:
+    """The number of parameters that was typed; text that is not a number stays as it is.
+
+    Raises:
+        NetworkError: a number, but not a positive whole one.
+
+    >>> read_number("196_608"), read_number("lora:1")
+    (196608, 'lora:1')
+    """
     try:
         number = float(text.replace(",", ""))
     except ValueError:
-        return read_network(text, ranks)
+        return text
     if not 1 <= number < inf or number != int(number):
         raise NetworkError(f"the budget is {text}", remedy="give a whole number from 1 on, or a network")
     return int(number)
+
+
+def read_named(text: str) -> str | tuple[str, str]:
+    """A family or a line, with the name that stands before it.
+
+    >>> read_named("mine=A[out inp] -> out inp"), read_named("lora:4")
+    (('mine', 'A[out inp] -> out inp'), 'lora:4')
+    """
+    name, equals, line = text.partition("=")
+    return (name.strip(), line.strip()) if equals and name.strip() else text
 
 
 def read_sizes(sizes: Iterable[str] | None, ranks: Iterable[str] | None = None, net: Any = None) -> dict[str, int]:
@@ -115,6 +138,9 @@ def _family(name: str, ranks: dict[str, int], options: dict[str, str]) -> Factor
 
     from tnpeft.families import get
 
+    name, colon, rank = name.partition(":")
+    if colon:
+        ranks = {"": _whole("rank", rank), **ranks}
     declare = get(name)
     known = signature(declare).parameters
     if "" in ranks:

@@ -94,6 +94,7 @@ _HOME = {
     "refresh": "adapters",
     "export_lora": "adapters",
     "convert": "adapters.convert",
+    "explain": "adapters",
     "hotswap": "adapters",
     "parameter_groups": "adapters",
     "coordinate_check": "adapters",

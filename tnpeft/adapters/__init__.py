@@ -18,6 +18,7 @@ _HOME = {
     "refresh": "state",
     "parameter_groups": "rates",
     "coordinate_check": "coordinate",
+    "explain": "routes",
     "hotswap": "files",
     "export_lora": "export",
     "replica": "replicas",

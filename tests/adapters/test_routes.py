@@ -1,0 +1,254 @@
+"""Which path a layer takes and why; no change between the calls of layers that share an input loses a gradient."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import peft
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import tnpeft
+from tnpeft.adapters import shared_input
+from tnpeft.adapters.routes import _unmatched
+
+
+class Attention(nn.Module):
+    """Three linears that read one input."""
+
+    def __init__(self, width: int = 12) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.q_proj(x) + self.k_proj(x) + self.v_proj(x)
+        return result
+
+
+def attached(**options: Any) -> Any:
+    torch.manual_seed(0)
+    options = {"network": "lora", "ranks": {"r": 2}, "tokens": 6, "target_modules": r".*\.[qkv]_proj", **options}
+    blocks = nn.ModuleDict({"self_attn": Attention()}).double()
+    net = peft.get_peft_model(blocks, tnpeft.TensorNetworkConfig(**options)).double().train()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    shared_input.join("default", [layer for layer in three(net) if hasattr(layer, "updates")])
+    return net
+
+
+def three(net: Any) -> list[Any]:
+    attention = net.base_model.model["self_attn"]
+    return [attention.q_proj, attention.k_proj, attention.v_proj]
+
+
+def hooked(net: Any, x: Tensor, stack: contextlib.ExitStack) -> None:
+    three(net)[1].base_layer.register_forward_hook(lambda module, args, result: result * 2)
+
+
+def watched(net: Any, x: Tensor, stack: contextlib.ExitStack) -> None:
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    stack.callback(handle.remove)
+
+
+def autocast(net: Any, x: Tensor, stack: contextlib.ExitStack) -> None:
+    stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+
+
+def begins_to_require(net: Any, x: Tensor, stack: contextlib.ExitStack) -> None:
+    x.requires_grad_()
+
+
+def moves_in_the_graph(net: Any, x: Tensor, stack: contextlib.ExitStack) -> None:
+    x.detach_().requires_grad_()
+
+
+def gets_other_data(net: Any, x: Tensor, stack: contextlib.ExitStack) -> None:
+    x.data = x.data * 2
+
+
+def factor_frozen(net: Any, x: Tensor, stack: contextlib.ExitStack) -> None:
+    three(net)[2].tnpeft_factors["default"].A.requires_grad_(False)
+
+
+def factor_narrowed(net: Any, x: Tensor, stack: contextlib.ExitStack) -> None:
+    store = three(net)[1].tnpeft_factors["default"]
+    store.A.data = store.A.data.float()
+
+
+def no_gradients(net: Any, x: Tensor, stack: contextlib.ExitStack) -> None:
+    stack.enter_context(torch.no_grad())
+
+
+CHANGES = [
+    hooked, watched, autocast, begins_to_require, moves_in_the_graph, gets_other_data, factor_frozen, factor_narrowed,
+    no_gradients,
+]  # fmt: skip
+
+
+def outcome(
+    change: Callable[..., None], places: tuple[int, int], order: tuple[int, ...], leaf: bool, apart: bool
+) -> Any:
+    """Outputs and gradients of the three, called in an order, with a change from one call to another."""
+    net = attached()
+    if apart:
+        for layer in three(net):
+            layer.siblings.clear()
+    x = torch.linspace(-1, 1, 6 * 12, dtype=torch.float64).reshape(6, 12).clone()
+    x = x if leaf else (x.requires_grad_() * 1.0)
+    outputs = []
+    with contextlib.ExitStack() as stack:
+        for k, place in enumerate(order):
+            if k == places[0]:
+                change(net, x, stack)
+            if k == places[1]:
+                stack.close()
+            outputs.append(three(net)[place](x))
+    after = [output for output in outputs[places[0] :] if output.requires_grad]
+    wanted = [p for p in net.parameters() if p.requires_grad] + ([x] if x.requires_grad else [])
+    if not after:
+        return outputs
+    loss = sum(output.double().sin().sum() for output in after)
+    return [*outputs, *torch.autograd.grad(loss, wanted, allow_unused=True)]
+
+
+@settings(max_examples=60)
+@given(st.sampled_from(CHANGES), st.sampled_from(((1, 3), (2, 3), (1, 2))), st.permutations((0, 1, 2)), st.booleans())
+def test_a_change_between_the_calls_loses_nothing(change: Any, places: Any, order: Any, leaf: bool) -> None:
+    if change is begins_to_require:
+        leaf = True
+    smallest, shared_input.MIN_ELEMENTS = shared_input.MIN_ELEMENTS, 0
+    try:
+        found, wanted = (outcome(change, places, tuple(order), leaf, apart) for apart in (False, True))
+    finally:
+        shared_input.MIN_ELEMENTS = smallest
+    tight = change not in (autocast, factor_narrowed)
+    for a, b in zip(found, wanted, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-10 if tight else 1e-2, atol=1e-10 if tight else 1e-2)
+
+
+@pytest.mark.parametrize("network", ["quanta", "B[layer proj out r] A[layer proj r inp] - C[out s] E[proj s inp]"])
+def test_autocast_where_the_input_enters_several_products(network: str) -> None:
+    line = network if network == "quanta" else f"{network} -> layer proj out inp"
+    options: dict[str, Any] = {} if network == "quanta" else {"ranks": {"r": 2, "s": 1}, "tokens": 2}
+    config = tnpeft.TensorNetworkConfig(network=line, target_modules=["0"], **options)
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(64, 64)), config).train()
+    x = torch.randn(8, 64, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(x).float().square().mean()
+    loss.backward()
+    (found,) = torch.autograd.grad(model(x).float().square().mean(), x)
+    torch.testing.assert_close(x.grad, found, rtol=0.1, atol=0.01)
+
+
+# ---- DoRA
+
+
+def dora(dropout: float = 0.0, zero_row: bool = False) -> Any:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 5)).double()
+    if zero_row:
+        with torch.no_grad():
+            base[0].weight[2].zero_()
+    config = tnpeft.TensorNetworkConfig(
+        network="lora", ranks={"r": 2}, dora=True, dropout=dropout, target_modules=["0"]
+    )
+    return peft.get_peft_model(base, config, autocast_adapter_dtype=False).train()
+
+
+def test_forward_derivatives_are_those_of_the_gradient() -> None:
+    model = dora()
+    own = {n: torch.randn_like(p) for n, p in model.named_parameters() if p.requires_grad}
+    rest = {n: p.detach() for n, p in model.named_parameters() if not p.requires_grad}
+    x = torch.randn(4, 6, dtype=torch.float64)
+
+    def loss(values: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, {**rest, **values}, (x,)).pow(2).sum()
+
+    along = {n: torch.randn_like(p) for n, p in own.items()}
+    gradient = torch.func.grad(loss)(own)
+    wanted = sum((gradient[n] * along[n]).sum() for n in own)
+    torch.testing.assert_close(torch.func.jvp(loss, (own,), (along,))[1], wanted)
+
+
+def test_a_row_of_zeros_stays_finite() -> None:
+    model, x = dora(zero_row=True), torch.randn(4, 6, dtype=torch.float64)
+    result = model(x)
+    torch.testing.assert_close(result, model.base_model.model[0].base_layer(x), rtol=1e-12, atol=1e-12)
+    result.sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_dropout_is_of_the_input_of_base_and_update_alike() -> None:
+    """m / |W + dW| (W + dW) acts on the dropped input, beside the base's output of the whole one."""
+    model, x = dora(dropout=0.5), torch.randn(4, 6, dtype=torch.float64)
+    layer = model.base_model.model[0]
+    with torch.no_grad():
+        layer.tnpeft_factors["default"].B.normal_()
+        layer.tnpeft_magnitude["default"].mul_(1.5)
+    torch.manual_seed(3)
+    found = model(x)
+    torch.manual_seed(3)
+    dropped = nn.functional.dropout(x, 0.5)
+    weight = layer.base_layer.weight
+    updated = weight + layer._delta("default")
+    scaled = layer.tnpeft_magnitude["default"][:, None] * updated / updated.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(found, layer.base_layer(x) + dropped @ (scaled - weight).T)
+
+
+# ---- routes
+
+
+def test_a_layer_says_its_path_and_why() -> None:
+    net = attached()
+    q = three(net)[0]
+    x = torch.ones(6, 12, dtype=torch.float64)
+    assert q.route(x) == ("fused", "")
+    assert q.route(x, ["default"] * 6).kind == "mixed"
+    assert q.route(x.float()) == ("plain", "the input's dtype is not the base weight's")
+    with torch.no_grad():
+        assert q.route(x) == ("plain", "gradients are disabled")
+        assert q.eval().route(x) == ("cached", "gradients are disabled")
+    q.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert q.route(x) == ("plain", "autocast is active")
+    q.dropouts["default"] = 0.5
+    assert q.route(x) == ("plain", "dropout in training")
+    q.dropouts["default"] = 0.0
+    handle = q.base_layer.register_forward_hook(lambda *_: None)
+    assert q.route(x) == ("plain", "the base layer has hooks")
+    handle.remove()
+    with net.disable_adapter():
+        assert q.route(x).kind == "base"
+    net.merge_adapter()
+    assert q.route(x).kind == "merged"
+
+
+def test_layers_that_share_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = attached()
+    x = torch.ones(6, 12, dtype=torch.float64)
+    monkeypatch.setattr(shared_input, "MIN_ELEMENTS", x.numel())
+    assert [layer.route(x).kind for layer in three(net)] == ["shared"] * 3
+    assert three(net)[0].route(x[:5]).kind == "fused"
+
+
+def test_a_model_is_explained() -> None:
+    net = attached(target_modules=["q_proj", "v_proj"])
+    found = tnpeft.explain(net)
+    assert [row.layer.rpartition(".")[2] for row in found.rows] == ["q_proj", "v_proj"]
+    assert {(row.out, row.inp, row.path, row.adapter) for row in found.rows} == {(12, 12, "fused", "default")}
+    assert found.rows[0].factors == {"B": (12, 2), "A": (2, 12)}
+    assert found.unmatched == {"default": ()}
+    assert _unmatched(["q_proj", "o_proj"], found.rows) == ("o_proj",)
+    assert "default: no layer matches o_proj" in str(replace(found, unmatched={"default": ("o_proj",)}))
+    with pytest.raises(tnpeft.networks.ConfigError, match="no adapter"):
+        tnpeft.explain(nn.Linear(2, 2))

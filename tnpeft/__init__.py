@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test keeps it equal to _HO
     from tnpeft import testing as testing
     from tnpeft.adapters import TensorNetworkConfig as TensorNetworkConfig
     from tnpeft.adapters import coordinate_check as coordinate_check
+    from tnpeft.adapters import explain as explain
     from tnpeft.adapters import export_lora as export_lora
     from tnpeft.adapters import factors as factors
     from tnpeft.adapters import hotswap as hotswap

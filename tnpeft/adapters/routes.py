@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from tnpeft._text import Table, block
 from tnpeft.adapters.bank import FactorBank
 from tnpeft.adapters.layer import TensorNetworkLinear
 from tnpeft.networks import ConfigError
-from tnpeft.planning.steps import table
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,17 @@ class Explanation:
     unmatched: dict[str, tuple[str, ...]]
 
     def __str__(self) -> str:
+        return "\n".join([self._table().text(), *self._missing()])
+
+    def _repr_html_(self) -> str:
+        return block(self._table(), *self._missing())
+
+    def _table(self) -> Table:
         head = ("layer", "adapter", "site", "out x inp", "factors", "path", "reason")
-        lines = table([head, *(self._cells(row) for row in self.rows)])
-        missing = [f"{name}: no layer matches {', '.join(found)}" for name, found in self.unmatched.items() if found]
-        return "\n".join([*(line.rstrip() for line in lines), *missing])
+        return Table(head, tuple(self._cells(row) for row in self.rows), "<")
+
+    def _missing(self) -> list[str]:
+        return [f"{name}: no layer matches {', '.join(found)}" for name, found in self.unmatched.items() if found]
 
     @staticmethod
     def _cells(row: LayerPath) -> tuple[str, ...]:

@@ -62,12 +62,18 @@ class SiteLayout:
 
 @dataclass(frozen=True)
 class Shape:
-    """Sites of one line and one shape: the first of them, the line, its sizes over these sites, and their number."""
+    """Sites of one line and one shape: the first of them, the line, its sizes over these sites, and their number.
 
-    site: Site
+    ``site`` is None where sizes are given by hand.
+    """
+
+    site: Site | None
     network: Network
-    sizes: Mapping[str, int]
+    sizes: Mapping[str, Size]
     count: int
+
+    def __str__(self) -> str:
+        return f"{self.site.proj} {self.site.out} x {self.site.inp}" if self.site else ""
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,9 @@ class Layout:
     def shapes(self) -> tuple[Shape, ...]:
         """The distinct pairs of line and sizes, each with the number of its sites, in order of first use.
 
+        The sizes of ``layer`` and ``proj`` are those of these sites. Where they are not a full grid, each projection
+        is a shape of its own.
+
         >>> f = Factorization.of("B[layer out r] A[r inp] -> layer out inp", ranks={"r": 2})
         >>> [(s.sizes, s.count) for s in layout(f, [Site(0, "q", 8, 4), Site(1, "q", 8, 4)]).shapes()]
         [({'layer': 2, 'out': 8, 'r': 2, 'inp': 4}, 2)]
@@ -103,9 +112,12 @@ class Layout:
             alike.setdefault((place.line.network, tuple(place.sizes.items())), []).append(place)
         found = []
         for (net, sizes), places in alike.items():
-            held = {"layer": len({p.site.layer for p in places}), "proj": len({p.site.proj for p in places})}
-            own = {index: held.get(index, size) for index, size in sizes}
-            found.append(Shape(places[0].site, net, own, len(places)))
+            full = len(places) == len({p.site.layer for p in places}) * len({p.site.proj for p in places})
+            for proj in dict.fromkeys("" if full else p.site.proj for p in places):
+                sites = [p.site for p in places if proj in ("", p.site.proj)]
+                held = {"layer": len({site.layer for site in sites}), "proj": len({site.proj for site in sites})}
+                own = {index: held.get(index, size) for index, size in sizes}
+                found.append(Shape(sites[0], net, own, len(sites)))
         return tuple(found)
 
     def by_factor(self, *, frozen: bool = False) -> dict[str, int]:

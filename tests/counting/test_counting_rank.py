@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from dataclasses import replace
 from decimal import Decimal, localcontext
 from itertools import pairwise
 from itertools import product as choices
@@ -16,10 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tnpeft
-from tnpeft.counting import RankWarning, clipped_ranks, cuts, dof, rank_bound, unfolding_bounds
+from tnpeft.counting import RankWarning, clipped_ranks, cuts, dof, rank_bound, site_shapes, unfolding_bounds
 from tnpeft.counting.cuts import absorbing, term_legs
 from tnpeft.counting.dof import _clip
 from tnpeft.counting.min_cut import Edge, _logarithm, min_cut
+from tnpeft.models.cards import Card, Projection
 from tnpeft.networks import Network, NetworkError, Term
 
 # name: line, sizes, rank of one site's matrix
@@ -400,3 +402,40 @@ def test_cuts_below_a_limit_are_those_without_one() -> None:
         assert 1 not in found.side
         for limit in (1, 3, 10):
             assert min_cut(edges, {0}, {1}, limit=limit).size == min(found.size, limit)
+
+
+# ---- over the sites of a model
+
+GROUPED = {"model": "meta-llama/Llama-3.2-1B", "targets": ["q_proj", "k_proj", "v_proj", "down_proj"]}
+
+
+def test_a_model_is_asked_as_its_sites_are() -> None:
+    f = tnpeft.families.lora(4)
+    shapes = site_shapes(f, **GROUPED)
+    assert [(s.sizes["layer"], s.sizes["proj"]) for s in shapes] == [(16, 1), (16, 2), (16, 1)]
+    assert rank_bound(f, **GROUPED) == 4 == max(rank_bound(s.network, s.sizes) for s in shapes)
+    assert dof(f, **GROUPED) == 16 * 4 * (4092 + 2 * (2560 - 4) + 2048 + 8192 - 4)
+    assert rank_bound(tnpeft.families.lora(4).network, r=7, **GROUPED) == 7
+    with pytest.raises(NetworkError, match="no rank for the bond 'r'"):
+        dof(f.network, **GROUPED)
+    with pytest.raises(NetworkError, match="comes from the model"):
+        dof(f, out=5, **GROUPED)
+    for question in (rank_bound, dof, tnpeft.plan, tnpeft.plan_table):
+        with pytest.raises(NetworkError, match="without a model"):
+            question(f, targets=["q_proj"], layer=1, proj=1, out=4, inp=4)
+
+
+def test_factors_that_sites_of_several_shapes_share_are_bounded_by_the_parameters() -> None:
+    f = tnpeft.families.lorta(8)
+    targets = ["q_proj", "k_proj"]
+    shared = dof(f, model=GROUPED["model"], targets=targets)
+    assert shared <= tnpeft.parameters(f, model=GROUPED["model"], targets=targets)
+    assert shared >= dof(f, model=GROUPED["model"], targets=["q_proj"])
+
+
+def test_sites_that_are_not_a_grid_count_once_each() -> None:
+    """A projection that some layers lack stands with the layers that have it."""
+    up = Projection("up_proj", "up", "mlp.up_proj", 6, 4)
+    some = replace(up, name="gate_proj", role="gate", path="mlp.gate_proj", layers="sparse")
+    card = Card("ragged", 3, {}, "layers", (up, some), ("up",), "0", dense=(0,))
+    assert dof(tnpeft.families.lora(2), model=card, targets="mlp") == 5 * 2 * (6 + 4 - 2)

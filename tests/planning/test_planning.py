@@ -340,3 +340,14 @@ def test_a_plan_gives_its_path_to_opt_einsum() -> None:
         _ = tnpeft.plan(tnpeft.network("A[o i] + B[o i] -> o i"), o=2, i=2).path
     with pytest.raises(tnpeft.NetworkError, match="no optimiser 'nothing'"):
         tnpeft.plan(net, sizes, optimize="nothing")
+
+
+def test_a_plan_for_a_model_needs_sites_of_one_shape() -> None:
+    f, model = tnpeft.families.lora(4), "meta-llama/Llama-3.2-1B"
+    alike = {"model": model, "targets": ["k_proj", "v_proj"]}
+    by_hand = {"layer": 16, "proj": 2, "out": 512, "inp": 2048}
+    assert tnpeft.plan(f, tokens=64, **alike) == tnpeft.plan(f, by_hand, tokens=64)
+    assert tnpeft.plan(f.network, r=4, **alike) == tnpeft.plan(f, by_hand)
+    assert tnpeft.plan_table(f, **alike) == tnpeft.plan_table(f, by_hand)
+    with pytest.raises(NetworkError, match="several shapes: q_proj 2048 x 2048, k_proj 512 x 2048"):
+        tnpeft.plan(f, tokens=64, model=model, targets=["q_proj", "k_proj"])

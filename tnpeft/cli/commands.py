@@ -76,13 +76,15 @@ def plan(
 
     `tnpeft plan cp --model facebook/opt-1.3b --targets q_proj --minimize macs --table`
     """
-    from tnpeft.cli.format import placed, planned
+    from tnpeft.cli.format import planned
+    from tnpeft.counting import site_shapes
     from tnpeft.planning import plan as best
     from tnpeft.planning import plan_table
 
     line = read_network(net, rank, option)
     plans = []
-    for where, one, known in placed(line, read_sizes(size, rank, line), model, targets):
+    for shape in site_shapes(line, model=model, targets=targets, **read_sizes(size, rank, line)):
+        where, one, known = str(shape), shape.network, shape.sizes
         if table:
             ladder = plan_table(one, known, minimize=minimize, training=training)
             rungs = [

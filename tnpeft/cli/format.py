@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from inspect import Parameter, signature
 from typing import Any
 
-from tnpeft.networks import Factorization, Network, NetworkError, Site
+from tnpeft.networks import Factorization, Network, NetworkError
 from tnpeft.networks.sizes import bind
 
 
@@ -58,23 +58,6 @@ def _gain(net: Network | Factorization, given: Mapping[str, Any], where: Mapping
     return float(f"{found:.4g}") if isinstance(found, float) else str(found)
 
 
-def placed(
-    net: Network | Factorization, sizes: Mapping[str, int], model: str | None, targets: str | None
-) -> Iterator[tuple[str, Network, dict[str, Any]]]:
-    """One site of every line and shape: where it is, the network with its stack, and its sizes."""
-    if model is None:
-        given = _given(net, sizes)
-        if isinstance(net, Network):
-            yield "", net, bind(net, given, {})
-        else:
-            yield "", net.network, net.bind(given, {})
-        return
-    from tnpeft.counting.parameters import layout_on
-
-    for shape in layout_on(net, sizes, model=model, targets=targets).shapes():
-        yield _site(shape.site), shape.network, dict(shape.sizes)
-
-
 def planned(plan: Any) -> dict[str, Any]:
     """A plan as plain data."""
     costs = ("form", "macs", "flops", "backward_macs", "written", "saved", "largest")
@@ -115,10 +98,6 @@ def _given(net: Network | Factorization, sizes: Mapping[str, int]) -> dict[str, 
     else:
         bind(net, None, sizes)
     return dict(sizes)
-
-
-def _site(site: Site) -> str:
-    return f"{site.proj} {site.out} x {site.inp}"
 
 
 def _free(net: Network | Factorization, lines: list[Network]) -> list[str]:
@@ -174,7 +153,8 @@ def _reach(
     from tnpeft import counting
 
     data: dict[str, Any] = {"rank_bound": {}, "degrees_of_freedom": {}}
-    for where, line, known in placed(net, sizes, model, targets):
+    for shape in counting.site_shapes(net, sizes, model=model, targets=targets):
+        where, line, known = str(shape), shape.network, shape.sizes
         if all(index in known for index in line.indices):
             data["rank_bound"][where] = counting.rank_bound(line, known)
             try:

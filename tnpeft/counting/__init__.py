@@ -8,6 +8,7 @@ from tnpeft.counting.parameters import (
     parameter_step,
     parameters,
     parameters_by_factor,
+    site_shapes,
     stored_megabytes,
 )
 from tnpeft.layout import Layout, ParameterSpec, SiteLayout, layout
@@ -37,6 +38,7 @@ __all__ = [
     "parameters",
     "parameters_by_factor",
     "rank_bound",
+    "site_shapes",
     "sites",
     "stored_megabytes",
     "unfolding_bounds",

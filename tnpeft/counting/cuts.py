@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from math import prod
 
 from tnpeft.counting.min_cut import Edge, MinCut, Node, incidence, min_cut
-from tnpeft.counting.parameters import bound_sizes
+from tnpeft.counting.parameters import bound_sizes, site_shapes
+from tnpeft.models.cards import Model, Targets
 from tnpeft.networks import Factorization, Network, Term
 from tnpeft.networks.factor import Group
 from tnpeft.networks.sizes import Size, Sizes, integers, product
@@ -38,12 +39,21 @@ class Leg:
         return Edge(self.holders | {self.side} if self.side else self.holders, self.size)
 
 
-def rank_bound(net: Network | Factorization, sizes: Sizes | None = None, /, **more: Size) -> int:
+def rank_bound(
+    net: Network | Factorization,
+    sizes: Sizes | None = None,
+    /,
+    *,
+    model: Model = None,
+    targets: Targets = None,
+    **more: Size,
+) -> int:
     """An upper bound on the rank of one site's matrix: the sum of the terms' minimal cuts, at most rows and columns.
 
     A cut is a set of indices without which no path leads from the rows to the columns; it costs the product of their
     sizes. Sizes of stack indices are not needed. Source: the bound of tensor networks, exact for generic factors
-    in most networks.
+    in most networks. With a model it is the largest over the sites; the arguments are those of
+    :func:`tnpeft.parameters`.
 
     Raises:
         NetworkError: a size is missing or a symbol, or the output has no rows and columns.
@@ -55,13 +65,16 @@ def rank_bound(net: Network | Factorization, sizes: Sizes | None = None, /, **mo
     >>> rank_bound(tnpeft.network("B1[o r] A1[r i] B2[o s] A2[s i] -> o i"), o=64, i=64, r=3, s=3)
     9
     """
-    network, bound = bound_sizes(net, sizes, **more)
-    network.require_matrix()
-    site = network.select(*network.stack)
-    known = integers(site, {index: bound[index] for index in site.indices if index in bound})
-    if all(isinstance(bound.get(index), int) for index in network.indices):
-        warn_ranks(network, bound)
-    return _unfold(site, known, site.rows, site.cols)
+    bounds = []
+    for shape in site_shapes(net, sizes, model=model, targets=targets, **more):
+        network, bound = shape.network, shape.sizes
+        network.require_matrix()
+        site = network.select(*network.stack)
+        known = integers(site, {index: bound[index] for index in site.indices if index in bound})
+        if all(isinstance(bound.get(index), int) for index in network.indices):
+            warn_ranks(network, bound)
+        bounds.append(_unfold(site, known, site.rows, site.cols))
+    return max(bounds)
 
 
 def unfolding_bounds(net: Network | Factorization, sizes: Sizes | None = None, /, **more: Size) -> dict[str, int]:

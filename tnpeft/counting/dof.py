@@ -11,13 +11,22 @@ from typing import Any
 
 from tnpeft.counting.cuts import Leg, absorbing, bond_cut, term_cut, term_legs, warn_ranks
 from tnpeft.counting.min_cut import incidence
-from tnpeft.counting.parameters import bound_sizes
+from tnpeft.counting.parameters import layout_on, site_shapes
 from tnpeft.layout import Layout
+from tnpeft.models.cards import Model, Targets
 from tnpeft.networks import Factorization, Network, NetworkError, Term
 from tnpeft.networks.sizes import Size, Sizes, complete, product
 
 
-def dof(net: Network | Factorization, sizes: Sizes | None = None, /, **more: Size) -> Any:
+def dof(
+    net: Network | Factorization,
+    sizes: Sizes | None = None,
+    /,
+    *,
+    model: Model = None,
+    targets: Targets = None,
+    **more: Size,
+) -> Any:
     """The parameters modulo gauge of the whole stack: an int, or an expression if a size is a symbol.
 
     Every bond is clipped to its cut; a factor whose indices lie within a trainable factor's is absorbed by it; then
@@ -28,7 +37,9 @@ def dof(net: Network | Factorization, sizes: Sizes | None = None, /, **more: Siz
     that contain it. A leg that a frozen or constant factor carries is hyper. A cap, for every part of a term that
     shares no index with the rest, is the dimension of the matrices of the rank that its cut allows (at full rank: the
     dense size). It counts known symmetries, so it is an upper bound (defective formats exist); for a sum it is
-    the terms' total. With symbols nothing is clipped or capped: no rank is taken to exceed its cut.
+    the terms' total. With a model (arguments as :func:`tnpeft.parameters`) it is the sum over shapes of sites, at
+    most the parameters: what sites of several shapes share enters each of them. With symbols nothing is clipped or
+    capped: no rank is taken to exceed its cut.
 
     Raises:
         NetworkError: a size is missing, or a trainable factor is used twice.
@@ -40,7 +51,13 @@ def dof(net: Network | Factorization, sizes: Sizes | None = None, /, **more: Siz
     >>> dof(tnpeft.network("B[out r] A[r inp] -> out inp"), out=64, inp=32, r=4)
     368
     """
-    network, bound = bound_sizes(net, sizes, **more)
+    if model is not None:
+        found = layout_on(net, sizes, model=model, targets=targets, **more)
+        for shape in found.shapes():
+            warn_ranks(shape.network, shape.sizes)
+        return dof_on(found)
+    [alone] = site_shapes(net, sizes, targets=targets, **more)
+    network, bound = alone.network, alone.sizes
     complete(network, bound)
     if all(isinstance(size, int) for size in bound.values()):
         warn_ranks(network, bound)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from tnpeft.layout import Layout, layout, stack_sizes
+from tnpeft.layout import Layout, Shape, layout, stack_sizes
 from tnpeft.models.cards import Model, Targets, sites
 from tnpeft.networks import Factor, Factorization, Network, NetworkError
 from tnpeft.networks.sizes import Size, Sizes, bind, check_size, product, require_network
@@ -70,9 +70,8 @@ def parameters_by_factor(
     """
     if model is not None:
         return dict(layout_on(net, sizes, model=model, targets=targets, **more).by_factor(frozen=frozen))
-    if targets is not None:
-        raise NetworkError("targets are given without a model", remedy="pass model= as well")
-    network, bound = bound_sizes(net, sizes, **more)
+    [alone] = site_shapes(net, sizes, targets=targets, **more)
+    network, bound = alone.network, alone.sizes
     counted = counted_factors(network, frozen=frozen)
     return {
         label: product(bound[i] if i in bound else _symbol(i) for i in factor.indices)
@@ -189,6 +188,31 @@ def layout_on(
     given = {**(sizes or {}), **more}
     f = with_sizes(net, given, more)
     return layout(f, sites(model, targets), stack=stack_sizes(f, given))
+
+
+def site_shapes(
+    net: Network | Factorization,
+    sizes: Sizes | None = None,
+    /,
+    *,
+    model: Model = None,
+    targets: Targets = None,
+    **more: Size,
+) -> tuple[Shape, ...]:
+    """Return the networks and sizes that are asked about: the given ones, or one for each shape of a model's sites.
+
+    Raises:
+        NetworkError: targets are given without a model, or a size is unknown, missing or decided by the model.
+
+    >>> lora = Factorization.of("B[layer proj out r] A[layer proj r inp] -> layer proj out inp", ranks={"r": 2})
+    >>> [str(shape) for shape in site_shapes(lora, model="meta-llama/Llama-3.2-1B", targets=["q_proj", "v_proj"])]
+    ['q_proj 2048 x 2048', 'v_proj 512 x 2048']
+    """
+    if model is None:
+        if targets is not None:
+            raise NetworkError("targets are given without a model", remedy="pass model= as well")
+        return (Shape(None, *bound_sizes(net, sizes, **more), 1),)
+    return layout_on(net, sizes, model=model, targets=targets, **more).shapes()
 
 
 def with_sizes(net: Network | Factorization, given: Mapping[str, Size], keywords: Sizes) -> Factorization:

@@ -7,9 +7,11 @@ from functools import lru_cache
 from itertools import chain, combinations
 from typing import Any
 
+from tnpeft.counting.parameters import site_shapes
+from tnpeft.models.cards import Model, Targets
 from tnpeft.networks import Factorization, Network, NetworkError, Term
 from tnpeft.networks.factor import Group
-from tnpeft.networks.sizes import Size, Sizes, bind, check_size, integers
+from tnpeft.networks.sizes import Size, Sizes, check_size, integers
 from tnpeft.planning.build import Builder
 from tnpeft.planning.search import Operand, Path, Weights, requested, search
 from tnpeft.planning.steps import Plan, fresh
@@ -63,6 +65,8 @@ def plan(
     training: bool = True,
     base: str | None = "fp32",
     optimize: Any = None,
+    model: Model = None,
+    targets: Targets = None,
     **more: Size,
 ) -> Plan:
     """The best plan of one site's update on ``tokens`` rows of activations, or of the dense tensor itself.
@@ -82,24 +86,34 @@ def plan(
         optimize: None searches exactly where it can; else an optimiser of opt_einsum, by name ("greedy", "dp") or as
             an object (``opt_einsum.RandomGreedy()``), proposes the order within each term.
         base: ``"fp32"`` lets the plan add the update to the base weight, None forbids it.
+        model: take the sizes from a model's sites, as :func:`tnpeft.parameters` does; all need one shape.
+        targets: the model's projections.
 
     Raises:
-        NetworkError: a size is missing, unknown or no whole number, or the objective is unknown.
+        NetworkError: a size is missing, unknown or no whole number, the objective is unknown, or the sites have
+            several shapes.
 
     >>> from tnpeft import network
     >>> p = plan(network("B[out r] A[r inp] -> out inp"), out=64, inp=32, r=2, tokens=8, minimize="macs")
     >>> [str(step) for step in p.steps], p.macs
     (['t1[token r] = x[token inp] * A[r inp]', 'y[token out] = t1[token r] * B[out r]'], 1536)
     """
-    line = net.network if isinstance(net, Factorization) else net
-    bound = net.bind(sizes, more) if isinstance(net, Factorization) else bind(net, sizes, more)
-    if tokens is None:
-        return planned(line, tuple(integers(line, bound).items()), None, minimize, training, None, optimize)
-    line.require_matrix()
-    site = line.select(*line.stack)
-    own = {index: bound[index] for index in site.indices if index in bound}
-    rows = whole_tokens(tokens)
-    return planned(site, tuple(integers(site, own).items()), rows, minimize, training, base, optimize)
+    rows = None if tokens is None else whole_tokens(tokens)
+    found: dict[tuple[Network, tuple[tuple[str, int], ...]], str] = {}
+    for shape in site_shapes(net, sizes, model=model, targets=targets, **more):
+        line, bound = shape.network, shape.sizes
+        if rows is not None:
+            line.require_matrix()
+            line = line.select(*line.stack)
+            bound = {index: bound[index] for index in line.indices if index in bound}
+        found.setdefault((line, tuple(integers(line, bound).items())), str(shape))
+    if len(found) > 1:
+        raise NetworkError(
+            f"the sites have several shapes: {', '.join(found.values())}",
+            remedy="pass targets= of one shape, and ask for one plan after the other",
+        )
+    [(site, dims)] = found
+    return planned(site, dims, rows, minimize, training, None if rows is None else base, optimize)
 
 
 def whole_tokens(tokens: Size) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from tnpeft._text import Table, block
+from tnpeft.models.cards import Model, Targets
 from tnpeft.networks import Factorization, Network
 from tnpeft.networks.sizes import Size, Sizes
 from tnpeft.planning.planner import plan, score, weights, whole_tokens
@@ -62,6 +64,8 @@ def plan_table(
     minimize: str = "time",
     training: bool = True,
     base: str | None = "fp32",
+    model: Model = None,
+    targets: Targets = None,
     **more: Size,
 ) -> PlanTable:
     """The best plans for every number of tokens from 1 on; the arguments are those of :func:`plan`.
@@ -76,7 +80,8 @@ def plan_table(
     """
 
     def best(tokens: int) -> Plan:
-        return plan(net, sizes, tokens=tokens, minimize=minimize, training=training, base=base, **more)
+        asked: dict[str, Any] = {"tokens": tokens, "minimize": minimize, "training": training, "base": base}
+        return plan(net, sizes, model=model, targets=targets, **asked, **more)
 
     price = weights(minimize, training)
 

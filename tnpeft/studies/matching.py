@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -88,13 +89,10 @@ def matched(
 
 def _below(count: Callable[[int], int], budget: int, largest: int) -> int:
     """Return the largest rank whose count is within the budget, at least 1."""
-    low, high = 1, 2
+    high = 2
     while count(high) <= budget and high < largest:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if count(middle) <= budget else (low, middle)
-    return low
+        high *= 2
+    return max(1, bisect_right(range(1, high), budget, key=count))
 
 
 def capped(f: Factorization, model: Any, targets: tuple[str, ...]) -> Factorization:
@@ -133,22 +131,19 @@ def parameters(f: Factorization, model: Any, targets: tuple[str, ...]) -> int:
 def dof(f: Factorization, model: Any, targets: tuple[str, ...]) -> int | None:
     """Return the degrees of freedom over the model's sites; None where no formula gives them.
 
-    Sites of several shapes are counted one by one, which needs every trainable factor to belong to one site.
+    Of sites of several shapes that share a trainable factor the count is an upper bound only, hence none.
 
     >>> dof(families.lora(2), {"model_type": "opt", "hidden_size": 64, "num_hidden_layers": 4,
     ...                        "num_attention_heads": 4, "ffn_dim": 256}, ("q_proj", "v_proj"))
     2016
     """
-    placed = layout_on(f, model=model, targets=list(targets) or None).site_layouts
-    shapes = _shapes(f, model, targets)
+    shapes = counting.site_shapes(f, model=model, targets=list(targets) or None)
+    trained = [factor for shape in shapes for factor in shape.network.factors if factor.kind == "trainable"]
+    if len(shapes) > 1 and not all({"layer", "proj"} <= {*factor.indices} for factor in trained):
+        return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RankWarning)
         try:
-            if len(shapes) == 1:
-                return int(counting.dof(shapes[0][0], shapes[0][1]))
-            own = all({"layer", "proj"} <= {*factor.indices} for net, _ in shapes for factor in net.factors)
-            if not own:
-                return None
-            return sum(int(counting.dof(p.line.network, {**p.sizes, "layer": 1, "proj": 1})) for p in placed)
+            return int(counting.dof(f, model=model, targets=list(targets) or None))
         except ValueError:  # a tied factor
             return None

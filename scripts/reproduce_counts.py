@@ -8,11 +8,7 @@ out from these by hand are told apart.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
-import os
 import sys
-import tempfile
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +20,8 @@ from tnpeft import families
 from tnpeft.layout import layout
 from tnpeft.networks import Network, NetworkError, Site, network
 from tnpeft.networks.sizes import bind, complete
+from tnpeft.studies import tables
+from tnpeft.studies.files import write_text
 
 EVIDENCE = {
     "printed": "in the paper, its abstract or its code",
@@ -171,7 +169,7 @@ def markdown(rows: Sequence[Row]) -> str:
         "match",
         "convention",
     )
-    right = {"value", "from the line", "from the family"}
+    shown = [{column: cells[column] for column in columns} for cells in (row.cells() for row in rows)]
     with_family = sum(row.by_family is not None for row in rows)
     lines = [
         "# Parameter counts from lines of einsum",
@@ -183,12 +181,8 @@ def markdown(rows: Sequence[Row]) -> str:
         "",
         "Lines, sizes, extras and sources: `counts.csv` and `paper/published/counts.toml`.",
         "",
-        f"| {' | '.join(columns)} |",
-        f"| {' | '.join('---:' if column in right else '---' for column in columns)} |",
+        tables.markdown(shown),
     ]
-    for row in rows:
-        cells = row.cells()
-        lines.append(f"| {' | '.join(cells[column].replace('|', chr(92) + '|') for column in columns)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -198,40 +192,16 @@ def summary(rows: Sequence[Row]) -> list[str]:
     return [f"{mark}: {sum(its)} of {len(its)} ({EVIDENCE[mark]})" for mark, its in marked.items()]
 
 
-def comma_separated(rows: Sequence[Row]) -> str:
-    """The rows with all their columns as CSV."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0].cells()), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(row.cells() for row in rows)
-    return text.getvalue()
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 if every count matches, else 1."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--published", type=Path, default=PAPER / "published" / "counts.toml", help="counts to derive"
-    )
+    published = PAPER / "published" / "counts.toml"
+    parser.add_argument("--published", type=Path, default=published, help="counts to derive")
     parser.add_argument("--tables", type=Path, default=PAPER / "tables", help="folder for counts.md and counts.csv")
     options = parser.parse_args(arguments)
     rows = [derive(entry) for entry in read(options.published)]
-    write(options.tables / "counts.md", markdown(rows))
-    write(options.tables / "counts.csv", comma_separated(rows))
+    write_text(options.tables / "counts.md", markdown(rows))
+    write_text(options.tables / "counts.csv", tables.as_csv([row.cells() for row in rows]))
     wrong = [row for row in rows if not row.match]
     for row in wrong:
         print(

@@ -28,6 +28,8 @@ from tnpeft.nn.executor import program
 from tnpeft.planning import planner, search
 
 TITLE = "Before the first step"
+ABOUT = """OPT-1.3B's width and depth, q_proj, k_proj, v_proj, out_proj, in bfloat16. Planning from an empty cache;
+both beyond the creation of the model."""
 OPTIONS = {"sites": (12, 24, 48, 96, 192, 384), "samples": 3}
 TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 IMPORTS = {
@@ -117,14 +119,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     grown = ("lora rank=8", "cp rank=21", "tenslora qkv_depth ranks=8")
     growth = [attached(sites // 4, name, TARGETS, *how) for sites in options.sites for name in grown]
     return {"imports": imported(), "attach": rows, "growth": growth}
-
-
-def about(data: Mapping[str, Any]) -> str:
-    """Return what was measured."""
-    return (
-        f"OPT-1.3B's width and depth, {', '.join(TARGETS)}, in bfloat16. Planning from an empty cache; both beyond "
-        "the creation of the model."
-    )
 
 
 def tables(data: Mapping[str, Any]) -> dict[str, Any]:

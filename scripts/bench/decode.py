@@ -22,6 +22,8 @@ from bench import driver, models
 from bench.models import TARGETS
 
 TITLE = "Token-by-token generation"
+ABOUT = """{shape} with {layers} layers, q_proj, k_proj, v_proj, one sequence, {prompt} tokens of prompt, {tokens}
+decoded one by one. Medians of the ratios to the frozen model's time in the same turn."""
 OPTIONS = {**models.SHAPE, "prompt": 16, "tokens": 16, **driver.DEVICE, **driver.ONLY}
 
 
@@ -73,19 +75,10 @@ def cases(options: argparse.Namespace) -> dict[str, driver.Case]:
     return found
 
 
-def about(data: Mapping[str, Any]) -> str:
-    """Return what was measured."""
-    s = data["settings"]
-    return (
-        f"{s['shape']} with {s['layers']} layers, {', '.join(TARGETS)}, one sequence, {s['prompt']} tokens of "
-        f"prompt, {s['tokens']} decoded one by one. Medians of ratios to the frozen model's time in the same turn."
-    )
-
-
-def tables(data: Mapping[str, Any]) -> dict[str, Any]:
+def tables(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return a row for each adapter, with its merged model."""
     over = {name: f"{row['overhead']:+.1%}" for name, row in data["cases"].items()}
-    rows = [
+    return [
         {
             "case": name,
             "ms per token": row["milliseconds per token"],
@@ -95,4 +88,3 @@ def tables(data: Mapping[str, Any]) -> dict[str, Any]:
         for name, row in data["cases"].items()
         if not name.endswith(", merged")
     ]
-    return {"": rows}

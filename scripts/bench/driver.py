@@ -6,9 +6,10 @@
     python scripts/bench.py decode step_bare                      # some of these
     python scripts/bench.py goals                                 # the page of goals, from the results
 
-A benchmark NAME is the module bench/NAME.py: its docstring is the help; it has a TITLE, OPTIONS, ``about(data)``, a
-sentence, and ``tables(data)``, rows by heading; ``plot(data)`` if there is a figure; and either ``measure(options)``
-or, where all that is timed are cases over a floor, ``cases(options)``. Results are NAME.json, NAME.md and NAME.svg.
+A benchmark NAME is the module bench/NAME.py: its docstring is the help; it has a TITLE, OPTIONS, ABOUT (text with
+settings in braces) or ``about(data)``, and ``tables(data)``, rows or rows by heading; ``plot(data)`` if there is a
+figure; EXACT if nothing is timed; and either ``measure(options)`` or, where all that is timed are cases over a floor,
+``cases(options)``. Results are NAME.json, NAME.md and NAME.svg.
 
 ``all`` leaves alone what has run already with the same code and settings, so that an interrupted run goes on where it
 was; ``--again`` runs it once more. Nothing else should run meanwhile.
@@ -42,7 +43,20 @@ from tnpeft.studies.files import whole, write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLES = ROOT / "paper" / "tables"
-NAMES = ("saved", "step", "mixed", "rebuilt", "decode", "attach", "growth", "replicas", "packs", "sst2", "optimizer")
+NAMES = (
+    "saved",
+    "step",
+    "mixed",
+    "rebuilt",
+    "decode",
+    "attach",
+    "growth",
+    "replicas",
+    "packs",
+    "sst2",
+    "optimizer",
+    "full_size",
+)
 PUBLISHED = {
     "saved": "saved",
     "step_bare": "step --bare --layers 2 --samples 9 --clock cpu",
@@ -59,6 +73,7 @@ PUBLISHED = {
     "step": "step --layers 2 --samples 5 --clock cpu",
     "step_lora": "step --layers 2 --samples 41 --clock cpu --only 'PEFT LoRA r=8' 'lora rank=8'",
     "sst2": "sst2 --steps 7 --samples 3 --clock cpu",
+    "full_size": "full_size",
 }
 SENTENCES = ("sst2",)  # which take data and a tokenizer, from the Hugging Face hub unless they are given
 GIVEN_BACK = ("replicas",)  # which shows what that costs
@@ -304,9 +319,10 @@ def _cell(value: Any) -> str:
 
 def page(module: Any, data: Mapping[str, Any]) -> str:
     """Return the title, what was measured, the settings and the machine, and the tables."""
-    text = f"# {module.TITLE}\n\n{module.about(data)}"
+    s, m = data["settings"], data["machine"]
+    about = module.about(data) if hasattr(module, "about") else " ".join(module.ABOUT.split()).format(**s)
+    text = f"# {module.TITLE}\n\n{about}"
     if not getattr(module, "EXACT", False):
-        s, m = data["settings"], data["machine"]
         text += (
             f" {s.get('dtype', 'float32')}, {s.get('device', 'cpu')}, {m['threads']} threads, {s['samples']} "
             f"interleaved samples by the {s['clock']} clock, load {m['load']} on {m['cores']} cores "
@@ -314,7 +330,8 @@ def page(module: Any, data: Mapping[str, Any]) -> str:
             f"{'; freed memory is kept, not given back to the system' * bool(s['malloc'])}."
         )
     text += "\n"
-    for heading, rows in {**module.tables(data), **_against(data)}.items():
+    tables = module.tables(data)
+    for heading, rows in {**(tables if isinstance(tables, dict) else {"": tables}), **_against(data)}.items():
         text += f"\n## {heading}\n" if heading else ""
         text += f"\n{rows if isinstance(rows, str) else markdown(rows)}"
     return text

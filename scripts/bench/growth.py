@@ -21,6 +21,9 @@ from bench.models import TARGETS
 from tnpeft.networks import Factorization
 
 TITLE = "How the cost of adapters grows"
+ABOUT = """What adapters add to a step of the bare q, k and v linears. While one of sites, tokens and width grows,
+the others stay at 12 sites, 256 tokens, width 256. A power of 1 is linear. A term in rows times columns would be a
+power of 2 in the width. Flops, bytes kept for backward and operations are exact."""
 OPTIONS = {
     "sites": (12, 24, 48, 96, 192, 384),
     "tokens": (128, 256, 512, 1024, 2048, 4096),
@@ -71,16 +74,6 @@ def power(rows: Sequence[Mapping[str, Any]], what: str, cost: str) -> float:
     """Return the power of ``what`` with which a cost grows from first to last; a time may be lost in noise."""
     first, last = (max(row[cost], 1e-3) for row in (rows[0], rows[-1]))
     return log(last / first) / log(rows[-1][what] / rows[0][what])
-
-
-def about(data: Mapping[str, Any]) -> str:
-    """Return what was measured."""
-    return (
-        "What adapters add to a step of the bare q, k and v linears. While one of sites, tokens and width grows, the "
-        f"others stay at {SMALL['sites']} sites, {SMALL['tokens']} tokens, width {SMALL['width']}. A power of 1 is "
-        "linear. A term in rows times columns would be a power of 2 in the width. Flops, bytes kept for backward and "
-        "operations are exact."
-    )
 
 
 def tables(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from bench import driver, models
 from bench.models import SHAPES, TARGETS
 
 TITLE = "Many adapters in one batch"
+ABOUT = """Forward of {shape} with {layers} layers, q_proj, k_proj, v_proj, on {adapters} rows, each with another
+adapter (`adapter_names`). Medians of the ratios to the frozen model's time in the same turn."""
 OPTIONS = {
     **models.SHAPE,
     "layers": 2,
@@ -65,20 +67,11 @@ def cases(options: argparse.Namespace) -> dict[str, driver.Case]:
     return found
 
 
-def about(data: Mapping[str, Any]) -> str:
-    """Return what was measured."""
-    s = data["settings"]
-    return (
-        f"Forward of {s['shape']} with {s['layers']} layers, {', '.join(TARGETS)}, on {s['adapters']} rows, each "
-        "with another adapter (`adapter_names`). Medians of the ratios to the frozen model's time in the same turn."
-    )
-
-
-def tables(data: Mapping[str, Any]) -> dict[str, Any]:
+def tables(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return a row for each kind of adapter, a column for each length."""
     rows: dict[str, dict[str, Any]] = {}
     for name, case in data["cases"].items():
         cell = f"{case['milliseconds']:.3g} ms" if name.startswith("floor") else f"{case['overhead']:+.0%}"
         kind = name.rpartition(", ")[0]
         rows.setdefault(kind, {"case": kind})[f"{case['tokens']} tokens a row"] = cell
-    return {"": rows.values()}
+    return [*rows.values()]

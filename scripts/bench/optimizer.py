@@ -16,6 +16,8 @@ from bench import driver, models
 from bench.models import SHAPES
 
 TITLE = "What preconditioned steps cost"
+ABOUT = """Adapters on q_proj and v_proj of {shape} with {layers} layers, {batch} x {length} tokens: forward and
+backward, AdamW's step, and what preconditioning adds to it."""
 OPTIONS = {**models.SHAPE, "layers": 2, "batch": 8, "length": 128, **driver.ONLY}
 TARGETS = ("q_proj", "v_proj")
 FAMILIES = ("lora", "moslora", "tucker", "tensor_train", "cp", "lotr", "tenslora")
@@ -43,22 +45,12 @@ def cases(options: argparse.Namespace) -> dict[str, driver.Case]:
     return found
 
 
-def about(data: Mapping[str, Any]) -> str:
-    """Return what was measured."""
-    s = data["settings"]
-    return (
-        f"Adapters on {', '.join(TARGETS)} of {s['shape']} with {s['layers']} layers, {s['batch']} x {s['length']} "
-        "tokens: forward and backward, AdamW's step, and what preconditioning adds to it."
-    )
-
-
-def tables(data: Mapping[str, Any]) -> dict[str, Any]:
+def tables(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return a row for each family."""
     ms = {name: case["milliseconds"] for name, case in data["cases"].items()}
-    rows = [
+    return [
         {"family": name, "forward and backward ms": ms[name], "AdamW ms": ms[f"{name}, AdamW"]}
         | {f"+ {mode} ms": ms[f"{name}, {mode}"] - ms[f"{name}, AdamW"] for mode in MODES if mode != "AdamW"}
         for name in FAMILIES
         if name in ms
     ]
-    return {"": rows}

@@ -20,6 +20,9 @@ from tnpeft.studies.study import Study
 from tnpeft.studies.sweeping import prepare
 
 TITLE = "Runs of a study in packs"
+ABOUT = """How many times faster runs of the demo's study are made in packs than alone: four seeds at two learning
+rates, {steps} steps of {batch} lines, loading and evaluations included. The last columns are the largest differences
+of a run's results on the evaluation set."""
 OPTIONS = {
     "backbone": "digits",
     "cache": Path("runs/cache"),
@@ -75,19 +78,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return {"methods": rows}
 
 
-def about(data: Mapping[str, Any]) -> str:
-    """Return what was measured."""
-    s = data["settings"]
-    return (
-        "How many times faster runs of the demo's study are made in packs than alone: four seeds at two learning "
-        f"rates, {s['steps']} steps of {s['batch']} lines, loading and evaluations included. The last columns are "
-        "the largest differences of a run's results on the evaluation set."
-    )
-
-
-def tables(data: Mapping[str, Any]) -> dict[str, Any]:
+def tables(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return a row for each method."""
-    rows = [
+    return [
         {
             "method": row["method"],
             "runs": row["runs"],
@@ -98,4 +91,3 @@ def tables(data: Mapping[str, Any]) -> dict[str, Any]:
         }
         for row in data["methods"]
     ]
-    return {"": rows}

@@ -69,7 +69,7 @@ def about(data: Mapping[str, Any]) -> str:
     )
 
 
-def tables(data: Mapping[str, Any]) -> dict[str, Any]:
+def tables(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return a row for each construction."""
     rows = []
     for name, row in data["constructions"].items():
@@ -86,4 +86,4 @@ def tables(data: Mapping[str, Any]) -> dict[str, Any]:
                 "times fewer flops": f"{times['flops']:.0f}",
             }
         )
-    return {"": rows}
+    return rows

@@ -25,6 +25,10 @@ from bench import driver, models
 from tnpeft.networks import Factorization
 
 TITLE = "K adapters in one pass"
+ABOUT = """Steps of K adapters trained in one pass over one frozen backbone, over those of K runs in turn in the same
+time: above 1 the pass is faster. A step is forward, backward, clipping and AdamW of an adapter on q_proj and v_proj.
+Without an adapter it is forward and backward of the frozen backbone, on K batches at once or one by one, which is
+most of what there is to gain."""
 TARGETS = ("q_proj", "v_proj")
 FAMILIES: Mapping[str, Factorization | None] = {
     "none": None,
@@ -93,19 +97,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return {"cases": rows}
 
 
-def about(data: Mapping[str, Any]) -> str:
-    """Return what was measured."""
-    return (
-        "Steps of K adapters trained in one pass over one frozen backbone, over those of K runs in turn in the same "
-        "time: above 1 the pass is faster. A step is forward, backward, clipping and AdamW of an adapter on "
-        f"{', '.join(TARGETS)}. Without an adapter it is forward and backward of the frozen backbone, on K batches "
-        "at once or one by one, which is most of what there is to gain."
-    )
-
-
-def tables(data: Mapping[str, Any]) -> dict[str, Any]:
+def tables(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return a row for each case."""
-    rows = [
+    return [
         {
             "backbone": f"{row['shape']}, {row['layers']} layers",
             "adapter": row["family"],
@@ -115,7 +109,6 @@ def tables(data: Mapping[str, Any]) -> dict[str, Any]:
         }
         for row in data["cases"]
     ]
-    return {"": rows}
 
 
 def plot(data: Mapping[str, Any]) -> Any:

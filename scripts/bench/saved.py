@@ -23,6 +23,8 @@ from bench import meters, models
 from bench.step import FAMILIES, peft_configs, title
 
 TITLE = "What one adapted linear keeps for backward"
+ABOUT = """Bytes of the distinct storages that autograd saves in the forward of one square linear with an adapter,
+float32; Parameters and buffers left out. Below zero beside the input: the input itself is not kept."""
 OPTIONS: dict[str, Any] = {}
 EXACT = True
 SIZES = ((2048, 64), (2048, 1024), (768, 1024))  # width of the linear, tokens
@@ -75,17 +77,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return {"cases": rows}
 
 
-def about(data: Mapping[str, Any]) -> str:
-    """Return what was measured."""
-    return (
-        "Bytes of the distinct storages that autograd saves in the forward of one square linear with an adapter, "
-        "float32; Parameters and buffers left out. Below zero beside the input: the input itself is not kept."
-    )
-
-
-def tables(data: Mapping[str, Any]) -> dict[str, Any]:
+def tables(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return a row for each method and size."""
-    rows = [
+    return [
         {
             "case": row["case"],
             "linear": row["linear"],
@@ -97,4 +91,3 @@ def tables(data: Mapping[str, Any]) -> dict[str, Any]:
         }
         for row in data["cases"]
     ]
-    return {"": rows}

@@ -137,7 +137,7 @@ def about(data: Mapping[str, Any]) -> str:
     )
 
 
-def tables(data: Mapping[str, Any]) -> dict[str, Any]:
+def tables(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return a row for each case."""
     floor, sites = data["cases"]["floor"], len(TARGETS) * data["settings"]["layers"]
     own = {
@@ -162,7 +162,7 @@ def tables(data: Mapping[str, Any]) -> dict[str, Any]:
         for name, row in data["cases"].items()
         if name != "floor"
     ]
-    return {"": [own, *rows]}
+    return [own, *rows]
 
 
 def plot(data: Mapping[str, Any]) -> Any:

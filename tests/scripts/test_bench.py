@@ -95,12 +95,6 @@ def sst2(data: Any) -> None:
     assert row["tokens"] <= row["padded"]
 
 
-def sst2_cores(data: Any) -> None:
-    ways = data["cases"][0]["ways"]
-    assert {*ways} == {"alone, a thread each", "packs, a thread each", "alone, all threads", "one pack, all threads"}
-    assert ways["alone, a thread each"] == 1.0
-
-
 def names(*expected: str) -> Callable[[Any], None]:
     def check(data: Any) -> None:
         assert {*expected} <= {*data["cases"]}
@@ -134,7 +128,6 @@ EACH: dict[str, tuple[str, Callable[[Any], None]]] = {
     "replicas": ("replicas --shapes tiny:1 --batches 1x4 2x4 --replicas 2 3 --families none 'lora r=8'", replicas),
     "packs": ("packs --backbone {0}/opt --cache {0}/cache --steps 2", packed),
     "sst2": (SENTENCES, sst2),
-    "sst2_cores": (f"{SENTENCES} --cores 2", sst2_cores),
 }
 
 
@@ -183,8 +176,8 @@ def test_a_benchmark(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_every_benchmark_is_tried_and_published() -> None:
-    """Attaching is tried below, at its smallest."""
-    assert {*driver.NAMES} == {text.split()[0] for text, _ in EACH.values()} | {"attach"}
+    """Attaching is tried below, at its smallest; the model at full size is too large."""
+    assert {*driver.NAMES} == {text.split()[0] for text, _ in EACH.values()} | {"attach", "full_size"}
     assert {*driver.NAMES} == {command.split()[0] for command in driver.PUBLISHED.values()}
     for command in driver.PUBLISHED.values():
         driver.parse(*(lambda first, *rest: (first, rest))(*shlex.split(command)))
@@ -327,7 +320,7 @@ def test_goals_are_judged_by_the_measurements() -> None:
     assert {goal.measured for goal in good if goal.reached is None} == {"no GPU was at hand"}
     assert [goal.what for goal in good if goal.reached is False] == []
     assert [goal.what for goal in bad if goal.reached] == []
-    data = {"goals": [vars(goal) for goal in bad], "machine": Faked(False)["step_bare"]["machine"]}
+    data = {"settings": {}, "goals": [vars(goal) for goal in bad], "machine": Faked(False)["step_bare"]["machine"]}
     text, missed = driver.page(goals, data), sum(goal.reached is False for goal in bad)
     assert f"{len(bad)} goals, {missed} missed" in text
     assert text.count("**no**") == missed

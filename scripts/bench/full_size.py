@@ -2,46 +2,42 @@
 
 Numbers of components and targets are those of arXiv 2606.00428 (c = 1 and 21 on q_proj and v_proj). In bfloat16 a
 merged weight is rounded once and small updates are lost in it, so the merged model is compared in float32 as well.
-Writes ``full_size.json`` and ``full_size.md``; takes 6 GB of memory.
+Takes 6 GB of memory.
 
-    python scripts/check_full_size.py
+    python scripts/bench.py full_size
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-from bench import driver
 from torch import Tensor
-from transformers import OPTConfig, OPTForCausalLM
 
 import tnpeft
-from tnpeft.studies.files import write_json, write_text
+from bench import driver, models
 
+TITLE = "OPT-1.3B's architecture at full size, random weights"
+ABOUT = """CP on q_proj and v_proj, 2 x 16 tokens, {threads} threads; two AdamW steps, the adapter saved, loaded onto
+the bare model and merged."""
+OPTIONS = {"threads": 2}
+EXACT = True
 TARGETS = ["q_proj", "v_proj"]
-SHAPE = {
-    "hidden_size": 2048,
-    "ffn_dim": 8192,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 24,
-    "word_embed_proj_dim": 2048,
-}
 CASES = (("bfloat16", 1), ("bfloat16", 21), ("float32", 21))
 
 
 def check(dtype: str, components: int, tokens: Tensor) -> dict[str, Any]:
-    """One case from a new model to its merged weights."""
+    """Return one case, from a new model to its merged weights."""
     started = time.perf_counter()
     torch.manual_seed(0)
-    base = OPTForCausalLM(OPTConfig(**SHAPE, dtype=dtype)).to(getattr(torch, dtype)).eval()
+    its = {"vocab_size": 50272, "dropout": 0.1, "dtype": dtype}
+    base = models.backbone("opt-1.3b", causal=True, **its).to(getattr(torch, dtype)).eval()
     created = time.perf_counter()
     plain = logits(base, tokens)
     attaching = time.perf_counter()
@@ -83,45 +79,28 @@ def check(dtype: str, components: int, tokens: Tensor) -> dict[str, Any]:
 
 
 def logits(model: Any, tokens: Tensor) -> Tensor:
-    """Of the model as it is used, in float32."""
+    """Return the logits of the model as it is used, in float32."""
     with torch.inference_mode():
         result: Tensor = model.eval()(input_ids=tokens).logits.float()
     return result
 
 
-def rows(tokens: Tensor) -> Iterator[dict[str, Any]]:
-    """Every case in turn, said as it comes."""
-    for dtype, components in CASES:
-        row = check(dtype, components, tokens)
-        print(row, file=sys.stderr, flush=True)
-        yield row
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Return every case."""
+    tokens, rows = torch.arange(4, 36).reshape(2, 16) * 7, []
+    for case in CASES:
+        rows.append(check(*case, tokens))
+        driver.progress(rows[-1])
+    return {"cases": rows}
 
 
-def main() -> None:
-    """Check and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=driver.TABLES)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    found = list(rows(torch.arange(4, 36).reshape(2, 16) * 7))
-    data = {"cases": found, "machine": driver.machine(options.threads)}
-    text = "# OPT-1.3B's architecture at full size, random weights\n\n" + " ".join(
-        f"""CP on {" and ".join(TARGETS)}, 2 x 16 tokens, {options.threads} threads of {data["machine"]["processor"]};
-        two AdamW steps, the adapter saved, loaded onto the bare model and merged.""".split()
-    )
-    shown = [
+def tables(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a row for each case."""
+    return [
         {
             **row,
             "losses": ", ".join(f"{loss:.4f}" for loss in row["losses"]),
             "reloaded equals trained": "to the bit" if row["reloaded equals trained"] else "**no**",
         }
-        for row in found
+        for row in data["cases"]
     ]
-    write_json(options.out / "full_size.json", data)
-    write_text(options.out / "full_size.md", f"{text}\n\n{driver.markdown(shown)}")
-    print(driver.markdown(shown))
-
-
-if __name__ == "__main__":
-    main()

@@ -92,7 +92,7 @@ class Runs:
         self.optimizer.zero_grad()
 
     def tokens(self, at: int) -> tuple[int, int]:
-        """Return the tokens of a run alone at a place: those of the sentences, and with what pads them as they come."""
+        """Return the tokens of a run alone at a place: without padding, and padded as they come."""
         lengths = [len(self.rows[0][k]["ids"]) for k in self.steps[0][at][0]]
         return sum(lengths), len(lengths) * max(lengths)
 
@@ -146,7 +146,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             last, gaps = its.steps - 1, max(1, options.steps - 1)
             at = sorted({round(k * last / gaps) for k in range(options.steps)})
             row = {"shape": shape, "layers": layers, "family": family, "batch": batch, "order": order}
-            make = partial(Runs, scorer, base, FAMILIES[family], data, its)
+            make = partial(Runs, scorer, base, FAMILIES[family], load(task, options.data), its)
             rows.append({**row, **gains(make, at, options)})
             driver.progress(rows[-1])
     return {"cases": rows}

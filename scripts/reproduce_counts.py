@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from tnpeft import families
+from tnpeft._text import Table
 from tnpeft.layout import layout
 from tnpeft.networks import Network, NetworkError, Site, network
 from tnpeft.networks.sizes import bind, complete
-from tnpeft.studies import tables
 from tnpeft.studies.files import write_text
 
 EVIDENCE = {
@@ -181,7 +181,7 @@ def markdown(rows: Sequence[Row]) -> str:
         "",
         "Lines, sizes, extras and sources: `counts.csv` and `paper/published/counts.toml`.",
         "",
-        tables.markdown(shown),
+        Table.of(shown, "<<<><>><").markdown(),
     ]
     return "\n".join(lines) + "\n"
 
@@ -201,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     rows = [derive(entry) for entry in read(options.published)]
     write_text(options.tables / "counts.md", markdown(rows))
-    write_text(options.tables / "counts.csv", tables.as_csv([row.cells() for row in rows]))
+    write_text(options.tables / "counts.csv", Table.of(row.cells() for row in rows).csv())
     wrong = [row for row in rows if not row.match]
     for row in wrong:
         print(

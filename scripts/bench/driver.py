@@ -297,24 +297,17 @@ def machine(threads: int | None = None) -> dict[str, Any]:
 
 def markdown(rows: Iterable[Mapping[str, Any]]) -> str:
     """Return rows as a Markdown table: text to the left, numbers to the right."""
+    from tnpeft._text import Table  # which another checkout may lack
+
     rows = list(rows)
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    right = [all(_number(row.get(name, 0)) for row in rows) for name in columns]
-    lines = [columns, ["---:" if each else "---" for each in right]]
-    lines += [[_cell(row.get(name)) for name in columns] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    align = "".join(">" if all(_number(row.get(name, 0)) for row in rows) else "<" for name in columns)
+    cells = [[f"{v:.3g}" if isinstance(v, float) else v for v in map(row.get, columns)] for row in rows]
+    return f"{Table(tuple(columns), tuple(map(tuple, cells)), align).markdown()}\n"
 
 
 def _number(value: Any) -> bool:
     return not isinstance(value, str) or not value or value[0] in "+-0123456789"
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def page(module: Any, data: Mapping[str, Any]) -> str:

@@ -132,10 +132,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     task = replace(TASKS["sst2"], words=dict(zip("01", options.words, strict=True)))
-    scorer, data = (
-        Scorer(task, AutoTokenizer.from_pretrained(options.tokenizer), "words", 128),
-        load(task, options.data),
-    )
+    scorer = Scorer(task, AutoTokenizer.from_pretrained(options.tokenizer), "words", 128)
     rows = []
     for shape, layers in options.shapes:
         fields = {"vocab_size": len(scorer.tokenizer), "pad_token_id": scorer.pad}

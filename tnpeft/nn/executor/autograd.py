@@ -8,7 +8,7 @@ with the concatenated matrices, in forward and backward.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from tnpeft.nn.executor.listing import Code, Listing
 from tnpeft.nn.executor.prefix import Prefix
 
 _Grads = tuple[Tensor | None, ...]
+_PLAIN = nullcontext()
 
 
 @dataclass(eq=False)
@@ -62,7 +63,7 @@ class ProgramFunction(torch.autograd.Function):
         base: Tensor | None,
         *factors: Tensor,
     ) -> Tensor:
-        ctx.code, ctx.scale, ctx.link, ctx.autocast = code, scale, link, _autocast(x)
+        ctx.code, ctx.scale, ctx.link, ctx.autocast = code, scale, link, None if weight is not None else _autocast(x)
         values = [*factors, x, wide, weight, bias, base, *[None] * (code.size - code.at.results)]
         run(code.forward, values, scale, inplace=ctx.autocast is None)
         brought = wide if link is not None and link.reads else None
@@ -82,7 +83,7 @@ class ProgramFunction(torch.autograd.Function):
         if twice and brought is not None:
             values[at.x] = link.recomputed(brought, factors)
         values[code.size + at.y] = grad
-        with _same(ctx.autocast):
+        with _PLAIN if ctx.autocast is None else torch.autocast(*ctx.autocast):
             run(code.values if twice else code.recomputed, values, scale)
             run(code.backward, values, scale, inplace=not twice and ctx.autocast is None)
         if link is not None:
@@ -114,10 +115,6 @@ def apply(
 def _autocast(x: Tensor) -> tuple[str, torch.dtype] | None:
     kind = x.device.type
     return (kind, torch.get_autocast_dtype(kind)) if autocast_active(kind) else None
-
-
-def _same(autocast: tuple[str, torch.dtype] | None) -> AbstractContextManager[Any]:
-    return nullcontext() if autocast is None else torch.autocast(*autocast)
 
 
 # ---- the shared projection

@@ -86,7 +86,7 @@ def why_not_plain(linear: nn.Module) -> str:
         return "the base layer's forward was replaced"
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return "the base layer has hooks"
-    if has_global_hooks():
+    if module._has_any_global_hook() and has_global_hooks():
         return "a hook of all modules is registered"
     weight = own["_parameters"].get("weight")
     if weight is None and (torch.compiler.is_compiling() or "weight" not in own["_parameters"]):

@@ -204,13 +204,16 @@ class Einsum2(Kernel):
         """Return ``alpha`` times the result, as ``out`` is stored."""
         if alpha != 1.0 and self._scale_right:
             b = b * alpha
-        result = _see(self._give, self._compute(a, b))
+        result = self._compute(a, b)
+        if self._give is not None:
+            result = self._give(result)
         return result if alpha == 1.0 or self._scale_right else result * alpha
 
     def _compute(self, a: Array, b: Array) -> Array:
         if self._swap:
             a, b = b, a
-        a, b = _see(self._left, a), _see(self._right, b)
+        a = a if self._left is None else self._left(a)
+        b = b if self._right is None else self._right(b)
         if self.product:
             return (b @ a.mT).mT if self._transposed else a @ b.mT
         result = a * b
@@ -221,7 +224,8 @@ class Einsum2(Kernel):
         if self.product and self._blas:
             if self._swap:
                 a, b = b, a
-            a, b = _see(self._left, a), _see(self._right, b).mT
+            a = a if self._left is None else self._left(a)
+            b = (b if self._right is None else self._right(b)).mT
             under = total if self._natural is None else total.reshape(self._natural)
             if a.dim() == 2:
                 result = (under.addmm_ if inplace else under.addmm)(a, b, alpha=alpha)

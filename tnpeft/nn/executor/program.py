@@ -154,7 +154,7 @@ class Program:
         self, x: Tensor, operands: Sequence[Tensor], weight: Tensor, bias: Tensor | None, scale: float = 1.0
     ) -> Tensor:
         """Return ``linear(x, weight, bias) + scale * x @ dW.T`` as one operation, if :func:`can_fuse`."""
-        rows, prefix = self._rows_of(x), self.prefix
+        rows, prefix = x.reshape(-1, self.cols) if self.replicas == 1 else self._rows_of(x), self.prefix
         if self.merged is not None and can_absorb_update(weight):
             result = apply(self.merged, scale, operands, rows, None, weight, bias)
         elif prefix is not None and prefix.frozen and not torch.compiler.is_compiling():

@@ -5,6 +5,7 @@ The public names are handed out lazily: ``import tnpeft`` and counting never imp
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -142,7 +143,15 @@ def __getattr__(name: str) -> Any:
         raise ModuleNotFoundError(f"tnpeft.{name} needs {error.name}; {remedy}", name=error.name) from error
     if name in _HOME:
         globals()[name] = value
+    if "tnpeft.networks" in sys.modules:
+        import_module("tnpeft.networks.display").offer(_svg)
     return value
+
+
+def _svg(net: Any) -> str:
+    """Draw for a notebook: this module alone may know both networks and the layer that draws them."""
+    picture: str = import_module("tnpeft.drawing").svg(net)
+    return picture
 
 
 def __dir__() -> list[str]:

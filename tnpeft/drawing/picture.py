@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,20 @@ def draw(net: Drawable, file: str | Path, sizes: Mapping[str, Any] | None = None
     with rc_context(_STYLE):
         figure(net, sizes).savefig(path, dpi=dpi, metadata=metadata)
     return path
+
+
+def svg(net: Drawable, sizes: Mapping[str, Any] | None = None) -> str:
+    """Return the picture as SVG.
+
+    >>> svg("B[out r] A[r inp] -> out inp").rstrip().endswith("</svg>")
+    True
+    """
+    from matplotlib import rc_context
+
+    stream = StringIO()
+    with rc_context(_STYLE):
+        figure(net, sizes).savefig(stream, format="svg", metadata={"Date": None})
+    return stream.getvalue()
 
 
 def figure(net: Drawable, sizes: Mapping[str, Any] | None = None) -> Figure:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+from tnpeft.networks.display import factorization_html
 from tnpeft.networks.errors import NetworkError
 from tnpeft.networks.network import Network
 from tnpeft.networks.notation import network
@@ -253,6 +254,9 @@ class Factorization:
                 named = len(group) > 1 and index in ints and index not in ("out", "inp")  # these are the features
                 wanted[k] = ints[index] if named else (heads or None)
         return split(ints[side], group, wanted, str(net))
+
+    def _repr_html_(self) -> str:
+        return factorization_html(self)
 
     def bind(self, sizes: Sizes | None, keywords: Sizes) -> dict[str, Size]:
         """:func:`bind` with this factorization's ranks and splits filling what is not given."""

@@ -53,6 +53,11 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
         """The bank of the model."""
         return self._bank[0]
 
+    @property
+    def merged(self) -> bool:
+        """True if adapters of the model are merged, here or in other linears: no update is added then."""
+        return bool(self.merged_adapters or self._bank[0].merged_adapters)
+
     def home_device(self) -> torch.device:
         """The device of the base weight, under whatever name a quantised linear keeps it."""
         base = self.get_base_layer()

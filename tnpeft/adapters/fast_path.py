@@ -66,7 +66,7 @@ class TrainingFastPath:
         """Return the factors; None if the linear, called with ``x``, would not be one operation with its update."""
         if (
             layer._disable_adapters
-            or layer.merged_adapters
+            or layer.merged
             or (layer.training and layer.dropouts[self.adapter])
             or why_not_fused(layer._modules["base_layer"], x)  # type: ignore[arg-type]
             or layer._modules["base_layer"]._parameters.get("weight") is None  # type: ignore[union-attr]
@@ -133,7 +133,7 @@ class InferenceFastPath:
         if (
             layer.training
             or layer._disable_adapters
-            or layer.merged_adapters
+            or layer.merged
             or layer._active_adapter != self.active
             or x.dtype != self.first.dtype
             or _computed(base)

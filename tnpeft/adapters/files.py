@@ -170,10 +170,18 @@ def check_state(model: Any, config: Any, adapter: str, layout: Layout, state: Ma
     Warns where frozen factors stay as they are here: of those in the adapter that it was taken from it knows nothing.
 
     Raises:
-        AdapterFileError: a tensor is missing, not finite, of another shape, or not part of the adapter.
+        AdapterFileError: a tensor is missing, not finite, of another shape, or not part of the adapter, or the
+            adapter is merged.
     """
+    from tnpeft.adapters.state import bank_of
+
     where = "the state dict"
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if adapter in bank_of(inner, adapter).merged_adapters:
+        raise AdapterFileError(
+            f"{adapter!r} is merged, and the weights would go on without what is loaded",
+            remedy="call unmerge_adapter() first",
+        )
     held = unprefixed(entries(state, where), where, needed=inner is not model)
     copies = re.compile(rf"\.modules_to_save\.{re.escape(adapter)}\.|(trainable_tokens_delta)\.{re.escape(adapter)}$")
     held = {copies.sub(lambda found: found[1] or ".", name): its for name, its in held.items()}

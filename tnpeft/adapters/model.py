@@ -8,14 +8,15 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from tnpeft.adapters.bank import BANK, FactorBank, TensorNetworkLayer
+from tnpeft.adapters.bases import linear, site_weight
 from tnpeft.adapters.binding import update
 from tnpeft.adapters.config import TensorNetworkConfig
 from tnpeft.adapters.config_validation import check_replicas
@@ -35,7 +36,7 @@ from tnpeft.adapters.snapshot import WeightSnapshot
 from tnpeft.adapters.targets import card_of, resolve, shared_input_groups
 from tnpeft.adapters.weighted_sum import combine
 from tnpeft.layout import Layout, ParameterSpec, SiteLayout
-from tnpeft.networks import AdapterFileError, ConfigError, NetworkError, Site
+from tnpeft.networks import AdapterFileError, ConfigError, NetworkError
 
 _CONTAINERS = type("Containers", (nn.ModuleDict, nn.ParameterDict), {})()  # of adapters, by name
 _UNFIT = (ValueError, TypeError, KeyError, AttributeError)  # of PEFT, whose cause is the folder that is loaded
@@ -136,12 +137,14 @@ class TensorNetworkModel(BaseTuner):
             if name and self._check_target_module_exists(config, name)
         }
         quantised = get_quantization_kwargs(self.model)
-        bases = {name: _linear(name, module, quantised) for name, module in modules.items()}
+        bases = {name: linear(name, module, quantised) for name, module in modules.items()}
         for name in modules:
             check_owner(self.model, name)
         layout = build_layout(self.model, bases, config)
         self._check_name(adapter, layout)
-        values = start_values(config, layout, partial(_weight, modules, quantised))
+        values = start_values(config, layout, partial(site_weight, modules, quantised))
+        if any(array.dtype == torch.float64 for base in bases.values() for array in base.parameters()):
+            values = {param: value.double() for param, value in values.items()}  # or loading would round them
         bank = self._bank(next(iter(bases.values())))
         bank.layouts[adapter], bank.configs[adapter] = layout, config
         bank.keys[adapter] = frozenset(param.key for param in layout.parameters)
@@ -187,6 +190,7 @@ class TensorNetworkModel(BaseTuner):
         if not isinstance(target, TensorNetworkLinear):
             new = TensorNetworkLinear(target, bank, **get_quantization_kwargs(self.model))
             new.train(target.training)
+            new._disable_adapters = bank.disable_adapters
             if fused(parent):
                 new.register_forward_pre_hook(keep_unfused)
             self._replace_module(parent, child, new, target)
@@ -240,9 +244,14 @@ class TensorNetworkModel(BaseTuner):
         """Merge adapters into the base weights; if one linear refuses or fails, all are as before.
 
         Raises:
-            NetworkError: there is no such adapter, a weight takes no merge, or ``safe_merge`` found a number that is
-                not finite.
+            NetworkError: there is no such adapter, the adapters are switched off, a weight takes no merge, or
+                ``safe_merge`` found a number that is not finite.
         """
+        if getattr(self.model, BANK).disable_adapters:
+            raise NetworkError(
+                "the adapters are switched off, and a merged weight would have them on",
+                remedy="call enable_adapter_layers() first, or leave the disable_adapter() context",
+            )
         self._refuse_merge(adapter_names)
         linears = [layer for layer in layers(self.model) if isinstance(layer, TensorNetworkLinear)]
         kept = [
@@ -300,6 +309,19 @@ class TensorNetworkModel(BaseTuner):
         setattr(parent, child_name, new_module)
 
     # ---- several adapters
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; if it was the only active one, the first by name becomes active, in all linears alike.
+
+        Each linear would choose for itself otherwise, among the adapters that it has.
+        """
+        bank: FactorBank = getattr(self.model, BANK)
+        if adapter_name in bank.active_adapters and adapter_name not in bank.merged_adapters:
+            others = [name for name in bank.active_adapters if name != adapter_name]
+            others = others or sorted({*bank.layouts} - {adapter_name})[:1]
+            for layer in layers(self.model):
+                layer.set_adapter(others)
+        super().delete_adapter(adapter_name)
 
     def add_weighted_adapter(
         self,
@@ -362,24 +384,3 @@ class TensorNetworkModel(BaseTuner):
             model, config, adapter_name, state_dict
         )
         return remapped
-
-
-def _linear(name: str, module: nn.Module, quantised: dict[str, Any]) -> nn.Module:
-    base = module.get_base_layer() if isinstance(module, TensorNetworkLinear) else module
-    backend = resolve_quantization_backend(base, **quantised)
-    if not isinstance(base, nn.Linear | Conv1D) and getattr(backend, "layer_type", "") != "linear":
-        raise NetworkError(
-            f"{name} is a {type(base).__name__}, not a linear",
-            remedy="target nn.Linear, Conv1D or quantised linears; exclude_modules leaves others out",
-        )
-    return base
-
-
-def _weight(modules: dict[str, nn.Module], quantised: dict[str, Any], site: Site) -> Tensor:
-    """The base weight of a site, fp32 ``[out, inp]``."""
-    module = modules[site.module]
-    if not isinstance(module, TensorNetworkLinear):
-        module = TensorNetworkLinear(module, FactorBank(), **quantised)
-    rows = slice(site.start, site.start + site.out) if "/out:" in site.proj else slice(None)
-    cols = slice(site.start, site.start + site.inp) if "/inp:" in site.proj else slice(None)
-    return module.base_matrix()[rows, cols]

@@ -128,10 +128,12 @@ class Parked:
 
     def __init__(self) -> None:
         self._held: list[tuple[nn.Module, str, dict[str, Any]]] = []
+        self._trained: list[tuple[TensorNetworkLayer, set[str]]] = []
 
     def take(self, root: nn.Module) -> None:
         """Take them out."""
         for layer in layers(root):
+            self._trained.append((layer, set(layer._trained)))
             for name in layer.adapter_layer_names:
                 container = getattr(layer, name)
                 for slot in ("_modules", "_parameters", "_keys"):
@@ -147,6 +149,9 @@ class Parked:
                 held.update(now)
                 container.__dict__[slot] = held
             self._held.pop()
+        while self._trained:  # what stayed away was not frozen, whatever was set meanwhile
+            layer, trained = self._trained.pop()
+            layer._trained = layer._trained | trained
 
 
 def _refill(container: Any, content: Any) -> None:

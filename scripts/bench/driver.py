@@ -353,6 +353,7 @@ def run(name: str, arguments: Sequence[str]) -> None:
         found = module.measure(options)
     settings = {option: value for option, value in vars(options).items() if option not in PRIVATE}
     settings["malloc"] = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
+    settings |= found.pop("settings", {})
     data = json.loads(json.dumps({"settings": settings, "machine": machine(options.threads), **found}))
     path = options.out / options.name
     write_json(path.with_suffix(".json"), data)

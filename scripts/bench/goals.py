@@ -70,120 +70,90 @@ class Results:
     def __getitem__(self, name: str) -> Any:
         return json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
 
-    def cases(self, name: str) -> Mapping[str, Any]:
-        """The cases of a benchmark, by name."""
-        found: Mapping[str, Any] = self[name]["cases"]
-        return found
+    def overheads(self, name: str) -> dict[str, float]:
+        """Return the overheads of a benchmark's cases, by name."""
+        return {case: row["overhead"] for case, row in self[name]["cases"].items()}
 
 
 def goals(results: Results) -> Iterator[Goal]:
-    """Every goal in turn."""
-    for name, over in (("bare linears", "step_bare"), ("whole layers", "step_lora")):
-        cases = results.cases(over)
-        ours, theirs = cases["lora rank=8"]["overhead"], cases["PEFT LoRA r=8"]["overhead"]
-        yield Goal(
-            f"overhead of LoRA r=8 on q, k and v, {name}",
-            "at most half of PEFT LoRA's",
-            f"{ours:+.1%} against {theirs:+.1%}: {ours / theirs:.2f} of it",
-            ours <= theirs / 2,
-            over,
-            WHY["whole"],
-        )
-    over = {name: case["overhead"] for name, case in results.cases("step_bare").items()}
+    """Yield every goal in turn."""
+    for name, source in (("bare linears", "step_bare"), ("whole layers", "step_lora")):
+        over = results.overheads(source)
+        ours, theirs = over["lora rank=8"], over["PEFT LoRA r=8"]
+        found = f"{ours:+.1%} against {theirs:+.1%}: {ours / theirs:.2f} of it"
+        what = f"overhead of LoRA r=8 on q, k and v, {name}"
+        yield Goal(what, "at most half of PEFT LoRA's", found, ours <= theirs / 2, source, WHY["whole"])
+    over = results.overheads("step_bare")
     for width, names in OF_WIDTH.items():
-        peer = f"PEFT LoRA r={width}"
-        worst = max(names, key=over.__getitem__)
-        yield Goal(
-            f"founding papers' families at inner width {width} ({len(names)} of them)",
-            f"at most PEFT LoRA's overhead at rank {width}",
-            f"the slowest, {worst}: {over[worst]:+.1%} against {over[peer]:+.1%}",
-            over[worst] <= over[peer],
-            "step_bare",
+        worst, peer = max(names, key=over.__getitem__), f"PEFT LoRA r={width}"
+        what = f"founding papers' families at inner width {width} ({len(names)} of them)"
+        yield _over(
+            what, f"at most PEFT LoRA's overhead at rank {width}", over, worst, peer, f"the slowest, {worst}: "
         )
     for name, peer in PEERS.items():
-        yield Goal(
-            name.partition(" ")[0],
-            "faster than PEFT's own",
-            f"{over[name]:+.1%} against {over[peer]:+.1%}",
-            over[name] <= over[peer],
-            "step_bare",
-        )
+        yield _over(name.partition(" ")[0], "faster than PEFT's own", over, name, peer)
     yield from kept(results)
     for name in ("rebuilt", "rebuilt_short"):
         yield from against_rebuilding(results, name)
     yield from growing(results)
     yield from before_the_first_step(results)
-    decode = {name: case["overhead"] for name, case in results.cases("decode").items()}
-    yield Goal(
-        "token-by-token decoding with LoRA r=8, unmerged",
-        "at most PEFT LoRA's overhead",
-        f"{decode['lora rank=8']:+.1%} against {decode['PEFT LoRA r=8']:+.1%}",
-        decode["lora rank=8"] <= decode["PEFT LoRA r=8"],
-        "decode",
-    )
+    what, goal = "token-by-token decoding with LoRA r=8, unmerged", "at most PEFT LoRA's overhead"
+    yield _over(what, goal, results.overheads("decode"), "lora rank=8", "PEFT LoRA r=8", source="decode")
     yield from replicas(results)
-    for what, goal in (
-        ("forward over the frozen model at 1k, 4k, 16k tokens on a GPU", "below +10, +13, +20 %"),
-        ("K = 8 replicas on a GPU, models below 200M parameters", "at least 5 times 8 runs in turn"),
-    ):
-        yield Goal(what, goal, "no GPU was at hand", None, "")
+    what, goal = "forward over the frozen model at 1k, 4k, 16k tokens on a GPU", "below +10, +13, +20 %"
+    yield Goal(what, goal, "no GPU was at hand", None, "")
+    what, goal = "K = 8 replicas on a GPU, models below 200M parameters", "at least 5 times 8 runs in turn"
+    yield Goal(what, goal, "no GPU was at hand", None, "")
+
+
+def _over(
+    what: str, goal: str, over: Mapping[str, float], case: str, peer: str, head: str = "", source: str = "step_bare"
+) -> Goal:
+    """Return the goal that a case's overhead is at most a peer's."""
+    found = f"{head}{over[case]:+.1%} against {over[peer]:+.1%}"
+    return Goal(what, goal, found, over[case] <= over[peer], source)
 
 
 def kept(results: Results) -> Iterator[Goal]:
-    """What one linear keeps for backward, against PEFT's own and against a LoRA as wide inside."""
-    sizes = dict.fromkeys((case["linear"], case["tokens"]) for case in results["saved"]["cases"])
-    for linear, tokens in sizes:
-        cases = {c["case"]: c for c in results["saved"]["cases"] if (c["linear"], c["tokens"]) == (linear, tokens)}
+    """Yield what one linear keeps for backward, against PEFT's own and against a LoRA as wide inside."""
+    every = results["saved"]["cases"]
+    for linear, tokens in dict.fromkeys((case["linear"], case["tokens"]) for case in every):
+        cases = {c["case"]: c for c in every if (c["linear"], c["tokens"]) == (linear, tokens)}
         at, inputs = f"{linear} x {linear}, {tokens} tokens", 4 * linear * tokens
-        for what, common in (("", 0), (" beside the input", inputs)):
-            found = {
-                name: (cases[PEERS[name]]["saved"] - common) / max(cases[name]["saved"] - common, 1)
-                for name in PEERS
-                if not name.startswith("vera")
-            }
-            least = min(found, key=found.__getitem__)
-            yield Goal(
-                f"bytes kept{what}, LoKr, LoHa, RandLoRA: {at}",
-                "at most a tenth of PEFT's",
-                f"the least gain, {least.partition(' ')[0]}: {cases[least]['saved'] - common:,} "
-                f"against {cases[PEERS[least]]['saved'] - common:,}",
-                found[least] >= 10,
-                "saved",
-                WHY["input"] if not common else WHY["loha"],
-            )
-        names = [name for its in OF_WIDTH.values() for name in its]
+        for beside, common, why in (("", 0, WHY["input"]), (" beside the input", inputs, WHY["loha"])):
+            bytes_ = {name: case["saved"] - common for name, case in cases.items()}
+            gain = {n: bytes_[PEERS[n]] / max(bytes_[n], 1) for n in PEERS if not n.startswith("vera")}
+            least = min(gain, key=gain.__getitem__)
+            what, goal = f"bytes kept{beside}, LoKr, LoHa, RandLoRA: {at}", "at most a tenth of PEFT's"
+            found = f"the least gain, {least.partition(' ')[0]}: {bytes_[least]:,} against {bytes_[PEERS[least]]:,}"
+            yield Goal(what, goal, found, gain[least] >= 10, "saved", why)
         beyond = {
             name: cases[name]["saved"] - inputs - 4 * tokens * cases[name]["width"] - cases[name]["factors"]
+            for names in OF_WIDTH.values()
             for name in names
         }
         most = max(beyond, key=beyond.__getitem__)
-        yield Goal(
+        what, goal = (
             f"bytes kept, founding papers' families: {at}",
             "at most LoRA's of equal inner width plus the factors",
-            f"the most, {most}: {beyond[most]:+,} to that",
-            beyond[most] <= 0,
-            "saved",
         )
+        yield Goal(what, goal, f"the most, {most}: {beyond[most]:+,} to that", beyond[most] <= 0, "saved")
 
 
 def against_rebuilding(results: Results, name: str) -> Iterator[Goal]:
-    """TensLoRA through its factors against its whole tensor rebuilt on every call."""
+    """Yield TensLoRA through its factors against its whole tensor rebuilt on every call."""
     cases, settings = results[name]["constructions"], results[name]["settings"]
-    for what, key, goal in (("adapter time", "seconds", 50), ("saved bytes", "saved", 100)):
-        found = {name: case["rebuilt"][key] / case["factors"][key] for name, case in cases.items()}
-        short = [f"{name} {times:.0f}" for name, times in found.items() if times < goal]
-        least, most = min(found.values()), max(found.values())
-        own = [case["factors"]["seconds"] / results[name]["floor"]["seconds"] for case in cases.values()]
-        why = (
-            f" (the factors take {min(own):.0%} to {max(own):.0%} of the linears' own time)"
-            if key == "seconds"
-            else ""
-        )
+    own = [case["factors"]["seconds"] / results[name]["floor"]["seconds"] for case in cases.values()]
+    share = f" (the factors take {min(own):.0%} to {max(own):.0%} of the linears' own time)"
+    for what, key, goal, note in (("adapter time", "seconds", 50, share), ("saved bytes", "saved", 100, "")):
+        times = {which: case["rebuilt"][key] / case["factors"][key] for which, case in cases.items()}
+        short = [f"{which} {its:.0f}" for which, its in times.items() if its < goal]
+        found = f"{min(times.values()):.0f} to {max(times.values()):.0f} times{note}"
         yield Goal(
             f"TensLoRA's seven constructions against rebuilding the tensor on each of {settings['sites']} calls, "
             f"{settings['tokens']:,} tokens: {what}",
             f"at least {goal} times less",
-            f"{least:.0f} to {most:.0f} times{why}" + (f"; short of it: {', '.join(short)}" if short else ""),
+            found + (f"; short of it: {', '.join(short)}" if short else ""),
             not short,
             name,
             WHY["rebuilt"],
@@ -191,52 +161,40 @@ def against_rebuilding(results: Results, name: str) -> Iterator[Goal]:
 
 
 def growing(results: Results) -> Iterator[Goal]:
-    """How the cost of a step's adapters grows."""
+    """Yield how the cost of a step's adapters grows."""
     for what, points in results["growth"]["growth"].items():
-        powers = {
-            cost: max(power([row for row in points if row["family"] == name], what, cost) for name in FAMILIES)
-            for cost in (*COUNTED, "milliseconds")
-        }
-        first, last = points[0][what], points[-1][what]
+        rows = {name: [row for row in points if row["family"] == name] for name in FAMILIES}
+        powers = {cost: max(power(its, what, cost) for its in rows.values()) for cost in (*COUNTED, "milliseconds")}
+        shown = ", ".join(f"{'bytes kept' if cost == 'saved' else cost} {p:.2f}" for cost, p in powers.items())
         yield Goal(
-            f"cost of a step's adapters from {what} {first:,} to {last:,}",
-            "no more than linear (no term in rows times columns)" if what == "width" else "no more than linear",
-            "largest powers: "
-            + ", ".join(f"{cost if cost != 'saved' else 'bytes kept'} {p:.2f}" for cost, p in powers.items()),
+            f"cost of a step's adapters from {what} {points[0][what]:,} to {points[-1][what]:,}",
+            f"no more than linear{' (no term in rows times columns)' * (what == 'width')}",
+            f"largest powers: {shown}",
             all(round(powers[cost], 2) <= 1 for cost in COUNTED) and powers["milliseconds"] <= 1.15,
             "growth",
         )
 
 
 def before_the_first_step(results: Results) -> Iterator[Goal]:
-    """Attaching and planning, and how attaching grows."""
+    """Yield attaching and planning, and how attaching grows."""
     attach = results["attach"]
     ours = [row for row in attach["attach"] if "of which planning s" in row]  # PEFT plans nothing
     slowest = max(ours, key=lambda row: row["attach s"])
     planning = max(row["of which planning s"] for row in ours)
-    yield Goal(
-        f"attaching to OPT-1.3B's shape, {slowest['sites']} sites",
-        "under 1 s beyond module creation",
-        f"{slowest['attach s']:.2f} s ({slowest['family']})",
-        slowest["attach s"] < 1,
-        "attach",
-    )
+    what, found = f"attaching to OPT-1.3B's shape, {slowest['sites']} sites", slowest["attach s"]
+    measured = f"{found:.2f} s ({slowest['family']})"
+    yield Goal(what, "under 1 s beyond module creation", measured, found < 1, "attach")
     yield Goal("of which planning", "under 0.2 s", f"{planning:.3f} s", planning < 0.2, "attach")
     for family in dict.fromkeys(row["family"] for row in attach["growth"]):
-        rows = [row for row in attach["growth"] if row["family"] == family]
-        few, many = min(rows, key=lambda row: row["sites"]), max(rows, key=lambda row: row["sites"])
+        rows = sorted((row for row in attach["growth"] if row["family"] == family), key=lambda row: row["sites"])
+        few, many = rows[0], rows[-1]
         each = many["attach s"] / many["sites"] / (few["attach s"] / few["sites"])
-        yield Goal(
-            f"attaching {family} to {few['sites']} and to {many['sites']} sites",
-            "linear in sites",
-            f"{each:.2f} times the time per site",
-            each <= 1.5,
-            "attach",
-        )
+        what, measured = f"attaching {family} to {few['sites']} and to {many['sites']} sites", f"{each:.2f} times"
+        yield Goal(what, "linear in sites", f"{measured} the time per site", each <= 1.5, "attach")
 
 
 def replicas(results: Results) -> Iterator[Goal]:
-    """Eight adapters in one pass against eight runs in turn, on SST-2's sentences in a study's batches."""
+    """Yield eight adapters in one pass against eight runs in turn, on SST-2's sentences in a study's batches."""
     for case in results["sst2"]["cases"]:
         if case["family"] == "lora r=8" and "8" in case["gain"]:
             gain = case["gain"]["8"]

@@ -53,14 +53,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for name, row in rows.items():
         row["factors"]["seconds"] = median(a - b for a, b in zip(times[name], times["floor"], strict=True))
         row["rebuilt"]["seconds"] -= median(times["floor"])
-    return {"floor": {**vars(floor), "seconds": median(times["floor"])}, "constructions": rows}
+    settings = {"sites": len(TARGETS) * options.layers}
+    return {"settings": settings, "floor": {**vars(floor), "seconds": median(times["floor"])}, "constructions": rows}
 
 
 def about(data: Mapping[str, Any]) -> str:
     """Return what was measured."""
     s = data["settings"]
     return (
-        f"What the adapters of {len(TARGETS) * s['layers']} sites ({s['shape']}'s {', '.join(TARGETS)}) add to "
+        f"What the adapters of {s['sites']} sites ({s['shape']}'s {', '.join(TARGETS)}) add to "
         f"forward and backward of the bare linears ({1e3 * data['floor']['seconds']:.0f} ms), ranks {s['rank']}, "
         f"{s['tokens']} tokens. Through the factors: median of the differences to the linears in the same turn; "
         "rebuilt: one step in full, with every tensor that a site's factors belong to formed at each of the sites. "

@@ -254,62 +254,41 @@ class Faked(goals.Results):
     def __init__(self, good: bool) -> None:
         ours, theirs = (0.1, 0.3) if good else (0.3, 0.1)
         names = [name for its in goals.OF_WIDTH.values() for name in its]
-        over = {name: {"overhead": ours} for name in (*names, *goals.PEERS, "lora rank=8")}
-        peers = ("PEFT LoRA r=8", "PEFT LoRA r=64", *goals.PEERS.values())
-        over |= {name: {"overhead": theirs} for name in peers}
-        inputs = 4 * 128 * 8
+        peers, inputs = ("PEFT LoRA r=8", "PEFT LoRA r=64", *goals.PEERS.values()), 4 * 128 * 8
+        over = {key: {"overhead": ours} for key in (*names, *goals.PEERS, "lora rank=8")}
+        over |= {key: {"overhead": theirs} for key in peers}
         saved = dict.fromkeys(names, inputs + 4 * 8 * 8 + 7 + (not good))
         saved |= dict.fromkeys(goals.PEERS, inputs + 1000)
         saved |= dict.fromkeys(goals.PEERS.values(), 10 * (inputs + 1000) if good else inputs + 9000)
-        costs = (*goals.COUNTED, "milliseconds")
+        site = {"linear": 128, "tokens": 8, "width": 8, "factors": 7}
         points = [
-            {"family": name, "sites": size, "tokens": size, "width": size}
-            | dict.fromkeys(costs, size if good else size**2)
+            dict.fromkeys(("sites", "tokens", "width"), size)
+            | dict.fromkeys((*goals.COUNTED, "milliseconds"), size if good else size**2)
+            | {"family": name}
             for size in (1, 4)
             for name in goals.FAMILIES
         ]
+        seconds = {1: 0.1, 4: 0.4} if good else {1: 1, 4: 16}
         attach = [
-            {
-                "family": "lora",
-                "sites": sites,
-                "attach s": sites * (0.1 if good else sites),
-                "of which planning s": ours,
-            }
-            for sites in (1, 4)
+            {"family": "lora", "sites": sites, "attach s": its, "of which planning s": ours}
+            for sites, its in seconds.items()
         ]
         less = {"seconds": 50, "saved": 100} if good else {"seconds": 49, "saved": 99}
         case = {"factors": {"seconds": 1, "saved": 1}, "rebuilt": less}
-        rebuilt = {
-            "settings": {"sites": 36, "tokens": 128},
-            "floor": {"seconds": 10},
-            "constructions": dict.fromkeys(goals.CONSTRUCTIONS, case),
-        }
-        gain = {
-            "family": "lora r=8",
-            "shape": "tiny",
-            "layers": 2,
-            "batch": 16,
-            "order": "shuffled",
-            "cut": 1.0,
-            "gain": {"8": 4 * theirs},
-        }
-        machine = {"cores": 2, "processor": "P", "torch": "T", "peft": "F"}
-        self.data: dict[str, Any] = {
-            "step_bare": {"cases": over, "machine": machine},
-            "step_lora": {"cases": over},
-            "decode": {"cases": over},
-            "saved": {
-                "cases": [
-                    {"case": name, "linear": 128, "tokens": 8, "width": 8, "factors": 7, "saved": value}
-                    for name, value in saved.items()
-                ]
-            },
+        rebuilt = {"settings": {"sites": 36, "tokens": 128}, "floor": {"seconds": 10}}
+        rebuilt["constructions"] = dict.fromkeys(CONSTRUCTIONS, case)
+        gain: dict[str, Any] = {"family": "lora r=8", "shape": "tiny", "layers": 2, "batch": 16, "order": "shuffled"}
+        gain |= {"cut": 1.0, "gain": {"8": 4 * theirs}}
+        self.data: dict[str, Any] = {key: {"cases": over} for key in ("step_bare", "step_lora", "decode")}
+        self.data |= {
             "rebuilt": rebuilt,
             "rebuilt_short": rebuilt,
-            "growth": {"growth": dict.fromkeys(("sites", "tokens", "width"), points)},
-            "attach": {"attach": [*attach[-1:], {"family": "PEFT", "sites": 4, "attach s": 0.9}], "growth": attach},
             "sst2": {"cases": [gain]},
         }
+        self.data["saved"] = {"cases": [{"case": name, "saved": value, **site} for name, value in saved.items()]}
+        self.data["growth"] = {"growth": dict.fromkeys(("sites", "tokens", "width"), points)}
+        theirs_too = {"family": "PEFT", "sites": 4, "attach s": 0.9}
+        self.data["attach"] = {"attach": [attach[1], theirs_too], "growth": attach}
 
     def __getitem__(self, name: str) -> Any:
         return self.data[name]
@@ -320,7 +299,8 @@ def test_goals_are_judged_by_the_measurements() -> None:
     assert {goal.measured for goal in good if goal.reached is None} == {"no GPU was at hand"}
     assert [goal.what for goal in good if goal.reached is False] == []
     assert [goal.what for goal in bad if goal.reached] == []
-    data = {"settings": {}, "goals": [vars(goal) for goal in bad], "machine": Faked(False)["step_bare"]["machine"]}
+    machine = {"cores": 2, "processor": "P", "torch": "T", "peft": "F"}
+    data = {"settings": {}, "goals": [vars(goal) for goal in bad], "machine": machine}
     text, missed = driver.page(goals, data), sum(goal.reached is False for goal in bad)
     assert f"{len(bad)} goals, {missed} missed" in text
     assert text.count("**no**") == missed

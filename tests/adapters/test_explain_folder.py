@@ -1,0 +1,110 @@
+"""A folder explained without its model says what the attached adapter is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+from transformers import OPTConfig, OPTForCausalLM
+from typer.testing import CliRunner
+
+import tnpeft
+from tnpeft.adapters.folder_report import explain_folder
+from tnpeft.cli import app
+from tnpeft.layout import layout
+from tnpeft.models.cards import sites
+
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "ffn_dim": 64,
+    "word_embed_proj_dim": 32,
+}
+TARGETS = ["q_proj", "v_proj", "fc1"]
+
+
+def saved(folder: Path, network: Any, targets: list[str] = TARGETS, **options: Any) -> Any:
+    model = OPTForCausalLM(OPTConfig(vocab_size=50, max_position_embeddings=32, **SIZES))
+    config = tnpeft.TensorNetworkConfig(network=network, target_modules=targets, **options)
+    peft.get_peft_model(model, config).save_pretrained(str(folder))
+    return model.config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("network", "options"),
+    [
+        ("lora", {}),
+        ("cp", {}),
+        ("vera", {"ranks": {"r": 8}}),
+        ("vera", {"ranks": {"r": 8}, "save_frozen": True}),
+        ("lotr", {"ranks": {"a": 4, "b": 4}}),
+        ("lorta", {}),
+        ("ia3", {}),
+        ("randlora", {}),
+    ],
+)
+def test_a_folder_says_what_the_layout_says(network: str, options: dict[str, Any], tmp_path: Path) -> None:
+    targets = TARGETS if network != "lorta" else ["q_proj", "v_proj"]
+    config = saved(tmp_path, network, targets, **options)
+    report = explain_folder(tmp_path, model=config)
+    f = tnpeft.TensorNetworkConfig(network=network, **options).factorization
+    placed = layout(f, sites(config, targets))
+    assert report.parameters == placed.count()
+    assert report.bytes == (tmp_path / "adapter_model.safetensors").stat().st_size
+    assert (report.layers, report.scale, dict(report.ranks)) == (3, f.scale, dict(f.ranks))
+    assert [place.projection for place in report.places] == targets
+    for place in report.places:
+        shape = next(s for s in placed.site_layouts if s.site.proj == place.projection)
+        assert (place.sites, place.out, place.inp) == (3, shape.site.out, shape.site.inp)
+        net = shape.line.network
+        sizes = {**shape.sizes, "layer": 1, "proj": 1}
+        assert place.rank_bound == tnpeft.rank_bound(net, sizes)
+        best = tnpeft.plan(net, sizes, tokens=2048)
+        assert (place.macs, place.saved) == (best.macs / 2048, best.saved / 2048)
+
+
+def test_shapes_come_from_the_file_where_it_tells_them(tmp_path: Path) -> None:
+    saved(tmp_path, "lora")
+    assert [(p.out, p.inp) for p in explain_folder(tmp_path).places] == [(32, 32), (32, 32), (64, 32)]
+
+
+def test_what_the_file_does_not_tell_is_left_out(tmp_path: Path) -> None:
+    saved(tmp_path, "lotr", ranks={"a": 4, "b": 4})
+    report = explain_folder(tmp_path)
+    assert [place.rank_bound for place in report.places] == [None] * 3
+    assert "-" in str(report)
+    assert "<table>" in report._repr_html_()
+
+
+def test_a_damaged_or_foreign_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(tnpeft.AdapterFileError, match=r"no adapter_config\.json"):
+        explain_folder(tmp_path)
+    saved(tmp_path, "lora")
+    file = tmp_path / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:100])
+    with pytest.raises(tnpeft.AdapterFileError, match="damaged"):
+        explain_folder(tmp_path)
+    file.unlink()
+    with pytest.raises(tnpeft.AdapterFileError, match=r"no adapter_model\.safetensors"):
+        explain_folder(tmp_path)
+    model = OPTForCausalLM(OPTConfig(vocab_size=50, max_position_embeddings=32, **SIZES))
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(str(tmp_path / "lora"))
+    with pytest.raises(tnpeft.AdapterFileError, match="is a LORA"):
+        explain_folder(tmp_path / "lora")
+
+
+def test_at_the_shell(tmp_path: Path) -> None:
+    saved(tmp_path, "cp")
+    done = CliRunner().invoke(app, ["explain", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert "q_proj" in done.stdout
+    data = json.loads(CliRunner().invoke(app, ["explain", str(tmp_path), "--json"]).stdout)
+    assert data["parameters"] == explain_folder(tmp_path).parameters
+    bad = CliRunner().invoke(app, ["explain", str(tmp_path / "no")])
+    assert bad.exit_code == 2
+    assert bad.stderr.startswith("error: there is no adapter_config.json")

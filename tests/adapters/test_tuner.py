@@ -7,6 +7,7 @@ import json
 import pickle
 import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import peft
@@ -24,6 +25,8 @@ from adapter_models import (
     opt,
     shake,
 )  # fmt: skip
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
@@ -447,6 +450,42 @@ def test_weighted_sum_is_exact(key: str) -> None:
         model.base_model.add_weighted_adapter(["default"], [1.0], "sum")
 
 
+CHOICES = [
+    {"target_modules": ["q_proj", "v_proj"]},
+    {"target_modules": ["fc1", "v_proj"]},
+    {"target_modules": ["q_proj", "fc2"], "layers_to_transform": [1]},
+    {"target_modules": r".*layers\.0\.fc\d"},
+]
+
+
+@settings(max_examples=20)
+@given(
+    chosen=st.lists(
+        st.tuples(st.sampled_from(["lora", "mixed", "shared", "vera"]), st.sampled_from(CHOICES)),
+        min_size=2,
+        max_size=3,
+    )
+)
+def test_a_weighted_sum_serves_the_sites_of_all(chosen: list[tuple[str, dict[str, object]]]) -> None:
+    names, weights = [f"s{k}" for k in range(len(chosen))], [0.7, -2.0, 0.3][: len(chosen)]
+    model = opt()
+    for k, (name, (key, its)) in enumerate(zip(names, chosen, strict=True)):
+        its = config(key, seed=k, **its)
+        model = model.add_adapter(name, its) or model if k else peft.get_peft_model(model, its, adapter_name=name)
+        shake(model, k, name)
+    at = linears(model)
+    deltas = {n: {a: m.get_delta_weight(a) for a in names if a in m.updates} for n, m in at.items()}
+    model.base_model.add_weighted_adapter(names, weights, "sum")
+    for name, module in at.items():
+        wanted = sum(weight * deltas[name][a] for a, weight in zip(names, weights, strict=True) if a in deltas[name])
+        assert close(module.get_delta_weight("sum"), wanted), name
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder, selected_adapters=["sum"])
+        again = peft.PeftModel.from_pretrained(opt(), f"{folder}/sum", adapter_name="sum")
+    model.set_adapter("sum")
+    assert close(logits(again), logits(model))
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_what_is_odd_about_a_network_is_told_when_it_is_attached(tmp_path: Path) -> None:
     with pytest.warns(RankWarning, match="'r' is 100, but 32 is all"):
@@ -464,9 +503,16 @@ def test_weighted_sum_refuses_what_is_none() -> None:
     model = adapted("lora")
     with pytest.raises(NetworkError, match="combination_type is 'svd'"):
         model.base_model.add_weighted_adapter(["default"], [1.0], "sum", "svd")
-    model.add_adapter("second", config("lora", target_modules=["q_proj"]))
-    with pytest.raises(NetworkError, match="other sites"):
-        model.base_model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum")
+    model.add_adapter("tiles", config("cp"))
+    with pytest.raises(NetworkError, match="differ in lines, outputs or splits"):
+        model.base_model.add_weighted_adapter(["default", "tiles"], [1.0, 1.0], "sum")
+    own = {"network": "B[out r] A[r inp] -> out inp", "target_modules": ["q_proj"]}  # every layer has the same update
+    model.add_adapter("first", config("lora", **own, layers_to_transform=[0]))
+    model.add_adapter("both", config("lora", **own))
+    with pytest.raises(
+        NetworkError, match=r"'first' has no site at .*layers\.1.*q_proj, and all its factors are shared"
+    ):
+        model.base_model.add_weighted_adapter(["both", "first"], [1.0, 1.0], "sum")
     for name, changes in {"head": {"modules_to_save": ["fc1"]}, "tokens": {"trainable_token_indices": [3]}}.items():
         model.add_adapter(name, config("lora", **changes))
         with pytest.raises(NetworkError, match=f"{name!r} trains modules, tokens or biases"):

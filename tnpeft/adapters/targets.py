@@ -125,7 +125,7 @@ def select(
     found += _by_pattern(model, {name: module for name, module in modules.items() if name not in known})
     _check_apart(found)
     _check_layers({place.layer for place in found}, layers)
-    places = layers or {name: k for k, name in enumerate(sorted({p.layer for p in found}, key=_natural))}
+    places = layers or {name: k for k, name in enumerate(sorted({p.layer for p in found}, key=natural))}
     projs = sorted_projs({place.proj for place in found}, order)
     found.sort(key=lambda place: (places[place.layer], projs.index(place.proj)))
     return Selection(
@@ -216,7 +216,7 @@ def _heads(model: nn.Module, name: str, module: nn.Module) -> int:
     return heads if whole else 0
 
 
-def _natural(text: str) -> list[tuple[int, int, str]]:
+def natural(text: str) -> list[tuple[int, int, str]]:
     """A key that sorts numbers in a path as numbers."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", text)]
 
@@ -235,7 +235,7 @@ def _check_apart(found: Iterable[_Place]) -> None:
 def _check_layers(found: set[str], saved: Mapping[str, int] | None) -> None:
     if saved is None or found == set(saved):
         return
-    lost, new = sorted(set(saved) - found, key=_natural), sorted(found - set(saved), key=_natural)
+    lost, new = sorted(set(saved) - found, key=natural), sorted(found - set(saved), key=natural)
     raise NetworkError(
         "the adapter was made for other layers than this model has: "
         f"{len(lost)} are missing here ({', '.join(lost[:3])}), {len(new)} are new ({', '.join(new[:3])})",

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 
+from tnpeft.adapters.bank import FactorBank
 from tnpeft.adapters.serialization import lower
 from tnpeft.adapters.state import arrays, bank_of
-from tnpeft.networks import Factor, Factorization, Network, NetworkError, SiteRule, Term
+from tnpeft.adapters.targets import natural
+from tnpeft.layout import Layout, ParameterSpec
+from tnpeft.networks import Factor, Factorization, Network, NetworkError, Site, SiteRule, Term
 
 
 def combine(tuner: BaseTuner, adapters: Sequence[str], weights: Sequence[float], name: str) -> None:
     """Add the adapter ``name`` whose update is the weighted sum of others: one term for each of theirs.
 
-    Weights and scales go into one factor of each term; the result holds its own copies of all factors.
+    Weights and scales go into one factor of each term; the result holds its own copies of all factors. It serves the
+    sites of all; an adapter acts as zero where it has none.
 
     Raises:
-        NetworkError: the adapters differ in sites, splits or lines, one is a DoRA, trains something besides, or
-            normalises the only factors that could take its weight, or the name is taken.
+        NetworkError: the adapters differ in outputs or splits, one is a DoRA, trains something besides, normalises
+            the only factors that could take its weight, or shares all factors where another alone has a site, or the
+            name is taken.
     """
     configs = [_config(tuner, adapter) for adapter in adapters]
     if len(weights) != len(adapters) or not adapters or not all(map(math.isfinite, weights)):
@@ -31,54 +36,54 @@ def combine(tuner: BaseTuner, adapters: Sequence[str], weights: Sequence[float],
     if name in tuner.peft_config:
         raise NetworkError(f"the adapter {name!r} exists already", remedy="choose another name")
     bank = bank_of(tuner.model, adapters[0])
-    sites = [{site_layout.site for site_layout in bank.layouts[adapter].site_layouts} for adapter in adapters]
-    for adapter, its in zip(adapters, sites, strict=True):
-        if its != sites[0]:
-            raise NetworkError(
-                f"{adapter!r} and {adapters[0]!r} serve other sites", remedy="sum adapters of the same targets"
-            )
     found = [config.factorization for config in configs]
-    total = direct_sum(found)
+    total = direct_sum(found, [[its.site for its in bank.layouts[adapter].site_layouts] for adapter in adapters])
     config = type(configs[0])(network=lower(total), save_frozen=True, task_type=configs[0].task_type)
-    for field in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "tokens"):
-        setattr(config, field, getattr(configs[0], field))
-    config.layers, config.projections, config.loaded = configs[0].layers, configs[0].projections, True
+    config.tokens, config.loaded = configs[0].tokens, True
+    for field, value in _targets(configs, [bank.layouts[adapter] for adapter in adapters]).items():
+        setattr(config, field, value)
+    layers = sorted({path for each in configs for path in each.layers}, key=natural)
+    config.layers = {path: k for k, path in enumerate(layers)}
+    config.projections = {proj: k for k, proj in enumerate(dict.fromkeys(p for c in configs for p in c.projections))}
     tuner.peft_config[name] = config
     try:
         tuner.inject_adapter(tuner.model, name)
         _fill(tuner, adapters, weights, name, found)
-    except NetworkError:
-        if name in bank_of(tuner.model, adapters[0]).layouts:
+    except BaseException:
+        if name in bank.layouts:
             tuner.delete_adapter(name)
         tuner.peft_config.pop(name, None)
         raise
 
 
-def direct_sum(found: Sequence[Factorization]) -> Factorization:
-    """The sum of factorizations as one: the terms of all, names numbered so that nothing is shared between them.
+def direct_sum(found: Sequence[Factorization], sites: Sequence[Sequence[Site]]) -> Factorization:
+    """The sum of factorizations as one: at each projection the terms of those that serve it.
+
+    Names are numbered so that nothing is shared between the summands.
 
     Raises:
-        NetworkError: their lines serve other sites or have other outputs, or their splits differ.
+        NetworkError: their outputs or their splits differ, or one has several lines at one projection.
 
     >>> f = Factorization.of("B[out r] A[r inp] -> out inp", ranks={"r": 2})
-    >>> print(direct_sum([f, f.with_ranks(r=4)]).network)
+    >>> print(direct_sum([f, f.with_ranks(r=4)], [[Site(0, "q", 3, 3)]] * 2).network)
     B_1[out r_1] A_1[r_1 inp] + B_2[out r_2] A_2[r_2 inp] -> out inp
     """
     first = found[0]
-    for f in found:
-        same = [line.sites for line in f.lines] == [line.sites for line in first.lines] and f.square == first.square
-        outputs = [line.network.output for line in f.lines] == [line.network.output for line in first.lines]
-        if not (same and outputs and dict(f.splits) == dict(first.splits)):
-            raise NetworkError(
-                f"{f.name!r} and {first.name!r} differ in sites, outputs or splits and are no one network",
-                line=str(f.network),
-                remedy="keep both adapters active instead: set_adapter([...])",
-            )
-    lines = []
-    for lot in zip(*(f.lines for f in found), strict=True):
-        numbered = [_numbered(line.network, k) for k, line in enumerate(lot, start=1)]
-        terms = tuple(term for net in numbered for term in net.terms)
-        lines.append(SiteRule(Network(terms, numbered[0].output), lot[0].sites))
+    served: dict[str, dict[int, Network]] = {}  # the networks at a projection by the number of their summand
+    for k, (f, its) in enumerate(zip(found, sites, strict=True), start=1):
+        if f.square != first.square or dict(f.splits) != dict(first.splits):
+            raise _differ(f, first)
+        for proj, net in {(site.proj, f.rule_for(site).network): None for site in its}:
+            if k in served.setdefault(proj, {}):
+                raise _differ(f, first)
+            served[proj][k] = net
+    rules: dict[Network, list[str]] = {}
+    for proj, nets in served.items():
+        outputs = {net.output for net in nets.values()}
+        if len(outputs) > 1:
+            raise _differ(*(found[k - 1] for k in [*nets][:2]))
+        terms = tuple(term for k, net in nets.items() for term in _numbered(net, k).terms)
+        rules.setdefault(Network(terms, outputs.pop()), []).append(proj)
     fields: dict[str, dict[str, Any]] = {"init": {}, "lr_multiplier": {}}
     for k, f in enumerate(found, start=1):
         for name, field in fields.items():
@@ -86,13 +91,35 @@ def direct_sum(found: Sequence[Factorization]) -> Factorization:
     return replace(
         first,
         name="sum",
-        lines=tuple(lines),
+        lines=tuple(SiteRule(net, "|".join(projs) if len(rules) > 1 else "*") for net, projs in rules.items()),
         ranks={f"{bond}_{k}": rank for k, f in enumerate(found, start=1) for bond, rank in f.ranks.items()},
         unit_norm=tuple(f"{label}_{k}" for k, f in enumerate(found, start=1) for label in f.unit_norm),
         scale=1.0,
         source="sum of adapters",
         **fields,  # type: ignore[arg-type]
     )
+
+
+def _differ(one: Factorization, other: Factorization) -> NetworkError:
+    return NetworkError(
+        f"{one.name!r} and {other.name!r} differ in lines, outputs or splits and are not one network",
+        line=str(one.network),
+        remedy="keep both adapters active instead: set_adapter([...])",
+    )
+
+
+def _targets(configs: Sequence[Any], layouts: Sequence[Layout]) -> dict[str, Any]:
+    """The fields that choose the modules of all adapters: their lists as one, or the modules by path."""
+    names = ("exclude_modules", "layers_to_transform", "layers_pattern")
+    found = {name: getattr(configs[0], name) for name in names}
+    listed = [config.target_modules for config in configs]
+    if all(getattr(config, name) == value for config in configs for name, value in found.items()):
+        if all(targets == listed[0] for targets in listed):
+            return {**found, "target_modules": listed[0]}
+        if all(isinstance(targets, list) for targets in listed):
+            return {**found, "target_modules": [*dict.fromkeys(name for targets in listed for name in targets)]}
+    paths = dict.fromkeys(its.site.module for layout in layouts for its in layout.site_layouts)
+    return {**dict.fromkeys(names), "target_modules": [*paths]}
 
 
 def carriers(f: Factorization) -> tuple[str, ...]:
@@ -161,15 +188,61 @@ def _fill(
     found: list[Factorization],
 ) -> None:
     bank = bank_of(tuner.model, name)
-    new = {(p.label, p.layer, p.proj, p.shape, p.home): a for p, a in arrays(tuner.model, bank, name).items()}
+    places = tuner.peft_config[name].layers
+    layout = bank.layouts[name]
+    new = {_place(param): array for param, array in arrays(tuner.model, bank, name).items()}
+    own = {}  # the arrays that a summand has
     with torch.no_grad():
         for k, (adapter, weight, f) in enumerate(zip(adapters, weights, found, strict=True), start=1):
             scaled = carriers(f)
+            layers = {position: places[path] for path, position in tuner.peft_config[adapter].layers.items()}
             for param, array in arrays(tuner.model, bank, adapter).items():
                 if param.kind != "constant":
-                    key = (f"{param.label}_{k}", param.layer, param.proj, param.shape, param.home)
-                    if key not in new:
-                        raise NetworkError(
-                            f"{adapter!r} serves other sites", remedy="sum adapters of the same targets"
-                        )
-                    new[key].copy_(array * (weight * f.scale) if param.label in scaled else array)
+                    its = replace(param, label=f"{param.label}_{k}", layer=layers.get(param.layer))
+                    own[_place(its)] = array * (weight * f.scale) if param.label in scaled else array
+        for place in _zeros(adapters, bank, layout, own):
+            new[place].zero_()
+        for place, array in own.items():
+            new[place].copy_(array)
+
+
+_Place = tuple[str, int | None, str | None, tuple[int, ...], str]
+
+
+def _place(param: ParameterSpec) -> _Place:
+    return param.label, param.layer, param.proj, param.shape, param.home
+
+
+def _zeros(adapters: Sequence[str], bank: FactorBank, layout: Layout, own: Collection[_Place]) -> list[_Place]:
+    """The arrays of the sum that are zero: those that only sites use where a summand has no site.
+
+    Raises:
+        NetworkError: a summand has no factor of its own at such a site.
+    """
+    served = {
+        (k, its.site.module, its.site.proj)
+        for k, name in enumerate(adapters, 1)
+        for its in bank.layouts[name].site_layouts
+    }
+    found: list[_Place] = []
+    for site_layout in layout.site_layouts:
+        for term in site_layout.network.terms:
+            labels = [site_layout.network.label(factor) for factor in term.factors]
+            k = int(labels[0].rpartition("_")[2])
+            if (k, site_layout.site.module, site_layout.site.proj) in served:
+                continue
+            params = [site_layout.parameters[label] for label in labels]
+            mine = [
+                _place(param)
+                for param in params
+                if param.kind == "trainable"
+                and param.label not in layout.factorization.unit_norm
+                and _place(param) not in own
+            ]
+            if not mine:
+                raise NetworkError(
+                    f"{adapters[k - 1]!r} has no site at {site_layout.site.module}, and all its factors are shared",
+                    remedy="keep the adapters active together instead: set_adapter([...])",
+                )
+            found += mine
+    return found

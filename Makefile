@@ -11,7 +11,8 @@ export TOKENIZERS_PARALLELISM ?= false
 test: check unit
 
 demo: .venv/ready
-	$(BIN)/python scripts/demo.py --out demo
+	OMP_NUM_THREADS=1 $(BIN)/python -m tnpeft sweep presets/digits_demo.toml --out demo/runs --pack 8
+	$(BIN)/python -m tnpeft report presets/digits_demo.toml --runs demo/runs --out demo
 
 check: .venv/ready
 	$(BIN)/ruff check .
@@ -28,7 +29,8 @@ docs: .venv/ready
 paper: demo
 	cp demo/digits.png paper/figures/demo.png && cp demo/digits.svg paper/figures/demo.svg
 	cp demo/digits.md paper/tables/demo.md && cp demo/digits.csv paper/tables/demo.csv
-	$(BIN)/python scripts/draw_readme.py
+	$(BIN)/python -m tnpeft draw "A[out r] B[dim r] H[head r] P[proj r] L[layer r] -> layer proj out (head dim)" \
+	  -s layer=24 -s proj=2 -s out=2048 -s head=32 -s dim=64 -r r=16 --out paper/figures/lorta.svg
 	$(BIN)/python scripts/reproduce_counts.py
 	$(BIN)/python scripts/reproduce_results.py
 	$(BIN)/python scripts/build_report.py

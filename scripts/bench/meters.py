@@ -73,41 +73,31 @@ def _accumulated(total: Sequence[int], left: Sequence[int], right: Sequence[int]
     return 2 * prod(left) * right[-1]
 
 
-@dataclass(frozen=True)
-class Counts:
-    """One step of something large: flops, bytes kept for backward."""
-
-    flops: int
-    saved: int
-
-
-def counted(module: nn.Module, forward: Callable[[], Tensor]) -> Counts:
-    """The flops and kept bytes of one forward and backward."""
+def counted(module: nn.Module, forward: Callable[[], Tensor]) -> dict[str, int]:
+    """Return the flops and kept bytes of one forward and backward of something large."""
     saved = saved_bytes(module, forward)
     with flop_counter() as counter:
         forward().backward()
     module.zero_grad()
-    return Counts(counter.get_total_flops(), saved)
+    return {"flops": counter.get_total_flops(), "saved": saved}
 
 
 def meters(module: nn.Module, forward: Callable[[], Tensor], device: str = "cpu") -> Meters:
-    """What one forward and backward costs, counted and not timed."""
-    saved = saved_bytes(module, forward)
-    with flop_counter() as counter:
-        forward().backward()
+    """Return what one forward and backward costs, counted and not timed."""
+    flops, saved = counted(module, forward).values()
     dispatched = _Dispatched()
     with dispatched:
         forward().backward()
     module.zero_grad()
     if device == "cpu":
-        return Meters(counter.get_total_flops(), saved, dispatched.peak, dispatched.kernels)
+        return Meters(flops, saved, dispatched.peak, dispatched.kernels)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     forward().backward()
     peak = torch.cuda.max_memory_allocated() - before
     module.zero_grad()
-    return Meters(counter.get_total_flops(), saved, peak, _launched(forward))
+    return Meters(flops, saved, peak, _launched(forward))
 
 
 def _launched(forward: Callable[[], Tensor]) -> int:

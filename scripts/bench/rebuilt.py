@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -33,7 +32,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     forward_of = models.stepper((1, options.tokens), width)
     inputs = 4 * options.layers * options.tokens * width  # which every adapter keeps, and no frozen linear
     floor = meters.counted(base, forward_of(base))
-    floor = replace(floor, saved=floor.saved + inputs)
+    floor["saved"] += inputs
     runs, rows = {"floor": models.backward(forward_of(base))}, {}
     for name in CONSTRUCTIONS:
         f = tnpeft.families.tenslora(name, ranks=options.rank)
@@ -43,8 +42,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         }
         row: dict[str, Any] = {}
         for way, model in ways.items():
-            counts = vars(meters.counted(model, forward_of(model)))
-            row[way] = {key: value - getattr(floor, key) for key, value in counts.items()}
+            counts = meters.counted(model, forward_of(model))
+            row[way] = {key: value - floor[key] for key, value in counts.items()}
         runs[name] = models.backward(forward_of(ways["factors"]))
         row["rebuilt"]["seconds"] = driver.stopwatch(models.backward(forward_of(ways["rebuilt"])), options.clock)()
         rows[name] = row
@@ -54,7 +53,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         row["factors"]["seconds"] = median(a - b for a, b in zip(times[name], times["floor"], strict=True))
         row["rebuilt"]["seconds"] -= median(times["floor"])
     settings = {"sites": len(TARGETS) * options.layers}
-    return {"settings": settings, "floor": {**vars(floor), "seconds": median(times["floor"])}, "constructions": rows}
+    return {"settings": settings, "floor": {**floor, "seconds": median(times["floor"])}, "constructions": rows}
 
 
 def about(data: Mapping[str, Any]) -> str:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import tnpeft
+from tnpeft.adapters import bases as bases_module
 from tnpeft.adapters import dense as dense_module
 from tnpeft.adapters import model as model_module
 from tnpeft.adapters.bank import FactorBank
@@ -211,7 +212,7 @@ def test_a_quantised_layer_is_adapted_as_its_back_end_allows(name: str, monkeypa
     def resolve(base: nn.Module, **_: Any) -> QuantizationBackend | None:
         return BACKENDS[name] if isinstance(base, Packed) else None
 
-    for module in (dense_module, model_module):
+    for module in (bases_module, dense_module, model_module):
         monkeypatch.setattr(module, "resolve_quantization_backend", resolve)
     model = peft.get_peft_model(Host(Packed()), settings())
     assert model.get_model_status().quantization_backend == name
@@ -225,7 +226,7 @@ def test_a_quantised_layer_is_adapted_as_its_back_end_allows(name: str, monkeypa
     assert close(rows, x.flip(-1) + torch.stack([0 * x[0], x[1] @ delta.T]), SIZE)
     if not BACKENDS[name].supports_merge:
         for merge in (model.merge_adapter, model.merge_and_unload):
-            with pytest.raises(tnpeft.NetworkError, match=f"layer is quantised with {name}"):
+            with pytest.raises(tnpeft.NetworkError, match=f"layer cannot be merged: a linear is quantised with {name},"):
                 merge()
         with pytest.raises(tnpeft.NetworkError, match="cannot be read"):
             peft.get_peft_model(Host(Packed()), tnpeft.TensorNetworkConfig(target_modules=["layer"], dora=True))

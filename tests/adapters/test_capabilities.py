@@ -226,7 +226,7 @@ def test_a_quantised_layer_is_adapted_as_its_back_end_allows(name: str, monkeypa
     assert close(rows, x.flip(-1) + torch.stack([0 * x[0], x[1] @ delta.T]), SIZE)
     if not BACKENDS[name].supports_merge:
         for merge in (model.merge_adapter, model.merge_and_unload):
-            with pytest.raises(tnpeft.NetworkError, match=f"layer cannot be merged: a linear is quantised with {name},"):
+            with pytest.raises(tnpeft.NetworkError, match=f"layer cannot be .* quantised with {name},"):
                 merge()
         with pytest.raises(tnpeft.NetworkError, match="cannot be read"):
             peft.get_peft_model(Host(Packed()), tnpeft.TensorNetworkConfig(target_modules=["layer"], dora=True))

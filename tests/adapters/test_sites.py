@@ -8,9 +8,11 @@ from adapter_models import MODELS, opt
 from torch import nn
 
 import tnpeft
+from tnpeft.adapters.placement import check_memory
 from tnpeft.adapters.targets import resolve, select
+from tnpeft.layout import layout
 from tnpeft.models import cards
-from tnpeft.networks import NetworkError
+from tnpeft.networks import Factorization, NetworkError, Site
 
 CASES = {
     "opt": ["v_proj", "q_proj", "k_proj", "out_proj", "fc2", "fc1"],
@@ -131,3 +133,20 @@ def test_a_task_index_is_refused_with_the_remedy() -> None:
     line = "A[out r] B[r inp] T[task r] L[layer r] -> task layer out inp"
     with pytest.raises(NetworkError, match=r"which task it belongs to[\s\S]*adapter_names"):
         tnpeft.TensorNetworkConfig(network=line, ranks={"r": 4}, target_modules=["q_proj"])
+
+
+@pytest.mark.parametrize("family", ["c3a", "dota", "kradapter", "lora", "randlora", "tt_matrix"])
+def test_families_at_their_defaults_are_far_from_the_limit_on_memory(family: str) -> None:
+    for out, inp in ((4096, 4096), (768, 768), (3072, 768)):
+        sites = [Site(0, "q_proj", out, inp)]
+        check_memory(layout(tnpeft.families.get(family)(), sites), tokens=64)  # no error, no warning
+
+
+def test_a_plan_hundreds_of_times_as_large_as_the_linear_is_warned_of_or_refused() -> None:
+    # Every two factors share a bond: whichever product comes first, its result has four of them.
+    line = "A[out a b c] B[a d e] C[b d f] D[c e f inp] -> out inp"
+    found = layout(Factorization.of(line, ranks=dict.fromkeys("abcdef", 64)), [Site(0, "q_proj", 8, 8)])
+    with pytest.raises(NetworkError, match=r"the update of q_proj \(8 x 8\) passes through [\d,]+ elements"):
+        check_memory(found, tokens=64)
+    with pytest.warns(UserWarning, match="passes through"):
+        check_memory(found, tokens=64, refused=False)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from tnpeft.adapters import siblings
+from tnpeft.adapters import shared_input
 from tnpeft.networks import NetworkError
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -102,7 +102,7 @@ def main() -> None:
     rank = int(sys.argv[1])
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[2]}
     torch.set_num_threads(1)
-    siblings._WORTH = 0  # inputs of any size are shared by the linears that read them
+    shared_input.MIN_ELEMENTS = 0  # inputs of any size are shared by the linears that read them
     dist.init_process_group("gloo", rank=rank, world_size=2)
     for key in FAMILIES:
         for checkpointing in ("none", "nonreentrant", "reentrant"):

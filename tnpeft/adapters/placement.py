@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _MOST = 16  # times the model's own parameters: more is a slip or a hostile file
 _LEAST = 2**22  # elements that are always allowed
 _LEAST_ROW = 2**14  # the same for each row of activations
+_MOST_STEP = 256  # times the linear's elements, or its inputs and outputs; C3A and RandLoRA pass through 16 to 32
 
 
 def base_constants(f: Factorization) -> tuple[str, ...]:
@@ -97,10 +98,11 @@ def check_memory(found: Layout, tokens: int, refused: bool = True) -> None:
     Raises:
         ConfigError: one is, and it is to be ``refused``, as in a folder of unknown origin; else it is a warning.
 
-    >>> f = Factorization.of("A[out r s] B[r s inp] -> out inp", ranks={"r": 2**16, "s": 2**16})
+    >>> line = "A[out a b c] B[a d e] C[b d f] D[c e f inp] -> out inp"
+    >>> f = Factorization.of(line, ranks=dict.fromkeys("abcdef", 64))
     >>> check_memory(layout(f, [Site(0, "q", 2, 3)]), 64)
     Traceback (most recent call last):
-    tnpeft.networks.errors.ConfigError: the update of q (2 x 3) passes through 4,294,967,296 elements for each row...
+    tnpeft.networks.errors.ConfigError: the update of q (2 x 3) passes through ...
     """
     kinds = {(its.network, tuple(its.sizes.items())): its.site for its in found.site_layouts}
     for (net, sizes), site in kinds.items():
@@ -112,7 +114,7 @@ def check_memory(found: Layout, tokens: int, refused: bool = True) -> None:
             names = [name for index in step.indices for name in index.strip("()").split()]  # "(o1 o2)" is fused
             size = math.prod(int(run.plan.sizes[name]) for name in names if name != run.plan.activation)
             own = site.out + site.inp if row else site.out * site.inp
-            most = max(_LEAST_ROW if row else _LEAST, _MOST * own) * run.replicas
+            most = max(_LEAST_ROW if row else _LEAST, _MOST_STEP * own) * run.replicas
             if size <= most:
                 continue
             error = ConfigError(

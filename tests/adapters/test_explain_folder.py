@@ -67,6 +67,17 @@ def test_a_folder_says_what_the_layout_says(network: str, options: dict[str, Any
         assert (place.macs, place.saved) == (best.macs / 2048, best.saved / 2048)
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_sites_cut_into_squares_are_counted_by_squares(known: bool, tmp_path: Path) -> None:
+    config = saved(tmp_path, "fact_tt")
+    report = explain_folder(tmp_path, model=config if known else None)
+    assert [(p.projection, p.sites, p.out, p.inp) for p in report.places] == [
+        ("q_proj", 3, 32, 32),
+        ("v_proj", 3, 32, 32),
+        ("fc1", 6, 32, 32),
+    ]
+
+
 def test_shapes_come_from_the_file_where_it_tells_them(tmp_path: Path) -> None:
     saved(tmp_path, "lora")
     assert [(p.out, p.inp) for p in explain_folder(tmp_path).places] == [(32, 32), (32, 32), (64, 32)]

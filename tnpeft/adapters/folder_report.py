@@ -28,9 +28,9 @@ _KEY = re.compile(r"(?P<label>~?[^@#]+)(?P<tags>(?:@[^@#]+)*)(?:#(?P<shape>.+))?
 
 @dataclass(frozen=True)
 class Place:
-    """One projection: its sites and their features, and what the update of one of them can do and costs.
+    """One projection: its sites, their features, and what the update of one of them can do and costs.
 
-    Numbers are None where the file alone does not tell the shape.
+    A line that cuts sites into squares counts the squares. Numbers are None where nothing tells the shape.
     """
 
     projection: str
@@ -211,18 +211,21 @@ def _place(
     projection: str, config: TensorNetworkConfig, factors: Stored, known: tuple[int, int, int] | None
 ) -> Place:
     """Sizes from the stored factors, then from the card; what is still open leaves the numbers out."""
-    f, homes = config.factorization, set[str]()
+    f, places = config.factorization, set[tuple[str, str]]()
+    if f.square and known is not None:
+        one = Site(0, projection, known[0], known[1]).squares()[0]
+        known = (one.out, one.inp, 0)
     shapes: dict[str, tuple[int, ...]] = {}
     for name, entry in factors.items():
         home, label, own, varied = _parsed(name)
-        path = f"{home}/{own.partition('/')[2]}".rstrip("/") if home != BANK else own
-        mine = home == BANK and own in ("", projection)
-        mine = mine or (home != BANK and (own == projection or f".{path}".endswith(f".{projection}")))
+        part = own.partition("/")[2]
+        paths = {own, own.partition("/")[0], home, f"{home}/{part}"} if home != BANK else {own, own.partition("/")[0]}
+        mine = any(f".{path}".endswith(f".{projection}") for path in paths) or (home == BANK and not own)
         if mine and home != BANK:
-            homes.add(home)
+            places.add((home, part))
         if mine and label and not varied and entry.shape is not None:
             shapes.setdefault(label, entry.shape)
-    sites = len(homes) or len(config.layers or {})
+    sites = len(places) or len(config.layers or {})
     for rule in f.lines:
         net = rule.network
         site = None if known is None else Site(0, projection, known[0], known[1], known[2])
@@ -231,12 +234,12 @@ def _place(
         sizes = _sizes(f, rule, shapes, known)
         if sizes is None:
             continue
-        one = net.select(*(index for index in net.stack if index in ("layer", "proj")))
+        single = net.select(*(index for index in net.stack if index in ("layer", "proj")))
         out, inp = (prod(sizes[i] for i in group) for group in (net.rows, net.cols))
         if site is None and not rule.serves(Site(0, projection, out, inp)):
             continue
-        best = plan(one, sizes, tokens=config.tokens)
-        bound = rank_bound(one, {i: sizes[i] for i in one.indices})
+        best = plan(single, sizes, tokens=config.tokens)
+        bound = rank_bound(single, {i: sizes[i] for i in single.indices})
         return Place(projection, sites, out, inp, bound, best.macs / config.tokens, best.saved / config.tokens)
     return Place(projection, sites, *((None, None) if known is None else known[:2]))
 

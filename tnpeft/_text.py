@@ -108,13 +108,15 @@ class Table:
         """Return an HTML table for a notebook, every cell escaped.
 
         >>> Table((), (("<b>",),)).html()
-        '<table><tbody><tr><td style="text-align:left">&lt;b&gt;</td></tr></tbody></table>'
+        '<table><tbody><tr><td style="text-align:left;padding:0 .5em">&lt;b&gt;</td></tr></tbody></table>'
         """
-        sides = [_SIDE[side] for side in self._sides(max(map(len, (self.head, *self.rows))))]
+        sides = [
+            f"text-align:{_SIDE[side]};padding:0 .5em" for side in self._sides(max(map(len, (self.head, *self.rows))))
+        ]
 
         def row(values: Sequence[Any], tag: str) -> str:
             cells = zip(values, sides, strict=True)
-            inner = "".join(f'<{tag} style="text-align:{side}">{escape(cell(v))}</{tag}>' for v, side in cells)
+            inner = "".join(f'<{tag} style="{side}">{escape(cell(v))}</{tag}>' for v, side in cells)
             return f"<tr>{inner}</tr>"
 
         head = f"<thead>{row(self.head, 'th')}</thead>" if self.head else ""

@@ -112,6 +112,8 @@ def test_budget_by_number_and_by_family() -> None:
     assert [row["below"]["count"] for row in data["rows"]] == [196608, 194544]
     same = answer("budget", "cp", "-p", "lora", "--rank", "1", *OPT)
     assert same["parameters"] == 196608
+    assert answer("budget", "cp", "-p", "lora:1", *OPT)["parameters"] == 196608
+    assert answer("budget", "cp", "-p", "lora:1", "--by", "dof", *OPT)["parameters"] == 196560
 
 
 BAD = [

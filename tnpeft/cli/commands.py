@@ -226,6 +226,7 @@ def budget(
     ratio: RatioOption = None,
     model: ModelOption = None,
     targets: TargetsOption = None,
+    by: Annotated[str, typer.Option(help="The quantity that the budget limits: parameters or dof.")] = "parameters",
     as_json: JsonOption = False,
 ) -> None:
     """For each family the ranks nearest to, and the largest within, a parameter budget, and the budgets it can meet.
@@ -251,7 +252,7 @@ def budget(
         raise NetworkError(
             "the budget's line has a bond without a rank", line=parameters, remedy="pass --rank NAME=NUMBER"
         )
-    where: dict[str, Any] = {"model": model, "targets": targets, "ratios": read_ratios(ratio)}
+    where: dict[str, Any] = {"model": model, "targets": targets, "ratios": read_ratios(ratio), "by": by}
     found = rungs(nets, held, parameters=goal, **where)
     show(asdict(found), as_json, lambda: str(found))
 

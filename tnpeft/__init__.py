@@ -49,9 +49,9 @@ if TYPE_CHECKING:  # for type checkers and editors; a test keeps it equal to _HO
     from tnpeft.networks import TnpeftError as TnpeftError
     from tnpeft.networks import network as network
     from tnpeft.nn import dense as dense
-    from tnpeft.nn import fit as fit
     from tnpeft.nn import from_tensorly as from_tensorly
     from tnpeft.nn import to_tensorly as to_tensorly
+    from tnpeft.nn.fit import fit as fit
     from tnpeft.optim import rebalance as rebalance
     from tnpeft.planning import plan as plan
     from tnpeft.planning import plan_table as plan_table
@@ -87,7 +87,7 @@ _HOME = {
     "draw": "drawing",
     "mermaid": "drawing",
     "dense": "nn",
-    "fit": "nn",
+    "fit": "nn.fit",  # a module of this name, once imported, hides the function in its package
     "from_tensorly": "nn",
     "to_tensorly": "nn",
     "TensorNetworkConfig": "adapters",
@@ -137,7 +137,9 @@ def __getattr__(name: str) -> Any:
         module = import_module(f"tnpeft.{layer}")
         value = getattr(module, name) if name in _HOME else module
     except ModuleNotFoundError as error:  # a library that only an extra brings
-        if layer not in _EXTRAS or (error.name or "tnpeft").partition(".")[0] == "tnpeft":
+        if (layer := layer.partition(".")[0]) not in _EXTRAS or (error.name or "tnpeft").partition(".")[
+            0
+        ] == "tnpeft":
             raise
         remedy = f"pip install 'tnpeft[{_EXTRAS[layer]}]'"
         raise ModuleNotFoundError(f"tnpeft.{name} needs {error.name}; {remedy}", name=error.name) from error

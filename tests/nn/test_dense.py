@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import reduce
 
 import numpy as np
 import pytest
@@ -181,3 +182,16 @@ def test_numpy_needs_no_torch() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("count", [9, 14, 40])
+def test_long_terms_are_ordered_by_opt_einsum(count: int) -> None:
+    """Chains with an index that many factors share, against the product matrix by matrix."""
+    net = network(" ".join(f"G{k}[h a{k} a{k + 1}]" for k in range(count)) + f" -> a0 a{count}")
+    rng = np.random.default_rng(count)
+    factors = {f.name: rng.standard_normal((2, 3, 3)) for f in net.factors}
+    expected = sum(reduce(np.matmul, [g[h] for g in factors.values()]) for h in range(2))
+    np.testing.assert_allclose(dense(net, factors), expected, rtol=1e-9)
+    tensors = {name: torch.from_numpy(value).requires_grad_() for name, value in factors.items()}
+    dense(net, tensors).sum().backward()
+    assert all(tensor.grad is not None for tensor in tensors.values())

@@ -18,13 +18,15 @@ from tnpeft.planning.planner import planned
 from tnpeft.planning.steps import Plan
 
 Array = Any  # a numpy array or a torch tensor
+LARGE = 8  # operands of a term beyond which opt_einsum orders at once what an exact search would take longer over
 
 
 def dense(net: Network | Factorization, factors: Mapping[str, Array], *, sizes: Sizes | None = None) -> Array:
     """The dense tensor ``[*stack, rows, cols]``, one axis per output group, of the factors' own kind and dtype.
 
     ``factors`` maps each factor's name to its array (``"~G"`` is the frozen start value of a trainable ``G``);
-    sizes are read off the arrays. Torch tensors stay on their device and are differentiable, twice as well.
+    sizes are read off the arrays; opt_einsum orders the products of more than 8 factors. Torch tensors stay on their
+    device and are differentiable, twice as well.
 
     Args:
         net: a network, or a factorization, of which the first line is taken.
@@ -63,7 +65,8 @@ def _run(listing: Listing, net: Network, arrays: Mapping[str, Array]) -> Array:
 
 @lru_cache(maxsize=512)
 def _compiled(net: Network, dims: tuple[tuple[str, int], ...], training: bool) -> Listing:
-    plan = planned(net, dims, None, "time", training)
+    optimize = "auto" if max(len(term.factors) for term in net.terms) > LARGE else None
+    plan = planned(net, dims, None, "time", training, None, optimize)
     return compile_plan(plan, [net.label(factor) for factor in net.factors])
 
 

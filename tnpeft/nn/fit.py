@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 from typing import Any
 
@@ -58,9 +59,11 @@ def fit(
     Each sweep solves for one factor after another, exactly (indices that a factor shares with the rest and that the
     output keeps are a batch of separate problems; a problem too large for its matrix is solved by conjugate
     gradients). Where that stalls above ``tolerance``, Levenberg-Marquardt, or LBFGS for large problems, goes on over
-    all factors at once. Starts are repeated until one reaches ``tolerance``, two agree, or ``restarts`` are used up;
-    the best is polished and returned. All of it runs in float64, on the target scaled to entries near 1; the factors
-    share its scale, and ``error`` is theirs before they are rounded to the target's dtype.
+    all factors at once. The first start of a line that is CP, Tucker or a tensor train is TensorLy's decomposition
+    (which is the answer for a matrix), all others are random. Starts are repeated until one reaches ``tolerance``,
+    two agree, or ``restarts`` are used up; the best is polished and returned. All of it runs in float64, on the
+    target scaled to entries near 1; the factors share its scale, and ``error`` is theirs before they are rounded to
+    the target's dtype.
 
     Args:
         net: a network, or a factorization, whose ranks and splits fill the sizes (its scale is left out).
@@ -129,15 +132,18 @@ class _Solver:
     def best(self, restarts: int, sweeps: int, tolerance: float, seed: int) -> Fit:
         """The best of several starts."""
         found: list[Fit] = []
-        for attempt in range(max(restarts, 1)):
-            arrays = {**self.fixed, **self._start(seed, attempt)}
+        given = [*self._decomposed()]
+        starts = chain(given, (self._start(seed, attempt) for attempt in range(max(restarts, 1))))
+        for attempt, start in enumerate(starts):
+            arrays = {**self.fixed, **start}
             used = self._alternate(arrays, sweeps, tolerance)
             if self.error(arrays) > tolerance:
                 self._polish(arrays, tolerance, stalled=0.02)
             error = self.error(arrays)
             agreed = any(abs(error - other.error) <= 1e-4 * error for other in found if other.error <= error)
             found.append(Fit(arrays, error, used, attempt + 1))
-            if error <= tolerance or (agreed and error <= min(other.error for other in found) * (1 + 1e-4)):
+            known = given and len(self.net.outer) == 2  # a singular value decomposition: nothing is nearer
+            if error <= tolerance or known or (agreed and error <= min(other.error for other in found) * (1 + 1e-4)):
                 break
         best = dict(min(found, key=lambda fit: fit.error).factors)
         if self.error(best) > tolerance:
@@ -154,6 +160,14 @@ class _Solver:
             label: torch.from_numpy(normal(prod(shape), seed, attempt, label)).reshape(shape)
             for label, shape in shapes.items()
         }
+
+    def _decomposed(self) -> Iterator[dict[str, Tensor]]:
+        """The start that TensorLy finds for a line that is CP, Tucker or a tensor train, if nothing in it is held."""
+        if not self.fixed:
+            from tnpeft.nn.tensorly_formats import decomposed
+
+            if found := decomposed(self.flat, self.dims, self.target.numpy()):
+                yield {label: torch.from_numpy(value) for label, value in found.items()}
 
     def _alternate(self, arrays: dict[str, Tensor], sweeps: int, tolerance: float) -> int:
         """Solve for one factor after another, in place; the number of sweeps until it stalls."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -86,6 +88,64 @@ def from_tensorly(tensor: Any) -> tuple[Network, dict[str, Any]]:
     return net, dict(zip((name for name, _ in names), values, strict=True))
 
 
+def decomposed(line: Network, sizes: Mapping[str, int], target: np.ndarray[Any, Any]) -> dict[str, Any] | None:
+    """Return factors by TensorLy's decomposition of the target, one axis per open index; None for any other line.
+
+    >>> from tnpeft.networks import network
+    >>> found = decomposed(network("B[a r] A[r b] -> a b"), {"a": 2, "b": 2, "r": 1}, np.ones((2, 2)))
+    >>> np.allclose(found["B"] @ found["A"], 1)
+    True
+    """
+    uses = [*line.uses()]
+    if len(line.terms) > 1 or line.terms[0].sign < 0 or len({f.name for f in uses}) < len(uses) or target.ndim < 2:
+        return None
+    numbers, start = dict[str, Any](), 0  # every entry has a number, by which it is found in TensorLy's arrays
+    for factor in uses:
+        shape = [sizes[index] for index in factor.indices]
+        numbers[factor.name] = np.arange(start, start + math.prod(shape)).reshape(shape)
+        start += math.prod(shape)
+    for build, decompose in ((_train, _train_of), (_tucker, _tucker_of), (_cp, _cp_of)):
+        if (wanted := build(line, uses, numbers)) is not None:
+            import tensorly
+
+            with tensorly.backend_context("numpy"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found = decompose(wanted, target)
+            values = np.zeros(start)
+            for places, array in found:  # ranks beyond those of an unfolding stay zero
+                values[places[tuple(map(slice, array.shape))]] = array
+            return {name: values[places] for name, places in numbers.items()} if found else None
+    return None
+
+
+Parts = list[tuple[Any, Any]]
+
+
+def _train_of(wanted: Any, target: Any) -> Parts:
+    from tensorly.decomposition import tensor_train
+
+    return [*zip(wanted.factors, tensor_train(target, rank=[*wanted.rank]).factors, strict=True)]
+
+
+def _tucker_of(wanted: Any, target: Any) -> Parts:
+    from tensorly.decomposition import tucker
+
+    ranks = [min(rank, size) for rank, size in zip(wanted.rank, target.shape, strict=True)]
+    core, factors = tucker(target, rank=ranks, n_iter_max=20)
+    return [(wanted.core, core), *zip(wanted.factors, factors, strict=True)]
+
+
+def _cp_of(wanted: Any, target: Any) -> Parts:
+    from tensorly.decomposition import parafac
+
+    if wanted.rank > min(target.shape):  # no start by the singular vectors of each unfolding
+        return []
+    weights, factors = parafac(target, rank=wanted.rank, init="svd", n_iter_max=20)
+    own = np.issubdtype(wanted.weights.dtype, np.integer)
+    first = factors[0] if own else factors[0] * weights
+    return [*([(wanted.weights, weights)] if own else []), *zip(wanted.factors, [first, *factors[1:]], strict=True)]
+
+
 def _cp(line: Network, uses: list[Factor], arrays: Mapping[str, Any]) -> Any:
     from tensorly.cp_tensor import CPTensor
 
@@ -106,7 +166,7 @@ def _tucker(line: Network, uses: list[Factor], arrays: Mapping[str, Any]) -> Any
     if len(cores) != 1 or set(modes) != set(line.outer) or len({f.name for f in modes.values()}) != len(uses) - 1:
         return None
     bonds = {i: next(b for b in modes[i].indices if b != i) for i in line.outer}
-    if len(set(bonds.values())) != len(line.bonds):
+    if sorted(bonds.values()) != sorted(line.bonds):
         return None
     core = _ordered(cores[0], tuple(bonds.values()), arrays)
     return TuckerTensor((core, [_ordered(modes[i], (i, bonds[i]), arrays) for i in line.outer]))
@@ -126,7 +186,7 @@ def _train(line: Network, uses: list[Factor], arrays: Mapping[str, Any]) -> Any:
     cores = []
     for left, mode, right, factor in zip(links, line.outer, links[1:], chain, strict=False):
         wanted = tuple(index for index in (left, mode, right) if index is not None)
-        if set(wanted) != set(factor.indices):
+        if sorted(wanted) != sorted(factor.indices):
             return None
         core = _ordered(factor, wanted, arrays)
         cores.append(core.reshape(1 if left is None else core.shape[0], -1, 1 if right is None else core.shape[-1]))

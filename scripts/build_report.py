@@ -22,10 +22,10 @@ from typing import Any
 
 import jinja2
 
-from tnpeft.studies import tables
 from tnpeft.studies.files import write_text
-from tnpeft.studies.reporting import render
-from tnpeft.studies.results import Point
+from tnpeft.studies.reports import tables
+from tnpeft.studies.reports.points import Point
+from tnpeft.studies.reports.reporting import render
 from tnpeft.studies.statistics import VERDICT, Finding, Summary, exchange_rate, paired, summary, variance_ratio
 
 PAPER = Path(__file__).resolve().parent.parent / "paper"

@@ -24,7 +24,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from build_report import PAPER, Facts, Missing, studies
 
 from tnpeft.studies import Engine, Study, report, sweep
-from tnpeft.studies.results import Point
+from tnpeft.studies.reports.points import Point
 from tnpeft.studies.statistics import VERDICT, summary
 
 PRESET = Path(__file__).resolve().parent.parent / "presets" / "controls_digits.toml"

@@ -25,12 +25,13 @@ import peft
 import torch
 from torch.nn.functional import cross_entropy
 
-from tnpeft.studies import TASKS, Protocol, Scorer, backbones, methods, training
-from tnpeft.studies.data import Splits, load
+from tnpeft.studies import TASKS, Protocol, Scorer, backbones, methods
 from tnpeft.studies.files import digest, write_json, write_text
+from tnpeft.studies.reports.tables import markdown
+from tnpeft.studies.running import training
 from tnpeft.studies.runs import quiet, versions
-from tnpeft.studies.scoring import evaluate
-from tnpeft.studies.tables import markdown
+from tnpeft.studies.tasks.data import Splits, load
+from tnpeft.studies.tasks.scoring import evaluate
 
 RANK = ALPHA = 8
 LR = 1e-3

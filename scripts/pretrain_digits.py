@@ -22,13 +22,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
 from tnpeft.studies import digits, packaged
-from tnpeft.studies.data import load
 from tnpeft.studies.files import read_toml, write_text
 from tnpeft.studies.protocol import Protocol
+from tnpeft.studies.running.training import fit
 from tnpeft.studies.runs import versions
-from tnpeft.studies.scoring import Scorer, evaluate
-from tnpeft.studies.tasks import TASKS
-from tnpeft.studies.training import fit
+from tnpeft.studies.tasks.data import load
+from tnpeft.studies.tasks.scoring import Scorer, evaluate
+from tnpeft.studies.tasks.task import TASKS
 
 WEIGHTS = packaged.WEIGHTS
 STEPS, BATCH, RATE = 500, 64, 2e-3

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from tnpeft.studies.files import write_text
+from tnpeft.studies.reports.tables import as_csv, markdown
 from tnpeft.studies.statistics import summary
-from tnpeft.studies.tables import as_csv, markdown
 
 PAPER = Path(__file__).resolve().parent.parent / "paper"
 SLACK = 0.1  # of the budget, within which sizes are counterparts

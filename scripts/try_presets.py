@@ -21,7 +21,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from tnpeft.studies import Study, tables, trial
+from tnpeft.studies import Study, trial
+from tnpeft.studies.reports import tables
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = ("cp_steps", "tenslora_roberta", "lorta_roberta", "tera_opt")

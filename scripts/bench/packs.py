@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from bench import driver
-from tnpeft.studies.execution import train_and_evaluate
+from tnpeft.studies.running.execution import train_and_evaluate
+from tnpeft.studies.running.sweeping import prepare
 from tnpeft.studies.runs import Run
 from tnpeft.studies.study import Study
-from tnpeft.studies.sweeping import prepare
 
 TITLE = "Runs of a study in packs"
 ABOUT = """How many times faster runs of the demo's study are made in packs than alone: four seeds at two learning

@@ -22,12 +22,12 @@ from torch import nn
 
 import tnpeft
 from bench import driver, models
-from tnpeft.studies import training
-from tnpeft.studies.batching import batches
-from tnpeft.studies.data import Data, load
 from tnpeft.studies.protocol import Protocol
-from tnpeft.studies.scoring import Scorer
-from tnpeft.studies.tasks import TASKS
+from tnpeft.studies.running import training
+from tnpeft.studies.running.batching import batches
+from tnpeft.studies.tasks.data import Data, load
+from tnpeft.studies.tasks.scoring import Scorer
+from tnpeft.studies.tasks.task import TASKS
 
 TITLE = "Runs on SST-2 in one pass"
 ABOUT = """Steps in the same time over those of the runs in turn, each alone: above 1 is faster. A step is the scores

@@ -12,8 +12,8 @@ import transformers
 
 import tnpeft
 from tnpeft.networks import NetworkError, Site, network
+from tnpeft.nn.init.philox import normal
 from tnpeft.nn.lowrank import cut, cut_rank, sides
-from tnpeft.nn.philox import normal
 
 EPS = torch.finfo(torch.float32).eps
 

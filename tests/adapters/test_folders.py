@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import tnpeft
-from tnpeft.adapters.expressions import check_expression
+from tnpeft.adapters.storage.expressions import check_expression
 from tnpeft.networks import AdapterFileError, ConfigError, NetworkError, TnpeftError
 
 PREFIX = "base_model.model."

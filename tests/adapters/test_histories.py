@@ -26,7 +26,7 @@ from torch.func import functional_call
 from transformers import OPTConfig, OPTForCausalLM
 
 import tnpeft
-from tnpeft.adapters.layer import TensorNetworkLinear
+from tnpeft.adapters.layer.linear import TensorNetworkLinear
 from tnpeft.networks import NetworkError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, OPTConfig, OPTForCausalLM, TorchAoConfig
 
 import tnpeft
-from tnpeft.adapters.layer import TensorNetworkLinear
+from tnpeft.adapters.layer.linear import TensorNetworkLinear
 
 pytestmark = [
     pytest.mark.libraries,

@@ -11,8 +11,8 @@ from adapter_models import NETWORKS, adapted, config, opt, shake
 from transformers import GenerationConfig
 
 import tnpeft
-from tnpeft.adapters.layer import TensorNetworkLinear
-from tnpeft.adapters.mixed import block_rows, group_by_network
+from tnpeft.adapters.layer.linear import TensorNetworkLinear
+from tnpeft.adapters.layer.mixed_batch import block_rows, group_by_network
 from tnpeft.networks import NetworkError
 
 NAMES = ["default", "second", "__base__", "third", "second", "other", "second", "default"]

@@ -18,7 +18,7 @@ import tnpeft
 from tnpeft.adapters.state import arrays, bank_of
 from tnpeft.layout import ParameterSpec, SiteLayout
 from tnpeft.networks import Factorization, NetworkError
-from tnpeft.nn.philox import normal
+from tnpeft.nn.init.philox import normal
 
 # Attention and MLP, so that grouped queries, fused and transposed linears and both oblong shapes are among them.
 TARGETS = {

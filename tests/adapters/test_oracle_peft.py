@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import tnpeft
 from tnpeft.adapters.state import bank_of
-from tnpeft.nn.philox import normal
+from tnpeft.nn.init.philox import normal
 
 PROJECTIONS = ("q_proj", "v_proj", "o_proj")
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}

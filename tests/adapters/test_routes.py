@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tnpeft
-from tnpeft.adapters import shared_input
-from tnpeft.adapters.routes import _unmatched
+from tnpeft.adapters.layer import shared_input
+from tnpeft.adapters.layer.routes import _unmatched
 
 
 class Attention(nn.Module):

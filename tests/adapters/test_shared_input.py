@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import tnpeft
-from tnpeft.adapters import shared_input
+from tnpeft.adapters.layer import shared_input
 from tnpeft.nn.executor import autograd
 
 QKV = ["q_proj", "k_proj", "v_proj"]

@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import tnpeft
-from tnpeft.adapters.layer import TensorNetworkLinear
+from tnpeft.adapters.layer.linear import TensorNetworkLinear
 from tnpeft.adapters.state import bank_of
 from tnpeft.counting import RankWarning
 from tnpeft.networks import NetworkError

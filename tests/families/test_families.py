@@ -382,7 +382,7 @@ def test_what_cannot_be_a_model_yet_is_counted() -> None:
 def test_mica_starts_from_the_minor_singular_vectors() -> None:
     import torch
 
-    from tnpeft.nn.init import Initializer
+    from tnpeft.nn.init.initializer import Initializer
 
     weight = torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0]))
     placed = layout(families.mica(rank=2), [Site(0, "q_proj", 4, 4)])

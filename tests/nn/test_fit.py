@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import tnpeft
 from tnpeft.nn import least_squares
 from tnpeft.nn.fit import _Solver, fit
-from tnpeft.nn.philox import normal
+from tnpeft.nn.init.philox import normal
 
 TT = "g1[x a] g2[a y b] g3[b z c] g4[c u] -> (x y) (z u)"
 RING = "g1[z o1 a] g2[a o2 b] g3[b i1 c] g4[c i2 z] -> (o1 o2) (i1 i2)"

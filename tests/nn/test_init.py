@@ -12,8 +12,8 @@ import torch
 import tnpeft
 from tnpeft.layout import Layout, layout
 from tnpeft.networks import Factorization, NetworkError, Site
-from tnpeft.nn.init import Initializer, factor_hash
-from tnpeft.nn.philox import _log, normal, orthonormal, uniform, words
+from tnpeft.nn.init.initializer import Initializer, factor_hash
+from tnpeft.nn.init.philox import _log, normal, orthonormal, uniform, words
 from tnpeft.scaling.starts import Spec, fans
 
 LORA = "B[layer proj out r] A[layer proj r inp] -> layer proj out inp"
@@ -101,7 +101,7 @@ def test_values_are_the_same_in_another_process_and_in_any_order():
     assert len(set(here.values())) == len(here)
     code = (
         "from tnpeft.layout import layout\nfrom tnpeft.networks import Factorization, Site\n"
-        "from tnpeft.nn.init import Initializer, factor_hash\n"
+        "from tnpeft.nn.init.initializer import Initializer, factor_hash\n"
         f"f = Factorization.of({LORA!r}, ranks={{'r': 2}}, init={{'B': 'normal', 'A': 'kaiming'}})\n"
         "placed = layout(f, [Site(2, 'v_proj', 64, 64, 4)])\n"
         "print(*[factor_hash(Initializer(placed, 7)(p)) for p in placed.parameters])"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tnpeft
-from tnpeft.adapters.binding import Update
+from tnpeft.adapters.layer.binding import Update
 
 WIDE, TOKENS, MANY, BYTES, REPLICAS = 2048, 64, 1024, 4, 3
 MATRIX = WIDE * WIDE * BYTES

@@ -10,9 +10,9 @@ import pytest
 from build_report import Facts, Missing, build, show
 from check_studies import problems, spread
 
-from tnpeft.studies.figures import is_ladder
 from tnpeft.studies.files import write_json
-from tnpeft.studies.results import Point
+from tnpeft.studies.reports.figures import is_ladder
+from tnpeft.studies.reports.points import Point
 
 ROOT = Path(__file__).resolve().parents[2]
 

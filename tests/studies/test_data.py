@@ -12,11 +12,11 @@ import pytest
 from typer.testing import CliRunner
 
 from tnpeft.cli import app
-from tnpeft.studies.data import load
 from tnpeft.studies.digits import patches, rows
 from tnpeft.studies.files import StudyError
 from tnpeft.studies.study import Study
-from tnpeft.studies.tasks import TASKS, task
+from tnpeft.studies.tasks.data import load
+from tnpeft.studies.tasks.task import TASKS, task
 
 MINE = {
     "name": "mine",

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 import tnpeft
 from tnpeft.studies import backbones, matching, methods, packaged
 from tnpeft.studies.files import StudyError, merged, write_json
-from tnpeft.studies.results import collect
+from tnpeft.studies.reports.points import collect
+from tnpeft.studies.reports.tables import contrasts
 from tnpeft.studies.runs import Run, Store
 from tnpeft.studies.study import Study
-from tnpeft.studies.tables import contrasts
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE: dict[str, Any] = {

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 from sweep_results import results, written
 
-from tnpeft.studies import pool
 from tnpeft.studies.files import StudyError
-from tnpeft.studies.pool import Engine, Job, Outcome, work
-from tnpeft.studies.reporting import report
+from tnpeft.studies.reports.reporting import report
+from tnpeft.studies.running import pool
+from tnpeft.studies.running.pool import Engine, Job, Outcome, work
+from tnpeft.studies.running.sweeping import sweep
 from tnpeft.studies.runs import Store
 from tnpeft.studies.study import Study
-from tnpeft.studies.sweeping import sweep
 
 
 @pytest.fixture(params=["processes", pytest.param("ray", marks=pytest.mark.ray)])
@@ -186,6 +186,6 @@ def test_a_sweep_is_not_for_torchrun(table: dict[str, Any], tmp_path: Path, monk
 
 def test_sweeps_need_no_module_that_windows_lacks() -> None:
     blocked = "import sys; sys.modules.update(dict.fromkeys(('fcntl', 'resource', 'pwd', 'grp')))"
-    code = f"{blocked}; import tnpeft.studies.sweeping, tnpeft.studies.dry_run, tnpeft.studies.finetune"
+    code = f"{blocked}; import tnpeft.studies.running.sweeping, tnpeft.studies.running.dry_run, tnpeft.studies.running.finetune"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

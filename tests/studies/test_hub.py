@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 from fake_hub import served
 
-from tnpeft.studies.tasks import TASKS
+from tnpeft.studies.tasks.task import TASKS
 
 PAIR = ("sentence1", "sentence2")
 # repository, configuration, columns of text, label's column, its values: as the hub has them
@@ -92,8 +92,8 @@ def go(home: Path, address: str, *command: str) -> subprocess.CompletedProcess[s
 
 LOAD = """
 import json
-from tnpeft.studies.data import load
-from tnpeft.studies.tasks import TASKS
+from tnpeft.studies.tasks.data import load
+from tnpeft.studies.tasks.task import TASKS
 found = {name: load(TASKS[name], "hub") for name in %r}
 facts = {n: [len(d.train), len(d.eval), d.train[3].prompt, d.train[3].label, d.digest] for n, d in found.items()}
 print(json.dumps(facts))

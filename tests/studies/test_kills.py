@@ -16,19 +16,19 @@ import pytest
 from sweep_results import results, written
 
 from tnpeft.studies.files import digest, write_json
-from tnpeft.studies.pool import Engine
-from tnpeft.studies.reporting import report
+from tnpeft.studies.reports.reporting import report
+from tnpeft.studies.running.pool import Engine
+from tnpeft.studies.running.sweeping import sweep
 from tnpeft.studies.runs import Store
 from tnpeft.studies.study import Study
-from tnpeft.studies.sweeping import sweep
 
 KILLS = int(os.environ.get("TNPEFT_KILLS", "3"))
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from tnpeft.studies.pool import Engine
+from tnpeft.studies.running.pool import Engine
 from tnpeft.studies.study import Study
-from tnpeft.studies.sweeping import sweep
+from tnpeft.studies.running.sweeping import sweep
 
 if __name__ == "__main__":
     study = Study.of(json.loads(sys.argv[1]), Path("."))

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from tnpeft.studies.execution import run_once, train_and_evaluate
 from tnpeft.studies.files import StudyError, merged
-from tnpeft.studies.pool import Engine
+from tnpeft.studies.running.execution import run_once, train_and_evaluate
+from tnpeft.studies.running.pool import Engine
+from tnpeft.studies.running.sweeping import sweep
 from tnpeft.studies.runs import Run, Store, packs
 from tnpeft.studies.study import Study
-from tnpeft.studies.sweeping import sweep
 
 CELLS = {"LoRA": 0, "CP": 2}
 

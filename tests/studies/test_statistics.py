@@ -16,10 +16,9 @@ import pytest
 from hypothesis import given, strategies
 from scipy import stats
 
-from tnpeft.studies import figures, tables
-from tnpeft.studies.reporting import render
-from tnpeft.studies.results import Point, Tried
-from tnpeft.studies.scoring import metric
+from tnpeft.studies.reports import figures, tables
+from tnpeft.studies.reports.points import Point, Tried
+from tnpeft.studies.reports.reporting import render
 from tnpeft.studies.statistics import (
     best_under,
     findings,
@@ -32,6 +31,7 @@ from tnpeft.studies.statistics import (
     variance_between,
     variance_ratio,
 )
+from tnpeft.studies.tasks.scoring import metric
 
 
 def point(label: str, parameters: int, scores: dict[int, float], task: str = "sst2", kind: str = "family") -> Point:

@@ -12,16 +12,16 @@ from hypothesis import given, strategies
 
 from tnpeft.networks import TnpeftError
 from tnpeft.studies import methods
-from tnpeft.studies.execution import run_once
 from tnpeft.studies.files import StudyError, merged, read_toml
 from tnpeft.studies.matching import matched
 from tnpeft.studies.methods import count
-from tnpeft.studies.pool import Engine
 from tnpeft.studies.protocol import Protocol
-from tnpeft.studies.reporting import report
+from tnpeft.studies.reports.reporting import report
+from tnpeft.studies.running.execution import run_once
+from tnpeft.studies.running.pool import Engine
+from tnpeft.studies.running.sweeping import sweep
 from tnpeft.studies.runs import Store
 from tnpeft.studies.study import Study
-from tnpeft.studies.sweeping import sweep
 
 SERIAL = Engine("serial")
 

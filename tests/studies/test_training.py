@@ -16,14 +16,15 @@ from safetensors.torch import load_file
 
 torch = pytest.importorskip("torch")
 
-from tnpeft.studies import backbones, methods, training  # noqa: E402
-from tnpeft.studies.batching import batches, micro_batches  # noqa: E402
-from tnpeft.studies.data import Example, Splits, load  # noqa: E402
+from tnpeft.studies import backbones, methods  # noqa: E402
 from tnpeft.studies.files import StudyError  # noqa: E402
-from tnpeft.studies.finetune import train  # noqa: E402
 from tnpeft.studies.protocol import Protocol  # noqa: E402
-from tnpeft.studies.scoring import Scorer, evaluate, judge  # noqa: E402
-from tnpeft.studies.tasks import TASKS, task  # noqa: E402
+from tnpeft.studies.running import training  # noqa: E402
+from tnpeft.studies.running.batching import batches, micro_batches  # noqa: E402
+from tnpeft.studies.running.finetune import train  # noqa: E402
+from tnpeft.studies.tasks.data import Example, Splits, load  # noqa: E402
+from tnpeft.studies.tasks.scoring import Scorer, evaluate, judge  # noqa: E402
+from tnpeft.studies.tasks.task import TASKS, task  # noqa: E402
 
 PROTOCOL = Protocol(targets=("q_proj", "v_proj"), steps=6, batch=8, evaluate_every=2)
 
@@ -387,7 +388,7 @@ def test_an_interrupted_command_says_how_to_go_on(
     from typer.testing import CliRunner
 
     from tnpeft.cli import app
-    from tnpeft.studies import finetune
+    from tnpeft.studies.running import finetune
 
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from tnpeft.studies import backbones, methods
-from tnpeft.studies.dry_run import _at_hand, trial
 from tnpeft.studies.files import StudyError, merged
 from tnpeft.studies.protocol import Protocol
+from tnpeft.studies.running.dry_run import _at_hand, trial
 from tnpeft.studies.study import Study
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from tnpeft.adapters import shared_input
+from tnpeft.adapters.layer import shared_input
 from tnpeft.networks import NetworkError
 
 FAMILIES: dict[str, dict[str, Any]] = {

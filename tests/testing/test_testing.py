@@ -234,12 +234,17 @@ class _WrongStarter:
         ("tnpeft.parameters", lambda *_: 21, "count equals the stored elements", "21 counted, 22 stored"),
         ("tnpeft.counting.rank_bound", lambda *_: 1, "rank within its bound", "rank 2, bound 1"),
         (
-            "tnpeft.nn.init.Initializer",
+            "tnpeft.nn.init.initializer.Initializer",
             _WrongStarter(1.0),
             "starts as declared",
             "the largest entry of the update is 2",
         ),
-        ("tnpeft.nn.init.Initializer", _WrongStarter(0.0), "not a dead start", "no gradient reaches any factor"),
+        (
+            "tnpeft.nn.init.initializer.Initializer",
+            _WrongStarter(0.0),
+            "not a dead start",
+            "no gradient reaches any factor",
+        ),
     ],
 )
 def test_every_property_can_fail(
@@ -261,7 +266,7 @@ def test_a_factor_that_never_moves_is_found(monkeypatch: pytest.MonkeyPatch) -> 
     def starter(*_: Any) -> Callable[[Any], Any]:
         return lambda piece: torch.full(piece.shape, float(piece.label == "A"))
 
-    monkeypatch.setattr("tnpeft.nn.init.Initializer", starter)
+    monkeypatch.setattr("tnpeft.nn.init.initializer.Initializer", starter)
     report = examine("B[out r] A[r inp] + D[out s] C[s inp] -> out inp")
     assert [each.name for each in report.findings if each.passed is False] == ["not a dead start"]
     assert report.findings[-1].detail == "no gradient ever reaches D, C"

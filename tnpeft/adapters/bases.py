@@ -8,8 +8,8 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tnpeft.adapters.bank import FactorBank
-from tnpeft.adapters.layer import TensorNetworkLinear
+from tnpeft.adapters.layer.bank import FactorBank
+from tnpeft.adapters.layer.linear import TensorNetworkLinear
 from tnpeft.networks import NetworkError, Site
 
 

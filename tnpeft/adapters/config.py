@@ -11,8 +11,8 @@ from peft.config import PeftConfig
 
 from tnpeft.adapters.config_validation import check_fields, check_replicas
 from tnpeft.adapters.constants import TENSOR_NETWORK
-from tnpeft.adapters.files import AGAIN, LOADING, Stored, describe, fetch, stored
-from tnpeft.adapters.serialization import factorization, lower, with_rank_pattern
+from tnpeft.adapters.storage.files import AGAIN, LOADING, Stored, describe, fetch, stored
+from tnpeft.adapters.storage.serialization import factorization, lower, with_rank_pattern
 from tnpeft.networks import AdapterFileError, ConfigError, Factorization, replicated
 
 _CHANGES = ("ranks", "splits", "init", "scale", "unit_norm", "lr_multiplier", "square")  # in the order of the fields

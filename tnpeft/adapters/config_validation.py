@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from math import isfinite
 from typing import Any
 
-from tnpeft.adapters.expressions import MOST_TEXT
+from tnpeft.adapters.storage.expressions import MOST_TEXT
 from tnpeft.networks import ConfigError
 
 _BIAS = ("none", "all", "tensor_network_only")

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tnpeft._text import Table, block
 from tnpeft.adapters.constants import PREFIX
-from tnpeft.adapters.layer import TensorNetworkLinear
+from tnpeft.adapters.layer.linear import TensorNetworkLinear
 from tnpeft.adapters.state import bank_of
 from tnpeft.networks import NetworkError
 from tnpeft.nn.lowrank import cut_rank, sides, truncated

@@ -12,11 +12,11 @@ from typing import Any
 from peft.utils.constants import CONFIG_NAME
 
 from tnpeft._text import Table, block
-from tnpeft.adapters.bank import BANK
 from tnpeft.adapters.config import TensorNetworkConfig
 from tnpeft.adapters.constants import PREFIX
-from tnpeft.adapters.contents import Stored
-from tnpeft.adapters.files import fetch
+from tnpeft.adapters.layer.bank import BANK
+from tnpeft.adapters.storage.contents import Stored
+from tnpeft.adapters.storage.files import fetch
 from tnpeft.counting.cuts import rank_bound
 from tnpeft.models.cards import Model, card
 from tnpeft.networks import AdapterFileError, Factorization, Network, NetworkError, Site

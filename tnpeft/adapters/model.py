@@ -15,24 +15,24 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules
 from torch import Tensor, nn
 
-from tnpeft.adapters.bank import BANK, FactorBank, TensorNetworkLayer
 from tnpeft.adapters.bases import linear, site_weight
-from tnpeft.adapters.binding import update
 from tnpeft.adapters.config import TensorNetworkConfig
 from tnpeft.adapters.config_validation import check_replicas
 from tnpeft.adapters.constants import PREFIX
-from tnpeft.adapters.contents import AGAIN, check_modules
-from tnpeft.adapters.expressions import check_expression
-from tnpeft.adapters.files import check_state, translated
-from tnpeft.adapters.guard import watch
-from tnpeft.adapters.layer import TensorNetworkLinear
-from tnpeft.adapters.mixed import BatchAdapterNames, check_names, rows_for_each
+from tnpeft.adapters.layer.bank import BANK, FactorBank, TensorNetworkLayer
+from tnpeft.adapters.layer.binding import update
+from tnpeft.adapters.layer.checkpointing import watch
+from tnpeft.adapters.layer.linear import TensorNetworkLinear
+from tnpeft.adapters.layer.mixed_batch import BatchAdapterNames, check_names, rows_for_each
+from tnpeft.adapters.layer.shared_input import join
+from tnpeft.adapters.layer.snapshot import WeightSnapshot
 from tnpeft.adapters.owners import check_owner, fused, keep_unfused
 from tnpeft.adapters.placement import base_constants, build_layout, start_values
 from tnpeft.adapters.replicas.batch import check_blocks, expect_blocks
 from tnpeft.adapters.rollback import Parked, Snapshot, layers, outside
-from tnpeft.adapters.shared_input import join
-from tnpeft.adapters.snapshot import WeightSnapshot
+from tnpeft.adapters.storage.contents import AGAIN, check_modules
+from tnpeft.adapters.storage.expressions import check_expression
+from tnpeft.adapters.storage.files import check_state, translated
 from tnpeft.adapters.targets import card_of, resolve, shared_input_groups
 from tnpeft.adapters.weighted_sum import combine
 from tnpeft.layout import Layout, ParameterSpec, SiteLayout

@@ -28,14 +28,14 @@ from torch import Tensor
 from transformers.integrations.peft import PeftAdapterMixin
 from transformers.utils.hub import PushToHubMixin
 
-from tnpeft.adapters.bank import AdaptedLayer
 from tnpeft.adapters.config import TensorNetworkConfig
 from tnpeft.adapters.config_validation import check_depth, shown
 from tnpeft.adapters.constants import PREFIX, TENSOR_NETWORK
-from tnpeft.adapters.contents import AGAIN, PEFT_PREFIX, embeddings, entries, unprefixed
-from tnpeft.adapters.dense import DenseLinear
-from tnpeft.adapters.files import LOADING, check_fits, describe, fetch, stored, written
+from tnpeft.adapters.layer.bank import AdaptedLayer
+from tnpeft.adapters.layer.merging import DenseLinear
 from tnpeft.adapters.rollback import Parked, Snapshot, layers
+from tnpeft.adapters.storage.contents import AGAIN, PEFT_PREFIX, embeddings, entries, unprefixed
+from tnpeft.adapters.storage.files import LOADING, check_fits, describe, fetch, stored, written
 from tnpeft.networks import AdapterFileError
 
 _read = PeftConfigMixin.from_pretrained.__func__

@@ -12,13 +12,13 @@ import torch
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 
-from tnpeft.adapters.contents import check_contents, contents
+from tnpeft.adapters.storage.contents import check_contents, contents
 from tnpeft.adapters.targets import select
 from tnpeft.counting.cuts import warn_ranks
 from tnpeft.layout import Layout, ParameterSpec, layout
 from tnpeft.networks import REPLICA, ConfigError, Factorization, NetworkError, Site, SiteRule
 from tnpeft.nn.executor.program import program
-from tnpeft.nn.init import Initializer, factor_hash
+from tnpeft.nn.init.initializer import Initializer, factor_hash
 
 if TYPE_CHECKING:
     from tnpeft.adapters.config import TensorNetworkConfig

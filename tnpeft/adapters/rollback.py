@@ -15,7 +15,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from tnpeft.adapters.bank import FactorBank, TensorNetworkLayer
+from tnpeft.adapters.layer.bank import FactorBank, TensorNetworkLayer
 
 _CONTAINERS = (dict, OrderedDict, list, set)
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from tnpeft.adapters.bank import FactorBank, TensorNetworkLayer
-from tnpeft.adapters.binding import base_factor
-from tnpeft.adapters.layer import TensorNetworkLinear
+from tnpeft.adapters.layer.bank import FactorBank, TensorNetworkLayer
+from tnpeft.adapters.layer.binding import base_factor
+from tnpeft.adapters.layer.linear import TensorNetworkLinear
 from tnpeft.layout import Layout, ParameterSpec
 from tnpeft.networks import NetworkError
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 
-from tnpeft.adapters.bank import FactorBank
-from tnpeft.adapters.serialization import lower
+from tnpeft.adapters.layer.bank import FactorBank
 from tnpeft.adapters.state import arrays, bank_of
+from tnpeft.adapters.storage.serialization import lower
 from tnpeft.adapters.targets import natural
 from tnpeft.layout import Layout, ParameterSpec
 from tnpeft.networks import Factor, Factorization, Network, NetworkError, Site, SiteRule, Term

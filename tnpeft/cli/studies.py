@@ -60,7 +60,7 @@ def train(
     tnpeft train cp --args rank=21 --model facebook/opt-1.3b --task sst2 --data hub --out runs/cp21
     """
     from tnpeft.studies.files import read_toml
-    from tnpeft.studies.finetune import train as make
+    from tnpeft.studies.running.finetune import train as make
 
     with _resumable():
         method: dict[str, Any] = {"line" if "->" in family else "family": family}
@@ -112,9 +112,9 @@ def sweep(
 
     With --try nothing is kept: each method makes a few steps, a model of the hub with random weights in its shape.
     """
-    from tnpeft.studies.pool import Engine
+    from tnpeft.studies.running.pool import Engine
+    from tnpeft.studies.running.sweeping import sweep as make
     from tnpeft.studies.study import Study
-    from tnpeft.studies.sweeping import sweep as make
 
     with _resumable():
         its = Study.read(study, data=data, backbone=backbone, tokenizer=tokenizer)
@@ -128,7 +128,7 @@ def sweep(
 
 
 def _try(study: Any, steps: int) -> None:
-    from tnpeft.studies.dry_run import trial
+    from tnpeft.studies.running.dry_run import trial
 
     failed = False
     for row in trial(study, steps=steps):
@@ -149,9 +149,9 @@ def report(
     reference: Annotated[str, typer.Option(help="Label that others are compared with; default: the first.")] = "",
 ) -> None:
     """Make the tables and figures of a study from its results."""
-    from tnpeft.studies.reporting import report as make
+    from tnpeft.studies.reports.reporting import report as make
+    from tnpeft.studies.reports.tables import markdown, results_table
     from tnpeft.studies.study import Study
-    from tnpeft.studies.tables import markdown, results_table
 
     points = make(Study.read(study, data=data, backbone=backbone), runs, out, reference)
     print(markdown(results_table(points)))

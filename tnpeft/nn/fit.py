@@ -16,8 +16,8 @@ from torch import Tensor
 from tnpeft.networks import Factorization, Network, NetworkError
 from tnpeft.networks.sizes import Sizes, bind, integers, require_network
 from tnpeft.nn.dense import dense
+from tnpeft.nn.init.philox import normal
 from tnpeft.nn.least_squares import FactorLeastSquares, term_network
-from tnpeft.nn.philox import normal
 from tnpeft.nn.refine import polish
 
 _SQUARABLE = 400  # binary exponent up to which the square of a norm is a float64

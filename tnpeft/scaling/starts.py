@@ -92,7 +92,7 @@ def _start(given: Any, label: str) -> Start:
 
 
 def fans(indices: Sequence[str], net: Network, sizes: Mapping[str, Size]) -> tuple[Size, Size]:
-    """Return fan-in and fan-out of a factor, see :class:`tnpeft.nn.init.Initializer`.
+    """Return fan-in and fan-out of a factor, see :class:`tnpeft.nn.init.initializer.Initializer`.
 
     >>> from tnpeft.networks import network
     >>> net, sizes = network("B[out a] M[a b] A[b inp] -> out inp"), {"out": 8, "a": 2, "b": 3, "inp": 5}

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from tnpeft.studies import backbones, methods
-from tnpeft.studies.data import load
 from tnpeft.studies.design import CONTRAST_KINDS, OURS, STUDY_KINDS, Cell, Contrast, cells, check_rules, known, over
 from tnpeft.studies.files import StudyError, digest, merged, read_toml
 from tnpeft.studies.protocol import Protocol
 from tnpeft.studies.runs import Run, Store
-from tnpeft.studies.tasks import Task, task
+from tnpeft.studies.tasks.data import load
+from tnpeft.studies.tasks.task import Task, task
 
 
 @dataclass(frozen=True)

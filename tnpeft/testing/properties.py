@@ -157,7 +157,7 @@ class Start:
 
 def starts(plan: Layout, seed: int) -> list[Start]:
     """The start at one site of every line and shape, over a random base weight."""
-    from tnpeft.nn.init import Initializer
+    from tnpeft.nn.init.initializer import Initializer
 
     starter = Initializer(plan, seed, _weight)
     different = {(p.network, tuple(p.sizes.items())): p for p in plan.site_layouts}

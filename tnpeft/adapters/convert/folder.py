@@ -16,11 +16,11 @@ from torch import Tensor
 
 from tnpeft.adapters.config import TensorNetworkConfig
 from tnpeft.adapters.constants import PREFIX as OURS
-from tnpeft.adapters.contents import factor_shapes
 from tnpeft.adapters.convert.formats import KOHYA, LYCORIS, PEFT, PER_EXPERT, SHARED_OUTER
 from tnpeft.adapters.convert.lines import AdapterLines, SiteAdapter, save
 from tnpeft.adapters.convert.read import PREFIX, TENSORS, Source, shape_of
 from tnpeft.adapters.placement import frozen_hashes
+from tnpeft.adapters.storage.contents import factor_shapes
 from tnpeft.adapters.targets import names_by_path
 from tnpeft.layout import Layout, ParameterSpec, layout, sorted_projs
 from tnpeft.models import Card

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.optimizer import Optimizer
 
-from tnpeft.adapters.contents import factor_shapes
 from tnpeft.adapters.placement import extract_replica, match_parameters
 from tnpeft.adapters.state import arrays, bank_of, set_factors, stacked
+from tnpeft.adapters.storage.contents import factor_shapes
 from tnpeft.layout import Layout, ParameterSpec
 from tnpeft.networks import REPLICA, NetworkError
 

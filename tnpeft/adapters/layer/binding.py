@@ -1,0 +1,139 @@
+"""One adapter's update of one linear: which arrays it needs, from where, and the programs that apply them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from tnpeft.layout import ParameterSpec, SiteLayout
+from tnpeft.nn.executor.kernels import normalize_columns
+from tnpeft.nn.executor.program import Program, program
+from tnpeft.nn.init.patterns import base as as_factor
+
+Source = Literal["site", "bank", "base"]
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Where a factor's array of one site lies, and the axes over which it is normalised (none: it is not)."""
+
+    source: Source
+    key: str
+    norm: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Update:
+    """The update of one site: its program, its operands in the program's order, and its part of the linear.
+
+    ``side`` is the side of the linear that the site is a slice of, from ``start`` on, or ``""`` for the whole;
+    ``keeps`` says that something is computed from the adapter's own factors alone, ``data`` that it has constants
+    besides the base weight. The program normalises the operands that are to be.
+    Copies and pickles hold the site_layout and build the program anew.
+    """
+
+    site_layout: SiteLayout
+    unit_norm: tuple[str, ...]
+    constants: tuple[str, ...]
+    scale: float
+    tokens: int
+    run: Program = field(compare=False, repr=False)
+    operands: tuple[Operand, ...]
+    side: Literal["", "out", "inp"]
+    start: int
+    length: int
+    keeps: bool
+    data: bool
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return update, (self.site_layout, self.unit_norm, self.constants, self.scale, self.tokens)
+
+    def delta(self, operands: list[Tensor]) -> Tensor:
+        """The scaled update of this site, ``[out, inp]``."""
+        return self.run.delta(operands, self.scale)
+
+    def normalized(self, operands: list[Tensor]) -> list[Tensor]:
+        """Return the operands as the line has them: columns of length one where they are to be."""
+        return [
+            normalize_columns(array, operand.norm) if operand.norm else array
+            for array, operand in zip(operands, self.operands, strict=True)
+        ]
+
+
+def update(
+    site_layout: SiteLayout, unit_norm: tuple[str, ...], constants: tuple[str, ...], scale: float, tokens: int
+) -> Update:
+    """The update of the site_layout's site; ``constants`` are the factors that are the base weight itself.
+
+    >>> from tnpeft.layout import layout
+    >>> from tnpeft.networks import Factorization, Site
+    >>> f = Factorization.of("B[layer proj out r] A[r inp] -> layer proj out inp", ranks={"r": 2})
+    >>> place = layout(f, [Site(0, "q_proj", 8, 4, module="q")]).site_layouts[0]
+    >>> [(operand.source, operand.key) for operand in update(place, (), (), 1.0, 64).operands]
+    [('site', 'B'), ('bank', 'A')]
+    """
+    run = program(site_layout.network, site_layout.sizes, tokens=tokens, unit_norm=unit_norm)
+    site = site_layout.site
+    last = site.proj.rpartition("/")[2]
+    side: Literal["", "out", "inp"] = "out" if last.startswith("out:") else "inp" if last.startswith("inp:") else ""
+    operands = tuple(_operand(site_layout, label, unit_norm, constants) for label in run.labels)
+    return Update(
+        site_layout,
+        unit_norm,
+        constants,
+        scale,
+        tokens,
+        run,
+        operands,
+        side,
+        site.start,
+        site.inp if side == "inp" else site.out,
+        run.has_weight_steps and not constants,
+        any(param.kind == "constant" and label not in constants for label, param in site_layout.parameters.items()),
+    )
+
+
+def base_factor(weight: Tensor, item: Update, label: str) -> Tensor:
+    """The part of the base weight (``[out, inp]``) that a constant factor stands for.
+
+    >>> from tnpeft.layout import layout
+    >>> from tnpeft.networks import Factorization, Site
+    >>> f = Factorization.of("d[out] ^W[out inp] -> out inp", init={"W": "base"})
+    >>> item = update(layout(f, [Site(0, "q_proj", 2, 3)]).site_layouts[0], (), ("W",), 1.0, 64)
+    >>> import torch
+    >>> base_factor(torch.ones(2, 3), item, "W").shape
+    torch.Size([2, 3])
+    """
+    return as_factor(item.site_layout.parameters[label], item.site_layout, part(weight, item))
+
+
+def part(weight: Tensor, item: Update) -> Tensor:
+    """The slice of a linear's ``[out, inp]`` matrix that belongs to the site.
+
+    >>> from tnpeft.layout import layout
+    >>> from tnpeft.networks import Factorization, Site
+    >>> f = Factorization.of("A[out inp] -> out inp")
+    >>> place = layout(f, [Site(0, "c_attn/out:1", 2, 3, start=2)]).site_layouts[0]
+    >>> import torch
+    >>> part(torch.arange(12.0).reshape(4, 3), update(place, (), (), 1.0, 64))[:, 0]
+    tensor([6., 9.])
+    """
+    if not item.side:
+        return weight
+    return weight.narrow(0 if item.side == "out" else 1, item.start, item.length)
+
+
+def _operand(site_layout: SiteLayout, label: str, unit_norm: tuple[str, ...], constants: tuple[str, ...]) -> Operand:
+    param = site_layout.parameters[label]
+    if label in constants:
+        return Operand("base", label)
+    return Operand(
+        "site" if param.home else "bank", param.key, _columns(param, site_layout) if label in unit_norm else ()
+    )
+
+
+def _columns(param: ParameterSpec, site_layout: SiteLayout) -> tuple[int, ...]:
+    features = {*site_layout.network.rows, *site_layout.network.cols}
+    return tuple(axis for axis, index in enumerate(param.indices) if index in features)

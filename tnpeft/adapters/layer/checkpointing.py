@@ -1,0 +1,108 @@
+"""Refusing what would train wrongly.
+
+That is an adapter which is another one by the time a checkpoint is recomputed, and shared factors under data
+parallelism with reentrant checkpointing.
+
+Reentrant checkpointing runs each block's backward on its own, and each reports a shared Parameter as ready for the
+exchange of gradients; at best that is an error, at worst the later parts are lost without one.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils import checkpoint
+
+from tnpeft.networks import NetworkError
+
+if TYPE_CHECKING:
+    from tnpeft.adapters.layer.bank import FactorBank
+    from tnpeft.adapters.layer.linear import TensorNetworkLinear
+
+_TOP_HOOKS = torch._C._autograd._top_saved_tensors_default_hooks  # None outside of non-reentrant checkpointing
+_TASK = torch._C._current_graph_task_id  # -1 outside of a backward pass
+
+
+def watch(model: nn.Module, inputs: Any) -> None:
+    """Note, before an eager forward, whether reentrant checkpointing inside it has to be refused.
+
+    It is a forward pre-hook of the model that owns the bank. Compiled graphs do not run it.
+    """
+    if not torch.compiler.is_compiling():
+        bank: FactorBank = model.factor_bank  # type: ignore[assignment]
+        exchanged = _data_parallel() and any(p.requires_grad for p in bank.parameters())
+        bank.watching = torch.is_grad_enabled() and (exchanged or _sharded(bank))
+
+
+def refuse_reentrant(bank: FactorBank) -> None:
+    """Raise inside a forward that runs without gradients though the model's own runs with them.
+
+    Raises:
+        NetworkError: reentrant checkpointing with factors in the bank under DistributedDataParallel, FSDP1 or ZeRO.
+    """
+    if not torch.compiler.is_compiling() and bank.watching and not torch.is_grad_enabled():
+        bank.watching = False
+        raise NetworkError(
+            "factors shared between layers, data parallelism and reentrant checkpointing give wrong gradients",
+            remedy='use gradient_checkpointing_kwargs={"use_reentrant": False}, or '
+            "DistributedDataParallel(..., static_graph=True)",
+        )
+
+
+def check_recomputation(layer: TensorNetworkLinear) -> None:
+    """Note, in the forward of a checkpoint, which adapters a linear uses, and compare in the recomputation.
+
+    Raises:
+        NetworkError: adapters were switched, merged or disabled between the two.
+    """
+    if _TOP_HOOKS(True) is None and _TASK() == -1 and (torch.is_grad_enabled() or not layer.training):
+        return
+    active = layer._active_adapter
+    state = (active if isinstance(active, str) else (*active,), layer._disable_adapters, (*layer.merged_adapters,))
+    for region, again in _regions():
+        noted = region.__dict__.setdefault("_tnpeft_adapters", {})
+        if not again:
+            noted[id(layer)] = state
+        elif noted.get(id(layer), state) != state:
+            raise NetworkError(
+                "adapters were switched, merged or disabled between a checkpointed forward and its recomputation",
+                remedy="call backward() before switching, or train without gradient checkpointing",
+            )
+
+
+def _regions() -> Iterator[tuple[Any, bool]]:
+    """The checkpoints around the caller, innermost first, and whether they are being recomputed.
+
+    Torch tells neither; both of its kinds keep an object of their own from the forward to the backward.
+    """
+    frame = sys._getframe(2)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name in ("forward", "backward") and code.co_varnames[:1] == ("ctx",):
+            yield frame.f_locals["ctx"], code.co_name == "backward"
+        elif code.co_filename == checkpoint.__file__:
+            if code.co_name == "checkpoint" and (made := frame.f_locals.get("gen")) is not None:
+                yield made.gi_frame.f_locals["new_frame"], False
+            elif code.co_name == "unpack_hook":
+                yield frame.f_locals["frame"], True
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+def _sharded(bank: FactorBank) -> bool:
+    """True if FSDP1 has put views in the place of the bank's Parameters, or ZeRO holds them in parts."""
+    stores = bank.tnpeft_factors.children()
+    return any(
+        any(isinstance(value, Tensor) and value.requires_grad for value in vars(store).values())
+        or any(hasattr(array, "ds_id") and array.requires_grad for array in store.parameters())
+        for store in stores
+    )
+
+
+def _data_parallel() -> bool:
+    active = DistributedDataParallel._get_active_ddp_module()
+    return active is not None and not active.static_graph

@@ -1,0 +1,157 @@
+"""Remembered paths of a linear with one adapter: in training one operation, in inference two narrow products.
+
+The checks of a call (active adapter, hooks, dtype, modes) cost as much as the linear of one token, so their outcome
+is remembered and revalidated by identity and version counters. Factors are fetched at every call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from tnpeft.adapters.layer.binding import Update
+from tnpeft.adapters.layer.weight_cache import VersionStamp, is_cacheable, is_plain_inference
+from tnpeft.nn.executor.eligibility import why_not_fused, why_not_plain
+
+if TYPE_CHECKING:
+    from tnpeft.adapters.layer.linear import TensorNetworkLinear
+
+
+class Route(NamedTuple):
+    """The path that a call takes: base, merged, cached, shared, fused, plain or mixed; and why not a faster one."""
+
+    kind: str
+    reason: str
+
+
+_Tables = tuple[tuple[dict[str, Tensor | None], str], ...]
+
+
+def _tables(layer: TensorNetworkLinear, adapter: str, item: Update) -> _Tables | None:
+    """Return where the factors are kept; None if some are computed from the base weight."""
+    if any(operand.source == "base" for operand in item.operands):
+        return None
+    return tuple(
+        (layer.owner(operand).tnpeft_factors[adapter].table(operand.key), operand.key) for operand in item.operands
+    )
+
+
+def _noted(active: str | list[str]) -> str | list[str]:
+    return active if isinstance(active, str) else [*active]
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingFastPath:
+    """One adapter of a linear that can be one operation with it, and where its factors are kept."""
+
+    adapter: str
+    active: str | list[str]
+    item: Update
+    tables: _Tables
+
+    @staticmethod
+    def of(layer: TensorNetworkLinear) -> TrainingFastPath | None:
+        """Return the path of a linear's one active adapter; None if there are several, or it is not that simple."""
+        active = [adapter for adapter in layer.active_adapters if adapter in layer.updates]
+        if len(active) != 1 or active[0] in layer.tnpeft_magnitude or layer.updates[active[0]][0].side:
+            return None
+        item = layer.updates[active[0]][0]
+        tables = _tables(layer, active[0], item)
+        return None if tables is None else TrainingFastPath(active[0], _noted(layer._active_adapter), item, tables)
+
+    def factors(self, layer: TensorNetworkLinear, x: Tensor) -> list[Tensor] | None:
+        """Return the factors; None if the linear, called with ``x``, would not be one operation with its update."""
+        if (
+            layer._disable_adapters
+            or layer.merged
+            or (layer.training and layer.dropouts[self.adapter])
+            or why_not_fused(layer._modules["base_layer"], x)  # type: ignore[arg-type]
+            or layer._modules["base_layer"]._parameters.get("weight") is None  # type: ignore[union-attr]
+        ):
+            return None  # without a weight of its own: that is computed, or kept elsewhere
+        found = [table.get(key) for table, key in self.tables]
+        dtype, device = x.dtype, x.device
+        for array in found:
+            if type(array) not in (nn.Parameter, Tensor) or array.dtype != dtype or array.device != device:  # type: ignore[union-attr]
+                return None
+        return found  # type: ignore[return-value]
+
+    def __call__(self, layer: TensorNetworkLinear, x: Tensor) -> Tensor | None:
+        """Return the linear's output with the update, ``[..., out]``; or None."""
+        factors = self.factors(layer, x)
+        if factors is None:
+            return None
+        group = layer.siblings.get(self.adapter)
+        if (
+            group is not None
+            and group.worthwhile(x)
+            and (shared := group.forward(layer, self, x, factors)) is not None
+        ):
+            return shared
+        own = layer._modules["base_layer"]._parameters  # type: ignore[union-attr]
+        return self.item.run.with_linear(x, factors, own["weight"], own["bias"], self.item.scale)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, eq=False)
+class InferenceFastPath:
+    """The two matrices of an adapter's update, and all that has to be unchanged for them to hold.
+
+    ``first`` is ``[inp, narrow]``, ``last`` ``[narrow, out]``: views of the factors wherever they are factors.
+    """
+
+    active: str | list[str]
+    tables: _Tables
+    arrays: tuple[Tensor, ...]
+    stamp: VersionStamp
+    first: Tensor
+    last: Tensor
+    scale: float
+
+    @staticmethod
+    def of(layer: TensorNetworkLinear, adapter: str, x: Tensor) -> InferenceFastPath | None:
+        """Return the path of an adapter of a linear; None where nothing may be kept, or it is not that simple."""
+        item = layer.updates[adapter][0]
+        if not item.run.is_low_rank or item.side or adapter in layer.tnpeft_magnitude or _computed(layer.base_layer):
+            return None
+        tables = _tables(layer, adapter, item)
+        if tables is None:
+            return None
+        arrays = [table.get(key) for table, key in tables]
+        if not is_cacheable(arrays, x.device.type) or any(a.dtype != x.dtype or a.device != x.device for a in arrays):  # type: ignore[arg-type, union-attr]
+            return None
+        first, last, sign = item.run.matrices(layer.values(adapter, item, x))
+        found: tuple[Tensor, ...] = tuple(arrays)  # type: ignore[arg-type]
+        active, scale = _noted(layer._active_adapter), sign * item.scale
+        return InferenceFastPath(active, tables, found, VersionStamp(found), first.t(), last.t(), scale)
+
+    def __call__(self, layer: TensorNetworkLinear, x: Tensor) -> Tensor | None:
+        """Return the linear's output with the update, ``[..., out]``; None if anything has changed."""
+        base: nn.Linear = layer._modules["base_layer"]  # type: ignore[assignment]
+        if (
+            layer.training
+            or layer._disable_adapters
+            or layer.merged
+            or layer._active_adapter != self.active
+            or x.dtype != self.first.dtype
+            or _computed(base)
+            or not is_plain_inference(x.device.type)
+        ):
+            return None
+        for (table, key), source in zip(self.tables, self.arrays, strict=True):
+            if table.get(key) is not source:
+                return None
+        if not self.stamp.holds(self.arrays):
+            return None
+        own = base._parameters
+        result = linear(x, own["weight"], own["bias"])  # type: ignore[arg-type]
+        last = self.last
+        result.view(-1, last.shape[1]).addmm_(x.reshape(-1, x.shape[-1]).mm(self.first), last, alpha=self.scale)
+        return result
+
+
+def _computed(base: nn.Module) -> bool:
+    """Return True if the module is more than the product with a weight of its own."""
+    return bool(why_not_plain(base)) or type(base._parameters.get("weight")) is not nn.Parameter

@@ -1,0 +1,253 @@
+"""The linear that adds a tensor-network update to its output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from tnpeft.adapters.layer.bank import FactorBank
+from tnpeft.adapters.layer.binding import Update
+from tnpeft.adapters.layer.checkpointing import check_recomputation, refuse_reentrant
+from tnpeft.adapters.layer.fast_path import InferenceFastPath, Route, TrainingFastPath
+from tnpeft.adapters.layer.merging import DenseLinear, rescaling, wide
+from tnpeft.adapters.layer.mixed_batch import block_rows, group_by_network, update_blocks
+from tnpeft.adapters.layer.weight_cache import WeightCache, is_cacheable
+from tnpeft.layout import ParameterSpec
+from tnpeft.networks import NetworkError
+from tnpeft.nn.executor.eligibility import autocast_active, why_not_fused
+
+
+class TensorNetworkLinear(DenseLinear):
+    """A linear (``nn.Linear``, ``Conv1D`` or quantised) with the updates of its adapters.
+
+    The forward is a pure function of its input and of Parameters fetched at every call: the linear's own ones and,
+    through an unregistered reference, those of the bank.
+    """
+
+    def __init__(self, base_layer: nn.Module, bank: FactorBank, **kwargs: Any) -> None:
+        super().__init__(base_layer, bank, **kwargs)
+        self._cache = WeightCache()
+
+    def _ready(self, adapter: str, item: Update, x: Tensor) -> list[Tensor] | None:
+        """What inference keeps of one site's update, computed from factors alone; None where nothing may be kept."""
+        keeps = not self.training and item.keeps
+        if keeps and is_cacheable(arrays := self._arrays(adapter, item), x.device.type):
+            key = adapter, item.start, x.dtype, x.device
+            return self._cache.get(key, arrays, lambda: item.run.prepare(self.operands(adapter, item, x)))
+        return None
+
+    def values(self, adapter: str, item: Update, x: Tensor) -> list[Tensor]:
+        """All but ``x`` that one site's update needs."""
+        kept = self._ready(adapter, item, x)
+        return item.run.prepare(self.operands(adapter, item, x)) if kept is None else kept
+
+    def _run(self, adapter: str, item: Update, x: Tensor, result: Tensor | None) -> Tensor:
+        """``result`` plus one site's update of ``x``."""
+        kept = self._ready(adapter, item, x)
+        if kept is None:
+            return item.run(x, self.operands(adapter, item, x), result, item.scale)
+        return item.run.apply(x, kept, result, item.scale)
+
+    def register_factors(self, adapter: str, pieces: Mapping[ParameterSpec, Tensor], kept: bool) -> None:
+        """Own the arrays of an adapter, and forget what inference has kept of one of that name."""
+        self._cache.clear()
+        super().register_factors(adapter, pieces, kept)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, and what inference has kept of it."""
+        self._cache.clear()
+        super().delete_adapter(adapter_name)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, and forget what inference has kept."""
+        self._cache.clear()
+        return super().train(mode)
+
+    def refresh(self) -> None:
+        """Forget what inference has kept."""
+        self._cache.clear()
+
+    def _update(self, adapter: str, x: Tensor, result: Tensor | None) -> Tensor:
+        """``result`` plus the adapter's update of ``x``, both in one dtype; the update alone for None."""
+        items = self.updates[adapter]
+        if not items[0].side:
+            return self._run(adapter, items[0], x, result)
+        parts: list[Tensor] = []
+        at = 0
+        for item in items:
+            if item.side == "inp":
+                narrow = x.narrow(-1, item.start, item.length)
+                result = self._run(adapter, item, narrow, result)
+                continue
+            parts.append(self._rows(x, result, at, item.start))
+            rows = None if result is None else result.narrow(-1, item.start, item.length)
+            parts.append(self._run(adapter, item, x, rows))
+            at = item.start + item.length
+        if not parts:
+            assert result is not None  # a slice of the input's side has made it
+            return result
+        parts.append(self._rows(x, result, at, self.out_features))
+        return torch.cat([rows for rows in parts if rows.shape[-1]], dim=-1)
+
+    @staticmethod
+    def _rows(x: Tensor, result: Tensor | None, start: int, stop: int) -> Tensor:
+        if result is None:
+            return x.new_zeros((*x.shape[:-1], stop - start))
+        return result.narrow(-1, start, stop - start)
+
+    def _adapted(self, adapter: str, x: Tensor, result: Tensor, base: Tensor) -> Tensor:
+        """``result`` with the update of one adapter added; ``base`` is the output of the base linear alone."""
+        drop = self.dropouts[adapter]
+        if drop and self.training:
+            x = nn.functional.dropout(x, drop)
+        if adapter in self.tnpeft_magnitude:
+            return result + self._dora(adapter, x, base, dropped=bool(drop) and self.training)
+        dtype = self._compute_dtype(adapter, x)
+        if x.dtype == dtype == result.dtype:
+            return self._update(adapter, x, result)
+        return result + self._update(adapter, x.to(dtype), None).to(result.dtype)
+
+    def _compute_dtype(self, adapter: str, x: Tensor) -> torch.dtype:
+        """The wider dtype of input and factors; under autocast, which casts by itself, that of the input."""
+        if autocast_active(x.device.type):
+            return x.dtype
+        for operand in self.updates[adapter][0].operands:
+            if operand.source != "base":
+                arrays = self.tnpeft_factors if operand.source == "site" else self.bank.tnpeft_factors
+                dtype = arrays[adapter].get(operand.key).dtype
+                return x.dtype if x.dtype == dtype else torch.promote_types(x.dtype, dtype)
+        return x.dtype
+
+    def _dora(self, adapter: str, x: Tensor, base: Tensor, dropped: bool) -> Tensor:
+        """What rescaling the weight's rows to the learned magnitudes adds to ``base`` (arXiv 2402.09353, 4.3)."""
+        dtype = self._compute_dtype(adapter, x)
+        magnitude = self.tnpeft_magnitude[adapter].to(dtype)
+        with torch.no_grad():
+            updated = self.base_matrix() + wide(self._delta(adapter))
+        ratio = rescaling(magnitude, updated.detach().norm(dim=1).to(dtype))  # forward derivatives heed detach alone
+        bias = self.get_base_layer().bias
+        if dropped:
+            plain = nn.functional.linear(x.to(dtype), self.base_matrix().to(dtype))
+        else:
+            plain = base.to(dtype) if bias is None else base.to(dtype) - bias.to(dtype)
+        change = (ratio - 1) * plain + ratio * self._update(adapter, x.to(dtype), None)
+        return change.to(base.dtype)
+
+    # ---- which path a call takes
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
+        """The base linear's output plus the updates of the active adapters, or of each row's own adapter."""
+        if adapter_names is None and not args and not kwargs and not torch.compiler.is_compiling():
+            check_recomputation(self)
+            path = self.training_path() if torch.is_grad_enabled() else self._cache.inference
+            if path is not None and (result := path(self, x)) is not None:
+                return result  # type: ignore[no-any-return]
+        plain = not args and not kwargs
+        route = self._route(x, adapter_names, plain)
+        if route.kind in ("base", "merged"):
+            return self.base_layer(x, *args, **kwargs)
+        refuse_reentrant(self.bank)
+        active = [adapter for adapter in self.active_adapters if adapter in self.updates]
+        if route.kind in ("fused", "shared"):
+            item = self.updates[active[0]][0]
+            weight, bias = self.base_layer.weight, self.base_layer.bias
+            return item.run.with_linear(x, self.operands(active[0], item, x), weight, bias, item.scale)
+        if route.kind == "cached" and plain and len(active) == 1:
+            self._cache.inference = path = InferenceFastPath.of(self, active[0], x)
+            if path is not None and (result := path(self, x)) is not None:
+                return result
+        result = base = self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed(x, base, adapter_names)
+        for adapter in active:
+            result = self._adapted(adapter, x, result, base)
+        return result
+
+    def route(self, x: Tensor, adapter_names: Sequence[str] | None = None) -> Route:
+        """Return the path that a call with ``x`` takes, and why it is not a faster one.
+
+        The paths are ``base`` (no adapter), ``merged``, ``mixed`` (an adapter for each row), ``shared`` and ``fused``
+        (one operation with the base layer; several layers may share their first product), ``cached`` (inference with
+        results kept from call to call) and ``plain``.
+        """
+        route = self._route(x, adapter_names, plain=True)
+        if route.kind == "fused" and not torch.compiler.is_compiling():
+            path = self.training_path()
+            group = None if path is None else self.siblings.get(path.adapter)
+            if group is not None and group.worthwhile(x) and len(ready := group.ready(x)) > 1 and self in ready:
+                return Route("shared", "")
+        return route
+
+    def _route(self, x: Tensor, adapter_names: Sequence[str] | None, plain: bool) -> Route:
+        if self.disable_adapters:
+            return Route("base", "the adapters are switched off")
+        if self.merged:
+            if adapter_names is None:
+                return Route("merged", "the adapters are merged into the weights")
+            raise NetworkError("the adapters are merged into the weights", remedy="call unmerge_adapter() first")
+        if adapter_names is not None:
+            return Route("mixed", "every row has its own adapter")
+        active = [adapter for adapter in self.active_adapters if adapter in self.updates]
+        if not active:
+            return Route("base", "no active adapter has an update of this layer")
+        reason = self._why_not_fused(active, x) if plain else "the base layer is called with further arguments"
+        if not reason:
+            return Route("fused", "")
+        if self._cacheable(active[0], x):
+            return Route("cached", reason)
+        return Route("plain", reason)
+
+    def _cacheable(self, adapter: str, x: Tensor) -> bool:
+        """Return True if results computed from factors alone, or which these are, may be kept from call to call."""
+        if self.training or torch.compiler.is_compiling():
+            return False
+        item = self.updates[adapter][0]
+        return (
+            is_cacheable(self._arrays(adapter, item), x.device.type) if item.keeps or item.run.is_low_rank else False
+        )
+
+    def _why_not_fused(self, active: Sequence[str], x: Tensor) -> str:
+        """Return why the base linear and the update cannot be one operation; empty if they can."""
+        adapter = active[0]
+        if len(active) > 1:
+            return "several adapters are active"
+        if self.updates[adapter][0].side:
+            return "the update is of slices of the layer"
+        if adapter in self.tnpeft_magnitude:
+            return "DoRA rescales the output"
+        if self.training and self.dropouts[adapter]:
+            return "dropout in training"
+        reason = why_not_fused(self.base_layer, x)
+        if not reason and x.dtype != self._compute_dtype(adapter, x):
+            return "the factors are wider than the input"
+        return reason
+
+    def training_path(self) -> TrainingFastPath | None:
+        """Return what is remembered of the linear's one active adapter if the two can be one operation."""
+        path: TrainingFastPath | None = self._cache.training
+        if path is None or path.active != self._active_adapter:
+            self._cache.training = path = TrainingFastPath.of(self)
+        return path
+
+    def _mixed(self, x: Tensor, base: Tensor, names: Sequence[str]) -> Tensor:
+        """``base`` with the update of every row's own adapter added."""
+        if len(names) != len(x):
+            raise NetworkError(
+                f"adapter_names has {len(names)} entries for {len(x)} rows",
+                remedy="name one adapter per row; linears that see other rows than the batch's take one adapter only",
+            )
+        result = base.clone()
+        for lot in group_by_network(
+            self, [adapter for adapter in dict.fromkeys(names) if adapter in self.updates], x
+        ):
+            rows, own = (torch.tensor(places, device=x.device) for places in block_rows(lot, names))
+            given = base[rows]
+            if len(lot) == 1:
+                adapted = self._adapted(lot[0], x[rows], given, given)
+            else:
+                adapted = update_blocks(self, lot, x[rows], given)
+            result[rows[own]] = adapted[own]
+        return result

@@ -1,0 +1,273 @@
+"""The weights' side of an adapted linear: its factors, its dense updates, and merging them into the base weight."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.utils.quantization_utils import resolve_quantization_backend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from tnpeft.adapters.layer.bank import FactorBank, TensorNetworkLayer
+from tnpeft.adapters.layer.binding import Operand, Update, base_factor
+from tnpeft.adapters.layer.snapshot import WeightSnapshot
+from tnpeft.adapters.targets import features
+from tnpeft.networks import NetworkError
+
+if TYPE_CHECKING:
+    from tnpeft.adapters.layer.shared_input import SharedInputGroup
+
+
+class DenseLinear(nn.Module, TensorNetworkLayer):
+    """A linear (``nn.Linear``, ``Conv1D`` or quantised) and the factors of its adapters: dense updates and merging.
+
+    Factors are fetched at every use: the linear's own ones and, through an unregistered reference, those of the bank.
+    """
+
+    adapter_layer_names = ("tnpeft_factors", "tnpeft_magnitude")
+    other_param_names = ("updates", "dropouts", "siblings")
+
+    def __init__(self, base_layer: nn.Module, bank: FactorBank, **kwargs: Any) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
+        self.tnpeft_factors = nn.ModuleDict()
+        self.tnpeft_magnitude = nn.ParameterDict()
+        self.updates: dict[str, tuple[Update, ...]] = {}
+        self.dropouts: dict[str, float] = {}
+        self.siblings: dict[str, SharedInputGroup] = {}
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._trained, self._paused = set(), None
+        self._bank = (bank,)
+        self._kept: WeightSnapshot | None = None
+        self.out_features, self.in_features = features(self.get_base_layer())
+
+    @property
+    def bank(self) -> FactorBank:
+        """The bank of the model."""
+        return self._bank[0]
+
+    @property
+    def merged(self) -> bool:
+        """True if adapters of the model are merged, here or in other linears: no update is added then."""
+        return bool(self.merged_adapters or self._bank[0].merged_adapters)
+
+    def home_device(self) -> torch.device:
+        """The device of the base weight, under whatever name a quantised linear keeps it."""
+        base = self.get_base_layer()
+        held = (getattr(base, "weight", None), *base.parameters(), *base.buffers())
+        return next((array.device for array in held if isinstance(array, Tensor)), torch.device("cpu"))
+
+    @torch.no_grad()
+    def get_base_weight(self) -> Tensor:
+        """The weight that the linear holds, as its back end reads it.
+
+        On some processors bitsandbytes repacks 4-bit weights in place for inference, and neither its own function nor
+        the back end can read them then: they are read off what the linear makes of the unit vectors.
+        """
+        base = self.get_base_layer()
+        weight = getattr(base, "weight", None)
+        if not getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+            return super().get_base_weight()  # type: ignore[no-any-return]
+        units = torch.eye(self.in_features, device=self.home_device())
+        rows = base(units)
+        return (rows if base.bias is None else rows - base.bias).t()
+
+    def base_matrix(self) -> Tensor:
+        """The base weight as it was before any merge, in fp32 or wider, ``[out, inp]``.
+
+        Raises:
+            NetworkError: the linear is quantised by a back end that cannot give its weight.
+        """
+        try:
+            merged = self._kept is not None and self.quantization_backend is None
+            weight = self._kept.weight() if merged else self.get_base_weight()  # type: ignore[union-attr]
+        except TypeError as error:
+            raise NetworkError(
+                f"the weight of this quantised linear cannot be read: {error}",
+                remedy="choose start values and a line that do without it, and no dora",
+            ) from None
+        return self._stored(wide(weight))
+
+    # ---- the update
+
+    def operands(self, adapter: str, item: Update, like: Tensor | None = None) -> list[Tensor]:
+        """Return the arrays of one site's update in the program's order, on the device and in the dtype of ``like``.
+
+        Columns that are to be normalised are so by the program.
+        """
+        found = self._arrays(adapter, item)
+        return found if like is None else [array.to(like.device, like.dtype) for array in found]
+
+    def owner(self, operand: Operand) -> TensorNetworkLayer:
+        """Who owns an operand's array: this linear or the bank."""
+        return self if operand.source == "site" else self.bank
+
+    def _arrays(self, adapter: str, item: Update) -> list[Tensor]:
+        own, shared = self.tnpeft_factors[adapter], self.bank.tnpeft_factors[adapter]
+        return [
+            base_factor(self.base_matrix(), item, operand.key)
+            if operand.source == "base"
+            else (own if operand.source == "site" else shared).get(operand.key)
+            for operand in item.operands
+        ]
+
+    # ---- dense updates and merging
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """The update is additive; :func:`tnpeft.export_lora` writes it as a LoRA. Replicas are no one update."""
+        return not (adapter_name in self.updates and self.updates[adapter_name][0].site_layout.network.stack)
+
+    def _delta(self, adapter: str) -> Tensor:
+        """The adapter's scaled update of the whole linear, ``[out, inp]``."""
+        self._refuse_replicas(adapter)
+        items = self.updates[adapter]
+        with torch.autocast(self.home_device().type, enabled=False):
+            deltas = [item.delta(self.operands(adapter, item)) for item in items]
+        if not items[0].side:
+            return deltas[0]
+        whole = deltas[0].new_zeros((self.out_features, self.in_features))
+        for item, delta in zip(items, deltas, strict=True):
+            whole.narrow(0 if item.side == "out" else 1, item.start, item.length).add_(delta)
+        return whole
+
+    def _refuse_replicas(self, adapter: str) -> None:
+        if self.updates[adapter][0].site_layout.network.stack:
+            raise NetworkError(
+                f"{adapter!r} is several replicas and no one update",
+                remedy="take one out with tnpeft.replicas.attach(model, k, name), then use that",
+            )
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What the adapter adds to the base weight, in the factors' dtype and the base weight's layout.
+
+        Raises:
+            NetworkError: there is no such adapter.
+        """
+        if adapter not in self.updates:
+            raise NetworkError(f"this linear has no adapter {adapter!r}", remedy=f"it has {', '.join(self.updates)}")
+        return self._stored(self._change(adapter))
+
+    def _change(self, adapter: str) -> Tensor:
+        """What the adapter adds to the base weight, ``[out, inp]``: its update, with the magnitude if it has one."""
+        delta = self._delta(adapter)
+        if adapter not in self.tnpeft_magnitude:
+            return delta
+        base = self.base_matrix()
+        updated = base + wide(delta)
+        ratio = rescaling(wide(self.tnpeft_magnitude[adapter]), updated.norm(dim=1))
+        return updated * ratio[:, None] - base
+
+    def _stored(self, matrix: Tensor) -> Tensor:
+        """An ``[out, inp]`` matrix in the layout of the base weight."""
+        return matrix.T if isinstance(self.get_base_layer(), Conv1D) else matrix
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        """Add the updates to the base weight: summed in fp32, cast once. The weight is kept for :meth:`unmerge`.
+
+        Raises:
+            NetworkError: ``safe_merge`` found a number that is not finite; nothing is changed then.
+        """
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.updates]
+        if not names:
+            return
+        if self.merged and self.quantization_backend is not None:
+            names = [*self.merged_adapters, *names]
+            self.unmerge()
+        names = [*self.merged_adapters, *names]
+        self.refuse_merge(names)
+        merged = self._merged(names, safe_merge)
+        base = self.get_base_layer()
+        kept = WeightSnapshot.of(base) if self._kept is None else self._kept
+        if self.quantization_backend is not None:
+            self.set_base_weight(merged)
+        else:  # a Parameter of its own: the one that was there may be another module's as well
+            base.weight = nn.Parameter(merged, requires_grad=base.weight.requires_grad)
+        self._kept = kept
+        self.merged_adapters[:] = names
+
+    def refuse_merge(self, names: Sequence[str]) -> None:
+        """Raise if adapters cannot be merged here; nothing is computed.
+
+        Raises:
+            NetworkError: the weight is computed at every call, quantised in a way that has no merge, or an adapter is
+                several replicas.
+        """
+        mine = [name for name in names if name in self.updates]
+        backend = self.quantization_backend
+        if mine and backend is not None and not backend.supports_merge:
+            raise NetworkError(
+                f"a linear is quantised with {backend.backend_name}, which takes no merged weight",
+                remedy="merge into the model that is not quantised, or use tnpeft.export_lora",
+            )
+        if mine and backend is None and self.get_base_layer()._parameters.get("weight") is None:
+            raise NetworkError(
+                "the weight of a linear is computed at every call (pruned, normalised or parametrized)",
+                remedy="make it permanent before merging: torch.nn.utils.prune.remove, remove_weight_norm, or "
+                "parametrize.remove_parametrizations",
+            )
+        for name in mine:
+            self._refuse_replicas(name)
+
+    @torch.no_grad()
+    def check_merge(self, adapter_names: Sequence[str] | None = None) -> None:
+        """Raise if :meth:`merge` with ``safe_merge`` would; nothing is changed.
+
+        Raises:
+            NetworkError: it would.
+        """
+        names = self.active_adapters if adapter_names is None else adapter_names
+        new = [name for name in names if name in self.updates and name not in self.merged_adapters]
+        self._merged([*self.merged_adapters, *new], safe=True)
+
+    def _merged(self, names: Sequence[str], safe: bool) -> Tensor:
+        """The base weight with the updates of the adapters, as the linear stores it."""
+        merged = self.base_matrix() + sum(self._change(name) for name in names)
+        merged = self._stored(merged).to(self.get_base_weight().dtype).contiguous()
+        if safe and not torch.isfinite(merged).all():
+            raise NetworkError(
+                f"merging {', '.join(names)} would make the weight infinite or not a number",
+                remedy="check the adapter's factors",
+            )
+        return merged
+
+    def unmerge(self) -> None:
+        """Restore the base weight as it was before the first merge, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        if self._kept is not None:
+            self.base_layer = self._kept.restore(follow=self.quantization_backend is None)
+        self._kept = None
+        self.merged_adapters.clear()
+
+    def saved_apart(self) -> AbstractContextManager[None]:
+        """Hold the base weight as it was before any merge, for as long as it is written to a file."""
+        return nullcontext() if self._kept is None else self._kept.back()
+
+
+def rescaling(magnitude: Tensor, length: Tensor) -> Tensor:
+    """Return the factors that give rows of some length a magnitude; a row of zeros has no direction and stays.
+
+    >>> rescaling(torch.tensor([2.0, 0.0]), torch.tensor([4.0, 0.0]))
+    tensor([0.5000, 1.0000])
+    """
+    there = length > 0
+    return torch.where(there, magnitude / torch.where(there, length, 1.0), 1.0)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in fp32, or as it is if that is wider.
+
+    >>> wide(torch.zeros(1, dtype=torch.bfloat16)).dtype
+    torch.float32
+    """
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,0 +1,300 @@
+"""The tensors in an adapter's file: which a configuration declares on a model, and whether a file holds those alone.
+
+A file is compared name by name with what PEFT will read into the model: nothing else gets in, nothing is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from tnpeft.adapters.constants import PREFIX
+from tnpeft.adapters.layer.bank import BANK, TensorNetworkLayer
+from tnpeft.layout import Layout
+from tnpeft.networks import AdapterFileError, ConfigError
+
+if TYPE_CHECKING:
+    from tnpeft.adapters.config import TensorNetworkConfig
+
+PEFT_PREFIX = "base_model.model."  # of every name in a file
+AGAIN = "copy the adapter's folder again from where it was saved"
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+_SHOWN = 3  # names that an error lists
+_INSIDE = (BANK, f"{PREFIX}factors", f"{PREFIX}magnitude", "base_layer")  # modules that an attachment brings
+
+
+class Entry(NamedTuple):
+    """The shape of a tensor (None where the model does not tell), and whether its numbers are floating-point."""
+
+    shape: tuple[int, ...] | None
+    floating: bool = True
+
+
+Stored = dict[str, Entry]
+
+
+@dataclass
+class Contents:
+    """The tensors that a file must hold, and those that it may hold besides."""
+
+    required: Stored = field(default_factory=dict)
+    optional: Stored = field(default_factory=dict)
+
+
+def entries(tensors: Mapping[str, Any], where: str) -> Stored:
+    """Shape and kind of every tensor, once all are known to be finite numbers.
+
+    Raises:
+        AdapterFileError: one is not.
+
+    >>> entries({"A": torch.ones(2, 3)}, "the file")
+    {'A': Entry(shape=(2, 3), floating=True)}
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        known = _FLOATS if f".{PREFIX}" in f".{name}" else (*_FLOATS, *_WHOLE)
+        if not isinstance(tensor, Tensor) or tensor.dtype not in known:
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise AdapterFileError(f"{name} in {where} is of type {kind}", remedy=AGAIN)
+        if tensor.dtype in _FLOATS and not tensor.isfinite().all():
+            raise AdapterFileError(f"{name} in {where} is not finite", remedy=AGAIN)
+        found[name] = Entry(tuple(tensor.shape), tensor.dtype in _FLOATS)
+    return found
+
+
+def unprefixed(stored: Mapping[str, Entry], where: str, needed: bool = True) -> Stored:
+    """The entries by their names in the model, which in a file all stand behind one prefix.
+
+    Raises:
+        AdapterFileError: a name lacks the prefix though others have it, or it is ``needed``: PEFT would pass it over.
+
+    >>> unprefixed({"base_model.model.q.tnpeft_factors.B": Entry((4, 2))}, "the file")
+    {'q.tnpeft_factors.B': Entry(shape=(4, 2), floating=True)}
+    """
+    bare = [name for name in stored if not name.startswith(PEFT_PREFIX)]
+    if bare and (needed or len(bare) < len(stored)):
+        raise AdapterFileError(
+            f"{where} holds {bare[0]}, whose name does not begin with {PEFT_PREFIX}, and PEFT would not load it",
+            remedy="save the adapter with save_pretrained",
+        )
+    return {name.removeprefix(PEFT_PREFIX): entry for name, entry in stored.items()}
+
+
+def factor_shapes(config: TensorNetworkConfig, found: Layout) -> dict[str, tuple[int, ...]]:
+    """Shape of every factor and magnitude that a file of this adapter holds, by its name in the model."""
+    kinds = ("trainable", "frozen") if config.save_frozen else ("trainable",)
+    shapes = {
+        f"{param.home or BANK}.{PREFIX}factors.{param.key}": param.shape
+        for param in found.parameters
+        if param.kind in kinds
+    }
+    if config.dora:
+        rows: dict[str, int] = {}
+        for site_layout in found.site_layouts:
+            site = site_layout.site
+            rows[site.module] = max(rows.get(site.module, 0), site.start + site.out)
+        shapes |= {f"{module}.{PREFIX}magnitude": (out,) for module, out in rows.items()}
+    return shapes
+
+
+def contents(model: nn.Module, config: TensorNetworkConfig, found: Layout) -> Contents:
+    """The tensors in a file of the configuration's adapter on this model, as PEFT writes and reads them.
+
+    Raises:
+        ConfigError: what is trained besides factors does not fit the model.
+    """
+    its = Contents({name: Entry(shape) for name, shape in factor_shapes(config, found).items()})
+    whole = _whole_modules(model, config)
+    for path, module in whole.items():
+        its.required |= {f"{path}.{name}": _entry(value) for name, value in module.state_dict().items()}
+    for path, (shape, tied) in _token_rows(model, config).items():
+        (its.optional if tied else its.required)[f"{path}.token_adapter.trainable_tokens_delta"] = Entry(shape)
+    _add_biases(its, model, config, {site_layout.site.module for site_layout in found.site_layouts}, whole)
+    declared = {*(config.embeddings or ())}
+    its.optional |= {name: entry for name, entry in embeddings(model).items() if name in declared}
+    return its
+
+
+def check_contents(stored: Stored, its: Contents, where: str) -> None:
+    """Raise unless the tensors are those that the adapter needs on this model; names are those in the model.
+
+    Raises:
+        AdapterFileError: a tensor is missing, of another shape or kind, or not part of the adapter.
+
+    >>> check_contents({"q.B": Entry((4, 2))}, Contents({"q.B": Entry((4, 2))}), "the file")
+    """
+    known = {**its.optional, **its.required}
+    factors, others = [], []
+    for name, entry in stored.items():
+        wanted, factor = known.get(name), f".{PREFIX}" in f".{name}"
+        if wanted is None and not factor:
+            raise AdapterFileError(
+                f"{where} holds {name}, which is not part of the adapter and would change the model",
+                remedy="do not load it, or take that array out of it; resized embeddings are declared under "
+                "'embeddings' in adapter_config.json",
+            )
+        if wanted is None:
+            factors.append(f"{name} {entry.shape} is not part of it")
+        elif entry.floating is not wanted.floating:
+            others.append(f"{name} is of type {'float' if entry.floating else 'int'}, and the model's is not")
+        elif wanted.shape not in (None, entry.shape) and factor:
+            factors.insert(0, f"{name} is {entry.shape}, not {wanted.shape}")
+        elif wanted.shape not in (None, entry.shape):
+            plain = name.replace(".base_layer.", ".")
+            others.append(f"{plain} is stored with shape {entry.shape}, and the model's is {wanted.shape}")
+    missing = [f"{name} {entry.shape} is missing" for name, entry in its.required.items() if name not in stored]
+    factors += [problem for problem in missing if f".{PREFIX}" in problem]
+    others += [problem for problem in missing if f".{PREFIX}" not in problem]
+    if factors:
+        raise AdapterFileError(
+            f"the stored factors are not those of the adapter's network here: {_few(factors)}",
+            remedy="check that the adapter was trained on this architecture and that its files belong together",
+        )
+    if others:
+        raise AdapterFileError(
+            f"what {where} holds beside the factors does not fit: {_few(others)}",
+            remedy="load it onto the model class and size that it was trained on, embeddings resized alike",
+        )
+
+
+def check_modules(model: nn.Module, config: TensorNetworkConfig, adapter: str) -> None:
+    """Raise if PEFT would wrap a part of an adapter because ``modules_to_save`` or a token's module is called so.
+
+    Raises:
+        ConfigError: it would.
+    """
+    tokens = config.trainable_token_indices
+    named = [*(config.modules_to_save or ()), *(tokens if isinstance(tokens, Mapping) else ())]
+    for name in named:
+        if any(part.endswith(name) for part in (*_INSIDE, adapter)):
+            raise ConfigError(
+                f"modules_to_save names {name!r}, and so ends the name of a part of the adapter",
+                remedy="give more of the end of the module's path, or another adapter name",
+            )
+    for path, module in _whole_modules(model, config).items():
+        if any(isinstance(part, TensorNetworkLayer) for part in module.modules()):
+            raise ConfigError(
+                f"modules_to_save names {path}, of which another adapter adapts a linear",
+                remedy="train it in full beside adapters of other modules",
+            )
+
+
+def _few(problems: Collection[str]) -> str:
+    more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    return "; ".join([*problems][:_SHOWN]) + more
+
+
+def _entry(value: Any) -> Entry:
+    """The entry of one of the model's own tensors; quantised, sharded and offloaded ones do not tell their shape."""
+    if not isinstance(value, Tensor):
+        return Entry(None)
+    floating = value.is_floating_point()
+    return Entry(tuple(value.shape) if value.numel() and value.dtype in (*_FLOATS, torch.int64) else None, floating)
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside PEFT's wrappers and adapted layers."""
+    while isinstance(module, AuxiliaryTrainingWrapper | TensorNetworkLayer):
+        module = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module.get_base_layer()  # type: ignore[assignment]
+    return module
+
+
+def _ending(model: nn.Module, names: Collection[str]) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that PEFT means by the names, outermost ones only: their paths end with one of them."""
+    outer: list[str] = []
+    for path, module in model.named_modules(remove_duplicate=False):
+        if path and any(path.endswith(name) for name in names) and not path.startswith(tuple(outer)):
+            outer.append(f"{path}.")
+            yield path, module
+
+
+def _whole_modules(model: nn.Module, config: TensorNetworkConfig) -> dict[str, nn.Module]:
+    """The modules that are trained and saved in full, by path."""
+    found = _ending(model, config.modules_to_save or ())
+    return {path: m.original_module if isinstance(m, ModulesToSaveWrapper) else m for path, m in found}  # type: ignore[misc]
+
+
+def _token_rows(model: nn.Module, config: TensorNetworkConfig) -> dict[str, tuple[tuple[int, int], bool]]:
+    """Shape of the trained rows of every embedding, by path, and whether it is tied to the input, which has them."""
+    tokens = config.trainable_token_indices
+    if tokens is None:
+        return {}
+    source = _embedding(model, "get_input_embeddings")
+    if isinstance(tokens, Mapping):
+        found = {name: [path for path, _ in _ending(model, [name])] for name in tokens}
+        pairs = {path: [*tokens[name]] for name, paths in found.items() for path in paths}
+        missing = next((name for name, paths in found.items() if not paths), None)
+    else:
+        pairs = {} if source is None else {source: [*tokens]}
+        missing = None if pairs else "input embeddings"
+    if missing:
+        raise ConfigError(
+            f"trainable_token_indices: the model has no {missing}",
+            remedy="name the embedding: {'embed_tokens': [...]}",
+        )
+    first = None if source is None else getattr(_unwrapped(model.get_submodule(source)), "weight", None)
+    shapes: dict[str, tuple[tuple[int, int], bool]] = {}
+    for path, rows in pairs.items():
+        module = _unwrapped(model.get_submodule(path))
+        if not isinstance(module, nn.Embedding | nn.Linear) or module.weight.ndim != 2:
+            raise ConfigError(
+                f"trainable_token_indices names {path}, a {type(module).__name__}, not an embedding",
+                remedy="name the embedding: {'embed_tokens': [...]}",
+            )
+        count, width = module.weight.shape
+        if not rows or max(rows) >= count:
+            raise ConfigError(
+                f"trainable_token_indices names {f'token {max(rows)}' if rows else 'no token'} of {path}",
+                remedy=f"it has the tokens 0 to {count - 1}; resize the embeddings first if there are to be more",
+            )
+        shapes[path] = (len(rows), width), path != source and module.weight is first
+    return shapes
+
+
+def _add_biases(
+    its: Contents, model: nn.Module, config: TensorNetworkConfig, adapted: Collection[str], whole: Collection[str]
+) -> None:
+    """Add the biases that are trained; those inside PEFT's copies of whole modules may stand in the file twice."""
+    if config.bias == "none":
+        return
+    for name, value in model.state_dict().items():
+        owner, _, leaf = name.rpartition(".")
+        if leaf != "bias" or f".{PREFIX}" in name:
+            continue
+        own = owner.removesuffix(".base_layer")
+        name = f"{own}.base_layer.bias" if own in adapted else name
+        inside = next((path for path in whole if f"{owner}.".startswith(f"{path}.")), None)
+        if inside is not None:
+            rest = name.removeprefix(f"{inside}.").removeprefix("original_module.")
+            copies = (f"{inside}.original_module.{rest}", f"{inside}.modules_to_save.{rest}")
+            its.optional |= dict.fromkeys(copies, _entry(value))
+        elif config.bias == "all" or own in adapted or isinstance(model.get_submodule(own), TensorNetworkLayer):
+            its.required[name] = _entry(value)
+
+
+def embeddings(model: nn.Module) -> Stored:
+    """Return the weights of the model's embeddings, under each name that PEFT may give them in a file."""
+    found: Stored = {}
+    for ask in ("get_input_embeddings", "get_output_embeddings"):
+        path = _embedding(model, ask)
+        if path is None:
+            continue
+        for name, value in _unwrapped(model.get_submodule(path)).state_dict().items():
+            inside = ("", "base_layer.", "original_module.", "modules_to_save.", "token_adapter.base_layer.")
+            found |= dict.fromkeys((f"{path}.{part}{name}" for part in inside), _entry(value))
+    return found
+
+
+def _embedding(model: nn.Module, ask: str) -> str | None:
+    """The path of the model's embedding, None if it has none."""
+    try:
+        module = getattr(model, ask)() if hasattr(model, ask) else None
+    except (NotImplementedError, AttributeError):  # of models without text
+        return None
+    return next((path for path, its in model.named_modules() if path and its is module), None)

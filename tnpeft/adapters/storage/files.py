@@ -1,0 +1,293 @@
+"""Adapters on disk: what a file of factors holds, whether it fits, swapping one in, and the model card."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+
+from tnpeft.adapters.storage.contents import AGAIN, Stored, check_contents, contents, entries, unprefixed
+from tnpeft.layout import Layout
+from tnpeft.networks import AdapterFileError, Factorization
+
+ROOM = "make room or choose a folder that may be written, and save again: what was there before is as it was"
+LOADING: ContextVar[bool] = ContextVar("LOADING", default=False)  # of a folder, whose frozen factors were compared
+_CARD = "README.md"
+_MARK = "## Tensor-network adapter"
+_FIXED = ("network", "dora", "bias", "layers", "projections", "save_frozen", "frozen", "trainable_token_indices")
+_FIXED += ("replicas", "replica_ranks", "replica_scales")
+
+
+def fetch(name: str, subfolder: str | None = None, **hub: Any) -> Path:
+    """Where the file of factors lies that belongs to a folder or to a repository of the hub.
+
+    Args:
+        name: the folder, or the repository: then the file is taken from the cache, or downloaded into it.
+        subfolder: the adapter's folder in it.
+        hub: options of ``hf_hub_download``, such as ``revision`` and ``cache_dir``.
+
+    Raises:
+        AdapterFileError: there is none, or it cannot be had.
+
+    >>> fetch("/", local_files_only=True)
+    Traceback (most recent call last):
+    tnpeft.networks.errors.AdapterFileError: there is no adapter_model.safetensors in '/'
+    copy the adapter's folder again from where it was saved
+    """
+    folder = Path(name, subfolder or "")
+    if not folder.is_dir():
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
+        try:
+            return Path(hf_hub_download(str(name), SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder or None, **hub))
+        except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+            raise AdapterFileError(
+                f"{SAFETENSORS_WEIGHTS_NAME} of {str(name)!r} cannot be had from the hub ({type(error).__name__})",
+                remedy=f"check the name and the connection; pickles ({WEIGHTS_NAME}) are not read",
+            ) from error
+    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        pickled = (folder / WEIGHTS_NAME).is_file()
+        remedy = "save it with safe_serialization=True: pickles are not read" if pickled else AGAIN
+        raise AdapterFileError(f"there is no {SAFETENSORS_WEIGHTS_NAME} in {str(folder)!r}", remedy=remedy)
+    return folder / SAFETENSORS_WEIGHTS_NAME
+
+
+def stored(path: Path) -> Stored:
+    """Shape and kind of every array in an adapter's file, by its name in the model.
+
+    Raises:
+        AdapterFileError: the file is damaged, or holds something that is not a finite number.
+
+    >>> stored(Path("no/such/file"))
+    Traceback (most recent call last):
+    tnpeft.networks.errors.AdapterFileError: adapter_model.safetensors is damaged: No such file or directory: no/su...
+    copy the adapter's folder again from where it was saved
+    """
+    return unprefixed(entries(read(path), SAFETENSORS_WEIGHTS_NAME), SAFETENSORS_WEIGHTS_NAME)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The arrays of a file by name.
+
+    Raises:
+        AdapterFileError: it cannot be read.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise AdapterFileError(f"{SAFETENSORS_WEIGHTS_NAME} is damaged: {error}", remedy=AGAIN) from None
+
+
+def hotswap(model: Any, folder: str, adapter: str = "default") -> None:
+    """Put the factors of another adapter of the same network in place of the loaded ones, without recompiling.
+
+    Parameters keep their identity: only their values change, so compiled graphs and optimizers stay valid.
+
+    Args:
+        model: a model with an adapter of this package.
+        folder: a folder that ``save_pretrained`` wrote.
+        adapter: name of the adapter whose values change.
+
+    Raises:
+        AdapterFileError: the two adapters differ in network, seed of frozen factors, sites, shapes, or what they
+            train besides; nothing is changed then.
+
+    >>> hotswap(None, "no/such/folder")
+    Traceback (most recent call last):
+    tnpeft.networks.errors.AdapterFileError: there is no adapter_model.safetensors in 'no/such/folder'
+    pass a folder that save_pretrained wrote
+    """
+    import torch
+    from peft import get_peft_model_state_dict
+
+    from tnpeft.adapters.state import bank_of
+
+    path = Path(folder) / SAFETENSORS_WEIGHTS_NAME
+    if not path.is_file():
+        raise AdapterFileError(
+            f"there is no {SAFETENSORS_WEIGHTS_NAME} in {folder!r}", remedy="pass a folder that save_pretrained wrote"
+        )
+    own = model.peft_config[adapter]
+    new = type(own).from_pretrained(folder)
+    if not isinstance(new, type(own)):
+        raise AdapterFileError(
+            f"the adapter in {folder!r} is a {new.peft_type}", remedy="swap in one of this package"
+        )
+    check_fits(model, adapter, new, f"the adapter in {folder!r}")
+    if bank_of(model, adapter).merged:
+        raise AdapterFileError("a merged adapter cannot be swapped", remedy="call unmerge_adapter() first")
+    values = read(path)
+    state = get_peft_model_state_dict(model, adapter_name=adapter)
+    for name, array in state.items():
+        if name not in values or values[name].shape != array.shape:
+            raise AdapterFileError(
+                f"the adapter in {folder!r} has no {name} of shape {tuple(array.shape)}",
+                remedy="load it with load_adapter instead of swapping it in",
+            )
+    with torch.no_grad():
+        for name, array in state.items():
+            array.copy_(values[name])
+
+
+def check_fits(model: Any, adapter: str, new: Any, what: str) -> None:
+    """Raise unless a configuration read from a folder, and the file beside it, are of an adapter like the attached.
+
+    Raises:
+        AdapterFileError: the two differ in network, scale, seed of frozen factors, sites, or what they train besides.
+    """
+    from tnpeft.adapters.state import bank_of
+
+    own, base = model.peft_config[adapter], bank_of(model, adapter)
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    new = translated(inner, new)
+    for name in _FIXED:
+        if _value(own, name) != _value(new, name):
+            raise AdapterFileError(
+                f"{what} has another {name} than {adapter!r}",
+                remedy="load it with load_adapter, under another name",
+            )
+    if new.stored is not None:
+        check_contents(new.stored, contents(inner, own, base.layouts[adapter]), what)
+
+
+def check_state(model: Any, config: Any, adapter: str, layout: Layout, state: Mapping[str, Any]) -> None:
+    """Raise unless a state dict that is about to be loaded into an attached adapter holds that adapter and no more.
+
+    Warns where frozen factors stay as they are here: of those in the adapter that it was taken from it knows nothing.
+
+    Raises:
+        AdapterFileError: a tensor is missing, not finite, of another shape, or not part of the adapter, or the
+            adapter is merged.
+    """
+    from tnpeft.adapters.state import bank_of
+
+    where = "the state dict"
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if adapter in bank_of(inner, adapter).merged_adapters:
+        raise AdapterFileError(
+            f"{adapter!r} is merged, and the weights would go on without what is loaded",
+            remedy="call unmerge_adapter() first",
+        )
+    held = unprefixed(entries(state, where), where, needed=inner is not model)
+    copies = re.compile(rf"\.modules_to_save\.{re.escape(adapter)}\.|(trainable_tokens_delta)\.{re.escape(adapter)}$")
+    held = {copies.sub(lambda found: found[1] or ".", name): its for name, its in held.items()}
+    check_contents(held, contents(inner, config, layout), where)
+    frozen = sorted({param.label for param in layout.parameters if param.kind == "frozen"})
+    if frozen and not config.save_frozen and not LOADING.get():
+        warnings.warn(
+            f"the state dict holds no frozen factors: {', '.join(frozen)} stay as seed {config.seed} and the start "
+            "values here make them; save_frozen=True puts them into it",
+            stacklevel=2,
+        )
+
+
+def _value(config: Any, name: str) -> Any:
+    """The value of a field, of the network what its outputs depend on."""
+    if name != "network":
+        return getattr(config, name)
+    return replace(config.factorization, name="", source="", lr_multiplier={})
+
+
+def translated(model: Any, config: Any) -> Any:
+    """The configuration with paths as they are today in a model that transformers has rearranged since it was saved.
+
+    >>> from types import SimpleNamespace
+    >>> translated(SimpleNamespace(), "as it is")
+    'as it is'
+    """
+    rules = getattr(model, "_checkpoint_conversion_mapping", None) or {}
+    if not rules or config.layers is None:
+        return config
+
+    def today(path: str) -> str:
+        return next((new for old, to in rules.items() if (new := re.sub(old, to, path)) != path), path)
+
+    found = copy.copy(config)
+    found.layers = {today(path): place for path, place in config.layers.items()}
+    found.stored = config.stored and {today(name): entry for name, entry in config.stored.items()}
+    return found
+
+
+def describe(folder: str, adapters: Mapping[str, Factorization]) -> None:
+    """Write into a folder's model card what its adapters are, and that tnpeft has to be imported to load them.
+
+    Args:
+        folder: where the card lies; without one, nothing is written.
+        adapters: the networks by subfolder, ``""`` for the folder itself.
+
+    >>> describe("no/such/folder", {"": Factorization.of("A[out inp] -> out inp")})
+    """
+    card = Path(folder) / _CARD
+    if not card.is_file():
+        return
+    parts = [_MARK]
+    for subfolder, f in adapters.items():
+        lines = "\n".join(str(line.network) + ("" if line.sites == "*" else f"  # {line.sites}") for line in f.lines)
+        ranks = ", ".join(f"{bond} = {rank}" for bond, rank in f.ranks.items())
+        where = f"In `{subfolder}`, family" if subfolder else "Family"
+        parts.append(f"{where} `{f.name}`, ranks {ranks or 'none'}, scale {f.scale:g}:\n\n```\n{lines}\n```")
+    more = "" if "" in adapters else f', subfolder="{next(iter(adapters))}"'
+    parts.append(
+        "Import tnpeft before loading it:\n\n```python\nimport peft, tnpeft\n\n"
+        f"model = peft.PeftModel.from_pretrained(base_model, path{more})\n```\n"
+    )
+    before, _, after = card.read_text(encoding="utf-8").partition(_MARK)
+    kept = re.search(r"^#+ .*", after, re.MULTILINE | re.DOTALL)  # from the next heading on
+    text = f"{before.rstrip()}\n\n" + "\n\n".join(parts) + (f"\n{kept[0]}" if kept else "")
+    write(card, text)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file as a whole or not at all.
+
+    Raises:
+        AdapterFileError: the disk does not take it; what was there stays.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        raise AdapterFileError(f"{path} cannot be written: {error}", remedy=ROOM) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def written(folder: Any, writes: bool = True) -> Iterator[Any]:
+    """A folder to write files to, which end up in ``folder`` once all are written; if any cannot be, none does.
+
+    Raises:
+        AdapterFileError: the disk does not take them; what was in the folder stays.
+    """
+    if not writes or os.path.isfile(folder):  # PEFT has an error for the latter
+        yield folder
+        return
+    target = Path(folder)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=target) as name:
+            if (target / _CARD).is_file():  # it is added to
+                shutil.copyfile(target / _CARD, Path(name, _CARD))
+            yield name
+            for part in sorted(Path(name).rglob("*"), reverse=True):
+                if part.is_file():
+                    there = target / part.relative_to(name)
+                    there.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(part, there)
+    except (OSError, SafetensorError) as error:
+        raise AdapterFileError(f"{target} cannot be written: {error}", remedy=ROOM) from error

@@ -1,0 +1,158 @@
+"""Groups for an optimizer: every factor at its rate, given or by rule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from tnpeft.adapters.layer.bank import FactorBank
+from tnpeft.adapters.state import arrays, bank_of
+from tnpeft.layout import Layout, ParameterSpec
+from tnpeft.networks import NetworkError, Site
+from tnpeft.optim.coordinate import base_sizes, measured_rates, sites
+from tnpeft.planning import plan as best_plan
+from tnpeft.scaling import starts
+from tnpeft.scaling.gain import least_variances, squares_on, stacked_sizes
+from tnpeft.scaling.rates import by_gain, by_structure
+
+
+def parameter_groups(
+    model: nn.Module,
+    lr: float | None = None,
+    adapter: str | None = None,
+    *,
+    relative_step: float | None = None,
+    rule: str = "gain",
+    batch: Any = None,
+    **common: Any,
+) -> list[dict[str, Any]]:
+    """Return groups for a torch optimizer: every trainable parameter once, factors at their own learning rate.
+
+    With ``relative_step`` rates follow a rule of :func:`tnpeft.learning_rates`: by ``"gain"`` the first step moves
+    an entry of a site's update by that share of the RMS of the site's base weight. A factor of several sites learns
+    at the mean of the rates that its sites ask for. Magnitudes of DoRA move by that share of their RMS, and what is
+    not a factor, such as a new head, learns at ``lr``, or at ``relative_step`` where that is not given.
+    ``rule="measured"`` takes gradients on ``batch``: a factor's rate is such that its signed step
+    moves the outputs of its sites by ``relative_step`` of the base outputs' RMS, shared among the trained factors.
+
+    Args:
+        model: a model with adapters.
+        lr: learning rate of everything that has no multiplier; without it and ``relative_step`` the ``relative_step``
+            of the adapter's configuration is used.
+        adapter: the adapter whose factors are meant, None for all that are trainable.
+        relative_step: the size of a step relative to the base weight's.
+        rule: gain, structure or measured.
+        batch: for ``rule="measured"`` what the model is called with.
+        common: further options of every group, such as ``weight_decay``.
+
+    Raises:
+        NetworkError: neither rate nor step is known, or the rule is unknown or lacks its batch.
+
+    >>> import peft, tnpeft
+    >>> config = tnpeft.TensorNetworkConfig(network="lora", lr_multiplier={"B": 16}, target_modules=["0"])
+    >>> model = peft.get_peft_model(nn.Sequential(nn.Linear(4, 8)), config)
+    >>> [(group["name"], group["lr"]) for group in parameter_groups(model, lr=0.001)]
+    [('B', 0.016), ('A', 0.001)]
+    """
+    rates: dict[int, tuple[str, float]] = {}
+    bank = next((module for module in model.modules() if isinstance(module, FactorBank)), None)
+    for its in [] if bank is None else [name for name in bank.layouts if adapter in (None, name)]:
+        step = relative_step
+        if step is None and lr is None:
+            step = getattr(getattr(model, "peft_config", {}).get(its), "relative_step", None)
+        rates |= _rates(model, its, lr, step, rule, batch)
+    configs = getattr(model, "peft_config", {}).values()
+    steps = [step for config in configs if (step := getattr(config, "relative_step", None)) is not None]
+    rest = next((rate for rate in (lr, relative_step, *steps) if rate is not None), None)
+    if rest is None:
+        raise NetworkError("no learning rate is given", remedy="pass lr=, or relative_step= such as 1e-2")
+    grouped: dict[tuple[str, float], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad and (adapter is None or id(parameter) in rates):
+            grouped.setdefault(rates.get(id(parameter), ("rest", rest)), []).append(parameter)
+    return [{"params": found, "lr": rate, "name": name, **common} for (name, rate), found in grouped.items()]
+
+
+def _rates(
+    model: nn.Module, adapter: str, lr: float | None, step: float | None, rule: str, batch: Any
+) -> dict[int, tuple[str, float]]:
+    """The group's name and the rate of each trained array of an adapter, by the array's id."""
+    bank = bank_of(model, adapter)
+    layout = bank.layouts[adapter]
+    multiplier = layout.factorization.lr_multiplier
+    held = arrays(model, bank, adapter, kinds=("trainable",))
+    by_rule = None if step is None else piece_rates(model, adapter, step, rule, batch)
+    found: dict[int, tuple[str, float]] = {}
+    for param, array in held.items():
+        rate = lr if by_rule is None else by_rule[param]
+        if rate is not None:
+            found[id(array)] = param.label, rate * multiplier.get(param.label, 1.0)
+    for linear in sites(model):
+        if step is not None and adapter in linear.tnpeft_magnitude:
+            magnitude = linear.tnpeft_magnitude[adapter]
+            found[id(magnitude)] = "magnitude", step * float(magnitude.detach().float().square().mean().sqrt())
+    return found
+
+
+def piece_rates(
+    model: nn.Module, adapter: str, step: float, rule: str = "gain", batch: Any = None
+) -> dict[ParameterSpec, float]:
+    """Return the rate of each trained param by rule: the mean of what its sites ask for."""
+    layout = bank_of(model, adapter).layouts[adapter]
+    asked: dict[ParameterSpec, list[float]] = {}
+    for site, rates in site_rates(model, adapter, step, rule, batch).items():
+        place = next(place for place in layout.site_layouts if place.site == site)
+        for label, rate in rates.items():
+            asked.setdefault(place.parameters[label], []).append(rate)
+    return {param: sum(values) / len(values) for param, values in asked.items()}
+
+
+def site_rates(
+    model: nn.Module, adapter: str, step: float, rule: str = "gain", batch: Any = None
+) -> dict[Site, dict[str, float]]:
+    """Return for every site the rate that the rule gives to each trained factor there."""
+    layout = bank_of(model, adapter).layouts[adapter]
+    if rule == "measured":
+        if batch is None:
+            raise NetworkError('rule="measured" steps on a batch', remedy="pass batch=")
+        return measured_rates(model, batch, adapter, step)
+    if rule == "structure":
+        return {p.site: _structure(layout, p, step) for p in layout.site_layouts}
+    if rule != "gain":
+        raise NetworkError(f"rule={rule!r} is unknown", remedy="use gain, structure or measured")
+    bases = base_sizes(model, adapter)
+    squares = squares_on(layout, bases)
+    raw = raw_on(layout, bases)
+    f = layout.factorization
+    return {site: by_gain(f, raw[site], squares[site], step * bases[site], step) for site in bases}
+
+
+def _structure(layout: Layout, place: Any, step: float) -> dict[str, float]:
+    net, sizes = place.network, dict(place.sizes)
+    return by_structure(net, sizes, best_plan(net, sizes, tokens=1, minimize="macs"), step)
+
+
+def raw_on(layout: Layout, bases: Mapping[Site, float]) -> dict[Site, dict[str, float]]:
+    """Return for every site the mean square at the start of each trained factor's entries, as stored."""
+    f, shared = layout.factorization, least_variances(layout)
+    named = starts.starts(f)
+    zeros = starts.zero_init_factors(f, named)
+    found: dict[Site, dict[str, float]] = {}
+    for place in layout.site_layouts:
+        net, sizes = place.line.network, stacked_sizes(layout, place)
+        of = found.setdefault(place.site, {})
+        for label, param in place.parameters.items():
+            if param.kind != "trainable":
+                continue
+            if label in zeros:
+                of[label] = 0.0
+            elif label in named:
+                indices = net.factor(label).indices
+                of[label] = float(starts.mean_square(named[label], indices, net, sizes, bases[place.site]))
+            elif param in shared:
+                of[label] = float(shared[param])
+            else:
+                of[label] = float(1 / starts.unit_size(net.factor(label).indices, net, sizes))
+    return found

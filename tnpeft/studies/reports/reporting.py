@@ -1,0 +1,119 @@
+"""The report of a study: its tables and figures, made from the result files alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from tnpeft.studies import packaged
+from tnpeft.studies.files import StudyError, write_json
+from tnpeft.studies.reports import figures, tables
+from tnpeft.studies.reports.points import Point, collect, failures
+from tnpeft.studies.runs import Store
+from tnpeft.studies.study import Study
+
+
+def report(study: Study, folder: str | Path, out: str | Path, reference: str = "") -> tuple[Point, ...]:
+    """The study's points, after its tables and figures were written below ``out``.
+
+    Files: ``<name>.json`` with every score, and what :func:`render` makes of it. Nothing in them depends on when or
+    how often a sweep was interrupted.
+
+    Args:
+        study: the study.
+        folder: where its results are.
+        out: where to write.
+        reference: the method that others are compared with; the study's first if empty.
+
+    Raises:
+        StudyError: no result is there yet, or there is no such reference.
+    """
+    store, out = Store(Path(folder)), Path(out)
+    points = collect(study, store)
+    failed = failures(study, store)
+    if not points and failed:
+        problem = f"no results: all {len(failed)} runs failed, {failed[0][0]} with {failed[0][1]}"
+        raise StudyError(problem, where=study.name, remedy="mend that and run the sweep with --retry")
+    if not points:
+        raise StudyError("no results yet", where=study.name, remedy="run the sweep first")
+    labels = dict.fromkeys(point.label for point in points)
+    if reference and reference not in labels:
+        raise StudyError(
+            f"there is no method {reference!r}", where=study.name, remedy=f"there are {', '.join(labels)}"
+        )
+    facts = {
+        "name": study.name,
+        "title": str(study.table.get("title", "")),
+        "reference": reference or points[0].label,
+        "protocol": study.protocol.digest,
+        "settings": asdict(study.protocol),
+        "backbone": packaged.title(str(study.table["backbone"])),
+        "backbones": {name: study.identity(name) for name in study.backbones},
+        "controls": list(study.table.get("controls", [])),
+        "contrasts": [
+            {"name": c.name, "plus": c.plus.name, "minus": c.minus.name, "measure": c.measure, "margin": c.margin}
+            | {"task": c.task}
+            for c in study.contrasts
+        ],
+        "source": str(study.table.get("source", "")),
+        "ours": list(study.table.get("ours", [])),
+        "tasks": {task.name: {"prompt": task.prompt, "words": dict(task.words)} for task in study.tasks},
+        "seeds": list(study.table["seeds"]),
+        "reported": len(study.table.get("backbones", ())) or 1,
+        "points": [p.table for p in points],
+    }
+    write_json(out / f"{study.name}.json", facts)
+    if failed:
+        tables.write([{"run": run, "cause": cause} for run, cause in failed], out / f"{study.name}-failed.md")
+    return render(facts, out)
+
+
+def render(facts: Mapping[str, Any], out: str | Path) -> tuple[Point, ...]:
+    """The points of a study, after the tables and figures were written that its results (a report's JSON) show.
+
+    Files: the tables ``<name>`` (all points), ``<name>-contrasts`` (declared comparisons), ``<name>-variance``
+    (between families, by policy), ``<name>-curve`` (best under a budget) and ``<name>-metrics`` (.md, .csv, .tex);
+    the figures ``<name>`` (against budget, or by rank), ``<name>-rates`` (searches), ``<name>-variance`` and
+    ``<name>-contrasts``. What has no content is left out.
+    """
+    points = tuple(map(Point.of, facts["points"]))
+    where, name, title = Path(out), facts["name"], facts["title"]
+    wanted = len(facts["seeds"]) * max(1, facts.get("reported", 1))
+    gaps = sum(wanted - len(p.scores) for p in points)
+    caption = f"{title or name}: {_seeds(points)}{f', {gaps} runs missing' if gaps else ''}."
+    tables.write(tables.results_table(points), where / f"{name}.md", caption)
+    found = tables.contrasts(points, facts.get("contrasts", ()))
+    controls = facts.get("controls", ())
+    further = {
+        "contrasts": tables.contrasts_table(found, facts.get("contrasts", ())),
+        "variance": tables.variance_table(points, controls),
+        "curve": tables.curve_table(points),
+        "metrics": tables.metrics_table(points),
+    }
+    for kind, rows in further.items():
+        if rows:
+            tables.write(rows, where / f"{name}-{kind}.md")
+    first = points[0].policy
+    shown = [p if p.policy == first else replace(p, label=f"{p.label}, {p.policy}") for p in points]
+    if not further["variance"]:
+        draw = figures.budget_figure if figures.is_ladder(shown) else figures.ranked_figure
+        draw(shown, where / name, title=title, reference=facts["reference"])
+    if any(p.step is not None and len(p.search) > 1 for p in points):
+        figures.rates_figure(points, where / f"{name}-rates", title=title)
+    if further["variance"]:
+        figures.variance_figure(points, where / f"{name}-variance", controls, title=title)
+    if found:
+        measures = {c["measure"] for c in facts["contrasts"]}
+        unit = {"loss": "cross-entropy", "metric": points[0].metric}[measures.pop()] if len(measures) == 1 else ""
+        figures.forest_figure(found, where / f"{name}-contrasts", title=title, unit=unit)
+    return points
+
+
+def _seeds(points: Sequence[Point]) -> str:
+    counts = sorted({p.summary.replicates for p in points})
+    each = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    backbones = max(p.summary.n for p in points)
+    many = any("/" in str(key) for p in points for key in p.scores)
+    return f"{each} runs each on {backbones} backbones" if many else f"{each} seeds"

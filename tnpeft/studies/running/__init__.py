@@ -1,0 +1,1 @@
+"""Runs of a study: training, evaluation, and many of them side by side."""

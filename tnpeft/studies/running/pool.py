@@ -1,0 +1,220 @@
+"""Where runs are made: in this process, in processes of this machine, or on Ray."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from tnpeft.studies.files import StudyError
+from tnpeft.studies.running.execution import run_once
+from tnpeft.studies.runs import Run, Store, packs
+
+Outcome = tuple[Run, str, float]  # a run, its status, seconds
+Job = tuple[Run, ...]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Where runs are made, and how many at once.
+
+    Attributes:
+        kind: ``processes`` of this machine, ``serial`` in this process, or ``ray``: a cluster that ``RAY_ADDRESS``
+            names, else one that Ray starts here. Its machines must see the same folders.
+        workers: runs side by side; 0 for as many as there are cores for.
+        threads: of each run.
+        retry: True to make runs again that failed before.
+        pack: runs that differ in seed, learning rate, ranks and scale alone and are trained in one pass (see
+            :func:`tnpeft.studies.runs.packs`): faster where a step's fixed costs count, and equal to rounding only.
+        gpus: of each run on Ray, if the cluster has any; 0.5 lets two share one.
+    """
+
+    kind: str = "processes"
+    workers: int = 0
+    threads: int = 1
+    retry: bool = False
+    pack: int = 1
+    gpus: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("serial", *_POOLS):
+            raise StudyError(f"unknown engine {self.kind!r}", remedy=f"use one of {', '.join(('serial', *_POOLS))}")
+        for name, least in (("pack", 1), ("threads", 1), ("workers", 0), ("gpus", 0)):
+            if getattr(self, name) < least:
+                raise StudyError(f"{name} = {getattr(self, name)}", where="engine", remedy=f"give at least {least}")
+
+    @property
+    def width(self) -> int:
+        """Runs side by side."""
+        if self.kind == "serial":
+            return 1
+        return self.workers or max(1, _POOLS[self.kind].cores() // self.threads)
+
+    def open(self, folder: Path) -> Workers:
+        """Return workers for the runs whose results are in a folder, to be closed by a ``with``."""
+        return Workers(self, folder)
+
+
+class Workers:
+    """A pool that lives from its first run to the end of the ``with``, replaced when a worker dies."""
+
+    def __init__(self, engine: Engine, folder: Path) -> None:
+        self.engine, self.folder = engine, folder
+        self.pool: Any = None
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self.pool is not None:
+            self.pool.close()
+        self.pool = None
+
+    def map(self, runs: Sequence[Run]) -> Iterator[Outcome]:
+        """Yield outcomes of the runs as they come in.
+
+        A worker may die (out of memory, killed). The jobs under way are then made again one at a time: first as they
+        were, then run by run, and a run that dies alone is recorded as failed.
+        """
+        waiting, suspects = deque[Job](packs(runs, self.engine.pack)), deque[Job]()
+        if self.engine.kind == "serial":
+            for job in waiting:
+                yield from work(job, str(self.folder), self.engine.threads, self.engine.retry)
+            return
+        while waiting:
+            suspects += yield from self._until_one_dies(waiting, self.engine.width)
+        while suspects:
+            job = suspects.popleft()
+            if not (yield from self._until_one_dies(deque([job]), 1)):
+                continue
+            if len(job) > 1:
+                suspects.extendleft((run,) for run in reversed(job))
+            else:
+                Store(self.folder).fail(job[0], "its process died (killed, or out of memory)")
+                yield job[0], "failed", 0.0
+
+    def _until_one_dies(self, waiting: deque[Job], width: int) -> Generator[Outcome, None, list[Job]]:
+        """Yield the jobs' outcomes until a worker dies; return the lost jobs. Others stay in ``waiting``."""
+        lost, under_way = list[Job](), dict[Future[list[Outcome]], Job]()
+        self.pool = self.pool or _POOLS[self.engine.kind](self.engine, self.folder.resolve())
+        while under_way or (waiting and not lost):
+            while waiting and not lost and len(under_way) < width:
+                job = waiting.popleft()
+                try:
+                    under_way[self.pool.submit(job)] = job
+                except self.pool.died:  # while it had nothing to do
+                    lost.append(job)
+            for task in wait(under_way, return_when=FIRST_COMPLETED).done:
+                job = under_way.pop(task)
+                try:
+                    outcomes = task.result()
+                except self.pool.died:
+                    lost.append(job)
+                else:
+                    yield from outcomes
+        if lost:
+            self._close()
+        return lost
+
+
+class _Processes:
+    """Processes of this machine, which end with this one, however that dies."""
+
+    died: Any = BrokenProcessPool
+
+    def __init__(self, engine: Engine, folder: Path) -> None:
+        self.rest = (str(folder), engine.threads, engine.retry)
+        spawn = get_context("spawn")
+        self.pool = ProcessPoolExecutor(engine.width, mp_context=spawn, initializer=follow, initargs=(os.getpid(),))
+
+    def close(self) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+    @staticmethod
+    def cores() -> int:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+    def submit(self, job: Job) -> Future[list[Outcome]]:
+        return self.pool.submit(work, job, *self.rest)
+
+
+class _Ray:
+    """Tasks of a Ray cluster; one that is there already stays, one that is started here ends with this process."""
+
+    def __init__(self, engine: Engine, folder: Path) -> None:
+        ray = _ray()
+        self.died = (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
+        self.rest = (str(folder), engine.threads, engine.retry)
+        gpus = engine.gpus if ray.cluster_resources().get("GPU") else 0
+        self.remote = ray.remote(num_cpus=engine.threads, num_gpus=gpus, max_retries=0)(work)
+
+    def close(self) -> None:
+        pass
+
+    @staticmethod
+    def cores() -> int:
+        return int(_ray().cluster_resources().get("CPU", 1))
+
+    def submit(self, job: Job) -> Future[list[Outcome]]:
+        task: Future[list[Outcome]] = self.remote.remote(tuple(map(_anywhere, job)), *self.rest).future()
+        return task
+
+
+_POOLS: dict[str, Any] = {"processes": _Processes, "ray": _Ray}
+
+
+def _ray() -> Any:
+    """Return the library, connected.
+
+    Raises:
+        StudyError: it is not installed.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise StudyError("the engine ray needs Ray", remedy="pip install 'tnpeft[ray]'") from None
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, logging_level="warning", include_dashboard=False)
+    return ray
+
+
+def _anywhere(run: Run) -> Run:
+    """Return the run with its folders as a process of another working directory finds them."""
+    places = dict(run.places)
+    for key, place in run.places.items():
+        if place and (key == "cache" or Path(place).exists()):
+            places[key] = str(Path(place).resolve())
+    return replace(run, places=places)
+
+
+def follow(parent: int) -> None:
+    """Let a worker end with its parent, however that dies."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def work(job: Job, folder: str, threads: int, retry: bool) -> list[Outcome]:
+    """Make the runs of a job that have no result in ``folder`` yet, with so many threads."""
+    import torch
+
+    torch.set_num_threads(threads)
+    start = time.perf_counter()
+    statuses = run_once(job, Store(Path(folder)), retry=retry)
+    seconds = (time.perf_counter() - start) / len(job)
+    return [(run, status, seconds) for run, status in zip(job, statuses, strict=True)]

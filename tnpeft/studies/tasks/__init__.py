@@ -1,0 +1,1 @@
+"""Tasks: their data, their prompts and their scores."""

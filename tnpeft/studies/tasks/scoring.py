@@ -1,0 +1,247 @@
+"""From examples to class scores: token ids, batches, and label words or a classification head."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from tnpeft.studies.files import StudyError
+from tnpeft.studies.running.batching import MicroBatch, micro_batches
+from tnpeft.studies.tasks.data import Example
+from tnpeft.studies.tasks.task import METRICS, Task
+
+Batch = dict[str, torch.Tensor]
+
+
+class Scorer:
+    """Encodes a task's examples for a model and turns the model's logits into one score per class.
+
+    With label words a class scores the mean log-probability of its word's tokens after the prompt; words of one
+    token each need one row per example, longer ones a row per example and class.
+
+    Args:
+        task: the task.
+        tokenizer: a Hugging Face tokenizer.
+        head: ``"words"`` or ``"classifier"``.
+        max_length: tokens of a prompt with its word; what is longer loses its beginning.
+    """
+
+    def __init__(self, task: Task, tokenizer: Any, head: str = "words", max_length: int = 256) -> None:
+        self.task, self.tokenizer, self.head, self.max_length = task, tokenizer, head, max_length
+        self.words: list[list[int]] = []
+        where = f"task {task.name!r}"
+        if not tokenizer("a b 1", add_special_tokens=False).input_ids:
+            raise StudyError("the tokenizer knows no tokens", remedy="name the model's tokenizer with --tokenizer")
+        if head == "words":
+            self.words = [tokenizer(w, add_special_tokens=False).input_ids for w in task.words.values()]
+            if not all(self.words) or len({tuple(ids) for ids in self.words}) < len(self.words):
+                raise StudyError("two label words are the same to the tokenizer", where=where)
+        self.width = max((len(ids) for ids in self.words), default=1)
+        if max_length <= self.width * (head == "words"):
+            problem = f"max_length = {max_length} leaves no room before the {self.width} tokens of a label word"
+            raise StudyError(problem, where=where, remedy=f"set max_length to at least {self.width + 1}")
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.pad = 0 if pad is None else pad
+
+    def encode(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
+        """Token ids and label of each example."""
+        texts = [e.prompt if self.head == "words" else e.text for e in examples]
+        rows = self.tokenizer(texts, add_special_tokens=True, truncation=False, verbose=False).input_ids
+        return [{"ids": self._cut(ids), "label": e.label} for ids, e in zip(rows, examples, strict=True)]
+
+    def _cut(self, ids: list[int]) -> list[int]:
+        special = set(self.tokenizer.all_special_ids)
+        if self.head == "words" and len(ids) > 1 and ids[-1] in special:
+            ids = ids[:-1]
+        room = self.max_length - (self.width if self.head == "words" else 0)
+        if len(ids) <= room:
+            return ids
+        lead = ids[:1] if ids[0] in special else []
+        return lead + ids[len(ids) - room + len(lead) :]
+
+    def collate(self, rows: Sequence[dict[str, Any]]) -> Batch:
+        """A batch of encoded examples, padded on the left for words and on the right for a classifier."""
+        labels = torch.tensor([row["label"] for row in rows])
+        if self.width == 1:
+            ids = [row["ids"] for row in rows]
+        else:
+            ids = [row["ids"] + word[:-1] for row in rows for word in self.words]
+        longest = max(map(len, ids))
+        left = self.head == "words"
+        pads = [[self.pad] * (longest - len(row)) for row in ids]
+        mask = [
+            [0] * len(p) + [1] * len(r) if left else [1] * len(r) + [0] * len(p)
+            for r, p in zip(ids, pads, strict=True)
+        ]
+        ids = [p + r if left else r + p for r, p in zip(ids, pads, strict=True)]
+        return {"labels": labels, "input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+    def cut(self, batch: Batch, runs: int = 1) -> Iterator[tuple[MicroBatch, Batch]]:
+        """Yield the batch in micro-batches of about equal length, without the padding that they do not need.
+
+        Args:
+            batch: what :meth:`collate` made.
+            runs: blocks of equally many examples in it, each of which takes part in every micro-batch.
+
+        Yields:
+            The places of a micro-batch's examples in their blocks, and itself as a batch of as many blocks.
+        """
+        count, device = len(batch["labels"]), batch["labels"].device
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        lengths = mask.sum(1).view(count, -1).amax(1).view(runs, -1)
+        starts = torch.arange(0, count, count // runs)[:, None]
+        for lot in micro_batches(lengths.tolist(), len(ids) // count, device.type):
+            places = (torch.tensor(lot) + starts).flatten().to(device)
+            rows = torch.arange(len(ids), device=device).view(count, -1)[places].flatten()
+            longest = int(mask[rows].sum(1).max())
+            columns = slice(-longest, None) if self.head == "words" else slice(longest)
+            part = {"input_ids": ids[rows, columns], "attention_mask": mask[rows, columns]}
+            yield lot, {"labels": batch["labels"][places], **part}
+
+    def losses(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """The cross-entropy of every example, ``[examples]``."""
+        return nn.functional.cross_entropy(self.scores(model, batch), batch["labels"], reduction="none")
+
+    def scores(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """Scores ``[examples, classes]`` of a batch; a cross-entropy over them is the training loss."""
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        if self.head == "classifier":
+            return model(**inputs).logits.float()
+        if _takes(model, "position_ids"):
+            inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        if _takes(model, "logits_to_keep"):
+            inputs["logits_to_keep"] = self.width
+        if self.width > 1:
+            return self._mean_log_probabilities(model(**inputs).logits[:, -self.width :].float())
+        words = [ids[0] for ids in self.words]
+        with only(model, words) as alone:
+            logits = model(**inputs).logits[:, -1].float()
+        return logits if alone else logits[:, words]
+
+    def _mean_log_probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """The rows are example by example, class by class; a word's tokens are predicted at its row's last places."""
+        classes = len(self.words)
+        grouped = logits.log_softmax(-1).view(-1, classes, self.width, logits.shape[-1])
+        columns = [
+            grouped[:, k, self.width - len(ids) :].gather(
+                -1, torch.tensor(ids, device=logits.device).expand(len(grouped), -1).unsqueeze(-1)
+            )
+            for k, ids in enumerate(self.words)
+        ]
+        return torch.stack([column.squeeze(-1).mean(-1) for column in columns], dim=1)
+
+
+@contextmanager
+def only(model: Any, tokens: Sequence[int]) -> Iterator[bool]:
+    """Let a language model's head give the logits of a few tokens, of the last place alone, while this lasts.
+
+    The product with a whole vocabulary can take longer than all else in a small model. Yields False where the head is
+    more than a plain linear, and stays as it is.
+
+    >>> from transformers import OPTConfig, OPTForCausalLM
+    >>> sizes = dict(hidden_size=8, word_embed_proj_dim=8, num_attention_heads=1, num_hidden_layers=1, ffn_dim=8)
+    >>> model, ids = OPTForCausalLM(OPTConfig(vocab_size=9, **sizes)).eval(), torch.ones(2, 4, dtype=torch.long)
+    >>> with only(model, [3, 5]):
+    ...     few = model(ids).logits
+    >>> few.shape, torch.allclose(few[:, 0], model(ids).logits[:, -1, [3, 5]])
+    (torch.Size([2, 1, 2]), True)
+    """
+    head = inner(model).get_output_embeddings()
+    if type(head) is not nn.Linear or "forward" in vars(head) or type(head.weight.detach()) is not torch.Tensor:
+        yield False
+        return
+    if head._forward_hooks or head._forward_pre_hooks:
+        yield False
+        return
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        bias = None if head.bias is None else head.bias[rows]
+        return nn.functional.linear(hidden[:, -1], head.weight[rows], bias)[:, None]
+
+    rows = torch.tensor(tokens, device=head.weight.device)
+    head.forward = forward
+    try:
+        yield True
+    finally:
+        del head.forward
+
+
+def inner(model: Any) -> Any:
+    """Return the transformer inside PEFT's wrapper, if there is one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _takes(model: Any, name: str) -> bool:
+    """Whether the transformer's forward has that argument."""
+    return name in inspect.signature(inner(model).forward).parameters
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A model's guesses and the labels, in the order of the examples, and its mean cross-entropy."""
+
+    guesses: list[int]
+    labels: list[int]
+    loss: float
+
+    def scores(self, classes: int) -> dict[str, float]:
+        """Every metric that so many classes have.
+
+        >>> Judged([1, 1], [0, 1], 0.5).scores(2)
+        {'accuracy': 0.5, 'matthews': 0.0, 'f1': 0.6666666666666666}
+        """
+        names = METRICS if classes == 2 else METRICS[:1]
+        return {name: metric(name, self.guesses, self.labels) for name in names}
+
+
+def evaluate(scorer: Scorer, model: torch.nn.Module, rows: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    """The task's metric and the mean cross-entropy over encoded examples, in evaluation mode."""
+    (found,) = judge(scorer, model, [rows])
+    return metric(scorer.task.metric, found.guesses, found.labels), found.loss
+
+
+@torch.no_grad()
+def judge(scorer: Scorer, model: torch.nn.Module, rows: Sequence[Sequence[dict[str, Any]]]) -> list[Judged]:
+    """What a model guesses for encoded examples, in evaluation mode: each of its replicas for its own rows.
+
+    Raises:
+        StudyError: these differ in number.
+    """
+    if len({len(its) for its in rows}) > 1:
+        raise StudyError("the runs are judged on sets of different sizes", remedy="make these runs alone")
+    was, device, runs = model.training, next(model.parameters()).device, len(rows)
+    model.eval()
+    guesses = torch.zeros(runs, len(rows[0]), dtype=torch.long)
+    loss = torch.zeros(runs)
+    whole = scorer.collate([row for its in rows for row in its])
+    for lot, batch in scorer.cut({name: tensor.to(device) for name, tensor in whole.items()}, runs):
+        scores = scorer.scores(model, batch)
+        each = nn.functional.cross_entropy(scores, batch["labels"], reduction="none")
+        loss += each.view(runs, -1).sum(1).cpu()
+        guesses.scatter_(1, torch.tensor(lot), scores.argmax(-1).view(runs, -1).cpu())
+    model.train(was)
+    labels = [[row["label"] for row in its] for its in rows]
+    return [Judged(*its) for its in zip(guesses.tolist(), labels, (loss / len(rows[0])).tolist(), strict=True)]
+
+
+def metric(name: str, guesses: Sequence[int], labels: Sequence[int]) -> float:
+    """Accuracy, Matthews correlation (of two classes) or F1 of the second class.
+
+    >>> metric("accuracy", [0, 1, 1], [0, 1, 0]), metric("f1", [0, 1, 1], [0, 1, 0])
+    (0.6666666666666666, 0.6666666666666666)
+    """
+    pairs = list(zip(guesses, labels, strict=True))
+    if name == "accuracy":
+        return sum(g == y for g, y in pairs) / len(pairs)
+    both, neither = pairs.count((1, 1)), pairs.count((0, 0))
+    false, missed = pairs.count((1, 0)), pairs.count((0, 1))
+    if name == "f1":
+        return 2 * both / max(1, 2 * both + false + missed)
+    spread = (both + false) * (both + missed) * (neither + false) * (neither + missed)
+    return (both * neither - false * missed) / spread**0.5 if spread else 0.0

@@ -16,12 +16,10 @@ if TYPE_CHECKING:  # for type checkers and editors; a test keeps it equal to _HO
     from tnpeft import optim as optim
     from tnpeft import testing as testing
     from tnpeft.adapters import TensorNetworkConfig as TensorNetworkConfig
-    from tnpeft.adapters import coordinate_check as coordinate_check
     from tnpeft.adapters import explain as explain
     from tnpeft.adapters import export_lora as export_lora
     from tnpeft.adapters import factors as factors
     from tnpeft.adapters import hotswap as hotswap
-    from tnpeft.adapters import parameter_groups as parameter_groups
     from tnpeft.adapters import refresh as refresh
     from tnpeft.adapters import replica as replica
     from tnpeft.adapters import replicas as replicas
@@ -52,6 +50,8 @@ if TYPE_CHECKING:  # for type checkers and editors; a test keeps it equal to _HO
     from tnpeft.nn import from_tensorly as from_tensorly
     from tnpeft.nn import to_tensorly as to_tensorly
     from tnpeft.nn.fit import fit as fit
+    from tnpeft.optim import coordinate_check as coordinate_check
+    from tnpeft.optim import parameter_groups as parameter_groups
     from tnpeft.optim import rebalance as rebalance
     from tnpeft.planning import plan as plan
     from tnpeft.planning import plan_table as plan_table
@@ -98,8 +98,8 @@ _HOME = {
     "convert": "adapters.convert",
     "explain": "adapters",
     "hotswap": "adapters",
-    "parameter_groups": "adapters",
-    "coordinate_check": "adapters",
+    "parameter_groups": "optim",
+    "coordinate_check": "optim",
     "rebalance": "optim",
     "replica": "adapters",
     "replicas": "adapters",
@@ -123,6 +123,7 @@ _MODULES = (
 _EXTRAS = {
     "nn": "torch",
     "adapters": "peft",
+    "optim": "peft",
     "studies": "studies",
 }  # what a layer needs beyond the plain installation
 

@@ -12,7 +12,7 @@ from transformers import OPTConfig, OPTForCausalLM
 from typer.testing import CliRunner
 
 import tnpeft
-from tnpeft.adapters.folder_report import explain_folder
+from tnpeft.adapters.storage.folder_report import explain_folder
 from tnpeft.cli import app
 from tnpeft.layout import layout
 from tnpeft.models.cards import sites

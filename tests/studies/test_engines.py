@@ -186,6 +186,8 @@ def test_a_sweep_is_not_for_torchrun(table: dict[str, Any], tmp_path: Path, monk
 
 def test_sweeps_need_no_module_that_windows_lacks() -> None:
     blocked = "import sys; sys.modules.update(dict.fromkeys(('fcntl', 'resource', 'pwd', 'grp')))"
-    code = f"{blocked}; import tnpeft.studies.running.sweeping, tnpeft.studies.running.dry_run, tnpeft.studies.running.finetune"
+    code = blocked + "".join(
+        f"; import tnpeft.studies.running.{name}" for name in ("sweeping", "dry_run", "finetune")
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -15,11 +15,11 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules
 from torch import Tensor, nn
 
-from tnpeft.adapters.bases import linear, site_weight
 from tnpeft.adapters.config import TensorNetworkConfig
 from tnpeft.adapters.config_validation import check_replicas
 from tnpeft.adapters.constants import PREFIX
 from tnpeft.adapters.layer.bank import BANK, FactorBank, TensorNetworkLayer
+from tnpeft.adapters.layer.bases import linear, site_weight
 from tnpeft.adapters.layer.binding import update
 from tnpeft.adapters.layer.checkpointing import watch
 from tnpeft.adapters.layer.linear import TensorNetworkLinear

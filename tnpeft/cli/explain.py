@@ -26,7 +26,7 @@ def explain(
 
     `tnpeft explain adapter/ --model facebook/opt-1.3b`
     """
-    from tnpeft.adapters.folder_report import explain_folder
+    from tnpeft.adapters.storage.folder_report import explain_folder
 
     report = explain_folder(folder, model=model)
     show(report.as_dict(), as_json, lambda: str(report))

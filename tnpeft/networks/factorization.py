@@ -99,7 +99,7 @@ class Factorization:
         splits: sizes of the indices in the row group (``"out"``) and the column group (``"inp"``), in order; a whole
             number, a rule, or None to deduce it.
         init: how each factor starts, by label: zeros, ones, constant(c), normal(std), uniform(bound), kaiming,
-            xavier, orthogonal, eye, svd, tt_svd, dct, circulant, base (the frozen weight). See ``tnpeft.nn.init.initializer``.
+            xavier, orthogonal, eye, svd, tt_svd, dct, circulant, base (the frozen weight). See ``tnpeft.nn.init``.
         scale: the effective number that multiplies the update.
         unit_norm: factors whose columns are normalised in the forward pass (over their row and column indices).
         lr_multiplier: learning rate of a factor relative to the others.

@@ -10,7 +10,7 @@ from tnpeft.nn.dense import dense  # at once: a module of that name would hide i
 _HOME = {
     "Program": "executor.program",
     "program": "executor.program",
-    "Initializer": "init",
+    "Initializer": "init.initializer",
     "fit": "fit",
     "from_tensorly": "tensorly_formats",
     "to_tensorly": "tensorly_formats",

@@ -5,7 +5,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-_HOME = {"precondition": "preconditioner", "rebalance": "balance"}
+_HOME = {
+    "coordinate_check": "coordinate",
+    "parameter_groups": "groups",
+    "precondition": "preconditioner",
+    "rebalance": "balance",
+}
 
 __all__ = [*_HOME]
 

@@ -6,21 +6,21 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
-    "Data": "data",
-    "Engine": "pool",
+    "Data": "tasks.data",
+    "Engine": "running.pool",
     "Protocol": "protocol",
     "Run": "runs",
-    "Scorer": "scoring",
+    "Scorer": "tasks.scoring",
     "Store": "runs",
     "Study": "study",
     "StudyError": "files",
-    "TASKS": "tasks",
-    "Task": "tasks",
-    "report": "reporting",
-    "sweep": "sweeping",
-    "task": "tasks",
-    "train": "finetune",
-    "trial": "dry_run",
+    "TASKS": "tasks.task",
+    "Task": "tasks.task",
+    "report": "reports.reporting",
+    "sweep": "running.sweeping",
+    "task": "tasks.task",
+    "train": "running.finetune",
+    "trial": "running.dry_run",
 }
 
 __all__ = sorted(_HOME)

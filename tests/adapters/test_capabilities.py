@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import tnpeft
-from tnpeft.adapters import bases as bases_module
 from tnpeft.adapters import model as model_module
 from tnpeft.adapters.constants import TENSOR_NETWORK
+from tnpeft.adapters.layer import bases as bases_module
 from tnpeft.adapters.layer import merging as dense_module
 from tnpeft.adapters.layer.bank import FactorBank
 from tnpeft.adapters.layer.linear import TensorNetworkLinear

@@ -1,9 +1,9 @@
 """Guards over the committed studies, and a run of minutes: are conclusions allowed that the report draws?
 
 Fails if a chosen rate or step stands at an end of its grid, if a verdict stands on fewer than eight independent
-observations, or if a study's backbone is not in ``paper/backbones.toml``. With ``--run`` the controls, lines that
-span the same updates, are trained with preconditioned steps on two backbones: their mean losses must differ by no
-more than replicates of one control make likely.
+observations, or if a study's backbone is not in ``paper/backbones.toml``. With ``--run`` the controls, LoRA and LoRA
+in another gauge, are trained with preconditioned steps on two backbones: their mean losses must differ by no more
+than replicates of one control make likely. Nothing is claimed for lines with a trained core: they take other steps.
 
     python scripts/check_studies.py
     python scripts/check_studies.py --run
@@ -58,7 +58,7 @@ def spread(points: tuple[Point, ...]) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", action="store_true", help="train the controls as well, about two minutes")
+    parser.add_argument("--run", action="store_true", help="train the controls as well, a minute or two")
     found = list(problems(PAPER))
     if parser.parse_args().run:
         with tempfile.TemporaryDirectory() as made:

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tnpeft import families
 from tnpeft.counting.parameters import layout_on
+from tnpeft.families import get as get_family
 from tnpeft.layout import Layout, ParameterSpec, SiteLayout
 from tnpeft.models.cards import Model, Targets
 from tnpeft.networks import Factorization, Network, NetworkError, Site, network
@@ -88,7 +88,7 @@ def resolve(f: AnyNetwork) -> tuple[Factorization, bool]:
     """
     if isinstance(f, str):
         if "->" not in f:
-            return families.get(f)(), True
+            return get_family(f)(), True
         f = network(f)
     if isinstance(f, Factorization):
         return f, False

@@ -58,7 +58,7 @@ def factorization(method: Method) -> Factorization:
 def by_rule(method: Method) -> Method:
     """Return a method whose trained factors start by the variance rule and learn alike; its zero factors stay zero.
 
-    >>> by_rule({"family": "loretta"})["change"]["init"]
+    >>> by_rule({"family": "tt_lora"})["change"]["init"]
     {}
     >>> by_rule({"family": "lora"})["change"]["init"]
     {'B': 'zeros'}

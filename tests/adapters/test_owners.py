@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 from adapter_models import opt
+from failing_steps import steps
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -152,3 +153,21 @@ def test_the_last_of_many_adapters_costs_what_the_first_did() -> None:
     first, last = sorted(added[1:21])[10], sorted(added[-20:])[10]
     assert last < 3 * first + 0.002, (first, last)
     assert sorted(switched[20:])[10] < 3 * sorted(switched[:20])[10] + 0.002
+
+
+def test_calls_to_attach_and_switch_do_not_grow() -> None:
+    """Counted, not timed: one look at each name that is taken is all that grows with the number of adapters."""
+    model = peft.get_peft_model(opt(), config("q_proj"))
+    added = [steps(lambda k=k: model.add_adapter(f"a{k}", config("q_proj"))) for k in range(40)]
+    switched = [steps(lambda k=k: model.set_adapter(f"a{k}")) for k in (0, 39)]
+    assert added[-1] - added[1] <= 40
+    assert switched[0] == switched[1]
+
+
+def test_calls_to_attach_grow_as_the_sites_do() -> None:
+    def calls(sites: int) -> int:
+        model = nn.ModuleDict({"layers": nn.ModuleList(nn.ModuleDict({"q": nn.Linear(2, 2)}) for _ in range(sites))})
+        return steps(lambda: peft.get_peft_model(model, config("q")))
+
+    calls(1)
+    assert calls(200) <= 4.1 * calls(50)

@@ -97,7 +97,8 @@ def test_round_trips_of_drawn_peft_adapters(method: str, tmp_path: Path) -> None
         base = make() if method == "target_parameters" else base  # unloading would turn its parameters round
         rng = random.Random(f"{method}{seed}")
         model = trained(drawn(method, rng), base, seed)
-        wanted = logits(model)
+        reloaded = seed % 25 == 0  # the bits of every file are compared below
+        wanted = logits(model) if reloaded else None
         folder = tmp_path / str(seed)
         model.save_pretrained(folder / "peft")
         model.unload()
@@ -110,7 +111,7 @@ def test_round_trips_of_drawn_peft_adapters(method: str, tmp_path: Path) -> None
             used = value != 0 if name.endswith(("randlora_A", "randlora_B")) else torch.ones_like(value, dtype=bool)
             assert before[name].shape == value.shape
             assert torch.equal(before[name][used], value[used]), (name, there, back)
-        if seed % 10 == 0:
+        if reloaded:
             loaded = peft.PeftModel.from_pretrained(make(), folder / "back").eval()
             assert torch.equal(logits(loaded), wanted)
             if method != "target_parameters":

@@ -10,8 +10,8 @@ from adapter_models import adapted, logits, opt, shake
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
-from tnpeft.adapters import bases as bases_module
 from tnpeft.adapters import model as model_module
+from tnpeft.adapters.layer import bases as bases_module
 from tnpeft.adapters.layer import merging as dense_module
 
 

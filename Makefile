@@ -17,7 +17,8 @@ demo: .venv/ready
 check: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict tnpeft/networks tnpeft/families tnpeft/layout.py tnpeft/models tnpeft/counting tnpeft/scaling tnpeft/planning
+	$(BIN)/mypy --strict tnpeft/_text.py tnpeft/networks tnpeft/families tnpeft/layout.py tnpeft/models tnpeft/counting \
+		tnpeft/scaling tnpeft/planning tnpeft/comparison
 
 unit: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests tnpeft --doctest-modules

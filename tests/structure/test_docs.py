@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import re
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,9 @@ def test_every_link_of_the_pages_leads_somewhere() -> None:
             target = part.split(")")[0].split("#")[0]
             there = not target or target.startswith("http") or target in MADE
             assert there or (path.parent / target).exists(), (path.name, target)
+
+
+def test_every_file_that_the_contributor_is_sent_to_is_there() -> None:
+    named = re.findall(r"`(tnpeft/[\w/]+\.\w+)`", (DOCS / "contributing.md").read_text())
+    assert len(named) > 10
+    assert [name for name in named if not (DOCS.parent / name).exists()] == []

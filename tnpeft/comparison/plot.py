@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tnpeft.networks import NetworkError
-
-if TYPE_CHECKING:
-    from tnpeft.comparison.table import Comparison
 
 _FORMATS = (".svg", ".png", ".pdf")
 _COLOUR = "#0072B2"  # of Okabe and Ito
@@ -18,7 +16,7 @@ _SHOWN = ("parameters", "dof", "rank_bound", "gain", "macs", "saved_bytes")
 _STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "tnpeft", "pdf.fonttype": 42}
 
 
-def plot(table: Comparison, path: str | Path) -> Path:
+def plot(rows: Sequence[Any], title: str, headings: Mapping[str, str], path: str | Path) -> Path:
     """Write the picture as a whole or not at all, and return its path.
 
     Raises:
@@ -27,25 +25,23 @@ def plot(table: Comparison, path: str | Path) -> Path:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from tnpeft.comparison.table import MEASURES
-
     target = Path(path)
     if target.suffix.lower() not in _FORMATS:
         raise NetworkError(f"cannot draw into {target.name!r}", remedy=f"end the name in {', '.join(_FORMATS)}")
-    rows = [row for row in table.rows if row.fits]
+    rows = [row for row in rows if row.fits]
     if not rows:
         raise NetworkError("no family fits, so there is nothing to draw", remedy="read the rows' problems")
     names = [row.name if len(row.name) <= _LONGEST else f"{row.name[: _LONGEST - 3]}..." for row in rows]
     places = range(len(rows))
     with rc_context(_STYLE):
         figure = Figure(figsize=(2.1 * len(_SHOWN) + 1.5, 0.3 * len(rows) + 1.2), layout="constrained")
-        figure.suptitle(table._title(), fontsize=9, parse_math=False)
+        figure.suptitle(title, fontsize=9, parse_math=False)
         for axes, measure in zip(figure.subplots(1, len(_SHOWN), sharey=True), _SHOWN, strict=True):
             values = [getattr(row, measure) or 0 for row in rows]
             axes.barh(places, values, color=_COLOUR)
             if min((v for v in values if v), default=1) * 20 < max(values):
                 axes.set_xscale("log")
-            axes.set_title(MEASURES[measure], fontsize=9)
+            axes.set_title(headings[measure], fontsize=9)
             axes.set_yticks(places, names, fontsize=8, parse_math=False)
             axes.tick_params(axis="x", labelsize=7)
             axes.locator_params(axis="x", nbins=3) if axes.get_xscale() == "linear" else None

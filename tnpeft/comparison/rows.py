@@ -8,11 +8,11 @@ from math import sqrt
 from time import perf_counter
 from typing import Any
 
-from tnpeft import families
 from tnpeft.comparison.table import MEASURES, Comparison, ComparisonRow
 from tnpeft.counting.budgets import BY, budget
 from tnpeft.counting.cuts import rank_bound
 from tnpeft.counting.dof import dof_on
+from tnpeft.families import get as family_called
 from tnpeft.layout import Layout, layout, stack_sizes
 from tnpeft.models.cards import Model, Targets, card, sites
 from tnpeft.networks import Factorization, Network, NetworkError, Site, network
@@ -110,7 +110,7 @@ def factorization(each: str | Network | Factorization) -> Factorization:
     if not isinstance(each, str):
         require_network(each)
     name, colon, rank = str(each).partition(":")
-    declare = families.get(name.strip())
+    declare = family_called(name.strip())
     if not colon:
         return declare()
     option = next((p for p in ("rank", "ranks") if p in signature(declare).parameters), None)

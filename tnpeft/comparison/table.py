@@ -143,7 +143,7 @@ class Comparison:
         """
         from tnpeft.comparison.plot import plot
 
-        return plot(self, path)
+        return plot(self.rows, self._title(), MEASURES, path)
 
     def _title(self) -> str:
         unit = {"parameters": "parameters", "dof": "degrees of freedom"}[self.by]

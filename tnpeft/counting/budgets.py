@@ -213,9 +213,9 @@ def _factorization(each: str | Network | Factorization) -> Factorization:
     if isinstance(each, Network) or "[" in each:
         net = network(each) if isinstance(each, str) else each
         return Factorization.of(net, name=str(net), ranks=dict.fromkeys(net.bonds, 1))
-    from tnpeft import families
+    from tnpeft.families import get as family_called
 
-    return families.get(each)()
+    return family_called(each)()
 
 
 def _row(f: Factorization, goal: int, on: _Ground, ratios: Mapping[str, float]) -> BudgetRow:

@@ -6,19 +6,28 @@ from base64 import b64encode
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from tnpeft._text import Table
 from tnpeft.networks.errors import NetworkError
-from tnpeft.networks.formatting import tokens_of
-
-if TYPE_CHECKING:
-    from tnpeft.networks.factorization import Factorization
-    from tnpeft.networks.network import Network
+from tnpeft.networks.factor import Factor
+from tnpeft.networks.formatting import Output, Terms, tokens_of
 
 _COLOURS = {"trainable": "#0072B2", "frozen": "#7B868E", "constant": "#8A6200"}  # as in pictures
 _MOST = 40  # factors of a picture
 _offered: list[Callable[[Any], str]] = []
+
+
+class Shown(Protocol):
+    """A network, as far as it is displayed."""
+
+    @property
+    def terms(self) -> Terms: ...
+    @property
+    def output(self) -> Output: ...
+    @property
+    def factors(self) -> tuple[Factor, ...]: ...
+    def label(self, factor: Factor) -> str: ...
 
 
 def offer(svg: Callable[[Any], str]) -> None:
@@ -27,7 +36,7 @@ def offer(svg: Callable[[Any], str]) -> None:
         _offered.append(svg)
 
 
-def network_html(net: Network) -> str:
+def network_html(net: Shown) -> str:
     """Return the line in colours, the table of its factors and its picture.
 
     >>> from tnpeft.networks import network
@@ -37,7 +46,7 @@ def network_html(net: Network) -> str:
     return f"<div>{_line(net)}{_factors([net])}{_picture(net, [net])}</div>"
 
 
-def factorization_html(f: Factorization) -> str:
+def factorization_html(f: Any) -> str:
     """Return the name, the lines in colours, the table of factors, ranks, scale and source, and the picture."""
     nets = [rule.network for rule in f.lines]
     lines = "".join(_line(rule.network, "" if rule.sites == "*" else rule.sites) for rule in f.lines)
@@ -49,7 +58,7 @@ def factorization_html(f: Factorization) -> str:
     return f"<div><b>{escape(f.name)}</b>{lines}{_factors(nets, starts)}{table}{_picture(f, nets)}</div>"
 
 
-def _line(net: Network, sites: str = "") -> str:
+def _line(net: Shown, sites: str = "") -> str:
     shown = []
     for text, (what, term, factor, _) in tokens_of(net.terms, net.output):
         inner = escape(text)
@@ -61,7 +70,7 @@ def _line(net: Network, sites: str = "") -> str:
     return f'<pre style="white-space:pre-wrap">{"".join(shown)}{comment}</pre>'
 
 
-def _factors(nets: Iterable[Network], starts: dict[str, str] | None = None) -> str:
+def _factors(nets: Iterable[Shown], starts: dict[str, str] | None = None) -> str:
     rows = {
         net.label(factor): (net.label(factor), factor.kind, " ".join(factor.indices))
         for net in nets
@@ -73,7 +82,7 @@ def _factors(nets: Iterable[Network], starts: dict[str, str] | None = None) -> s
     ).html()
 
 
-def _picture(subject: Any, nets: list[Network]) -> str:
+def _picture(subject: Any, nets: list[Shown]) -> str:
     if not _offered or sum(len(term.factors) for net in nets for term in net.terms) > _MOST:
         return ""
     with suppress(ImportError, NetworkError):  # matplotlib is not there, or cannot draw it: the text serves

@@ -33,7 +33,7 @@ def _worst(got: Any, exact: Any, scale: Any, allowed: float) -> Answer:
 
 def contraction(case: Case, seed: int) -> Answer:
     """``dense`` and every plan give what brute force gives."""
-    from tnpeft import dense
+    from tnpeft.nn.dense import dense
 
     net, factors = case.network, random_factors(case.network, case.sizes, seed)
     allowed = tolerance(net, case.sizes)
@@ -122,7 +122,7 @@ def _derivative(net: Network, factors: dict[str, NDArray[Any]], label: str, dire
 
 def count(case: Case, seed: int) -> Answer:
     """The formula's count is the number of trainable elements that are held."""
-    from tnpeft import parameters
+    from tnpeft.counting import parameters
 
     net = case.network
     stored = random_factors(net, case.sizes, seed)

@@ -22,7 +22,7 @@ from tnpeft.networks import NetworkError
 
 if TYPE_CHECKING:
     from tnpeft.adapters.layer.bank import FactorBank
-    from tnpeft.adapters.layer.linear import TensorNetworkLinear
+    from tnpeft.adapters.layer.protocol import AdaptedLinear
 
 _TOP_HOOKS = torch._C._autograd._top_saved_tensors_default_hooks  # None outside of non-reentrant checkpointing
 _TASK = torch._C._current_graph_task_id  # -1 outside of a backward pass
@@ -54,7 +54,7 @@ def refuse_reentrant(bank: FactorBank) -> None:
         )
 
 
-def check_recomputation(layer: TensorNetworkLinear) -> None:
+def check_recomputation(layer: AdaptedLinear) -> None:
     """Note, in the forward of a checkpoint, which adapters a linear uses, and compare in the recomputation.
 
     Raises:

@@ -17,7 +17,7 @@ from tnpeft.adapters.layer.weight_cache import VersionStamp, is_cacheable, is_pl
 from tnpeft.nn.executor.eligibility import why_not_fused, why_not_plain
 
 if TYPE_CHECKING:
-    from tnpeft.adapters.layer.linear import TensorNetworkLinear
+    from tnpeft.adapters.layer.protocol import AdaptedLinear
 
 
 class Route(NamedTuple):
@@ -30,7 +30,7 @@ class Route(NamedTuple):
 _Tables = tuple[tuple[dict[str, Tensor | None], str], ...]
 
 
-def _tables(layer: TensorNetworkLinear, adapter: str, item: Update) -> _Tables | None:
+def _tables(layer: AdaptedLinear, adapter: str, item: Update) -> _Tables | None:
     """Return where the factors are kept; None if some are computed from the base weight."""
     if any(operand.source == "base" for operand in item.operands):
         return None
@@ -53,7 +53,7 @@ class TrainingFastPath:
     tables: _Tables
 
     @staticmethod
-    def of(layer: TensorNetworkLinear) -> TrainingFastPath | None:
+    def of(layer: AdaptedLinear) -> TrainingFastPath | None:
         """Return the path of a linear's one active adapter; None if there are several, or it is not that simple."""
         active = [adapter for adapter in layer.active_adapters if adapter in layer.updates]
         if len(active) != 1 or active[0] in layer.tnpeft_magnitude or layer.updates[active[0]][0].side:
@@ -62,7 +62,7 @@ class TrainingFastPath:
         tables = _tables(layer, active[0], item)
         return None if tables is None else TrainingFastPath(active[0], _noted(layer._active_adapter), item, tables)
 
-    def factors(self, layer: TensorNetworkLinear, x: Tensor) -> list[Tensor] | None:
+    def factors(self, layer: AdaptedLinear, x: Tensor) -> list[Tensor] | None:
         """Return the factors; None if the linear, called with ``x``, would not be one operation with its update."""
         if (
             layer._disable_adapters
@@ -79,7 +79,7 @@ class TrainingFastPath:
                 return None
         return found  # type: ignore[return-value]
 
-    def __call__(self, layer: TensorNetworkLinear, x: Tensor) -> Tensor | None:
+    def __call__(self, layer: AdaptedLinear, x: Tensor) -> Tensor | None:
         """Return the linear's output with the update, ``[..., out]``; or None."""
         factors = self.factors(layer, x)
         if factors is None:
@@ -111,7 +111,7 @@ class InferenceFastPath:
     scale: float
 
     @staticmethod
-    def of(layer: TensorNetworkLinear, adapter: str, x: Tensor) -> InferenceFastPath | None:
+    def of(layer: AdaptedLinear, adapter: str, x: Tensor) -> InferenceFastPath | None:
         """Return the path of an adapter of a linear; None where nothing may be kept, or it is not that simple."""
         item = layer.updates[adapter][0]
         if not item.run.is_low_rank or item.side or adapter in layer.tnpeft_magnitude or _computed(layer.base_layer):
@@ -127,7 +127,7 @@ class InferenceFastPath:
         active, scale = _noted(layer._active_adapter), sign * item.scale
         return InferenceFastPath(active, tables, found, VersionStamp(found), first.t(), last.t(), scale)
 
-    def __call__(self, layer: TensorNetworkLinear, x: Tensor) -> Tensor | None:
+    def __call__(self, layer: AdaptedLinear, x: Tensor) -> Tensor | None:
         """Return the linear's output with the update, ``[..., out]``; None if anything has changed."""
         base: nn.Linear = layer._modules["base_layer"]  # type: ignore[assignment]
         if (

@@ -16,7 +16,7 @@ from tnpeft.networks.replicas import with_replicas
 from tnpeft.nn.executor.program import Program, program
 
 if TYPE_CHECKING:
-    from tnpeft.adapters.layer.linear import TensorNetworkLinear
+    from tnpeft.adapters.layer.protocol import AdaptedLinear
 
 
 BASE = "__base__"  # PEFT's name for "no adapter" in mixed batches
@@ -102,7 +102,7 @@ def rows_for_each(options: Mapping[str, Any], model: nn.Module) -> int:
     return 1
 
 
-def group_by_network(layer: TensorNetworkLinear, adapters: Sequence[str], x: Tensor) -> list[list[str]]:
+def group_by_network(layer: AdaptedLinear, adapters: Sequence[str], x: Tensor) -> list[list[str]]:
     """The adapters in lots of one network at this linear, which can be one contraction of ``x``; any other is alone.
 
     It takes one update of the whole linear, factors of one dtype, and no constants but the base weight.
@@ -113,7 +113,7 @@ def group_by_network(layer: TensorNetworkLinear, adapters: Sequence[str], x: Ten
     return [*found.values()]
 
 
-def _kind(layer: TensorNetworkLinear, adapter: str, x: Tensor) -> Hashable:
+def _kind(layer: AdaptedLinear, adapter: str, x: Tensor) -> Hashable:
     item = layer.updates[adapter][0]
     if item.side or item.data or adapter in layer.tnpeft_magnitude:
         return adapter
@@ -134,7 +134,7 @@ def block_rows(lot: Sequence[str], names: Sequence[str]) -> tuple[list[int], lis
     return rows, [k * longest + place for k, block in enumerate(blocks) for place in range(len(block))]
 
 
-def update_blocks(layer: TensorNetworkLinear, lot: Sequence[str], x: Tensor, result: Tensor) -> Tensor:
+def update_blocks(layer: AdaptedLinear, lot: Sequence[str], x: Tensor, result: Tensor) -> Tensor:
     """``result`` plus the updates of a lot's adapters, each of its own block of the rows of ``x``."""
     items = [layer.updates[adapter][0] for adapter in lot]
     first = items[0]

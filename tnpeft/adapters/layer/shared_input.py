@@ -19,7 +19,7 @@ from tnpeft.nn.executor.autograd import Link, ProjectionGroup
 
 if TYPE_CHECKING:
     from tnpeft.adapters.layer.binding import Update
-    from tnpeft.adapters.layer.linear import TensorNetworkLinear
+    from tnpeft.adapters.layer.protocol import AdaptedLinear
 
 MIN_ELEMENTS = 2**17  # of an input, from which on reading it once takes less time than arranging for that
 
@@ -68,9 +68,9 @@ class PendingProjection:
         self.x: Tensor | None = x
         self.rows: Tensor | None = rows
         self.mark = _input_mark(x)
-        self.waiting: dict[TensorNetworkLinear, tuple[Tensor, Link, list[_Mark], Sequence[Tensor]]] = {}
+        self.waiting: dict[AdaptedLinear, tuple[Tensor, Link, list[_Mark], Sequence[Tensor]]] = {}
 
-    def take(self, linear: TensorNetworkLinear, x: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, Link] | None:
+    def take(self, linear: AdaptedLinear, x: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, Link] | None:
         """Return the narrow result that waits for the linear, and its link; None if input or factors have changed."""
         if self.x is not x or self.mark != _input_mark(x) or linear not in self.waiting:
             return None
@@ -84,7 +84,7 @@ class PendingProjection:
 class SharedInputGroup:
     """Linears with one adapter that read one input. Copies have nothing pending."""
 
-    def __init__(self, adapter: str, linears: Iterable[TensorNetworkLinear]) -> None:
+    def __init__(self, adapter: str, linears: Iterable[AdaptedLinear]) -> None:
         self.adapter, self.linears = adapter, tuple(linears)
         self._pending: weakref.ref[PendingProjection] | None = None
         self._projection: tuple[Any, ProjectionGroup] | None = None
@@ -98,7 +98,7 @@ class SharedInputGroup:
         return x.numel() >= MIN_ELEMENTS and type(x) is Tensor
 
     def forward(
-        self, linear: TensorNetworkLinear, path: TrainingFastPath, x: Tensor, factors: Sequence[Tensor]
+        self, linear: AdaptedLinear, path: TrainingFastPath, x: Tensor, factors: Sequence[Tensor]
     ) -> Tensor | None:
         """Return the linear's output with its update; None if no other one can share its first product.
 
@@ -125,7 +125,7 @@ class SharedInputGroup:
         result = item.run.after_prefix(narrow, factors, rows, weight, bias, item.scale, link)
         return result.reshape(*x.shape[:-1], item.run.rows)
 
-    def ready(self, x: Tensor) -> dict[TensorNetworkLinear, tuple[TrainingFastPath, Sequence[Tensor]]]:
+    def ready(self, x: Tensor) -> dict[AdaptedLinear, tuple[TrainingFastPath, Sequence[Tensor]]]:
         """Return the linears that could share their first products on ``x``, with their factors."""
         found = {}
         for linear in self.linears:
@@ -138,7 +138,7 @@ class SharedInputGroup:
         return found
 
     def _begin(
-        self, linear: TensorNetworkLinear, path: TrainingFastPath, x: Tensor, factors: Sequence[Tensor]
+        self, linear: AdaptedLinear, path: TrainingFastPath, x: Tensor, factors: Sequence[Tensor]
     ) -> PendingProjection | None:
         """Compute the first products of all linears that are ready."""
         ready = self.ready(x)
@@ -154,7 +154,7 @@ class SharedInputGroup:
         self._pending = weakref.ref(pending)
         return pending
 
-    def _group(self, ready: dict[TensorNetworkLinear, tuple[TrainingFastPath, Sequence[Tensor]]]) -> ProjectionGroup:
+    def _group(self, ready: dict[AdaptedLinear, tuple[TrainingFastPath, Sequence[Tensor]]]) -> ProjectionGroup:
         """Return their projection; two matrices are the same if they are made of the same arrays in the same way."""
         key = [(path, [id(factor) for factor in own]) for path, own in ready.values()]
         if self._projection is None or self._projection[0] != key:

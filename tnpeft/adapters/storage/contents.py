@@ -19,7 +19,7 @@ from tnpeft.layout import Layout
 from tnpeft.networks import AdapterFileError, ConfigError
 
 if TYPE_CHECKING:
-    from tnpeft.adapters.config import TensorNetworkConfig
+    from peft import PeftConfig
 
 PEFT_PREFIX = "base_model.model."  # of every name in a file
 AGAIN = "copy the adapter's folder again from where it was saved"
@@ -86,7 +86,7 @@ def unprefixed(stored: Mapping[str, Entry], where: str, needed: bool = True) -> 
     return {name.removeprefix(PEFT_PREFIX): entry for name, entry in stored.items()}
 
 
-def factor_shapes(config: TensorNetworkConfig, found: Layout) -> dict[str, tuple[int, ...]]:
+def factor_shapes(config: PeftConfig, found: Layout) -> dict[str, tuple[int, ...]]:
     """Shape of every factor and magnitude that a file of this adapter holds, by its name in the model."""
     kinds = ("trainable", "frozen") if config.save_frozen else ("trainable",)
     shapes = {
@@ -103,7 +103,7 @@ def factor_shapes(config: TensorNetworkConfig, found: Layout) -> dict[str, tuple
     return shapes
 
 
-def contents(model: nn.Module, config: TensorNetworkConfig, found: Layout) -> Contents:
+def contents(model: nn.Module, config: PeftConfig, found: Layout) -> Contents:
     """The tensors in a file of the configuration's adapter on this model, as PEFT writes and reads them.
 
     Raises:
@@ -163,7 +163,7 @@ def check_contents(stored: Stored, its: Contents, where: str) -> None:
         )
 
 
-def check_modules(model: nn.Module, config: TensorNetworkConfig, adapter: str) -> None:
+def check_modules(model: nn.Module, config: PeftConfig, adapter: str) -> None:
     """Raise if PEFT would wrap a part of an adapter because ``modules_to_save`` or a token's module is called so.
 
     Raises:
@@ -214,13 +214,13 @@ def _ending(model: nn.Module, names: Collection[str]) -> Iterator[tuple[str, nn.
             yield path, module
 
 
-def _whole_modules(model: nn.Module, config: TensorNetworkConfig) -> dict[str, nn.Module]:
+def _whole_modules(model: nn.Module, config: PeftConfig) -> dict[str, nn.Module]:
     """The modules that are trained and saved in full, by path."""
     found = _ending(model, config.modules_to_save or ())
     return {path: m.original_module if isinstance(m, ModulesToSaveWrapper) else m for path, m in found}  # type: ignore[misc]
 
 
-def _token_rows(model: nn.Module, config: TensorNetworkConfig) -> dict[str, tuple[tuple[int, int], bool]]:
+def _token_rows(model: nn.Module, config: PeftConfig) -> dict[str, tuple[tuple[int, int], bool]]:
     """Shape of the trained rows of every embedding, by path, and whether it is tied to the input, which has them."""
     tokens = config.trainable_token_indices
     if tokens is None:
@@ -258,7 +258,7 @@ def _token_rows(model: nn.Module, config: TensorNetworkConfig) -> dict[str, tupl
 
 
 def _add_biases(
-    its: Contents, model: nn.Module, config: TensorNetworkConfig, adapted: Collection[str], whole: Collection[str]
+    its: Contents, model: nn.Module, config: PeftConfig, adapted: Collection[str], whole: Collection[str]
 ) -> None:
     """Add the biases that are trained; those inside PEFT's copies of whole modules may stand in the file twice."""
     if config.bias == "none":

@@ -228,10 +228,10 @@ class _WrongStarter:
 @pytest.mark.parametrize(
     ("target", "wrong", "finding", "detail"),
     [
-        ("tnpeft.dense", _wrong_dense, "contraction equals brute force", "dense:"),
+        ("tnpeft.nn.dense", _wrong_dense, "contraction equals brute force", "dense:"),
         ("tnpeft.nn.executor.program.program", "scale", "contraction equals brute force", "plan "),
         ("tnpeft.nn.executor.program.program", "detach", "gradient equals the numerical one", "factor 'B'"),
-        ("tnpeft.parameters", lambda *_: 21, "count equals the stored elements", "21 counted, 22 stored"),
+        ("tnpeft.counting.parameters", lambda *_: 21, "count equals the stored elements", "21 counted, 22 stored"),
         ("tnpeft.counting.rank_bound", lambda *_: 1, "rank within its bound", "rank 2, bound 1"),
         (
             "tnpeft.nn.init.initializer.Initializer",

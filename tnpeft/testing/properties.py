@@ -33,7 +33,7 @@ def _worst(got: Any, exact: Any, scale: Any, allowed: float) -> Answer:
 
 def contraction(case: Case, seed: int) -> Answer:
     """``dense`` and every plan give what brute force gives."""
-    from tnpeft.nn.dense import dense
+    from tnpeft.nn import dense
 
     net, factors = case.network, random_factors(case.network, case.sizes, seed)
     allowed = tolerance(net, case.sizes)

@@ -85,4 +85,4 @@ def reference_pages() -> dict[str, str | bytes]:
     return pages
 
 
-STUDY_FILES = ("study.Study", "methods.Method", "protocol.Protocol", "tasks.Task")
+STUDY_FILES = ("study.Study", "methods.Method", "protocol.Protocol", "tasks.task.Task")

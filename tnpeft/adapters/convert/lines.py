@@ -71,7 +71,7 @@ class SiteAdapter:
 
 @dataclass(frozen=True)
 class AdapterLines:
-    """All sites of an adapter, what it names besides (``about``), and tensors that are no factors (``others``)."""
+    """All sites of an adapter, what it names besides (``about``), and tensors other than factors (``others``)."""
 
     sites: tuple[SiteAdapter, ...]
     about: Mapping[str, Any] = field(default_factory=dict)

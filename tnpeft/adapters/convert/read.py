@@ -201,7 +201,7 @@ def grouped(
         elif any(f".{part}." in f".{name}." for part in kept):
             others.add(name)
         else:
-            raise AdapterFileError(f"{name} is no part of an adapter that is converted", remedy="take it out")
+            raise AdapterFileError(f"{name} is not part of an adapter that can be converted", remedy="take it out")
     if not sites:
         raise AdapterFileError("no site of the adapter is in its file", remedy=_AGAIN)
     return sites, shared, others
@@ -216,7 +216,7 @@ def packing_for(module: str, stored: Mapping[str, Tensor], packings: Iterable[Pa
     if not found:
         what = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in stored.items())
         raise AdapterFileError(
-            f"{module} holds {what}, which is no packing of a linear or of experts",
+            f"{module} holds {what}, which is not a known packing of a linear or of experts",
             remedy="convolutions and embeddings are not converted; else " + _AGAIN,
         )
     return found[0]

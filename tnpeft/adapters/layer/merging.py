@@ -121,7 +121,7 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
     # ---- dense updates and merging
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """The update is additive; :func:`tnpeft.export_lora` writes it as a LoRA. Replicas are no one update."""
+        """The update is additive; :func:`tnpeft.export_lora` writes it as a LoRA. Replicas are several updates."""
         return not (adapter_name in self.updates and self.updates[adapter_name][0].site_layout.network.stack)
 
     def _delta(self, adapter: str) -> Tensor:
@@ -140,7 +140,7 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
     def _refuse_replicas(self, adapter: str) -> None:
         if self.updates[adapter][0].site_layout.network.stack:
             raise NetworkError(
-                f"{adapter!r} is several replicas and no one update",
+                f"{adapter!r} is several replicas, not one update",
                 remedy="take one out with tnpeft.replicas.attach(model, k, name), then use that",
             )
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test keeps it equal to _HO
     from tnpeft.adapters import refresh as refresh
     from tnpeft.adapters import replica as replica
     from tnpeft.adapters import replicas as replicas
+    from tnpeft.adapters import select as select
     from tnpeft.adapters import set_factors as set_factors
     from tnpeft.adapters.convert import convert as convert
     from tnpeft.comparison import compare as compare
@@ -94,6 +95,7 @@ _HOME = {
     "factors": "adapters",
     "set_factors": "adapters",
     "refresh": "adapters",
+    "select": "adapters",
     "export_lora": "adapters",
     "convert": "adapters.convert",
     "explain": "adapters",

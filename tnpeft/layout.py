@@ -205,7 +205,8 @@ def _site_sizes(f: Factorization, line: SiteRule, site: Site, stack: dict[str, i
         raise NetworkError(
             f"the stack index {unknown[0]!r} has no meaning in a model",
             line=str(line.network),
-            remedy=f"name stack indices from {', '.join(STACK)}, or give the size of {unknown[0]!r}",
+            remedy=f"name stack indices from {', '.join(STACK)}, or give the size of {unknown[0]!r}: "
+            f'stack={{"{unknown[0]}": 2}} in a configuration',
         )
     _check_axes(line.network)
     try:

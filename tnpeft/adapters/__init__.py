@@ -16,6 +16,7 @@ _HOME = {
     "factors": "state",
     "set_factors": "state",
     "refresh": "state",
+    "select": "sites.selection",
     "explain": "layer.routes",
     "hotswap": "storage.files",
     "export_lora": "export",

@@ -11,6 +11,7 @@ from peft.config import PeftConfig
 
 from tnpeft.adapters.config_validation import check_fields, check_replicas
 from tnpeft.adapters.constants import TENSOR_NETWORK
+from tnpeft.adapters.sites.selection import check_stack
 from tnpeft.adapters.storage.files import AGAIN, LOADING, Stored, describe, fetch, stored
 from tnpeft.adapters.storage.serialization import factorization, lower, with_rank_pattern
 from tnpeft.networks import AdapterFileError, ConfigError, Factorization, replicated
@@ -35,6 +36,8 @@ class TensorNetworkConfig(PeftConfig):
             the embedding module.
         bias: which biases are trained: none, all, or tensor_network_only (those of adapted linears).
         dropout: probability with which entries of an adapter's input are dropped in training.
+        stack: sizes of further stack indices of the line, ``{"scene": 24}``: :func:`tnpeft.select` chooses the value
+            that a call, or each row of it, uses.
         seed: of the start values and of the frozen random factors.
         replicas: adapters that train side by side in one pass, see :mod:`tnpeft.adapters.replicas.api`.
         replica_seeds: the seed of each; None for seed, seed + 1, and so on.
@@ -76,6 +79,7 @@ class TensorNetworkConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     bias: str = "none"
     dropout: float = 0.0
+    stack: dict[str, int] | None = None
     seed: int = 0
     replicas: int = 1
     replica_seeds: list[int] | None = None
@@ -133,15 +137,16 @@ class TensorNetworkConfig(PeftConfig):
                 remedy="write the layers into the expression, or pass a list of names",
             )
         for line in self._factorization.lines:
-            if "task" in line.network.indices:
+            if "task" in line.network.indices and "task" not in (self.stack or {}):
                 raise ConfigError(
                     "no row of a batch says which task it belongs to",
                     line=str(line.network),
                     position=str(line.network).index("task"),
-                    remedy="attach one adapter for each task and name them row by row (adapter_names), or train them "
-                    "side by side (replicas)",
+                    remedy='declare it, stack={"task": 4}, and choose with tnpeft.select; or attach one adapter for '
+                    "each task and name them row by row (adapter_names), or train them side by side (replicas)",
                 )
         check_replicas(self)
+        check_stack(self.stack, self)
         if self.replicas > 1:
             _ = self.side_by_side  # that it can be
 

@@ -193,6 +193,10 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: value is None or (_finite(value) and value > 0),
         "pass a positive number, such as 1e-2, or None",
     ),
+    "stack": (
+        lambda value: value is None or (_ranks(value) and all(name.isidentifier() for name in value)),
+        'pass a map from stack indices to their sizes, {"scene": 24}, or None',
+    ),
     "seed": (_whole, "pass a whole number from 0 on, below 2**63"),
     "tokens": (lambda value: _whole(value, 1), "pass a whole number from 1 on, below 2**63"),
     "replicas": (

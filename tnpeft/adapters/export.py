@@ -134,7 +134,7 @@ def _linear(
     rows, cols = linear.out_features, linear.in_features
     most = min(limit or max(1, rows * cols // (rows + cols)), rows, cols)
     items = linear.updates[adapter]
-    found = sum(cut_rank(item.site_layout.network, item.site_layout.sizes) for item in items)
+    found = sum(cut_rank(item.run.plan.network, item.site_layout.sizes) for item in items)
     if adapter in linear.tnpeft_magnitude or found >= min(rows, cols):
         delta = linear.get_delta_weight(adapter)
         delta = delta.T if isinstance(linear.get_base_layer(), Conv1D) else delta
@@ -153,7 +153,7 @@ def _through_cuts(linear: TensorNetworkLinear, adapter: str) -> tuple[Tensor, Te
     for item in linear.updates[adapter]:
         operands = dict(zip(item.run.labels, item.normalized(linear.operands(adapter, item)), strict=True))
         left, right = sides(
-            item.site_layout.network, item.site_layout.sizes, {k: v.float() for k, v in operands.items()}
+            item.run.plan.network, item.site_layout.sizes, {k: v.float() for k, v in operands.items()}
         )
         if item.side == "out":
             left, short = left.new_zeros(linear.out_features, left.shape[1]), left

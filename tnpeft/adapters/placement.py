@@ -12,6 +12,7 @@ import torch
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 
+from tnpeft.adapters.sites.selection import one_value
 from tnpeft.adapters.storage.contents import check_contents, contents
 from tnpeft.adapters.targets import select
 from tnpeft.counting.cuts import warn_ranks
@@ -62,7 +63,7 @@ def build_layout(model: nn.Module, modules: Mapping[str, nn.Module], config: Ten
             f"and this model offers {', '.join(chosen.projections)}",
             remedy="load it onto the model class that it was trained on",
         )
-    found = layout(config.factorization, chosen.sites, [*chosen.projections])
+    found = layout(config.factorization, chosen.sites, [*chosen.projections], stack=config.stack)
     check_experts(found)
     check_patterns(config.factorization, config.patterns, [site_layout.site for site_layout in found.site_layouts])
     if config.replicas > 1:
@@ -106,7 +107,7 @@ def check_memory(found: Layout, tokens: int, refused: bool = True) -> None:
     """
     kinds = {(its.network, tuple(its.sizes.items())): its.site for its in found.site_layouts}
     for (net, sizes), site in kinds.items():
-        run = program(net, dict(sizes), tokens=tokens)
+        run = program(*one_value(net, dict(sizes))[:2], tokens=tokens)
         for step in (*run.plan.steps, *run.fused_plan.steps):
             if step.kind == "reshape":  # creates nothing, and its indices are groups
                 continue

@@ -35,11 +35,14 @@ def combine(tuner: BaseTuner, adapters: Sequence[str], weights: Sequence[float],
         raise NetworkError("give one finite weight per adapter", remedy="such as weights=[0.5, 0.5]")
     if name in tuner.peft_config:
         raise NetworkError(f"the adapter {name!r} exists already", remedy="choose another name")
+    if any(config.stack != configs[0].stack for config in configs):
+        raise NetworkError("the adapters declare different stacks", remedy="keep them apart: set_adapter")
     bank = bank_of(tuner.model, adapters[0])
     found = [config.factorization for config in configs]
     total = direct_sum(found, [[its.site for its in bank.layouts[adapter].site_layouts] for adapter in adapters])
     config = type(configs[0])(network=lower(total), save_frozen=True, task_type=configs[0].task_type)
     config.tokens, config.loaded = configs[0].tokens, True
+    config.stack = configs[0].stack
     for field, value in _targets(configs, [bank.layouts[adapter] for adapter in adapters]).items():
         setattr(config, field, value)
     layers = sorted({path for each in configs for path in each.layers}, key=natural)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -151,8 +152,8 @@ class FactorBank(nn.Module, TensorNetworkLayer):
     """The owner of every factor that several sites share; one per model, a child of the model itself.
 
     ``layouts`` holds the layout of each adapter's factors, ``configs`` the configuration, ``keys`` the names of the
-    arrays; ``watching`` says whether a forward is on its way that must
-    not meet reentrant checkpointing (see :mod:`tnpeft.adapters.layer.checkpointing`).
+    arrays; ``selected`` has the chosen values of named stacks; ``watching`` says whether a forward is on its way that
+    must not meet reentrant checkpointing (see :mod:`tnpeft.adapters.layer.checkpointing`).
 
     >>> bank = FactorBank(None)
     >>> bank.merged_adapters, [*bank.tnpeft_factors]
@@ -174,8 +175,18 @@ class FactorBank(nn.Module, TensorNetworkLayer):
         self._trained, self._paused = set(), None
         self.configs: dict[str, Any] = {}
         self.keys: dict[str, frozenset[str]] = {}
+        self.selected: dict[str, Tensor] = {}
         self.device: torch.device | None = None
         self.watching = False
+
+    @contextmanager
+    def selecting(self, selected: dict[str, Tensor]) -> Iterator[None]:
+        """Have other values of named stacks chosen for a while."""
+        before, self.selected = self.selected, selected
+        try:
+            yield
+        finally:
+            self.selected = before
 
     def home_device(self) -> torch.device | None:
         """The device of the first linear of the adapter placed last."""

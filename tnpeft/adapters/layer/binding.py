@@ -7,7 +7,9 @@ from typing import Literal
 
 from torch import Tensor
 
+from tnpeft.adapters.sites.selection import RESERVED, Axes, one_value, rowwise
 from tnpeft.layout import ParameterSpec, SiteLayout
+from tnpeft.networks import REPLICA
 from tnpeft.nn.executor.kernels import normalize_columns
 from tnpeft.nn.executor.program import Program, program
 from tnpeft.nn.init.patterns import base as as_factor
@@ -17,11 +19,15 @@ Source = Literal["site", "bank", "base"]
 
 @dataclass(frozen=True)
 class Operand:
-    """Where a factor's array of one site lies, and the axes over which it is normalised (none: it is not)."""
+    """Where a factor's array of one site lies, the axes over which it is normalised, and those of named stacks.
+
+    The normalised ones (none: it is not) are counted without those of named stacks.
+    """
 
     source: Source
     key: str
     norm: tuple[int, ...] = ()
+    stack: Axes = ()
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,8 @@ class Update:
 
     ``side`` is the side of the linear that the site is a slice of, from ``start`` on, or ``""`` for the whole;
     ``keeps`` says that something is computed from the adapter's own factors alone, ``data`` that it has constants
-    besides the base weight. The program normalises the operands that are to be.
+    besides the base weight. The program normalises the operands that are to be; it is that of one value of each
+    named stack index, ``stack``, and :meth:`by_rows` that of one value for each row.
     Copies and pickles hold the site_layout and build the program anew.
     """
 
@@ -46,6 +53,8 @@ class Update:
     length: int
     keeps: bool
     data: bool
+    stack: tuple[str, ...] = ()
+    _by_rows: dict[tuple[tuple[str, ...], int], Program] = field(default_factory=dict, compare=False, repr=False)
 
     def __reduce__(self) -> tuple[object, ...]:
         return update, (self.site_layout, self.unit_norm, self.constants, self.scale, self.tokens)
@@ -53,6 +62,18 @@ class Update:
     def delta(self, operands: list[Tensor]) -> Tensor:
         """The scaled update of this site, ``[out, inp]``."""
         return self.run.delta(operands, self.scale)
+
+    def by_rows(self, rows: tuple[str, ...], count: int) -> Program:
+        """Return the program of ``count`` values of the stack indices ``rows``, one for each row of a batch."""
+        if not rows:
+            return self.run
+        if (rows, count) not in self._by_rows:
+            net = rowwise(self.site_layout.network, self.stack, rows)
+            sizes = {index: size for index, size in self.site_layout.sizes.items() if index in net.indices}
+            tokens = max(1, self.tokens // count)
+            run = program(net, {**sizes, REPLICA: count}, tokens=tokens, unit_norm=self.unit_norm)
+            self._by_rows[rows, count] = run
+        return self._by_rows[rows, count]
 
     def normalized(self, operands: list[Tensor]) -> list[Tensor]:
         """Return the operands as the line has them: columns of length one where they are to be."""
@@ -74,7 +95,8 @@ def update(
     >>> [(operand.source, operand.key) for operand in update(place, (), (), 1.0, 64).operands]
     [('site', 'B'), ('bank', 'A')]
     """
-    run = program(site_layout.network, site_layout.sizes, tokens=tokens, unit_norm=unit_norm)
+    net, sizes, stack = one_value(site_layout.network, site_layout.sizes)
+    run = program(net, sizes, tokens=tokens, unit_norm=unit_norm)
     site = site_layout.site
     last = site.proj.rpartition("/")[2]
     side: Literal["", "out", "inp"] = "out" if last.startswith("out:") else "inp" if last.startswith("inp:") else ""
@@ -92,6 +114,7 @@ def update(
         site.inp if side == "inp" else site.out,
         run.has_weight_steps and not constants,
         any(param.kind == "constant" and label not in constants for label, param in site_layout.parameters.items()),
+        stack,
     )
 
 
@@ -129,11 +152,14 @@ def _operand(site_layout: SiteLayout, label: str, unit_norm: tuple[str, ...], co
     param = site_layout.parameters[label]
     if label in constants:
         return Operand("base", label)
-    return Operand(
-        "site" if param.home else "bank", param.key, _columns(param, site_layout) if label in unit_norm else ()
-    )
+    named = {*site_layout.network.stack}.difference(RESERVED)
+    stack = tuple((axis, index) for axis, index in enumerate(param.indices) if index in named)
+    norm = _columns(param, site_layout) if label in unit_norm else ()
+    return Operand("site" if param.home else "bank", param.key, norm, stack)
 
 
 def _columns(param: ParameterSpec, site_layout: SiteLayout) -> tuple[int, ...]:
     features = {*site_layout.network.rows, *site_layout.network.cols}
-    return tuple(axis for axis, index in enumerate(param.indices) if index in features)
+    named = {*site_layout.network.stack}.difference(RESERVED)
+    kept = [index for index in param.indices if index not in named]
+    return tuple(axis for axis, index in enumerate(kept) if index in features)

@@ -75,6 +75,17 @@ def check_recomputation(layer: AdaptedLinear) -> None:
             )
 
 
+def selection_seen(layer: AdaptedLinear, bank: FactorBank) -> dict[str, Tensor] | None:
+    """Return the values of named stacks that a checkpoint's forward saw if it is recomputed with others now."""
+    if _TOP_HOOKS(True) is None and _TASK() == -1 and (torch.is_grad_enabled() or not layer.training):
+        return None
+    for region, again in _regions():
+        seen: dict[str, Tensor] = region.__dict__.setdefault("_tnpeft_selected", bank.selected)
+        if again:
+            return None if seen is bank.selected else seen
+    return None
+
+
 def _regions() -> Iterator[tuple[Any, bool]]:
     """The checkpoints around the caller, innermost first, and whether they are being recomputed.
 

@@ -59,6 +59,8 @@ class TrainingFastPath:
         if len(active) != 1 or active[0] in layer.tnpeft_magnitude or layer.updates[active[0]][0].side:
             return None
         item = layer.updates[active[0]][0]
+        if item.stack:  # its factors are chosen at each call
+            return None
         tables = _tables(layer, active[0], item)
         return None if tables is None else TrainingFastPath(active[0], _noted(layer._active_adapter), item, tables)
 

@@ -10,14 +10,16 @@ from torch import Tensor, nn
 
 from tnpeft.adapters.layer.bank import FactorBank
 from tnpeft.adapters.layer.binding import Update
-from tnpeft.adapters.layer.checkpointing import check_recomputation, refuse_reentrant
+from tnpeft.adapters.layer.checkpointing import check_recomputation, refuse_reentrant, selection_seen
 from tnpeft.adapters.layer.fast_path import InferenceFastPath, Route, TrainingFastPath
 from tnpeft.adapters.layer.merging import DenseLinear, rescaling, wide
 from tnpeft.adapters.layer.mixed_batch import block_rows, group_by_network, update_blocks
 from tnpeft.adapters.layer.weight_cache import WeightCache, is_cacheable
+from tnpeft.adapters.sites.selection import check_rows, chosen_rows
 from tnpeft.layout import ParameterSpec
 from tnpeft.networks import NetworkError
 from tnpeft.nn.executor.eligibility import autocast_active, why_not_fused
+from tnpeft.nn.executor.program import Program
 
 
 class TensorNetworkLinear(DenseLinear):
@@ -33,7 +35,7 @@ class TensorNetworkLinear(DenseLinear):
 
     def _ready(self, adapter: str, item: Update, x: Tensor) -> list[Tensor] | None:
         """What inference keeps of one site's update, computed from factors alone; None where nothing may be kept."""
-        keeps = not self.training and item.keeps
+        keeps = not self.training and item.keeps and not item.stack
         if keeps and is_cacheable(arrays := self._arrays(adapter, item), x.device.type):
             key = adapter, item.start, x.dtype, x.device
             return self._cache.get(key, arrays, lambda: item.run.prepare(self.operands(adapter, item, x)))
@@ -48,8 +50,17 @@ class TensorNetworkLinear(DenseLinear):
         """``result`` plus one site's update of ``x``."""
         kept = self._ready(adapter, item, x)
         if kept is None:
-            return item.run(x, self.operands(adapter, item, x), result, item.scale)
+            return self._program(item, x)(x, self.operands(adapter, item, x), result, item.scale)
         return item.run.apply(x, kept, result, item.scale)
+
+    def _program(self, item: Update, x: Tensor) -> Program:
+        """The program of a call with ``x``: of one value of each named stack index, or of one for each row."""
+        if not item.stack:
+            return item.run
+        rows, count = chosen_rows(item.stack, item.site_layout.sizes, self.bank.selected)
+        if rows:
+            check_rows(x.shape, count)
+        return item.by_rows(rows, count)
 
     def register_factors(self, adapter: str, pieces: Mapping[ParameterSpec, Tensor], kept: bool) -> None:
         """Own the arrays of an adapter, and forget what inference has kept of one of that name."""
@@ -142,6 +153,9 @@ class TensorNetworkLinear(DenseLinear):
         """The base linear's output plus the updates of the active adapters, or of each row's own adapter."""
         if adapter_names is None and not args and not kwargs and not torch.compiler.is_compiling():
             check_recomputation(self)
+            if self.bank.selected and (seen := selection_seen(self, self.bank)) is not None:
+                with self.bank.selecting(seen):
+                    return self.forward(x)
             path = self.training_path() if torch.is_grad_enabled() else self._cache.inference
             if path is not None and (result := path(self, x)) is not None:
                 return result  # type: ignore[no-any-return]
@@ -154,7 +168,8 @@ class TensorNetworkLinear(DenseLinear):
         if route.kind in ("fused", "shared"):
             item = self.updates[active[0]][0]
             weight, bias = self.base_layer.weight, self.base_layer.bias
-            return item.run.with_linear(x, self.operands(active[0], item, x), weight, bias, item.scale)
+            run = self._program(item, x)
+            return run.with_linear(x, self.operands(active[0], item, x), weight, bias, item.scale)
         if route.kind == "cached" and plain and len(active) == 1:
             self._cache.inference = path = InferenceFastPath.of(self, active[0], x)
             if path is not None and (result := path(self, x)) is not None:
@@ -205,6 +220,8 @@ class TensorNetworkLinear(DenseLinear):
         if self.training or torch.compiler.is_compiling():
             return False
         item = self.updates[adapter][0]
+        if item.stack:
+            return False
         return (
             is_cacheable(self._arrays(adapter, item), x.device.type) if item.keeps or item.run.is_low_rank else False
         )
@@ -239,6 +256,13 @@ class TensorNetworkLinear(DenseLinear):
                 f"adapter_names has {len(names)} entries for {len(x)} rows",
                 remedy="name one adapter per row; linears that see other rows than the batch's take one adapter only",
             )
+        for name in {*names} & {*self.updates}:
+            item = self.updates[name][0]
+            if item.stack and (rows := chosen_rows(item.stack, item.site_layout.sizes, self.bank.selected)[0]):
+                raise NetworkError(
+                    f"rows cannot have both an adapter and a value of {rows[0]!r} of their own",
+                    remedy=f"choose one value for all, tnpeft.select(model, {rows[0]}=0), or leave out adapter_names",
+                )
         result = base.clone()
         for lot in group_by_network(
             self, [adapter for adapter in dict.fromkeys(names) if adapter in self.updates], x

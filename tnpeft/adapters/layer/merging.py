@@ -16,8 +16,9 @@ from transformers.pytorch_utils import Conv1D
 from tnpeft.adapters.layer.bank import FactorBank, TensorNetworkLayer
 from tnpeft.adapters.layer.binding import Operand, Update, base_factor
 from tnpeft.adapters.layer.snapshot import WeightSnapshot
+from tnpeft.adapters.sites.selection import choose, chosen_rows
 from tnpeft.adapters.targets import features
-from tnpeft.networks import NetworkError
+from tnpeft.networks import REPLICA, NetworkError
 
 if TYPE_CHECKING:
     from tnpeft.adapters.layer.shared_input import SharedInputGroup
@@ -111,22 +112,29 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
 
     def _arrays(self, adapter: str, item: Update) -> list[Tensor]:
         own, shared = self.tnpeft_factors[adapter], self.bank.tnpeft_factors[adapter]
-        return [
+        found = [
             base_factor(self.base_matrix(), item, operand.key)
             if operand.source == "base"
             else (own if operand.source == "site" else shared).get(operand.key)
             for operand in item.operands
         ]
+        if not item.stack:
+            return found
+        selected = self.bank.selected
+        chosen_rows(item.stack, item.site_layout.sizes, selected)
+        return [choose(a, operand.stack, selected) for a, operand in zip(found, item.operands, strict=True)]
 
     # ---- dense updates and merging
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """The update is additive; :func:`tnpeft.export_lora` writes it as a LoRA. Replicas are several updates."""
-        return not (adapter_name in self.updates and self.updates[adapter_name][0].site_layout.network.stack)
+        return not (
+            adapter_name in self.updates and REPLICA in self.updates[adapter_name][0].site_layout.network.stack
+        )
 
     def _delta(self, adapter: str) -> Tensor:
         """The adapter's scaled update of the whole linear, ``[out, inp]``."""
-        self._refuse_replicas(adapter)
+        self._refuse_several(adapter)
         items = self.updates[adapter]
         with torch.autocast(self.home_device().type, enabled=False):
             deltas = [item.delta(self.operands(adapter, item)) for item in items]
@@ -137,11 +145,17 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
             whole.narrow(0 if item.side == "out" else 1, item.start, item.length).add_(delta)
         return whole
 
-    def _refuse_replicas(self, adapter: str) -> None:
-        if self.updates[adapter][0].site_layout.network.stack:
+    def _refuse_several(self, adapter: str) -> None:
+        item = self.updates[adapter][0]
+        if REPLICA in item.site_layout.network.stack:
             raise NetworkError(
                 f"{adapter!r} is several replicas, not one update",
                 remedy="take one out with tnpeft.replicas.attach(model, k, name), then use that",
+            )
+        if item.stack and (rows := chosen_rows(item.stack, item.site_layout.sizes, self.bank.selected)[0]):
+            raise NetworkError(
+                f"{adapter!r} has a value of {rows[0]!r} for each row, not one update",
+                remedy=f"choose one value first: tnpeft.select(model, {rows[0]}=0)",
             )
 
     @torch.no_grad()
@@ -199,7 +213,7 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
 
         Raises:
             NetworkError: the weight is computed at every call, quantised in a way that has no merge, or an adapter is
-                several replicas.
+                several replicas, or has no value or several of a named stack index.
         """
         mine = [name for name in names if name in self.updates]
         backend = self.quantization_backend
@@ -215,7 +229,7 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
                 "parametrize.remove_parametrizations",
             )
         for name in mine:
-            self._refuse_replicas(name)
+            self._refuse_several(name)
 
     @torch.no_grad()
     def check_merge(self, adapter_names: Sequence[str] | None = None) -> None:

@@ -115,7 +115,7 @@ def group_by_network(layer: AdaptedLinear, adapters: Sequence[str], x: Tensor) -
 
 def _kind(layer: AdaptedLinear, adapter: str, x: Tensor) -> Hashable:
     item = layer.updates[adapter][0]
-    if item.side or item.data or adapter in layer.tnpeft_magnitude:
+    if item.side or item.data or item.stack or adapter in layer.tnpeft_magnitude:
         return adapter
     return item.run, item.unit_norm, item.constants, item.scale, layer._compute_dtype(adapter, x)
 

@@ -12,6 +12,7 @@ from torch import nn
 from tnpeft._text import Table, block
 from tnpeft.adapters.layer.bank import FactorBank
 from tnpeft.adapters.layer.linear import TensorNetworkLinear
+from tnpeft.adapters.sites.selection import described
 from tnpeft.networks import ConfigError
 
 
@@ -101,6 +102,7 @@ def _paths(name: str, layer: TensorNetworkLinear) -> Iterator[LayerPath]:
             shapes = {label: tuple(param.shape) for label, param in item.site_layout.parameters.items()}
             site = item.site_layout.site
             reason = route.reason if active else "the adapter is not active"
+            reason = "; ".join(filter(None, [reason, described(item.stack, layer.bank.selected)]))
             path = route.kind if active else "base"
             yield LayerPath(name, adapter, active, site.proj, site.out, site.inp, shapes, path, reason)
 

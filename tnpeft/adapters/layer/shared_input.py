@@ -34,7 +34,12 @@ def can_share(item: Update) -> bool:
     >>> can_share(update(layout(f, [Site(0, "q_proj", 8, 9, module="q")]).site_layouts[0], (), (), 1.0, 4))
     True
     """
-    return item.run.can_share and not item.side and all(operand.source != "base" for operand in item.operands)
+    return (
+        item.run.can_share
+        and not item.side
+        and not item.stack
+        and all(operand.source != "base" for operand in item.operands)
+    )
 
 
 def join(adapter: str, linears: Iterable[Any]) -> None:

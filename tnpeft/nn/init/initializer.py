@@ -60,7 +60,7 @@ class Initializer:
 
     Random numbers are raw Philox words keyed by (seed, label, layer, proj): they depend on nothing else, and the
     seed, not the process, decides them. A frozen twin repeats its factor's start. A slice of a ``replica`` axis
-    starts as a run with the seed plus its number would; slices of a ``task`` axis are drawn apart.
+    starts as a run with the seed plus its number would; slices of other stack axes are drawn apart.
 
     Args:
         layout: the factorization on its sites.
@@ -119,9 +119,7 @@ class Initializer:
     def _value(self, spec: Spec, param: ParameterSpec, site_layout: SiteLayout, key: _Key) -> Array | Tensor:
         if spec.name in ("svd", "svd_minor", "tt_svd", "base"):
             return self._from_weight(spec, param)
-        stacked = next(
-            (axis for axis, index in enumerate(param.indices) if index in ("replica", "task", "expert")), None
-        )
+        stacked = next((axis for axis, index in enumerate(param.indices) if index in site_layout.network.stack), None)
         if stacked is not None:
             return self._slices(spec, param, site_layout, key, stacked)
         if spec.name in ("zeros", "ones", "constant"):
@@ -137,7 +135,7 @@ class Initializer:
         return (patterns.dct if spec.name == "dct" else patterns.circulant)(param, site_layout)
 
     def _slices(self, spec: Spec, param: ParameterSpec, site_layout: SiteLayout, key: _Key, axis: int) -> Array:
-        """A factor over replicas, tasks or experts; a replica starts as its own run with the next seed would."""
+        """A factor over a stack index; a replica starts as its own run with the next seed would."""
         part = replace(
             param,
             indices=param.indices[:axis] + param.indices[axis + 1 :],

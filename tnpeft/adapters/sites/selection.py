@@ -1,0 +1,265 @@
+"""Named stacks: which value of a declared stack index the model uses, one for a call or one for each row of it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tnpeft.networks import REPLICA, ConfigError, Factor, Network, NetworkError, Term
+
+Selected = Mapping[str, Tensor]  # the values of stack indices, each without axes or with one value for each row
+Axes = tuple[tuple[int, str], ...]  # where an array has axes of named stack indices
+
+RESERVED = ("layer", "proj", "expert", REPLICA)  # stack indices that the model itself gives a value
+_ROW = 2  # axes of an activation whose rows are those of the batch, or tokens of them
+
+
+def select(model: nn.Module, /, **values: int | Tensor | Sequence[int] | None) -> None:
+    """Choose the values of stack indices that configurations declare with ``stack={"scene": 24}``.
+
+    They hold for all adapters of the model that declare the index, until others are chosen, in training and in
+    inference; they are not saved. A checkpointed forward is recomputed with the values that it saw. What is merged
+    and exported is the update of the chosen value.
+
+    Args:
+        model: a model with adapters of this package.
+        values: by index, a whole number from 0 on, or a 1-D tensor of whole numbers with one value for each row of
+            the batch; None for no value.
+
+    Raises:
+        NetworkError: no adapter declares the index, a value is not below its size, or a merged adapter has the index.
+
+    >>> import peft, tnpeft
+    >>> line = "B[scene out r] A[r inp] -> scene out inp"
+    >>> config = tnpeft.TensorNetworkConfig(network=line, ranks={"r": 2}, stack={"scene": 3}, target_modules=["0"])
+    >>> model = peft.get_peft_model(nn.Sequential(nn.Linear(4, 8)), config)
+    >>> model(torch.ones(2, 4))
+    Traceback (most recent call last):
+    tnpeft.networks.errors.NetworkError: no value of the stack index 'scene' is chosen
+    call tnpeft.select(model, scene=0): a number below 3, or a tensor with one for each row of the batch
+    >>> tnpeft.select(model, scene=2)
+    >>> tnpeft.select(model, scene=torch.tensor([0, 2]))
+    >>> model(torch.ones(2, 4)).shape
+    torch.Size([2, 8])
+    """
+    from tnpeft.adapters.layer.bank import FactorBank
+
+    bank = next((module for module in model.modules() if isinstance(module, FactorBank)), None)
+    sizes: dict[str, list[int]] = {}
+    for config in () if bank is None else bank.configs.values():
+        for index, size in (config.stack or {}).items():
+            sizes.setdefault(index, []).append(size)
+    if bank is None or not sizes:
+        raise NetworkError(
+            "no adapter of the model declares a stack index",
+            remedy='pass stack={"scene": 24} to tnpeft.TensorNetworkConfig',
+        )
+    chosen = dict(bank.selected)
+    for index, value in values.items():
+        if index not in sizes:
+            raise NetworkError(
+                f"no adapter of the model declares the stack index {index!r}",
+                remedy=f"the declared ones are {', '.join(sizes)}",
+            )
+        if any(index in (bank.configs[name].stack or {}) for name in bank.merged_adapters):
+            raise NetworkError(
+                f"an adapter with the stack index {index!r} is merged, at the value chosen then",
+                remedy="call unmerge_adapter() first",
+            )
+        if value is None:
+            chosen.pop(index, None)
+        else:
+            chosen[index] = _checked(index, value, min(sizes[index])).to(bank.device or "cpu")
+    lengths = {index: len(value) for index, value in chosen.items() if value.dim()}
+    if len({*lengths.values()}) > 1:
+        raise NetworkError(
+            f"different numbers of rows: {', '.join(f'{index} has {n}' for index, n in lengths.items())}",
+            remedy="give each as many values as the batch has rows, or one value for all",
+        )
+    bank.selected = chosen
+    for update in updates(model):  # programs are made here, so that compiled forwards only look them up
+        rows = tuple(index for index in update.stack if index in lengths)
+        if rows:
+            update.by_rows(rows, lengths[rows[0]])
+
+
+def updates(model: nn.Module) -> Iterator[Any]:
+    """The updates of all adapters at all their sites.
+
+    >>> [*updates(nn.Linear(2, 2))]
+    []
+    """
+    for module in model.modules():
+        for its in getattr(module, "updates", {}).values() if hasattr(module, "tnpeft_factors") else ():
+            yield from its
+
+
+def _checked(index: str, value: Any, size: int) -> Tensor:
+    problem, remedy = "", f"pass a number from 0 to {size - 1}, or a 1-D tensor of such numbers, one for each row"
+    if isinstance(value, Tensor):
+        if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool or value.dim() > 1:
+            problem = f"is a tensor of {value.dtype} with shape {tuple(value.shape)}"
+        elif not value.numel():
+            problem = "is an empty tensor"
+        found = value.detach().long()
+    else:
+        try:
+            items = [value] if not isinstance(value, list | tuple | range) else [*value]
+            numbers = [operator.index(item) for item in items if not isinstance(item, bool)]
+        except TypeError:
+            numbers, items = [], [value]
+        if len(numbers) != len(items) or not numbers:
+            problem = f"is {value!r}"
+        found = torch.tensor(numbers if isinstance(value, list | tuple | range) else (*numbers, 0)[0])
+    if not problem and (int(found.min()) < 0 or int(found.max()) >= size):
+        wrong = found[(found < 0) | (found >= size)] if found.dim() else found.reshape(1)
+        problem = f"is {int(wrong[0])}, and the index has the values 0 to {size - 1}"
+    if problem:
+        raise NetworkError(f"the value of the stack index {index!r} {problem}", remedy=remedy)
+    return found
+
+
+# ---- in a forward
+
+
+def chosen_rows(stack: Sequence[str], sizes: Mapping[str, int], selected: Selected) -> tuple[tuple[str, ...], int]:
+    """The stack indices that have a value for each row, and the number of rows; none and 0 if one value is for all.
+
+    Raises:
+        NetworkError: one has no value.
+
+    >>> chosen_rows(["scene"], {"scene": 3}, {"scene": torch.tensor([0, 2])})
+    (('scene',), 2)
+    """
+    for index in stack:
+        if index not in selected:
+            raise NetworkError(
+                f"no value of the stack index {index!r} is chosen",
+                remedy=f"call tnpeft.select(model, {index}=0): a number below {sizes[index]}, or a tensor with one "
+                "for each row of the batch",
+            )
+    rows = tuple(index for index in stack if selected[index].dim())
+    return rows, len(selected[rows[0]]) if rows else 0
+
+
+def described(stack: Sequence[str], selected: Selected) -> str:
+    """The chosen values in words.
+
+    >>> described(("scene", "env"), {"scene": torch.tensor(3)})
+    'scene = 3, env is not chosen'
+    """
+    words = []
+    for index in stack:
+        value = selected.get(index)
+        if value is None or value.dim():
+            words.append(f"{index} is {'not chosen' if value is None else 'chosen by row'}")
+        else:
+            words.append(f"{index} = {int(value)}")
+    return ", ".join(words)
+
+
+def check_rows(shape: Sequence[int], count: int) -> None:
+    """Raise unless an activation has the rows of a batch, or tokens of it as rows.
+
+    Raises:
+        NetworkError: it has not.
+
+    >>> check_rows((2, 7, 4), 2), check_rows((14, 4), 2)
+    (None, None)
+    """
+    if len(shape) < _ROW or (shape[0] % count if len(shape) == _ROW else shape[0] != count):
+        raise NetworkError(
+            f"{count} values are chosen for the rows of a batch, and a layer was given an input of shape "
+            f"{tuple(shape)}",
+            remedy="choose one value for each row that the model sees (generate makes several of each for beams), "
+            "or one for all",
+        )
+
+
+def choose(array: Tensor, axes: Axes, selected: Selected) -> Tensor:
+    """The array at the chosen values: without the axes, or with one axis of rows before all others.
+
+    >>> choose(torch.arange(6).reshape(2, 3), ((0, "scene"),), {"scene": torch.tensor(1)})
+    tensor([3, 4, 5])
+    >>> choose(torch.arange(6).reshape(2, 3), ((1, "scene"),), {"scene": torch.tensor([2, 2, 0])}).T
+    tensor([[2, 2, 0],
+            [5, 5, 3]])
+    """
+    if not axes:
+        return array
+    values = [selected[index].to(array.device) for _, index in axes]
+    if not any(value.dim() for value in values):
+        for (axis, _), value in sorted(zip(axes, values, strict=True), key=lambda item: -item[0][0]):
+            array = array.index_select(axis, value.reshape(1)).squeeze(axis)
+        return array
+    places = [axis for axis, _ in axes]
+    front = array.permute(*places, *(axis for axis in range(array.dim()) if axis not in places))
+    count = next(len(value) for value in values if value.dim())
+    return front[tuple(value.expand(count) for value in values)]
+
+
+def rowwise(net: Network, stack: Collection[str], rows: Collection[str]) -> Network:
+    """The network of one call: stack indices with one value for all are gone, the others are one, ``replica``.
+
+    >>> from tnpeft.networks import network
+    >>> net = network("S[scene a] E[env a] B[a out inp] -> scene env out inp")
+    >>> print(rowwise(net, ("scene", "env"), ("scene",)), "|", rowwise(net, ("scene", "env"), ()))
+    S[replica a] E[a] B[a out inp] -> replica out inp | S[a] E[a] B[a out inp] -> out inp
+    """
+
+    def change(factor: Factor) -> Factor:
+        many = (REPLICA,) if any(index in rows for index in factor.indices) else ()
+        return Factor(factor.name, (*many, *(i for i in factor.indices if i not in stack)), factor.kind)
+
+    terms = tuple(Term(tuple(map(change, term.factors)), term.sign) for term in net.terms)
+    many = ((REPLICA,),) if rows else ()
+    kept = (tuple(index for index in group if index not in stack) for group in net.output[:-2])
+    return Network(terms, (*many, *(group for group in kept if group), *net.output[-2:]))
+
+
+def one_value(net: Network, sizes: Mapping[str, int]) -> tuple[Network, Mapping[str, int], tuple[str, ...]]:
+    """The network of one value of every named stack index, its sizes, and these indices.
+
+    >>> from tnpeft.networks import network
+    >>> net, sizes, stack = one_value(network("S[scene a] B[a out inp] -> scene out inp"), {"scene": 3, "a": 2})
+    >>> print(net, sizes, stack)
+    S[a] B[a out inp] -> out inp {'a': 2} ('scene',)
+    """
+    stack = tuple(index for index in net.stack if index not in RESERVED)
+    if not stack:
+        return net, sizes, ()
+    net = rowwise(net, stack, ())
+    return net, {index: size for index, size in sizes.items() if index in net.indices}, stack
+
+
+def check_stack(stack: Mapping[str, int] | None, config: Any) -> None:
+    """Raise unless a configuration's lines carry the stack indices that it declares, and it asks for one update only.
+
+    Raises:
+        ConfigError: a line lacks one, its name has a meaning of its own, or DoRA or replicas are asked for as well.
+    """
+    if not stack:
+        return
+    lines = [rule.network for rule in config.factorization.lines]
+    for index in stack:
+        if index in RESERVED:
+            raise ConfigError(f"stack names {index!r}, which a model gives its size", remedy="leave it out of stack")
+        if not any(index in line.stack for line in lines):
+            raise ConfigError(
+                f"stack declares {index!r}, which no line has among its stack indices",
+                line=str(lines[0]),
+                remedy=f"write it before the rows in the output, such as {index} out inp, or leave it out of stack",
+            )
+    if config.dora:
+        raise ConfigError(
+            "a magnitude belongs to one update, and a stack index has several",
+            remedy="leave out dora, or attach one adapter for each value",
+        )
+    if config.replicas > 1:
+        raise ConfigError(
+            "replicas of a named stack cannot be told apart in one batch", remedy="leave out replicas or stack"
+        )

@@ -123,6 +123,8 @@ _MODULES = (
 )
 
 _EXTRAS = {
+    "cli": "cli",
+    "testing": "testing",
     "nn": "torch",
     "adapters": "peft",
     "optim": "peft",

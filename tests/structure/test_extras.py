@@ -1,16 +1,18 @@
-"""Counting and planning need no torch; what needs a library that is not installed names the extra that brings it."""
+"""Counting, planning and pictures need sympy alone; what needs a library that is not installed names its extra."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 # Stands for an environment where these are not installed: any import of them fails as it would there.
 HIDDEN = """
 import sys
-for name in ("torch", "peft", "transformers", "datasets", "tensorly", "scipy"):
+for name in ("torch", "peft", "transformers", "datasets", "tensorly", "scipy", "numpy", "matplotlib", "networkx",
+             "cotengra", "opt_einsum", "typer", "rich", "hypothesis"):
     sys.modules[name] = None
 """
 
@@ -19,19 +21,59 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", HIDDEN + code], capture_output=True, text=True)
 
 
-def test_counting_planning_drawing_and_the_command_line_need_no_torch() -> None:
-    code = """
+def test_counting_planning_and_drawing_need_sympy_alone(tmp_path: Path) -> None:
+    code = f"""
 import tnpeft
 net = tnpeft.network("B[layer proj out r] A[layer proj r inp] -> layer proj out inp")
 sizes = dict(layer=24, proj=2, out=2048, inp=2048, r=1)
 print(tnpeft.parameters(net, sizes), tnpeft.rank_bound(net, sizes), tnpeft.plan(net, sizes, tokens=8).macs)
+print(tnpeft.parameters(net), tnpeft.gain("lora"), tnpeft.dof(net, sizes))
 tnpeft.mermaid(net)
-sys.argv = ["tnpeft", "count", "lora", "--model", "facebook/opt-1.3b"]
-tnpeft.cli.main()
+tnpeft.draw(net, {str(tmp_path / "net.svg")!r})
+for name in tnpeft.families.names():
+    f = tnpeft.families.get(name)()
+    table = tnpeft.compare([f], model="facebook/opt-1.3b", targets=["q_proj"])
+    tnpeft.drawing.compose(f) if len(f.network.factors) < 4 else None
+print(tnpeft.budget(["lora", "cp"], parameters=196608, model="facebook/opt-1.3b"))
 """
     done = run(code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("196608 1 ")
+    assert "</svg>" in (tmp_path / "net.svg").read_text()
+
+
+def test_the_command_line_names_its_extra() -> None:
+    done = run("sys.argv = ['tnpeft', 'count', 'lora']\nfrom tnpeft.__main__ import main\nmain()")
+    assert done.returncode == 1
+    assert done.stderr == "tnpeft: the command line needs typer; pip install 'tnpeft[cli]'\n"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            "tnpeft.draw('A[out inp] -> out inp', 'a.png')",
+            "a picture as .png needs matplotlib; pip install 'tnpeft[plots]'",
+        ),
+        (
+            "tnpeft.compare('lora', model='facebook/opt-1.3b').plot('a.svg')",
+            "the picture of a comparison needs matplotlib; pip install 'tnpeft[plots]'",
+        ),
+        (
+            "tnpeft.plan(tnpeft.network(' '.join(f'A{k}[out inp]' for k in range(13))"
+            " + ' -> out inp'), out=4, inp=4, tokens=2)",
+            "a plan of 14 operands, more than 12, needs cotengra; pip install 'tnpeft[planning]'",
+        ),
+        (
+            "tnpeft.plan(tnpeft.network('A[out inp] -> out inp'), out=4, inp=4, tokens=2, optimize='greedy')",
+            "optimize='greedy' needs opt_einsum; pip install 'tnpeft[planning]'",
+        ),
+        ("tnpeft.testing.networks()", "tnpeft.testing needs numpy; pip install 'tnpeft[testing]'"),
+    ],
+)
+def test_a_question_names_its_extra(call: str, message: str) -> None:
+    done = run(f"import tnpeft\n{call}")
+    assert done.stderr.rstrip().splitlines()[-1] == f"ModuleNotFoundError: {message}"
 
 
 @pytest.mark.parametrize(("name", "extra"), [("fit", "torch"), ("TensorNetworkConfig", "peft"), ("factors", "peft")])

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tnpeft._extras import needed
 from tnpeft.networks import NetworkError
 
 _FORMATS = (".svg", ".png", ".pdf")
@@ -22,6 +23,7 @@ def plot(rows: Sequence[Any], title: str, headings: Mapping[str, str], path: str
     Raises:
         NetworkError: the ending is none of .svg, .png and .pdf, or no family fits.
     """
+    needed("matplotlib", "plots", "the picture of a comparison")
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

@@ -97,36 +97,61 @@ def min_cut(
 
 
 def _flow(edges: Sequence[Edge], core: set[Node], ends: frozenset[Node], best: MinCut) -> MinCut:
-    """Return the smaller one of ``best`` and the minimum cut between the core and the ends, by networkx.
+    """Return the smaller one of ``best`` and the minimum cut between the core and the ends.
 
     Capacities are logarithms in fixed point, with more digits than the known cut has: two products below it differ by
     more than all rounding together.
     """
-    import networkx as nx
-    from networkx.algorithms.flow import shortest_augmenting_path
-
-    graph = nx.DiGraph()
-    graph.add_nodes_from(("start", "stop"))
     digits = best.size.bit_length() * 30103 // 100000 + len(str(len(edges))) + 3
+    room: dict[Any, dict[Any, int]] = {"start": {}, "stop": {}}  # what can still flow from a node to the next
 
     def name(node: Node) -> Any:
         return "start" if node in core else "stop" if node in ends else (node,)
+
+    def connect(tail: Any, head: Any, capacity: int) -> None:
+        room.setdefault(tail, {})[head] = room.get(tail, {}).get(head, 0) + capacity
+        room.setdefault(head, {}).setdefault(tail, 0)
 
     for number, edge in enumerate(edges):
         nodes = [*dict.fromkeys(map(name, edge.nodes))]
         capacity = _logarithm(min(edge.size, best.size), digits)
         if len(nodes) == 2:
-            for tail, head in (nodes, nodes[::-1]):
-                old = graph[tail][head]["capacity"] if graph.has_edge(tail, head) else 0
-                graph.add_edge(tail, head, capacity=old + capacity)
+            connect(nodes[0], nodes[1], capacity)
+            connect(nodes[1], nodes[0], capacity)
         elif len(nodes) > 2:  # an entry and an exit: the edge is cut once, however many nodes it has on each side
-            graph.add_edge(number, -1 - number, capacity=capacity)
-            graph.add_edges_from((node, number) for node in nodes)
-            graph.add_edges_from((-1 - number, node) for node in nodes)
-    _, (reached, _) = nx.minimum_cut(graph, "start", "stop", flow_func=shortest_augmenting_path)
-    side = frozenset(core | {node[0] for node in reached if isinstance(node, tuple)})
+            connect(number, -1 - number, capacity)
+            for node in nodes:
+                connect(node, number, capacity)
+                connect(-1 - number, node, capacity)
+    side = frozenset(core | {node[0] for node in _saturated(room) if isinstance(node, tuple)})
     size = prod(edge.size for edge in edges if edge.nodes & side and edge.nodes - side)
     return MinCut(size, side) if size < best.size else best
+
+
+def _saturated(room: dict[Any, dict[Any, int]]) -> set[Any]:
+    """Send the maximum flow from start to stop along shortest paths, and return what start still reaches.
+
+    >>> sorted(_saturated({"start": {"a": 2}, "a": {"start": 0, "stop": 1}, "stop": {"a": 0}}))
+    ['a', 'start']
+    """
+    while True:
+        came: dict[Any, Any] = {"start": None}
+        pending = ["start"]
+        for node in pending:
+            for head, left in room[node].items():
+                if left and head not in came:
+                    came[head] = node
+                    pending.append(head)
+        if "stop" not in came:
+            return {*came}
+        path, head = [], "stop"
+        while came[head] is not None:
+            path.append((came[head], head))
+            head = came[head]
+        flow = min(room[tail][head] for tail, head in path)
+        for tail, head in path:
+            room[tail][head] -= flow
+            room[head][tail] += flow
 
 
 @lru_cache(maxsize=4096)

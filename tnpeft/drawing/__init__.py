@@ -1,6 +1,8 @@
 """Pictures of networks: figures for papers, Mermaid for pages, plain text for terminals."""
 
-from tnpeft.drawing.picture import compose, draw, figure, svg
+from tnpeft.drawing.composition import compose
+from tnpeft.drawing.markup import svg
+from tnpeft.drawing.picture import draw, figure
 from tnpeft.drawing.text import mermaid, text
 from tnpeft.networks import display
 

@@ -1,27 +1,31 @@
-"""Positions of the nodes of a graph: annealing on a small grid, rows left, columns right, stack on top."""
+"""Positions of the nodes of a graph on a small grid: rows left, columns right, stack on top."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import pairwise
-from math import ceil, sqrt
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from itertools import accumulate, combinations, pairwise, product
+from math import ceil, dist, hypot, sqrt
+from random import Random
+from typing import TypeVar
 
 from tnpeft.drawing.graph import Graph
 
-Points = NDArray[np.complex128]  # x + iy
 Cell = tuple[float, float]
+Vector = tuple[int, int]  # in half cells
 
-_STARTS, _MOVES = 12, 150  # annealing runs, and moves of each per node
-_HOT, _COLD = 3.0, 0.02
-_CROSSING, _HIDDEN, _NARROW, _ORDER, _TIGHT = 4.0, 16.0, 5.0, 3.0, 1.5
+_STARTS, _NODES = 6, 100  # placements that are tried at least, and their nodes in all where a graph is small
+_SWEEPS = 20  # rounds in which each node goes between its neighbours
+_STEP, _STEP_DOT, _JITTER = 4, 2, 2.0  # how far a move goes, and a start is shaken, in half cells
+_CROSSING, _HIDDEN, _NARROW, _ORDER, _TIGHT, _SPREAD = 4.0, 16.0, 5.0, 3.0, 1.5, 0.01
 _SLANTED, _SLANTED_DOT = 3.0, 0.6  # a bond or leg, a line to a dot that is neither upright nor level
 _NEAR, _NEAR_DOT = 0.45, 0.22  # in cells: a line that passes a node more closely seems to end there
 _CLOSE, _CLOSE_LEGS = 0.8, 1.0  # in cells: two nodes, two open legs should be further apart
+_SIDES = ("rows", "cols", "stack")
+_MARGIN = 2  # free half cells around the grid, for what is near its edge
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
 
 
 def place(graph: Graph) -> tuple[Cell, ...]:
@@ -39,168 +43,277 @@ def place(graph: Graph) -> tuple[Cell, ...]:
 
 @lru_cache(maxsize=256)
 def _place(parts: tuple[str, ...], ends: tuple[tuple[int, int], ...]) -> tuple[Cell, ...]:
-    search = _Search(parts, ends)
-    final = _compact(search.polish(search.run()), "rows" in parts)
-    return tuple((float(point.real), float(point.imag)) for point in final)
+    grid = _Grid(parts, ends)
+    starts = max(_STARTS, _NODES // len(parts))
+    numbers = [lambda: 0.5, *(Random(seed).random for seed in range(starts))]  # the first start is not shaken
+    found = [_Placement(grid, random).polished() for random in numbers]
+    best = min(found, key=lambda placement: placement.cost() + placement.closed_up().cost())
+    left = 0 if "rows" in parts else 1  # a picture without row legs begins at column 1
+    return tuple((x / 2 + left, y / 2) for x, y in (grid.where[at] for at in best.points))
 
 
-class _Search:
-    """The grid, the cost of a placement, and the annealing."""
+class _Memo(dict[K, V]):
+    """The values of a function, each computed once."""
 
-    def __init__(self, parts: Sequence[str], pairs: Sequence[tuple[int, int]]) -> None:
-        self.parts = parts
+    def __init__(self, compute: Callable[[K], V]) -> None:
+        super().__init__()
+        self.compute = compute
+
+    def __missing__(self, key: K) -> V:
+        value = self[key] = self.compute(key)
+        return value
+
+
+class _Grid:
+    """The half cells, numbered so that the bits of a whole number are a set of them, and what lines between them do.
+
+    A line is one number, ``start * size + stop``, so that a sum over all lines is one call.
+    """
+
+    def __init__(self, parts: Sequence[str], ends: Sequence[tuple[int, int]]) -> None:
         inner = max(1, parts.count("factor") + parts.count("dot") // 2)
-        self.width = max(2, ceil(1.5 * sqrt(inner)), parts.count("stack"), min(5, parts.count("factor")))
-        self.height = max(2, ceil(1.2 * sqrt(inner)), parts.count("rows") + 1, parts.count("cols") + 1)
-        self.cells = [self._cells(part) for part in parts]
-        self.allowed = [set(cells.tolist()) for cells in self.cells]
-        ends = np.array(pairs, dtype=int).reshape(-1, 2)
-        self.a, self.b = ends[:, 0], ends[:, 1]
-        dots = ["dot" in (parts[i], parts[j]) and {parts[i], parts[j]} <= {"dot", "factor"} for i, j in pairs]
-        self.slant = np.where(np.array(dots, dtype=bool), _SLANTED_DOT, _SLANTED)
-        first, second = np.triu_indices(len(ends), 1)
-        shared = (ends[first][:, :, None] == ends[second][:, None, :]).any((1, 2)).reshape(first.shape)
-        self.apart = first[~shared], second[~shared]
-        forks = [_fork(ends[i], ends[j]) for i, j in zip(first[shared], second[shared], strict=True)]
-        self.forks = np.array(forks, dtype=int).reshape(-1, 3)
-        others = np.ones((len(ends), len(parts)), dtype=bool)
-        for e, pair in enumerate(ends):
-            others[e, pair] = False
-        self.edge, self.other = np.nonzero(others)
-        self.near = np.array([_NEAR_DOT if part == "dot" else _NEAR for part in parts])[self.other]
-        self.couples = np.triu_indices(len(parts), 1)
-        legs = [part in ("rows", "cols", "stack") for part in parts]
-        self.close = np.array(
-            [_CLOSE_LEGS if legs[i] and legs[j] else _CLOSE for i, j in zip(*self.couples, strict=True)]
-        )
-        runs = [
-            (pair, turn) for side, turn in (("rows", 1j), ("cols", 1j), ("stack", 1)) for pair in self._next(side)
+        wide = max(2, ceil(1.5 * sqrt(inner)), parts.count("stack"), min(5, parts.count("factor")))
+        high = max(2, ceil(1.2 * sqrt(inner)), parts.count("rows") + 1, parts.count("cols") + 1)
+        self.row = 2 * wide + 3 + 2 * _MARGIN
+        self.size = self.row * (2 * high + 1 + 2 * _MARGIN)
+        self.where = [(at % self.row - _MARGIN, at // self.row - _MARGIN) for at in range(self.size)]
+        self.ends, self.count = ends, len(parts)
+        self.cells = [[self.at(x, y) for x, y in _cells(part, 2 * wide, 2 * high)] for part in parts]
+        self.allowed = [frozenset(cells) for cells in self.cells]
+        self.dot = [part == "dot" for part in parts]
+        self.leg = [part in _SIDES for part in parts]
+        dots = [{parts[i], parts[j]} <= {"dot", "factor"} and "dot" in (parts[i], parts[j]) for i, j in ends]
+        self.slant = [_SLANTED_DOT if dot else _SLANTED for dot in dots]
+        self.edges = [tuple(e for e, pair in enumerate(ends) if node in pair) for node in range(len(parts))]
+        self.forks = [tuple(self._forks(node)) for node in range(len(parts))]
+        self.runs = [([k for k, part in enumerate(parts) if part == side], side != "stack") for side in _SIDES]
+        self.order = [
+            tuple((*pair, downwards) for run, downwards in self.runs for pair in pairwise(run) if node in pair)
+            for node in range(len(parts))
         ]
-        self.order = np.array([pair for pair, _ in runs], dtype=int).reshape(-1, 2).T
-        self.turned = np.array([turn for _, turn in runs], dtype=complex)
+        self.nearby = _Memo(self._nearby)
+        self.close, self.close_legs = (
+            [self._close(at, gap) for at in range(self.size)] for gap in (_CLOSE, _CLOSE_LEGS)
+        )
+        self.lengths = _Memo(self._length)  # of a line: its cost, and that of its slant
+        self.passed = _Memo(self._passed)  # of a line: the half cells it passes closely, for factors and for dots
+        self.crossings = _Memo(self._crossings)  # of a line: whether another crosses it
+        self.passing = _Memo(self._passing)  # of a kind of node and its place: whether a line passes it closely
+        self.narrow = _Memo(self._narrow)
 
-    def _next(self, side: str) -> Iterable[tuple[int, int]]:
-        """Pairs of legs that should stand in the order of their group: top to bottom, or left to right."""
-        return pairwise(k for k, part in enumerate(self.parts) if part == side)
+    def at(self, x: int, y: int) -> int:
+        return (y + _MARGIN) * self.row + x + _MARGIN
 
-    def _cells(self, part: str) -> Points:
-        """Return the free positions of a node; dots and stack legs also between columns, dots between rows."""
-        halves = part == "dot"
-        x = np.arange(1, 2 * self.width + 2) / 2 if halves else np.arange(1.0, self.width + 1)
-        y = np.arange(2 * self.height) / 2 if halves else np.arange(float(self.height))
-        if part == "stack":
-            x, y = np.arange(2, 2 * self.width + 1) / 2, np.array([float(self.height)])
-        elif part in ("rows", "cols"):
-            x = np.array([0.0 if part == "rows" else self.width + 1.0])
-        return np.asarray((x[:, None] + 1j * y).ravel(), dtype=np.complex128)
+    def _forks(self, node: int) -> Iterator[tuple[int, int, int]]:
+        """The pairs of lines that share an end and change with the node: the end and their other ends."""
+        for centre in {node, *(sum(self.ends[e]) - node for e in self.edges[node])}:
+            others = [sum(self.ends[e]) - centre for e in self.edges[centre]]
+            yield from ((centre, i, j) for i, j in combinations(others, 2) if node in (centre, i, j))
 
-    def run(self) -> Points:
-        """The best placement of some annealing runs, side by side from random starts."""
-        generators = [np.random.default_rng(seed) for seed in range(_STARTS)]
-        points = np.array([self._random(generator) for generator in generators])
-        now = self.cost(points)
-        least, best = now.copy(), points.copy()
-        moves = _MOVES * len(self.parts)
-        for step in range(moves):
-            heat = _HOT * (_COLD / _HOT) ** (step / moves)
-            trials = np.array([self._step(*each) for each in zip(points, generators, strict=True)])
-            then = self.cost(trials)
-            chance = np.array([generator.random() for generator in generators])
-            taken = chance < np.exp(np.minimum(0, now - then) / heat)
-            points[taken], now[taken] = trials[taken], then[taken]
-            better = now < least
-            best[better], least[better] = points[better], now[better]
-        return np.asarray(best[int(least.argmin())])
+    def _nearby(self, key: tuple[int, int]) -> list[int]:
+        """The other cells that a node may move to: within a step of where it is."""
+        node, at = key
+        x, y = self.where[at]
+        most = _STEP_DOT if self.dot[node] else _STEP
+        near = (cell for cell in self.cells[node] if cell != at)
+        return [c for c in near if abs(self.where[c][0] - x) <= most and abs(self.where[c][1] - y) <= most]
 
-    def polish(self, points: Points) -> Points:
-        """The placement after every single move or swap that helps."""
-        now, before = float(self.cost(points)), float("inf")
-        while now < before - 1e-9:
-            before = now
-            for node, cells in enumerate(self.cells):
-                trials = np.array([self._moved(points, node, cell) for cell in cells])
-                costs = self.cost(trials)
-                if costs.min() < now - 1e-9:
-                    now, points = float(costs.min()), trials[int(costs.argmin())]
+    def _close(self, at: int, gap: float) -> int:
+        steps = (x + self.row * y for x, y in _NEIGHBOURS if hypot(x, y) < 2 * gap)
+        return sum(1 << at + step for step in steps if at + step >= 0)
+
+    def _vector(self, line: int) -> tuple[Vector, Vector]:
+        return self.where[line // self.size], self.where[line % self.size]
+
+    def _length(self, line: int) -> tuple[float, float]:
+        (ax, ay), (bx, by) = self._vector(line)
+        x, y = bx - ax, by - ay
+        length = max(hypot(x, y) / 2, 1e-9)
+        return length + 0.15 * length**2, abs(x * y) / 4 / length**2
+
+    def _passed(self, line: int) -> tuple[int, int]:
+        start = line // self.size
+        (ax, ay), (bx, by) = self._vector(line)
+        near, nearer = (sum(1 << start + x + self.row * y for x, y in steps) for steps in _passed(bx - ax, by - ay))
+        return near, nearer
+
+    def _crossings(self, line: int) -> _Memo[int, bool]:
+        return _Memo(lambda other: self._cross(line, other))
+
+    def _passing(self, key: tuple[bool, int]) -> _Memo[int, int]:
+        dot, at = key
+        return _Memo(lambda line: self.passed[line][dot] >> at & 1)
+
+    def _cross(self, one: int, two: int) -> bool:
+        """True if two lines cross, each at a point within."""
+        (ax, ay), (bx, by) = self._vector(one)
+        (cx, cy), (dx, dy) = self._vector(two)
+        ux, uy, vx, vy = bx - ax, by - ay, dx - cx, dy - cy
+        if (ux * (cy - ay) - uy * (cx - ax)) * (ux * (dy - ay) - uy * (dx - ax)) >= 0:
+            return False
+        return (vx * (ay - cy) - vy * (ax - cx)) * (vx * (by - cy) - vy * (bx - cx)) < 0
+
+    def _narrow(self, key: tuple[int, int, int]) -> bool:
+        """True if two lines leave a point in almost the same direction."""
+        (cx, cy), (ax, ay), (bx, by) = (self.where[at] for at in key)
+        ax, ay, bx, by = ax - cx, ay - cy, bx - cx, by - cy
+        return ax * bx + ay * by > 0.93 * hypot(ax, ay) * hypot(bx, by)
+
+
+class _Placement:
+    """A half cell for every node, and what it costs: length, slant, crossings, order and more."""
+
+    def __init__(self, grid: _Grid, random: Callable[[], float]) -> None:
+        self.grid = grid
+        self._set(self._start(random))
+
+    def _start(self, random: Callable[[], float]) -> list[int]:
+        """Every node near the middle of its neighbours, the legs at random along their sides, in their order."""
+        grid = self.grid
+        spots = [_between(random(), grid.where[cells[0]], grid.where[cells[-1]]) for cells in grid.cells]
+        for run, downwards in grid.runs:
+            legs = sorted((spots[k] for k in run), key=lambda spot: -spot.imag if downwards else spot.real)
+            for k, spot in zip(run, legs, strict=True):
+                spots[k] = spot
+        inner = [node for node in range(grid.count) if not grid.leg[node] and grid.edges[node]]
+        for node in inner * _SWEEPS:
+            near = [spots[sum(grid.ends[e]) - node] for e in grid.edges[node]]
+            spots[node] = sum(near) / len(near)
+        points: list[int] = []
+        for cells, spot in zip(grid.cells, spots, strict=True):
+            spot += _JITTER * complex(random() - 0.5, random() - 0.5)
+            points.append(min(cells, key=lambda at: (at in points, abs(complex(*grid.where[at]) - spot))))
         return points
 
-    def _step(self, points: Points, generator: np.random.Generator) -> Points:
-        """One node moved anywhere, or (every second time) near by, where the small improvements are."""
-        node = int(generator.integers(len(self.parts)))
-        cells = self.cells[node]
-        if generator.random() < 0.5:
-            gap = cells - points[node]
-            cells = cells[(np.abs(gap.real) <= 1) & (np.abs(gap.imag) <= 1)]
-        return self._moved(points, node, cells[int(generator.integers(len(cells)))])
+    def _set(self, points: Sequence[int]) -> None:
+        grid = self.grid
+        self.points = [*points]
+        self.lines = [points[i] * grid.size + points[j] for i, j in grid.ends]
+        self.dots = sum([1 << at for at, dot in zip(points, grid.dot, strict=True) if dot])
+        self.solid = sum([1 << at for at, dot in zip(points, grid.dot, strict=True) if not dot])
+        self.legs = sum([1 << at for at, leg in zip(points, grid.leg, strict=True) if leg])
 
-    def _random(self, generator: np.random.Generator) -> Points:
-        held: list[complex] = []
-        for cells in self.cells:
-            free = [cell for cell in cells.tolist() if cell not in held]
-            held.append(free[int(generator.integers(len(free)))])
-        return np.array(held)
+    def polished(self) -> _Placement:
+        """The placement after every single move or swap that helps, the best one of a node at a time."""
+        better = True
+        while better:
+            better = False
+            for node in range(self.grid.count):
+                change, points = self._best(node)
+                self._set(points)
+                better |= change < -1e-9
+        return self
 
-    def _moved(self, points: Points, node: int, target: complex) -> Points:
-        """The placement with a node moved and whatever stands there swapped; unchanged where that is not possible."""
-        source = points[node]
-        guests = np.nonzero(points == target)[0]
-        if any(source not in self.allowed[guest] for guest in guests):
-            return points
-        trial = points.copy()
-        trial[guests] = source
-        trial[node] = target
-        return trial
+    def _best(self, node: int) -> tuple[float, list[int]]:
+        """The best move of a node, what stands at its target going where it came from."""
+        grid, points = self.grid, self.points
+        source, alone = points[node], self._local([node])
+        best, chosen = -1e-9, points
+        for target in grid.nearby[node, source]:
+            guest = points.index(target) if target in points else None
+            if guest is not None and source not in grid.allowed[guest]:
+                continue
+            nodes = [node] if guest is None else [node, guest]
+            before = alone if guest is None else self._local(nodes)
+            trial = points[:]
+            trial[node] = target
+            if guest is not None:
+                trial[guest] = source
+            self._set(trial)
+            change = self._local(nodes) - before
+            if change < best:
+                best, chosen = change, trial
+            self._set(points)
+        return best, chosen
 
-    def cost(self, points: Points) -> NDArray[np.float64]:
-        """Return the cost of positions, nodes along the last axis: length, slant, crossings, order and more."""
-        along = points[..., self.b] - points[..., self.a]
-        length = np.maximum(np.abs(along), 1e-9)
-        slant = np.abs(along.real * along.imag) / length**2
-        spread = np.abs(points - points.mean(-1, keepdims=True)) ** 2
-        i, j = self.couples
-        tight = np.abs(points[..., i] - points[..., j]) < self.close
-        first, second = self.order
-        late = ((points[..., second] - points[..., first]) * self.turned).real < 0
-        total = (length + 0.15 * length**2 + self.slant * slant).sum(-1) + 0.01 * spread.sum(-1)
-        total += _TIGHT * tight.sum(-1) + _ORDER * late.sum(-1) + _NARROW * self._narrow(points)
-        total += _CROSSING * self._crossings(points, along) + _HIDDEN * self._hidden(points, along, length)
-        return np.asarray(total)
+    def closed_up(self) -> _Placement:
+        """The placement without empty rows or columns of cells."""
+        xs, ys = (_closed_up([self.grid.where[at][axis] for at in self.points]) for axis in (0, 1))
+        self._set([self.grid.at(x, y) for x, y in zip(xs, ys, strict=True)])
+        return self
 
-    def _crossings(self, points: Points, along: Points) -> Any:
-        i, j = self.apart
-        one, two = along[..., i], along[..., j]
-        between = points[..., self.a[j]] - points[..., self.a[i]]
-        over = (one.conj() * between).imag * (one.conj() * (between + two)).imag < 0
-        under = (two.conj() * between).imag * (two.conj() * (between - one)).imag < 0
-        return (over & under).sum(-1)
+    def cost(self) -> float:
+        """The cost of the placement."""
+        return self._local(range(self.grid.count))
 
-    def _hidden(self, points: Points, along: Points, length: Any) -> Any:
-        """Count the lines that pass under a node that they do not end at."""
-        step = along[..., self.edge]
-        to = points[..., self.other] - points[..., self.a[self.edge]]
-        part = np.clip((to * step.conj()).real / length[..., self.edge] ** 2, 0, 1)
-        return (np.abs(to - part * step) < self.near).sum(-1)
+    def _local(self, nodes: Sequence[int]) -> float:
+        """The costs that some nodes and their edges take part in, and the spread."""
+        grid, points, lines = self.grid, self.points, self.lines
+        lengths, passed, crossed, dots, solid = grid.lengths, grid.passed, grid.crossings, self.dots, self.solid
+        own: Iterable[int] = grid.edges[nodes[0]] if len(nodes) == 1 else {e for n in nodes for e in grid.edges[n]}
+        total: float = 0.0
+        crossings = hidden = tight = seen = 0
+        for e in own:
+            line = lines[e]
+            length, slant = lengths[line]
+            total += length + grid.slant[e] * slant
+            near, nearer = passed[line]
+            hidden += (near & solid | nearer & dots).bit_count()
+            crossings += sum(map(crossed[line].__getitem__, lines))
+        mine: list[int] = []  # several nodes' own lines would be counted twice
+        if len(nodes) > 1:
+            mine = [lines[e] for e in own]
+            crossings -= sum(crossed[one][two] for one, two in combinations(mine, 2))
+        for node in nodes:
+            at = points[node]
+            passing = grid.passing[grid.dot[node], at].__getitem__
+            hidden += sum(map(passing, lines)) - sum(map(passing, mine))
+            close = grid.close[at] & (solid | dots)
+            if grid.leg[node]:
+                close |= grid.close_legs[at] & self.legs
+            tight += (close & ~seen).bit_count()
+            seen |= 1 << at
+        forks, order = grid.forks[nodes[0]], grid.order[nodes[0]]
+        if len(nodes) > 1:
+            forks = tuple({fork for node in nodes for fork in grid.forks[node]})
+            order = tuple({pair for node in nodes for pair in grid.order[node]})
+        late = sum(
+            [
+                points[two] // grid.row > points[one] // grid.row if downwards else points[two] < points[one]
+                for one, two, downwards in order
+            ]
+        )
+        angles = grid.narrow
+        narrow = sum([angles[points[c], points[i], points[j]] for c, i, j in forks])
+        where = grid.where
+        xs, ys = zip(*[where[at] for at in points], strict=True)
+        squares = sum([x * x for x in xs]) + sum([y * y for y in ys])
+        total += _SPREAD / 4 * (squares - (sum(xs) ** 2 + sum(ys) ** 2) / len(points))
+        return total + _CROSSING * crossings + _HIDDEN * hidden + _TIGHT * tight + _NARROW * narrow + _ORDER * late
 
-    def _narrow(self, points: Points) -> Any:
-        """Count the pairs of lines that leave a node in almost the same direction."""
-        centre, one, two = (points[..., self.forks[:, k]] for k in range(3))
-        turn = (one - centre).conj() * (two - centre)
-        return (turn.real > 0.93 * np.abs(turn)).sum(-1)
+
+_NEIGHBOURS = [step for step in product(range(-2, 3), repeat=2) if step != (0, 0)]
 
 
-def _fork(one: Any, two: Any) -> tuple[int, int, int]:
-    """The node that two edges share, and their other ends."""
-    centre = next(int(k) for k in one if k in two)
-    return centre, int(one.sum() - centre), int(two.sum() - centre)
+def _cells(part: str, wide: int, high: int) -> Iterable[Vector]:
+    """The half cells that a node may have; dots and stack legs also between columns, dots between rows."""
+    if part == "dot":
+        return product(range(1, wide + 2), range(high))
+    if part == "stack":
+        return product(range(2, wide + 1), (high,))
+    xs = {"rows": (0,), "cols": (wide + 2,)}.get(part, range(2, wide + 1, 2))
+    return product(xs, range(0, high, 2))
 
 
-def _compact(points: Points, rows: bool) -> Points:
-    """The placement without empty rows and columns of cells; a picture without row legs begins at column 1."""
-    return _closed_up(points.real) + (0 if rows else 1) + 1j * _closed_up(points.imag)
+@lru_cache(maxsize=1 << 12)
+def _passed(x: int, y: int) -> tuple[list[Vector], list[Vector]]:
+    """The half cells that the line from 0 passes so closely that a factor or leg (or a dot) there seems on it."""
+    found: tuple[list[Vector], list[Vector]] = ([], [])
+    for px, py in product(range(min(0, x), max(0, x) + 1), range(min(0, y), max(0, y) + 1)):
+        if (px, py) not in ((0, 0), (x, y)):
+            part = (px * x + py * y) / (x * x + y * y)
+            gap = dist((px, py), (part * x, part * y)) / 2
+            for steps, near in zip(found, (_NEAR, _NEAR_DOT), strict=True):
+                steps += [(px, py)] if gap < near else []
+    return found
 
 
-def _closed_up(places: NDArray[np.float64]) -> NDArray[np.float64]:
-    used, which = np.unique(places, return_inverse=True)
-    steps = np.minimum(np.diff(used, prepend=used[:1]), 1.0)
-    closed: NDArray[np.float64] = np.cumsum(steps)[which]
-    return closed
+def _between(part: float, low: Vector, high: Vector) -> complex:
+    return complex(*low) + part * (complex(*high) - complex(*low))
+
+
+def _closed_up(places: Sequence[int]) -> list[int]:
+    """The coordinates from 0 on, neighbouring ones at most a cell apart."""
+    used = sorted(set(places))
+    closed = dict(zip(used, accumulate((min(two - one, 2) for one, two in pairwise(used)), initial=0), strict=True))
+    return [closed[place] for place in places]

@@ -16,6 +16,7 @@ from functools import lru_cache
 from math import prod
 from typing import Any
 
+from tnpeft._extras import needed
 from tnpeft.networks import NetworkError
 
 Path = tuple[tuple[int, int], ...]  # pairs of operands; the result of pair k is operand n + k
@@ -153,6 +154,7 @@ def _path(choice: list[int], count: int) -> Path:
 
 def _proposed(operands: tuple[Operand, ...], output: frozenset[str], sizes: dict[str, int]) -> Path:
     """A path of cotengra's greedy search, which takes networks of any size."""
+    needed("cotengra", "planning", f"a plan of {len(operands)} operands, more than {EXACT},")
     from cotengra import GreedyOptimizer, RandomGreedyOptimizer
 
     inputs = [tuple(sorted(operand.indices)) for operand in operands]
@@ -177,6 +179,7 @@ def requested(optimize: Any, operands: Sequence[Operand], output: frozenset[str]
         return ()
     find = deepcopy(optimize)  # a random optimiser serves one contraction, and a line may have several terms
     if isinstance(optimize, str):
+        needed("opt_einsum", "planning", f"optimize={optimize!r}")
         from opt_einsum.paths import get_path_fn
 
         try:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tnpeft._extras import needed
 from tnpeft.networks import STACK, Factor, Factorization, Network, NetworkError, Term
 from tnpeft.networks.sizes import Size, product
 
@@ -83,6 +84,7 @@ def _start(given: Any, label: str) -> Start:
         return Spec.parse(given, label)
     if hasattr(given, "any"):
         return given
+    needed("numpy", "testing", f"factor {label!r}, which starts as numbers,")
     import numpy as np
 
     return np.asarray(given, dtype=np.float64)

@@ -16,9 +16,9 @@ _ORDER = (
     ("k_proj", "key", "k", "c_attn/out:1", "kv_a_proj_with_mqa", "kv_b_proj"),
     ("v_proj", "value", "v", "c_attn/out:2"),
     ("o_proj", "out_proj", "o", "attn_output", "attn_c_proj"),
-    ("fc1", "gate_proj", "c_fc", "intermediate", "gate_up_proj"),
+    ("fc1", "gate_proj", "c_fc", "intermediate", "gate_up_proj", "experts_gate_up_proj"),
     ("up_proj",),
-    ("fc2", "down_proj", "c_proj", "output", "mlp_c_proj"),
+    ("fc2", "down_proj", "c_proj", "output", "mlp_c_proj", "experts_down_proj"),
 )
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules
@@ -18,18 +18,20 @@ from torch import Tensor, nn
 from tnpeft.adapters.config import TensorNetworkConfig
 from tnpeft.adapters.config_validation import check_replicas
 from tnpeft.adapters.constants import PREFIX
+from tnpeft.adapters.experts.module import TensorNetworkExperts, experts_at, stacks
 from tnpeft.adapters.layer.bank import BANK, FactorBank, TensorNetworkLayer
-from tnpeft.adapters.layer.bases import linear, site_weight
+from tnpeft.adapters.layer.bases import excluded_weights, site_weight, weights_of
 from tnpeft.adapters.layer.binding import update
 from tnpeft.adapters.layer.checkpointing import watch
 from tnpeft.adapters.layer.linear import TensorNetworkLinear
+from tnpeft.adapters.layer.merging import DenseLinear
 from tnpeft.adapters.layer.mixed_batch import BatchAdapterNames, check_names, rows_for_each
 from tnpeft.adapters.layer.shared_input import join
 from tnpeft.adapters.layer.snapshot import WeightSnapshot
 from tnpeft.adapters.owners import check_owner, fused, keep_unfused
 from tnpeft.adapters.placement import base_constants, build_layout, start_values
 from tnpeft.adapters.replicas.batch import check_blocks, expect_blocks
-from tnpeft.adapters.rollback import Parked, Snapshot, layers, outside
+from tnpeft.adapters.rollback import Parked, Snapshot, layers, outside, walk
 from tnpeft.adapters.storage.contents import AGAIN, check_modules
 from tnpeft.adapters.storage.expressions import check_expression
 from tnpeft.adapters.storage.files import check_state, translated
@@ -96,7 +98,9 @@ class TensorNetworkModel(BaseTuner):
                 if isinstance(pattern := getattr(config, field), str):
                     check_expression(field, pattern, names)
             check_modules(model, config, adapter_name)
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._stacks = {name: found for name, module in model.named_modules() if (found := stacks(module))}
+            with excluded_weights(self._stacks, partial(check_target_module_exists, config)):
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
             parked.restore()
         except BaseException as error:
             if before is not None:
@@ -112,8 +116,13 @@ class TensorNetworkModel(BaseTuner):
         config.loaded, config.stored = False, None  # what a model fixed, the next model may fix anew
 
     def _check_target_module_exists(self, peft_config: TensorNetworkConfig, key: str) -> Any:  # type: ignore[override]
-        """The same as for any tuner, but that the bank is no target."""
-        return False if key.split(".")[0] == BANK else check_target_module_exists(peft_config, key)
+        """The same as for any tuner, but that the bank is no target, and a fused weight of experts may be one."""
+        if key.split(".")[0] == BANK:
+            return False
+        found = check_target_module_exists(peft_config, key)
+        if found or isinstance(found, _ExcludedModule):
+            return found
+        return any(check_target_module_exists(peft_config, f"{key}.{its}") for its in self._stacks.get(key, ()))
 
     def _create_and_replace(
         self,
@@ -131,21 +140,22 @@ class TensorNetworkModel(BaseTuner):
 
     def _place(self, config: TensorNetworkConfig, adapter: str) -> None:
         """Lay the factors out over all targeted linears, check them, and give each array to its owner."""
+        quantised = get_quantization_kwargs(self.model)
         modules = {
             name: module
             for name, module in outside(self.model)
             if name and self._check_target_module_exists(config, name)
         }
-        quantised = get_quantization_kwargs(self.model)
-        bases = {name: linear(name, module, quantised) for name, module in modules.items()}
         for name in modules:
             check_owner(self.model, name)
+        modules, bases = weights_of(modules, quantised, partial(check_target_module_exists, config))
         layout = build_layout(self.model, bases, config)
         self._check_name(adapter, layout)
         values = start_values(config, layout, partial(site_weight, modules, quantised))
-        if any(array.dtype == torch.float64 for base in bases.values() for array in base.parameters()):
+        holders = [getattr(base, "module", base) for base in bases.values()]  # of fused weights of experts
+        if any(array.dtype == torch.float64 for holder in holders for array in holder.parameters()):
             values = {param: value.double() for param, value in values.items()}  # or loading would round them
-        bank = self._bank(next(iter(bases.values())))
+        bank = self._bank(holders[0])
         bank.layouts[adapter], bank.configs[adapter] = layout, config
         bank.keys[adapter] = frozenset(param.key for param in layout.parameters)
         if config.replicas > 1:
@@ -185,9 +195,13 @@ class TensorNetworkModel(BaseTuner):
         values: dict[ParameterSpec, Tensor],
         site_layouts: list[SiteLayout],
     ) -> None:
-        """Give one linear the adapter's updates and the arrays that only it uses."""
-        parent, target, child = _get_submodules(self.model, name)
-        if not isinstance(target, TensorNetworkLinear):
+        """Give one linear or fused weight the adapter's updates and the arrays that only it uses."""
+        path, _, weight = name.rpartition(".")
+        if path in self._stacks:
+            target: Any = experts_at(self.model, path, bank).get_submodule(weight)
+        else:
+            parent, target, child = _get_submodules(self.model, name)
+        if not isinstance(target, DenseLinear):
             new = TensorNetworkLinear(target, bank, **get_quantization_kwargs(self.model))
             new.train(target.training)
             new._disable_adapters = bank.disable_adapters
@@ -207,7 +221,7 @@ class TensorNetworkModel(BaseTuner):
             adapter, {param: value for param, value in own.items() if param.home}, config.save_frozen
         )
         if config.dora:
-            target.tnpeft_magnitude[adapter] = nn.Parameter(target.base_matrix().norm(dim=1))
+            target.tnpeft_magnitude[adapter] = nn.Parameter(target.base_matrix().norm(dim=-1))
         target._move_adapter_to_device_of_base_layer(adapter)
 
     def _check_name(self, adapter: str, layout: Layout) -> None:
@@ -231,8 +245,7 @@ class TensorNetworkModel(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Keep all that an adapter trains in fp32, or cast it to the base weight's dtype if autocasting is off."""
         found = [*layers(self.model)]
-        linear = next(layer for layer in found if isinstance(layer, TensorNetworkLinear))
-        dtype = linear._get_base_layer_device_and_dtype(linear.get_base_layer())[1]
+        dtype = next(layer for layer in found if isinstance(layer, DenseLinear)).base_dtype()
         if not autocast_adapter_dtype and (dtype is None or not dtype.is_floating_point):
             return
         for layer in found:
@@ -253,7 +266,7 @@ class TensorNetworkModel(BaseTuner):
                 remedy="call enable_adapter_layers() first, or leave the disable_adapter() context",
             )
         self._refuse_merge(adapter_names)
-        linears = [layer for layer in layers(self.model) if isinstance(layer, TensorNetworkLinear)]
+        linears = [layer for layer in layers(self.model) if isinstance(layer, DenseLinear)]
         kept = [
             WeightSnapshot.of(layer.get_base_layer()) for layer in linears if layer.quantization_backend is not None
         ]
@@ -275,8 +288,8 @@ class TensorNetworkModel(BaseTuner):
             raise NetworkError(
                 f"there is no adapter {unknown[0]!r}", remedy=f"there are {', '.join(self.peft_config)}"
             )
-        for name, module in outside(self.model):
-            if isinstance(module, TensorNetworkLinear):
+        for name, module in walk(self.model):
+            if isinstance(module, DenseLinear):
                 try:
                     module.refuse_merge(module.active_adapters if adapter_names is None else adapter_names)
                 except NetworkError as error:
@@ -296,7 +309,7 @@ class TensorNetworkModel(BaseTuner):
             self._refuse_merge(adapter_names)
         if merge and safe_merge:  # PEFT unloads linear by linear, and would stop halfway
             for layer in layers(self.model):
-                if isinstance(layer, TensorNetworkLinear):
+                if isinstance(layer, DenseLinear):
                     layer.check_merge(adapter_names)
         model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         delattr(model, BANK)
@@ -363,7 +376,7 @@ class TensorNetworkModel(BaseTuner):
         entered = {self.model, find() if callable(find) else None} - {None}
         handles = [module.register_forward_pre_hook(named.enter, with_kwargs=True) for module in entered]
         for module in self.modules():
-            if isinstance(module, TensorNetworkLinear | AuxiliaryTrainingWrapper):
+            if isinstance(module, TensorNetworkLinear | TensorNetworkExperts | AuxiliaryTrainingWrapper):
                 handles.append(module.register_forward_pre_hook(named.hand, with_kwargs=True))
         try:
             yield

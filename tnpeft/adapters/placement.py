@@ -6,7 +6,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
@@ -18,6 +18,7 @@ from tnpeft.adapters.targets import select
 from tnpeft.counting.cuts import warn_ranks
 from tnpeft.layout import Layout, ParameterSpec, layout
 from tnpeft.networks import REPLICA, ConfigError, Factorization, NetworkError, Site, SiteRule
+from tnpeft.nn.executor.grouped import grouped_program
 from tnpeft.nn.executor.program import program
 from tnpeft.nn.init.initializer import Initializer, factor_hash
 
@@ -66,6 +67,11 @@ def build_layout(model: nn.Module, modules: Mapping[str, nn.Module], config: Ten
     found = layout(config.factorization, chosen.sites, [*chosen.projections], stack=config.stack)
     check_experts(found)
     check_patterns(config.factorization, config.patterns, [site_layout.site for site_layout in found.site_layouts])
+    if config.replicas > 1 and any(site_layout.site.experts for site_layout in found.site_layouts):
+        raise ConfigError(
+            "experts cannot be trained as several replicas: their rows are not in blocks",
+            remedy="leave the experts out of target_modules, or train one adapter at a time",
+        )
     if config.replicas > 1:
         found = layout(config.side_by_side, chosen.sites, found.projs, stack={REPLICA: config.replicas})
     if not found.count():
@@ -107,7 +113,8 @@ def check_memory(found: Layout, tokens: int, refused: bool = True) -> None:
     """
     kinds = {(its.network, tuple(its.sizes.items())): its.site for its in found.site_layouts}
     for (net, sizes), site in kinds.items():
-        run = program(*one_value(net, dict(sizes))[:2], tokens=tokens)
+        make: Any = grouped_program if site.experts else program
+        run = make(*one_value(net, dict(sizes))[:2], tokens=tokens)
         for step in (*run.plan.steps, *run.fused_plan.steps):
             if step.kind == "reshape":  # creates nothing, and its indices are groups
                 continue
@@ -131,7 +138,8 @@ def check_memory(found: Layout, tokens: int, refused: bool = True) -> None:
 
 
 def check_experts(found: Layout) -> None:
-    """Raise if a line with the index ``expert`` serves a weight that has no experts.
+    """Raise if a line with the index ``expert`` serves a weight that has no experts, or a constant without it stands
+    for the weights of several.
 
     Raises:
         ConfigError: there is one.
@@ -151,6 +159,14 @@ def check_experts(found: Layout) -> None:
                 position=str(net).index("expert"),
                 remedy="leave 'expert' out of the line, or target weights that hold one matrix for every expert",
             )
+        for label in base_constants(found.factorization) if site.experts else ():
+            if label in site_layout.parameters and "expert" not in site_layout.parameters[label].indices:
+                raise ConfigError(
+                    f"the base weight {label} of {site.proj} is {site.experts} matrices, one for every expert",
+                    line=str(site_layout.line.network),
+                    position=str(site_layout.line.network).index(label),
+                    remedy=f"let it carry the index 'expert', as in ^{label}[layer proj expert out inp]",
+                )
 
 
 def check_patterns(f: Factorization, patterns: Sequence[str], sites: Sequence[Site]) -> None:

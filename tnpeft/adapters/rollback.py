@@ -15,6 +15,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from tnpeft.adapters.experts.module import TensorNetworkExperts
 from tnpeft.adapters.layer.bank import FactorBank, TensorNetworkLayer
 
 _CONTAINERS = (dict, OrderedDict, list, set)
@@ -57,7 +58,7 @@ def outside(root: nn.Module) -> list[tuple[str, nn.Module]]:
         if id(module) in inner:
             inner.update(map(id, module.children()))
             continue
-        if isinstance(module, BaseTunerLayer):
+        if isinstance(module, BaseTunerLayer | TensorNetworkExperts):
             inner.update(map(id, module.children()))
         if not isinstance(module, FactorBank):
             found.append((name, module))

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters.layer.bank import FactorBank, TensorNetworkLayer
-from tnpeft.adapters.layer.binding import base_factor
 from tnpeft.adapters.layer.linear import TensorNetworkLinear
+from tnpeft.adapters.layer.merging import DenseLinear
 from tnpeft.layout import Layout, ParameterSpec
 from tnpeft.networks import NetworkError
 
@@ -138,7 +138,7 @@ def arrays(
     linears = {
         item.site_layout.site: (module, item)
         for module in model.modules()
-        if isinstance(module, TensorNetworkLinear)
+        if isinstance(module, DenseLinear)
         for item in module.updates.get(adapter, ())
     }
     found: dict[ParameterSpec, Tensor] = {}
@@ -149,7 +149,7 @@ def arrays(
                 continue
             owner: TensorNetworkLayer = linear if param.home else bank
             if label in item.constants:
-                found[param] = base_factor(linear.base_matrix(), item, label)
+                found[param] = linear.constant(item, label)
             else:
                 found[param] = owner.tnpeft_factors[adapter].get(param.key)
     return found

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from tnpeft.adapters.experts.fused import FusedWeight, fused_weights
 from tnpeft.layout import sorted_projs
 from tnpeft.models import cards
 from tnpeft.networks import NetworkError, Site
@@ -41,6 +42,7 @@ class _Place:
     heads: int
     module: str
     start: int = 0
+    experts: int = 0
 
 
 def card_of(model: nn.Module) -> cards.Card | None:
@@ -71,8 +73,10 @@ def resolve(model: nn.Module, targets: Sequence[str]) -> tuple[list[str], list[s
     (['0'], [])
     """
     card = card_of(model)
-    paths = [name for name, module in model.named_modules() if hasattr(module, "weight")]
-    others = [name for name, _ in model.named_modules()]
+    modules = [*model.named_modules()]
+    fused = [f"{name}.{weight.name}" for name, module in modules for weight in fused_weights(module)]
+    paths = [name for name, module in modules if hasattr(module, "weight")] + fused
+    others = [name for name, _ in modules] + fused
     found: list[str] = []
     named: list[str] = []
     for target in targets:
@@ -117,19 +121,20 @@ def select(
     [('0', 8), ('1', 4)]
     """
     card = card_of(model)
-    found = [place for name, module in modules.items() for place in _known(card, name, module)]
+    found = [place for name, module in modules.items() for place in _known(card, name, module, {*(keep or ())})]
     known = {place.module for place in found}
     if keep is not None:
         wanted = set(keep)
         found = [place for place in found if place.proj in wanted]
-    found += _by_pattern(model, {name: module for name, module in modules.items() if name not in known})
+    others = {name: module for name, module in modules.items() if name not in known}
+    found += _by_pattern(model, others, {*(keep or ())})
     _check_apart(found)
     _check_layers({place.layer for place in found}, layers)
     places = layers or {name: k for k, name in enumerate(sorted({p.layer for p in found}, key=natural))}
     projs = sorted_projs({place.proj for place in found}, order)
     found.sort(key=lambda place: (places[place.layer], projs.index(place.proj)))
     return Selection(
-        tuple(Site(places[p.layer], p.proj, p.out, p.inp, p.heads, p.module, p.start) for p in found),
+        tuple(Site(places[p.layer], p.proj, p.out, p.inp, p.heads, p.module, p.start, p.experts) for p in found),
         places,
         {proj: k for k, proj in enumerate(projs)},
     )
@@ -146,13 +151,13 @@ def shared_input_groups(model: nn.Module, sites: Iterable[Site]) -> list[tuple[s
     found: dict[tuple[int, str], list[str]] = {}
     for site in sites:
         p = known.get(site.proj)
-        if p is not None and f".{site.module}".endswith(f".{p.path}"):
+        if p is not None and not site.experts and f".{site.module}".endswith(f".{p.path}"):
             found.setdefault((site.layer, p.reads), []).append(site.module)
     return [tuple(modules) for modules in found.values() if len({*modules}) == len(modules) > 1]
 
 
 def features(module: nn.Module) -> tuple[int, int]:
-    """Output and input features of a linear, a ``Conv1D`` or a quantised linear.
+    """Output and input features of a linear, a ``Conv1D``, a quantised linear or one matrix of fused experts.
 
     >>> features(nn.Linear(3, 5))
     (5, 3)
@@ -163,23 +168,40 @@ def features(module: nn.Module) -> tuple[int, int]:
     return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
 
 
-def _known(card: cards.Card | None, name: str, module: nn.Module) -> list[_Place]:
-    """The places of a module by the model's card; none if the card does not know it as it is."""
+def _known(card: cards.Card | None, name: str, module: Any, keep: set[str]) -> list[_Place]:
+    """The places of a module by the model's card; none if the card does not know it as it is.
+
+    Fused experts are one place if ``keep`` names the whole weight and none of its slices.
+    """
     found = []
     for p in card.projections if card else ():
         match = re.fullmatch(rf"((?:.*\.)?{re.escape(card.stem)}\.\d+)\.{re.escape(p.path)}", name)  # type: ignore[union-attr]
         if match:
-            found.append(_Place(match[1], p.name, p.out, p.inp, p.heads, name, p.start))
+            found.append(_Place(match[1], p.name, p.out, p.inp, p.heads, name, p.start, p.experts))
     out, inp = features(module)
-    return found if sum(place.out for place in found) == out and all(place.inp == inp for place in found) else []
+    experts = getattr(module, "experts", 0)
+    if sum(p.out for p in found) != out or any((p.inp, p.experts) != (inp, experts) for p in found):
+        return []
+    whole = {place.proj.partition("/")[0] for place in found if experts} & keep
+    return [replace(found[0], proj=whole.pop(), out=out)] if whole else found
 
 
-def _by_pattern(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[_Place]:
+def _by_pattern(model: nn.Module, modules: Mapping[str, Any], keep: set[str]) -> list[_Place]:
     names = names_by_path(modules)
-    return [
-        _Place(*names[name], *features(module), _heads(model, name.rpartition(".")[2], module), name)
-        for name, module in modules.items()
-    ]
+    found = []
+    for name, module in modules.items():
+        place = _Place(*names[name], *features(module), _heads(model, name.rpartition(".")[2], module), name)
+        found += _of_experts(module, place, keep) if isinstance(module, FusedWeight) else [place]
+    return found
+
+
+def _of_experts(weight: FusedWeight, place: _Place, keep: set[str]) -> list[_Place]:
+    """The projections that a fused weight holds; the whole if that is what ``keep`` names."""
+    place = replace(place, experts=weight.experts)
+    if weight.slices == 1 or place.proj in keep:
+        return [place]
+    out = weight.out_features // weight.slices
+    return [replace(place, proj=f"{place.proj}/out:{k}", out=out, start=k * out) for k in range(weight.slices)]
 
 
 def names_by_path(paths: Iterable[str]) -> dict[str, tuple[str, str]]:

@@ -6,7 +6,7 @@ import json
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import lru_cache
 from importlib.resources import files
@@ -99,7 +99,8 @@ class Card:
     def select(self, targets: Targets = None) -> tuple[Projection, ...]:
         """The projections that the targets name, in the order of the targets.
 
-        A target is a projection's name, a part of its path (``"experts"``, ``"mlp"``), or its role;
+        A target is a projection's name, a part of its path (``"experts"``, ``"mlp"``), or its role; the name
+        ``"experts_gate_up_proj"`` is gate and up of experts as one matrix;
         ``"all-linear"`` is every linear of the layers (fused experts are none), None the architecture's default (q
         and v).
 
@@ -120,7 +121,7 @@ class Card:
     def _named(self, target: str) -> list[Projection]:
         if target == "all-linear":
             return [p for p in self.projections if not p.experts]
-        exact = [p for p in self.projections if p.name == target]
+        exact = [p for p in self.projections if p.name == target] or self._whole(target)
         found = exact or [p for p in self.projections if p.called(target)]
         if not found:
             raise NetworkError(
@@ -128,6 +129,12 @@ class Card:
                 remedy=f"its targets are {', '.join(p.name for p in self.projections)}, attention, mlp, all-linear",
             )
         return found
+
+    def _whole(self, target: str) -> list[Projection]:
+        """The fused weight of experts whose slices are projections, as one."""
+        parts = [p for p in self.projections if p.experts and p.name.partition("/")[0] == target]
+        out, biases = sum(p.out for p in parts), sum(p.biases for p in parts)
+        return [replace(parts[0], name=target, out=out, biases=biases)] if parts else []
 
 
 @dataclass(frozen=True)

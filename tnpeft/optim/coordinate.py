@@ -13,15 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft._text import Table, block
-from tnpeft.adapters.layer.binding import Update, part
-from tnpeft.adapters.layer.linear import TensorNetworkLinear
+from tnpeft.adapters.experts.weight import ExpertWeight
+from tnpeft.adapters.layer.binding import Update
+from tnpeft.adapters.layer.merging import DenseLinear
 from tnpeft.adapters.state import arrays, bank_of
 from tnpeft.layout import ParameterSpec
 from tnpeft.networks import NetworkError, Site
 from tnpeft.nn.dense import dense
+from tnpeft.nn.executor.groups import Groups
 from tnpeft.scaling.gain import squares_on
 
 _TOKENS = 1024  # rows of activations that are measured at a site
+
+
+_Seen = tuple[Tensor, Groups | None, dict[str, float]]  # inputs, their experts, changes by factor
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ def coordinate_check(model: nn.Module, batch: Any, adapter: str = "default") -> 
     seen = _observe(model, batch, adapter)
     squares = squares_on(bank_of(model, adapter).layouts[adapter], base_sizes(model, adapter))
     rows = []
-    for site, (x, changes) in seen.items():
+    for site, (x, _, changes) in seen.items():
         length = sqrt(float(x.square().sum(-1).mean()))
         for label, measured in changes.items():
             predicted = sqrt(float(squares[site].get(label, 0.0))) * length
@@ -124,12 +129,13 @@ def measured_rates(model: nn.Module, batch: Any, adapter: str, step: float) -> d
     }
     first = _observe(model, batch, adapter)
     wanted = {}
-    for site, (x, _) in first.items():
+    for site, (x, groups, _) in first.items():
         module, item = outputs[site]
-        weight = part(module.base_matrix().detach(), item).to(x.dtype)
-        wanted[site] = step * float((x @ weight.T).square().mean().sqrt())
+        weight = module.site_matrix(item).detach().to(x.dtype).mT
+        output = x @ weight if groups is None else groups.matmul(x, weight)
+        wanted[site] = step * float(output.square().mean().sqrt())
     rates: dict[Site, dict[str, float]] = {}
-    for site, (_, changes) in first.items():
+    for site, (_, _, changes) in first.items():
         rates[site] = {k: wanted[site] / (len(changes) * c) for k, c in changes.items() if c > 0}
     kept = {param: array.detach().clone() for param, array in held.items()}
     grads = _gradients(model, batch, held)
@@ -145,23 +151,26 @@ def measured_rates(model: nn.Module, batch: Any, adapter: str, step: float) -> d
         with torch.no_grad():
             for param, value in kept.items():
                 held[param].copy_(value)
-    for site, (_, changes) in second.items():
+    for site, (_, _, changes) in second.items():
         for label, change in changes.items():
             if change > 0:
                 rates[site].setdefault(label, wanted[site] / (len(changes) * change))
     return rates
 
 
-def _observe(model: nn.Module, batch: Any, adapter: str) -> dict[Site, tuple[Tensor, dict[str, float]]]:
-    """The inputs of every site, and the RMS change of its output along the signs of each factor's gradient."""
+def _observe(model: nn.Module, batch: Any, adapter: str) -> dict[Site, _Seen]:
+    """The inputs of every site, their experts, and the RMS change of its output along the signs of each gradient."""
     bank = bank_of(model, adapter)
     if bank.merged:
         raise NetworkError("a merged adapter cannot be measured", remedy="call unmerge_adapter() first")
     layout = bank.layouts[adapter]
-    inputs: dict[nn.Module, Tensor] = {}
+    inputs: dict[nn.Module, tuple[Tensor, Groups | None]] = {}
 
     def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
-        inputs.setdefault(module, args[0].detach().reshape(-1, args[0].shape[-1])[:_TOKENS])
+        if isinstance(module, ExpertWeight):
+            inputs.setdefault(module, module.seen(_TOKENS, *args))
+        else:
+            inputs.setdefault(module, (args[0].detach().reshape(-1, args[0].shape[-1])[:_TOKENS], None))
 
     hooks = [module.register_forward_pre_hook(keep) for module in sites(model)]
     try:
@@ -170,18 +179,18 @@ def _observe(model: nn.Module, batch: Any, adapter: str) -> dict[Site, tuple[Ten
         for hook in hooks:
             hook.remove()
     held = arrays(model, bank, adapter)
-    found: dict[Site, tuple[Tensor, dict[str, float]]] = {}
+    found: dict[Site, _Seen] = {}
     for module in sites(model):
         for item in module.updates.get(adapter, ()) if module in inputs else ():
-            x = inputs[module].double()
-            x = x.narrow(-1, item.start, item.length) if item.side == "inp" else x
+            rows, groups = inputs[module]
+            x = module.site_input(item, rows.double())
             changes = {
-                label: _change(item, held, x, label, grads[param])
+                label: _change(item, held, x, groups, label, grads[param])
                 for label, param in item.site_layout.parameters.items()
                 if param in grads
             }
-            found[item.site_layout.site] = x, changes
-    if not any(change > 0 for _, changes in found.values() for change in changes.values()):
+            found[item.site_layout.site] = x, groups, changes
+    if not any(change > 0 for _, _, changes in found.values() for change in changes.values()):
         raise NetworkError(
             f"the batch moves no factor of {adapter!r} at any of {len(layout.site_layouts)} sites",
             remedy="activate the adapter, and pass a batch that reaches its sites",
@@ -189,7 +198,9 @@ def _observe(model: nn.Module, batch: Any, adapter: str) -> dict[Site, tuple[Ten
     return found
 
 
-def _change(item: Update, held: Mapping[ParameterSpec, Tensor], x: Tensor, label: str, grad: Tensor) -> float:
+def _change(
+    item: Update, held: Mapping[ParameterSpec, Tensor], x: Tensor, groups: Groups | None, label: str, grad: Tensor
+) -> float:
     """The RMS change of a site's output along the signs of a gradient."""
     place = item.site_layout
     net = place.network.apply("activations", "row")
@@ -204,6 +215,8 @@ def _change(item: Update, held: Mapping[ParameterSpec, Tensor], x: Tensor, label
             if axes := norms.get(param.key):
                 now[name] = now[name] / torch.linalg.vector_norm(now[name], dim=axes, keepdim=True)
         result: Tensor = dense(net, {**now, "activations": rows})
+        if groups is not None and net.stack:  # of every expert for every row: keep each row's own
+            result = result[groups.ids, torch.arange(len(rows), device=rows.device)]
         return result
 
     _, change = torch.func.jvp(output, (values[label],), (grad.sign().double(),))
@@ -252,13 +265,12 @@ def base_sizes(model: nn.Module, adapter: str) -> dict[Site, float]:
     """Return the RMS of an entry of every site's base weight."""
     found: dict[Site, float] = {}
     for linear in sites(model):
-        items = linear.updates.get(adapter, ())
-        if items:
-            weight = linear.base_matrix().detach().float()
-            found |= {item.site_layout.site: sqrt(float(part(weight, item).square().mean())) for item in items}
+        for item in linear.updates.get(adapter, ()):
+            square = linear.site_matrix(item).detach().float().square()
+            found[item.site_layout.site] = sqrt(float(square.mean()))
     return found
 
 
-def sites(model: nn.Module) -> Iterator[TensorNetworkLinear]:
-    """Return the adapted linears of a model."""
-    return (module for module in model.modules() if isinstance(module, TensorNetworkLinear))
+def sites(model: nn.Module) -> Iterator[DenseLinear]:
+    """Return the adapted linears and fused weights of a model."""
+    return (module for module in model.modules() if isinstance(module, DenseLinear))

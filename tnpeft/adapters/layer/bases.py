@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from peft.tuners.tuners_utils import _ExcludedModule
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from tnpeft.adapters.experts.fused import FusedWeight, check_experts
+from tnpeft.adapters.experts.module import weights_in
+from tnpeft.adapters.experts.weight import ExpertWeight
 from tnpeft.adapters.layer.bank import FactorBank
 from tnpeft.adapters.layer.linear import TensorNetworkLinear
 from tnpeft.networks import NetworkError, Site
@@ -29,9 +36,50 @@ def linear(name: str, module: nn.Module, quantised: dict[str, Any]) -> nn.Module
     return base
 
 
-def site_weight(modules: dict[str, nn.Module], quantised: dict[str, Any], site: Site) -> Tensor:
-    """The base weight of a site, fp32 ``[out, inp]``."""
+def weights_of(
+    modules: Mapping[str, nn.Module], quantised: dict[str, Any], meant: Callable[[str], Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The targeted modules and, by the same paths, what they adapt: linears, and in place of experts fused weights.
+
+    Args:
+        modules: targeted modules by path.
+        quantised: PEFT's options for finding a back end.
+        meant: PEFT's answer for the path of a weight: true if it is a target itself, an ``_ExcludedModule`` if it
+            is excluded.
+
+    Raises:
+        NetworkError: a module is something else.
+    """
+    found: dict[str, Any] = {}
+    bases: dict[str, Any] = {}
+    for name, module in modules.items():
+        check_experts(name, module)
+        weights = weights_in(module)
+        for weight in weights:
+            answer = meant(path := f"{name}.{weight.name}")
+            if answer or (meant(name) and not isinstance(answer, _ExcludedModule)):
+                found[path] = bases[path] = weight
+        if not weights:
+            found[name], bases[name] = module, linear(name, module, quantised)
+    return found, bases
+
+
+@contextmanager
+def excluded_weights(held: Mapping[str, Sequence[str]], meant: Callable[[str], Any]) -> Iterator[None]:
+    """Keep PEFT, which sees modules only, from saying that nothing is excluded where a weight of one is."""
+    paths = (f"{name}.{weight}" for name, weights in held.items() for weight in weights)
+    with warnings.catch_warnings():
+        if any(isinstance(meant(path), _ExcludedModule) for path in paths):
+            warnings.filterwarnings("ignore", "You have passed exclude_modules")
+        yield
+
+
+def site_weight(modules: dict[str, Any], quantised: dict[str, Any], site: Site) -> Tensor:
+    """The base weight of a site, fp32 ``[out, inp]``, of experts ``[expert, out, inp]``."""
     module = modules[site.module]
+    if isinstance(module, FusedWeight | ExpertWeight):
+        weight = ExpertWeight(module, FactorBank()) if isinstance(module, FusedWeight) else module
+        return weight.site_matrices(site)
     if not isinstance(module, TensorNetworkLinear):
         module = TensorNetworkLinear(module, FactorBank(), **quantised)
     rows = slice(site.start, site.start + site.out) if "/out:" in site.proj else slice(None)

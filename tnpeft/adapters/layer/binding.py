@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
 from tnpeft.adapters.sites.selection import RESERVED, Axes, one_value, rowwise
 from tnpeft.layout import ParameterSpec, SiteLayout
 from tnpeft.networks import REPLICA
+from tnpeft.nn.executor.grouped import grouped_program
 from tnpeft.nn.executor.kernels import normalize_columns
 from tnpeft.nn.executor.program import Program, program
 from tnpeft.nn.init.patterns import base as as_factor
@@ -46,7 +47,7 @@ class Update:
     constants: tuple[str, ...]
     scale: float
     tokens: int
-    run: Program = field(compare=False, repr=False)
+    run: Any = field(compare=False, repr=False)
     operands: tuple[Operand, ...]
     side: Literal["", "out", "inp"]
     start: int
@@ -96,8 +97,9 @@ def update(
     [('site', 'B'), ('bank', 'A')]
     """
     net, sizes, stack = one_value(site_layout.network, site_layout.sizes)
-    run = program(net, sizes, tokens=tokens, unit_norm=unit_norm)
     site = site_layout.site
+    make = grouped_program if site.experts else program
+    run = make(net, sizes, tokens=tokens, unit_norm=unit_norm)
     last = site.proj.rpartition("/")[2]
     side: Literal["", "out", "inp"] = "out" if last.startswith("out:") else "inp" if last.startswith("inp:") else ""
     operands = tuple(_operand(site_layout, label, unit_norm, constants) for label in run.labels)
@@ -118,18 +120,18 @@ def update(
     )
 
 
-def base_factor(weight: Tensor, item: Update, label: str) -> Tensor:
-    """The part of the base weight (``[out, inp]``) that a constant factor stands for.
+def as_base_factor(item: Update, label: str, weight: Tensor) -> Tensor:
+    """A site's base weight, ``[out, inp]`` or ``[expert, out, inp]``, as the constant factor that stands for it.
 
     >>> from tnpeft.layout import layout
     >>> from tnpeft.networks import Factorization, Site
     >>> f = Factorization.of("d[out] ^W[out inp] -> out inp", init={"W": "base"})
     >>> item = update(layout(f, [Site(0, "q_proj", 2, 3)]).site_layouts[0], (), ("W",), 1.0, 64)
     >>> import torch
-    >>> base_factor(torch.ones(2, 3), item, "W").shape
+    >>> as_base_factor(item, "W", torch.ones(2, 3)).shape
     torch.Size([2, 3])
     """
-    return as_factor(item.site_layout.parameters[label], item.site_layout, part(weight, item))
+    return as_factor(item.site_layout.parameters[label], item.site_layout, weight)
 
 
 def part(weight: Tensor, item: Update) -> Tensor:

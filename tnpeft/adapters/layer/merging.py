@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tnpeft.adapters.layer.bank import FactorBank, TensorNetworkLayer
-from tnpeft.adapters.layer.binding import Operand, Update, base_factor
+from tnpeft.adapters.layer.binding import Operand, Update, as_base_factor, part
 from tnpeft.adapters.layer.snapshot import WeightSnapshot
 from tnpeft.adapters.sites.selection import choose, chosen_rows
 from tnpeft.adapters.targets import features
@@ -32,11 +32,17 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
 
     adapter_layer_names = ("tnpeft_factors", "tnpeft_magnitude")
     other_param_names = ("updates", "dropouts", "siblings")
+    weight_name = "weight"
 
     def __init__(self, base_layer: nn.Module, bank: FactorBank, **kwargs: Any) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
+        self.begin(bank)
+        self.out_features, self.in_features = features(self.get_base_layer())
+
+    def begin(self, bank: FactorBank) -> None:
+        """Hold no adapter yet."""
         self.tnpeft_factors = nn.ModuleDict()
         self.tnpeft_magnitude = nn.ParameterDict()
         self.updates: dict[str, tuple[Update, ...]] = {}
@@ -47,7 +53,6 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
         self._trained, self._paused = set(), None
         self._bank = (bank,)
         self._kept: WeightSnapshot | None = None
-        self.out_features, self.in_features = features(self.get_base_layer())
 
     @property
     def bank(self) -> FactorBank:
@@ -64,6 +69,11 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
         base = self.get_base_layer()
         held = (getattr(base, "weight", None), *base.parameters(), *base.buffers())
         return next((array.device for array in held if isinstance(array, Tensor)), torch.device("cpu"))
+
+    def base_dtype(self) -> torch.dtype | None:
+        """The dtype in which the linear computes, None if it does not tell."""
+        dtype: torch.dtype | None = self._get_base_layer_device_and_dtype(self.get_base_layer())[1]
+        return dtype
 
     @torch.no_grad()
     def get_base_weight(self) -> Tensor:
@@ -113,7 +123,7 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
     def _arrays(self, adapter: str, item: Update) -> list[Tensor]:
         own, shared = self.tnpeft_factors[adapter], self.bank.tnpeft_factors[adapter]
         found = [
-            base_factor(self.base_matrix(), item, operand.key)
+            self.constant(item, operand.key)
             if operand.source == "base"
             else (own if operand.source == "site" else shared).get(operand.key)
             for operand in item.operands
@@ -123,6 +133,18 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
         selected = self.bank.selected
         chosen_rows(item.stack, item.site_layout.sizes, selected)
         return [choose(a, operand.stack, selected) for a, operand in zip(found, item.operands, strict=True)]
+
+    def constant(self, item: Update, label: str) -> Tensor:
+        """The part of the base weight that a constant factor stands for."""
+        return as_base_factor(item, label, self.site_matrix(item))
+
+    def site_matrix(self, item: Update) -> Tensor:
+        """The base weight of a site before any merge, fp32 or wider: ``[out, inp]``, with experts before."""
+        return part(self.base_matrix(), item)
+
+    def site_input(self, item: Update, x: Tensor) -> Tensor:
+        """The part of an input that a site reads."""
+        return x.narrow(-1, item.start, item.length) if item.side == "inp" else x
 
     # ---- dense updates and merging
 
@@ -176,8 +198,8 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
             return delta
         base = self.base_matrix()
         updated = base + wide(delta)
-        ratio = rescaling(wide(self.tnpeft_magnitude[adapter]), updated.norm(dim=1))
-        return updated * ratio[:, None] - base
+        ratio = rescaling(wide(self.tnpeft_magnitude[adapter]), updated.norm(dim=-1))
+        return updated * ratio[..., None] - base
 
     def _stored(self, matrix: Tensor) -> Tensor:
         """An ``[out, inp]`` matrix in the layout of the base weight."""
@@ -200,13 +222,17 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
         self.refuse_merge(names)
         merged = self._merged(names, safe_merge)
         base = self.get_base_layer()
-        kept = WeightSnapshot.of(base) if self._kept is None else self._kept
+        kept = self._snapshot() if self._kept is None else self._kept
         if self.quantization_backend is not None:
             self.set_base_weight(merged)
         else:  # a Parameter of its own: the one that was there may be another module's as well
-            base.weight = nn.Parameter(merged, requires_grad=base.weight.requires_grad)
+            own = getattr(base, self.weight_name)
+            setattr(base, self.weight_name, nn.Parameter(merged, requires_grad=own.requires_grad))
         self._kept = kept
         self.merged_adapters[:] = names
+
+    def _snapshot(self) -> WeightSnapshot:
+        return WeightSnapshot.of(self.get_base_layer())
 
     def refuse_merge(self, names: Sequence[str]) -> None:
         """Raise if adapters cannot be merged here; nothing is computed.
@@ -222,7 +248,7 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
                 f"a linear is quantised with {backend.backend_name}, which takes no merged weight",
                 remedy="merge into the model that is not quantised, or use tnpeft.export_lora",
             )
-        if mine and backend is None and self.get_base_layer()._parameters.get("weight") is None:
+        if mine and backend is None and self.get_base_layer()._parameters.get(self.weight_name) is None:
             raise NetworkError(
                 "the weight of a linear is computed at every call (pruned, normalised or parametrized)",
                 remedy="make it permanent before merging: torch.nn.utils.prune.remove, remove_weight_norm, or "
@@ -259,7 +285,9 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         if self._kept is not None:
-            self.base_layer = self._kept.restore(follow=self.quantization_backend is None)
+            module = self._kept.restore(follow=self.quantization_backend is None)
+            if self.quantization_backend is not None:  # which may have put another in its place
+                self.base_layer = module
         self._kept = None
         self.merged_adapters.clear()
 

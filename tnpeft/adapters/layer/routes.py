@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tnpeft._text import Table, block
+from tnpeft.adapters.experts.weight import ExpertWeight
 from tnpeft.adapters.layer.bank import FactorBank
 from tnpeft.adapters.layer.linear import TensorNetworkLinear
 from tnpeft.adapters.sites.selection import described
@@ -29,6 +30,7 @@ class LayerPath:
     factors: dict[str, tuple[int, ...]]
     path: str
     reason: str
+    experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class Explanation:
     def _cells(row: LayerPath) -> tuple[str, ...]:
         factors = " ".join(f"{label}{list(shape)}".replace(", ", "x") for label, shape in row.factors.items())
         adapter = row.adapter if row.active else f"{row.adapter} (inactive)"
-        return row.layer, adapter, row.site, f"{row.out} x {row.inp}", factors, row.path, row.reason
+        size = f"{row.experts} x " * bool(row.experts) + f"{row.out} x {row.inp}"
+        return row.layer, adapter, row.site, size, factors, row.path, row.reason
 
 
 def explain(model: nn.Module) -> Explanation:
@@ -85,12 +88,13 @@ def explain(model: nn.Module) -> Explanation:
     return Explanation(rows, unmatched)
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, TensorNetworkLinear]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, TensorNetworkLinear))
+def _layers(model: nn.Module) -> Iterator[tuple[str, TensorNetworkLinear | ExpertWeight]]:
+    kinds = TensorNetworkLinear, ExpertWeight
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, kinds))
 
 
-def _paths(name: str, layer: TensorNetworkLinear) -> Iterator[LayerPath]:
-    weight = getattr(layer.get_base_layer(), "weight", None)
+def _paths(name: str, layer: TensorNetworkLinear | ExpertWeight) -> Iterator[LayerPath]:
+    weight = getattr(layer.get_base_layer(), layer.weight_name, None)
     dtype = (
         weight.dtype if isinstance(weight, torch.Tensor) and weight.is_floating_point() else torch.get_default_dtype()
     )
@@ -104,11 +108,12 @@ def _paths(name: str, layer: TensorNetworkLinear) -> Iterator[LayerPath]:
             reason = route.reason if active else "the adapter is not active"
             reason = "; ".join(filter(None, [reason, described(item.stack, layer.bank.selected)]))
             path = route.kind if active else "base"
-            yield LayerPath(name, adapter, active, site.proj, site.out, site.inp, shapes, path, reason)
+            yield LayerPath(name, adapter, active, site.proj, site.out, site.inp, shapes, path, reason, site.experts)
 
 
 def _unmatched(targets: object, rows: tuple[LayerPath, ...]) -> tuple[str, ...]:
     names = {row.layer for row in rows}
+    names |= {row.layer.rpartition(".")[0] for row in rows if row.experts}  # targets name a module of experts, too
     if isinstance(targets, str):
         found = targets == "all-linear" or any(re.search(f"(^|\\.)(?:{targets})$", name) for name in names)
         return () if found else (targets,)

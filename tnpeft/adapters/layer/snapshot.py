@@ -13,16 +13,17 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class WeightSnapshot:
-    """The module and everything that is replaced in it when it stores another weight."""
+    """The module and everything that is replaced in it when it stores another weight, whose ``name`` is given."""
 
     module: nn.Module
     parameters: dict[str, nn.Parameter | None]
     buffers: dict[str, Tensor | None]
     state: Any
+    name: str = "weight"
 
     @staticmethod
-    def of(module: nn.Module) -> WeightSnapshot:
-        """What the module holds now, without copying any array.
+    def of(module: nn.Module, name: str = "") -> WeightSnapshot:
+        """What the module holds now, or its one Parameter of a ``name``, without copying any array.
 
         >>> linear = nn.Linear(2, 2)
         >>> kept = WeightSnapshot.of(linear)
@@ -30,19 +31,21 @@ class WeightSnapshot:
         >>> kept.restore().weight is kept.parameters["weight"]
         True
         """
+        if name:
+            return WeightSnapshot(module, {name: module._parameters[name]}, {}, None, name)
         state = copy(getattr(module, "state", None))
         return WeightSnapshot(module, dict(module._parameters), dict(module._buffers), state)
 
     def weight(self) -> Tensor:
         """Return the weight as it was, on the device and in the dtype that the module's has now."""
-        now, kept = self.module.weight, self.parameters["weight"]
+        now, kept = getattr(self.module, self.name), self.parameters[self.name]
         assert isinstance(now, Tensor)
         assert kept is not None  # a linear without a back end has one
         return kept.data.to(now.device, now.dtype)
 
     def restore(self, follow: bool = False) -> nn.Module:
         """Put all of it back; ``follow`` casts and moves the weight as the merged one has been since."""
-        if follow and (kept := self.parameters["weight"]) is not None:
+        if follow and (kept := self.parameters[self.name]) is not None:
             kept.data = self.weight()
         self.module._parameters.update(self.parameters)
         self.module._buffers.update(self.buffers)
@@ -53,7 +56,7 @@ class WeightSnapshot:
     @contextmanager
     def back(self) -> Iterator[None]:
         """Put it back for a while."""
-        now = WeightSnapshot.of(self.module)
+        now = WeightSnapshot.of(self.module, "" if self.name == "weight" else self.name)
         self.restore()
         try:
             yield

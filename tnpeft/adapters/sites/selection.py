@@ -80,6 +80,13 @@ def select(model: nn.Module, /, **values: int | Tensor | Sequence[int] | None) -
             f"different numbers of rows: {', '.join(f'{index} has {n}' for index, n in lengths.items())}",
             remedy="give each as many values as the batch has rows, or one value for all",
         )
+    for update in updates(model):
+        if update.site_layout.site.experts and any(index in lengths for index in update.stack):
+            raise NetworkError(
+                f"{update.site_layout.site.proj} takes one value of {', '.join(lengths)} for all rows: "
+                "its rows are sorted by expert",
+                remedy="choose one value, or leave the experts out of target_modules",
+            )
     bank.selected = chosen
     for update in updates(model):  # programs are made here, so that compiled forwards only look them up
         rows = tuple(index for index in update.stack if index in lengths)

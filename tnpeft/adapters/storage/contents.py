@@ -14,6 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from tnpeft.adapters.constants import PREFIX
+from tnpeft.adapters.experts.module import weights_in
 from tnpeft.adapters.layer.bank import BANK, TensorNetworkLayer
 from tnpeft.layout import Layout
 from tnpeft.networks import AdapterFileError, ConfigError
@@ -86,8 +87,13 @@ def unprefixed(stored: Mapping[str, Entry], where: str, needed: bool = True) -> 
     return {name.removeprefix(PEFT_PREFIX): entry for name, entry in stored.items()}
 
 
-def factor_shapes(config: PeftConfig, found: Layout) -> dict[str, tuple[int, ...]]:
-    """Shape of every factor and magnitude that a file of this adapter holds, by its name in the model."""
+def factor_shapes(
+    config: PeftConfig, found: Layout, widths: Mapping[str, int] | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Shape of every factor and magnitude that a file of this adapter holds, by its name in the model.
+
+    ``widths`` are the output features of fused weights of experts, of which sites may be parts.
+    """
     kinds = ("trainable", "frozen") if config.save_frozen else ("trainable",)
     shapes = {
         f"{param.home or BANK}.{PREFIX}factors.{param.key}": param.shape
@@ -95,11 +101,12 @@ def factor_shapes(config: PeftConfig, found: Layout) -> dict[str, tuple[int, ...
         if param.kind in kinds
     }
     if config.dora:
-        rows: dict[str, int] = {}
+        rows: dict[str, tuple[int, ...]] = {}
         for site_layout in found.site_layouts:
             site = site_layout.site
-            rows[site.module] = max(rows.get(site.module, 0), site.start + site.out)
-        shapes |= {f"{module}.{PREFIX}magnitude": (out,) for module, out in rows.items()}
+            out = max(rows.get(site.module, (0,))[-1], site.start + site.out)
+            rows[site.module] = (site.experts, (widths or {}).get(site.module, out)) if site.experts else (out,)
+        shapes |= {f"{module}.{PREFIX}magnitude": shape for module, shape in rows.items()}
     return shapes
 
 
@@ -109,7 +116,12 @@ def contents(model: nn.Module, config: PeftConfig, found: Layout) -> Contents:
     Raises:
         ConfigError: what is trained besides factors does not fit the model.
     """
-    its = Contents({name: Entry(shape) for name, shape in factor_shapes(config, found).items()})
+    widths = {
+        f"{name}.{weight.name}": weight.out_features
+        for name, module in (model.named_modules() if config.dora else ())
+        for weight in weights_in(module)
+    }
+    its = Contents({name: Entry(shape) for name, shape in factor_shapes(config, found, widths).items()})
     whole = _whole_modules(model, config)
     for path, module in whole.items():
         its.required |= {f"{path}.{name}": _entry(value) for name, value in module.state_dict().items()}

@@ -90,7 +90,7 @@ class Initializer:
         self.away = starts.nonzero_at_init(layout.factorization, self._named, self.zeros)
         self._variances = least_variances(layout)
         self._parts = lru_cache(maxsize=1)(self._svd_of)
-        self._cores = lru_cache(maxsize=1)(self._tt_svd_of)
+        self._trains: dict[tuple[Site, int], dict[str, Tensor]] = {}
 
     def __call__(self, param: ParameterSpec) -> Tensor:
         """The start value of one param."""
@@ -197,12 +197,27 @@ class Initializer:
         site_layout = self._places[param][0]
         if spec.name == "base":
             return patterns.base(param, site_layout, self._base(site_layout.site))
-        if spec.name in ("svd", "svd_minor"):
-            power = spec.numbers[0] if spec.numbers else None
-            u, s, vt = self._parts(site_layout.site)
-            parts = (u, s, vt) if spec.name == "svd" else (u.flip(1), s.flip(0), vt.flip(0))
-            return patterns.svd(param, site_layout, parts, power)
-        return self._cores(site_layout.site)[param.label]
+        if not site_layout.site.experts:
+            return self._of_matrix(spec, param, site_layout, -1)
+        if "expert" not in param.indices:
+            raise NetworkError(
+                f"factor {param.label!r} serves {site_layout.site.experts} experts and cannot start as {spec.name!r}",
+                line=str(site_layout.line.network),
+                remedy="the base weight differs from expert to expert: let the factor carry expert",
+            )
+        one = without_experts(site_layout)
+        own = one.parameters[param.label]
+        every = range(site_layout.site.experts)
+        return torch.stack([self._of_matrix(spec, own, one, k) for k in every], param.indices.index("expert"))
+
+    def _of_matrix(self, spec: Spec, param: ParameterSpec, site_layout: SiteLayout, expert: int) -> Tensor:
+        """What a decomposition of a site's base matrix, or that of one of its experts, gives a factor."""
+        if spec.name == "tt_svd":
+            return self._cores(site_layout, expert)[param.label]
+        power = spec.numbers[0] if spec.numbers else None
+        u, s, vt = self._parts(site_layout.site, expert)
+        parts = (u, s, vt) if spec.name == "svd" else (u.flip(1), s.flip(0), vt.flip(0))
+        return patterns.svd(param, site_layout, parts, power)
 
     def _base(self, site: Site) -> Tensor:
         if self._weight is None:
@@ -211,13 +226,21 @@ class Initializer:
             )
         return self._weight(site).detach().to("cpu", torch.float32)
 
-    def _svd_of(self, site: Site) -> tuple[Tensor, Tensor, Tensor]:
-        return patterns.signed_svd(self._base(site))
+    def _matrix_of(self, site: Site, expert: int) -> Tensor:
+        return self._base(site) if expert < 0 else self._base(site)[expert]
 
-    def _tt_svd_of(self, site: Site) -> dict[str, Tensor]:
-        site_layout = next(p for p in self.layout.site_layouts if p.site == site)
+    def _cores(self, site_layout: SiteLayout, expert: int) -> dict[str, Tensor]:
+        key = site_layout.site, expert
+        if key not in self._trains:
+            self._trains = {key: self._tt_svd_of(site_layout, expert)}  # of one matrix at a time
+        return self._trains[key]
+
+    def _svd_of(self, site: Site, expert: int) -> tuple[Tensor, Tensor, Tensor]:
+        return patterns.signed_svd(self._matrix_of(site, expert))
+
+    def _tt_svd_of(self, site_layout: SiteLayout, expert: int) -> dict[str, Tensor]:
         labels = [label for label in site_layout.parameters if self._named.get(label) == Spec("tt_svd")]
-        return patterns.tt_svd(labels, site_layout, self._base(site))
+        return patterns.tt_svd(labels, site_layout, self._matrix_of(site_layout.site, expert))
 
     def _spread(self, param: ParameterSpec) -> float:
         """The standard deviation of a factor that is not named, by the variance rule."""
@@ -225,6 +248,27 @@ class Initializer:
             site_layout = self._places[param][0]
             return float(starts.unit_size(param.indices, site_layout.network, site_layout.sizes) ** -0.5)
         return float(self._variances[param] ** 0.5)
+
+
+def without_experts(site_layout: SiteLayout) -> SiteLayout:
+    """One expert of a site: the same without the index ``expert``.
+
+    >>> from tnpeft.networks import Factorization
+    >>> from tnpeft.layout import layout
+    >>> f = Factorization.of("B[expert out r] A[r inp] -> expert out inp", ranks={"r": 2})
+    >>> one = without_experts(layout(f, [Site(0, "down", 4, 8, experts=3)]).site_layouts[0])
+    >>> print(one.network, one.parameters["B"].shape)
+    B[out r] A[r inp] -> out inp (4, 2)
+    """
+    net = site_layout.network
+    parameters = {}
+    for label, param in site_layout.parameters.items():
+        kept = [k for k, index in enumerate(param.indices) if index != "expert"]
+        indices, shape = tuple(param.indices[k] for k in kept), tuple(param.shape[k] for k in kept)
+        parameters[label] = replace(param, indices=indices, shape=shape)
+    sizes = {index: size for index, size in site_layout.sizes.items() if index != "expert"}
+    network = net.select("expert") if "expert" in net.stack else net
+    return replace(site_layout, network=network, sizes=sizes, parameters=parameters)
 
 
 def _require_constants(f: Factorization) -> None:

@@ -85,7 +85,7 @@ def base(param: ParameterSpec, site_layout: SiteLayout, weight: Tensor) -> Tenso
     [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
     """
     net = site_layout.network
-    outer = (*net.rows, *net.cols)
+    outer = (*(("expert",) if site_layout.site.experts else ()), *net.rows, *net.cols)
     if sorted(param.indices) != sorted(outer):
         raise _unfit(param, "base", f"give it the indices {' '.join(outer)}")
     split = weight.reshape([site_layout.sizes[index] for index in outer])

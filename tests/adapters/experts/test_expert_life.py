@@ -1,0 +1,397 @@
+"""An adapter of experts in every state that PEFT knows: switched, merged, saved, mixed, compiled, recomputed."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from adapter_models import shake
+from expert_models import CONFIGS, attached, logits, mixture, tokens
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import tnpeft
+from tnpeft.networks import AdapterFileError, NetworkError, SiteRule
+
+KINDS = ["mixtral", "gpt_oss"]
+SHARED = tnpeft.families.shared_outer_lora(rank=2)
+CP = tnpeft.families.expert_cp(3)
+IMPLEMENTATIONS = ["eager", "grouped_mm"]
+
+
+def shaken(base: nn.Module, network: Any = SHARED, seed: int = 0, **options: Any) -> peft.PeftModel:
+    model = attached(base, network, **options)
+    shake(model, seed)
+    return model
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(model: nn.Module, before: dict[str, Tensor]) -> bool:
+    now = model.state_dict()
+    return now.keys() == before.keys() and all(torch.equal(now[name], value) for name, value in before.items())
+
+
+def step(model: nn.Module) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(tokens()).logits.square().mean().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def alike(one: dict[str, Tensor], two: dict[str, Tensor], limit: float = 1e-5) -> None:
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert (value - two[name]).norm() <= limit * (1e-6 + two[name].norm()), name
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_switched_summed_disabled_and_deleted(kind: str, implementation: str) -> None:
+    base = mixture(kind, implementation)
+    model = shaken(base)
+    one = logits(model)
+    model.add_adapter("second", tnpeft.TensorNetworkConfig(network=CP, target_modules=["experts"]))
+    assert torch.equal(logits(model), one)
+    model.set_adapter("second")
+    assert torch.equal(logits(model), logits(base))
+    shake(model, 1, "second")
+    two = logits(model)
+    model.base_model.set_adapter(["default", "second"])
+    both = logits(model)
+    assert not torch.allclose(both, one, atol=1e-3)
+    model.base_model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum")
+    model.set_adapter("sum")
+    assert torch.allclose(logits(model), both, atol=1e-4)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(base))
+    model.delete_adapter("sum")
+    model.set_adapter("second")
+    assert torch.equal(logits(model), two)
+    model.delete_adapter("second")
+    model.set_adapter("default")
+    assert torch.equal(logits(model), one)
+    assert torch.equal(logits(model.unload()), logits(base))
+    assert not any("tnpeft" in name or "base_layer" in name for name, _ in model.base_model.model.named_modules())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_unmerged_bit_for_bit_and_unloaded(kind: str) -> None:
+    base = mixture(kind)
+    model = shaken(base)
+    model.add_adapter("second", tnpeft.TensorNetworkConfig(network=CP, target_modules=["experts_down_proj"]))
+    shake(model, 1, "second")
+    model.base_model.set_adapter(["default", "second"])
+    before, wanted = state(model), logits(model)
+    model.merge_adapter(safe_merge=True)
+    assert not same(model, before)
+    assert torch.allclose(logits(model), wanted, atol=1e-4)
+    model.unmerge_adapter()
+    assert same(model, before)
+    model.merge_adapter(["second"])
+    with pytest.warns(UserWarning, match="Already following adapters were merged"):
+        model.merge_adapter(["default"])
+    assert torch.allclose(logits(model), wanted, atol=1e-4)
+    model.unmerge_adapter()
+    assert same(model, before)
+    plain = model.merge_and_unload()
+    assert torch.allclose(logits(plain), wanted, atol=1e-4)
+    assert plain.state_dict().keys() == base.state_dict().keys()
+
+
+def test_a_merge_that_is_not_finite_changes_nothing() -> None:
+    model = shaken(mixture())
+    before = state(model)
+    with torch.no_grad():
+        model.get_parameter(next(n for n, _ in model.named_parameters() if "layers.1" in n and "tnpeft" in n)).fill_(
+            float("inf")
+        )
+    with pytest.raises(NetworkError, match="infinite or not a number"):
+        model.merge_adapter(safe_merge=True)
+    for name, value in model.state_dict().items():
+        assert "tnpeft" in name or torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("network", [SHARED, tnpeft.families.get("tera")()], ids=["shared", "tera"])
+def test_saved_and_loaded(kind: str, network: Any, tmp_path: Path) -> None:
+    base = mixture(kind)
+    model = shaken(base, network)
+    model.save_pretrained(tmp_path / "a")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "a").eval()
+    assert torch.equal(logits(again), logits(model))
+    again.save_pretrained(tmp_path / "b")
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    stored = sum(value.numel() for value in first.values())
+    assert stored == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    again.load_adapter(tmp_path / "a", "other")
+    again.set_adapter("other")
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_a_file_of_other_experts_is_refused_and_nothing_is_attached(tmp_path: Path) -> None:
+    base = mixture()
+    shaken(base).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name, value in tensors.items() if value.ndim == 3)
+    save_file({**tensors, name: tensors[name][:-1].contiguous()}, file, {"format": "pt"})
+    names = [name for name, _ in base.named_modules()]
+    with pytest.raises(AdapterFileError, match=r"is \(3, .*\), not \(4, "):
+        peft.PeftModel.from_pretrained(base, tmp_path)
+    assert names == [name for name, _ in base.named_modules()]
+    with pytest.raises(NetworkError):
+        peft.PeftModel.from_pretrained(mixture("olmoe", num_experts=6), tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_batch_of_several_adapters(kind: str, implementation: str) -> None:
+    base = mixture(kind, implementation)
+    model = shaken(base)
+    model.add_adapter(
+        "second", tnpeft.TensorNetworkConfig(network=CP, target_modules=["experts_gate_up_proj"], dora=True)
+    )
+    shake(model, 1, "second")
+    batch = tokens(4, 5)
+    with torch.no_grad():
+        found = model(batch, adapter_names=["second", "default", "__base__", "second"]).logits
+        for k, name in enumerate(["second", "default", "__base__", "second"]):
+            if name == "__base__":
+                wanted = base(batch).logits
+            else:
+                model.set_adapter(name)
+                wanted = model(batch).logits
+            assert torch.allclose(found[k], wanted[k], atol=1e-4)
+    model.merge_adapter()
+    with pytest.raises(NetworkError, match="merged"), torch.no_grad():
+        model(batch, adapter_names=["second", "default", "__base__", "second"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_acts_on_the_rows_in_training_alone(kind: str) -> None:
+    base = mixture(kind)
+    plain, dropped = shaken(base), shaken(base, dropout=0.5)
+    assert torch.equal(logits(dropped), logits(plain))
+    torch.manual_seed(0)
+    rows = [dropped.train()(tokens()).logits for _ in range(2)]
+    assert not torch.allclose(*rows)
+    # Linear in a single last layer: the mean over many masks is the output without.
+    experts = dropped.base_model.model.model.layers[1].mlp.experts
+    x, index = torch.randn(3, 32), torch.tensor([[0, 1], [1, 2], [3, 0]])
+    groups = tnpeft.nn.executor.groups.Groups(torch.tensor([0, 0, 2]), 4)
+    with torch.no_grad():
+        many = torch.stack([experts.get_submodule("gate_up_proj")(x, groups) for _ in range(4000)])
+        exact = experts.eval().get_submodule("gate_up_proj")(x, groups)
+    assert index.shape == (3, 2)
+    assert (many.mean(0) - exact).abs().max() < 6 * many.std(0).max() / 4000**0.5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("drop", [0.0, 1e-9])  # with and without the base output at hand
+def test_dora_against_the_rescaled_weights(kind: str, drop: float) -> None:
+    base = mixture(kind)
+    model = attached(base, SHARED, dora=True, dropout=drop)
+    assert torch.allclose(logits(model), logits(base), atol=1e-5)
+    shake(model)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "magnitude" in name:
+                value.mul_(1 + 0.3 * torch.rand_like(value))
+    assert sum("magnitude" in name for name, p in model.named_parameters() if p.requires_grad) == 4
+    merged = copy.deepcopy(model)
+    wanted = logits(model)
+    for layer in merged.base_model.model.model.layers:
+        for name in ("gate_up_proj", "down_proj"):
+            weight = layer.mlp.experts.get_submodule(name)
+            turned = (lambda m: m.mT) if kind == "gpt_oss" else (lambda m: m)
+            updated = turned(weight.weight) + weight._delta("default")
+            rescaled = updated / updated.norm(dim=-1, keepdim=True) * weight.tnpeft_magnitude["default"][..., None]
+            assert torch.allclose(
+                turned(weight.get_delta_weight("default")), rescaled - turned(weight.weight), atol=1e-5
+            )
+    merged.merge_adapter()
+    assert torch.allclose(logits(merged), wanted, atol=1e-4)
+    grads = step(model.train())
+    assert all(bool(value.any()) for name, value in grads.items() if "magnitude" in name)
+
+
+def test_dora_is_saved_for_slices_too(tmp_path: Path) -> None:
+    base = mixture()
+    model = shaken(base, targets=["experts_gate_up_proj/out:0"], dora=True)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_recomputed_activations_give_the_same_gradients(implementation: str, reentrant: bool) -> None:
+    base = mixture("qwen3_moe", implementation)
+    model = shaken(base).train()
+    wanted = step(model)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    alike(step(model), wanted)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of the compiler's own
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_compiled_with_a_break_at_the_experts(implementation: str) -> None:
+    base = mixture("mixtral", implementation)
+    model = shaken(base).train()
+    wanted, out = step(model), logits(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    compiled(tokens()).logits.square().mean().backward()
+    model.zero_grad()
+    compiled(tokens()).logits.square().mean().backward()
+    alike({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, wanted, 1e-4)
+    with torch.no_grad():
+        assert torch.allclose(compiled(tokens()).logits, out, atol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_half_precision_and_autocast(implementation: str) -> None:
+    base = mixture("mixtral", implementation)
+    exact = logits(shaken(base))
+    half = shaken(base.bfloat16())
+    trained = {p.dtype for p in half.parameters() if p.requires_grad}
+    assert trained == {torch.float32}
+    assert (logits(half).float() - exact).abs().max() < 0.05 * exact.abs().max()
+    step(half.train())
+    whole = shaken(mixture("mixtral", implementation))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = whole(tokens()).logits
+        found.float().square().mean().backward()
+    assert (found.float() - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+def test_a_copy_and_a_pickle_compute_the_same() -> None:
+    model = shaken(mixture("gpt_oss"))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        shake(other, 5)
+        assert not torch.equal(logits(other), logits(model))
+        shake(other, 0)
+        assert torch.equal(logits(other), logits(model))
+        weight = other.base_model.model.model.layers[0].mlp.experts.gate_up_proj
+        assert weight.get_base_layer() is other.base_model.model.model.layers[0].mlp.experts.base_layer
+        assert weight.bank is other.base_model.model.factor_bank
+
+
+def test_factors_are_read_set_and_grouped() -> None:
+    model = shaken(mixture("qwen3_moe"))
+    held = tnpeft.factors(model)
+    assert held["B#4x16x2"].shape == (2, 2, 4, 16, 2)
+    wanted = logits(model)
+    tnpeft.set_factors(model, {name: value * 0 for name, value in held.items()})
+    assert torch.equal(logits(model), logits(mixture("qwen3_moe")))
+    tnpeft.set_factors(model, held)
+    assert torch.equal(logits(model), wanted)
+    groups = tnpeft.parameter_groups(model, relative_step=1e-2)
+    assert sum(len(group["params"]) for group in groups) == len([p for p in model.parameters() if p.requires_grad])
+    assert {group["name"] for group in groups} == {"A", "B"}
+    measured = tnpeft.parameter_groups(model, relative_step=1e-2, rule="measured", batch=tokens())
+    assert all(0 < group["lr"] < 10 for group in measured)
+    fresh = attached(mixture("qwen3_moe"), CP)
+    rows = tnpeft.coordinate_check(fresh, tokens()).rows
+    assert {row.factor for row in rows if row.measured > 0} == {"e"}
+    assert all(0.2 < row.measured / row.predicted < 8 for row in rows if row.measured > 0)
+
+
+def test_what_is_explained() -> None:
+    model = shaken(mixture("qwen3_moe")).train()
+    text = tnpeft.explain(model)
+    assert not any(text.unmatched.values())
+    assert {(row.site, row.experts, row.out, row.inp, row.path) for row in text.rows} == {
+        ("experts_gate_up_proj/out:0", 4, 16, 32, "fused"),
+        ("experts_gate_up_proj/out:1", 4, 16, 32, "fused"),
+        ("experts_down_proj", 4, 32, 16, "fused"),
+    }
+    assert {row.reason for row in text.rows} == {"rows are grouped by expert"}
+    assert "4 x 16 x 32" in str(text)
+    model.merge_adapter()
+    assert {row.path for row in tnpeft.explain(model).rows} == {"merged"}
+    assert tnpeft.explain(shaken(mixture(), dropout=0.1).train()).rows[0].reason == "dropout in training"
+
+
+@pytest.mark.parametrize(
+    ("target", "sites"),
+    [
+        ("experts_down_proj", {"experts_down_proj"}),
+        ("experts_gate_up_proj", {"experts_gate_up_proj"}),
+        ("experts.down_proj", {"experts_down_proj"}),
+        ("experts_gate_up_proj/out:1", {"experts_gate_up_proj/out:1"}),
+        (r".*\.1\.mlp\.experts", {"experts_gate_up_proj/out:0", "experts_gate_up_proj/out:1", "experts_down_proj"}),
+    ],
+)
+def test_targets(target: str, sites: set[str]) -> None:
+    base = mixture("qwen3_moe")
+    model = attached(base, CP, targets=target if "*" in target else (target,))
+    rows = tnpeft.explain(model).rows
+    assert {row.site for row in rows} == sites
+    assert len(rows) == len(sites) * (1 if "*" in target else 2)
+    if "*" not in target and target != "experts.down_proj":
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert trained == tnpeft.parameters(CP, model=base.config, targets=[target])
+
+
+def test_experts_beside_linears_and_without_a_card() -> None:
+    base = mixture("qwen3_moe")
+    line = "B[layer proj out r] A[layer proj r inp] -> layer proj out inp"
+    lines = SiteRule(tnpeft.network(line), "q_proj"), *CP.lines
+    both = dataclasses.replace(CP, name="both", lines=lines)
+    mixed = shaken(base, both, targets=["q_proj", "experts"])
+    assert {row.site for row in tnpeft.explain(mixed).rows} >= {"q_proj", "experts_down_proj"}
+    assert not torch.equal(logits(mixed), logits(base))
+    left = attached(base, CP, exclude_modules=["experts.down_proj"])
+    assert {row.site.partition("/")[0] for row in tnpeft.explain(left).rows} == {"experts_gate_up_proj"}
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = copy.deepcopy(base.model.layers[0].mlp.experts)
+
+        def forward(self, x: Tensor) -> Tensor:
+            index = torch.tensor([[0, 1]]).expand(len(x), 2)
+            return self.experts(x, index, torch.full((len(x), 2), 0.5))
+
+    unknown = nn.Sequential(Block(), Block())
+    model = peft.get_peft_model(unknown, tnpeft.TensorNetworkConfig(network=CP, target_modules=["experts"]))
+    assert [site.proj for site in tnpeft.adapters.targets.select(nn.Sequential(), {}).sites] == []
+    assert {row.site for row in tnpeft.explain(model).rows} == {
+        "gate_up_proj/out:0",
+        "gate_up_proj/out:1",
+        "down_proj",
+    }
+    shake(model)
+    model(torch.randn(3, 32)).sum().backward()
+
+
+def test_experts_that_cannot_be_adapted_are_refused_by_name() -> None:
+    base = mixture()
+    names = [name for name, _ in base.named_modules()]
+
+    def refused(text: str, **options: Any) -> None:
+        config = tnpeft.TensorNetworkConfig(network=CP, target_modules=["experts"], **options)
+        with pytest.raises(NetworkError, match=text):
+            peft.get_peft_model(base, config)
+        assert names == [name for name, _ in base.named_modules()]
+
+    refused("experts cannot be trained as several replicas", replicas=2)
+    experts = base.model.layers[1].mlp.experts
+    experts._is_expert_parallel = True
+    refused(r"layers.1.mlp.experts holds only some of the experts")
+    experts._is_expert_parallel = False
+    del experts.is_transposed
+    refused("layers.1.mlp.experts is a MixtralExperts, whose weights of several matrices have an unknown layout")
+    experts.down_proj = nn.Parameter(experts.down_proj.to(torch.float8_e4m3fn), requires_grad=False)
+    refused("layers.1.mlp.experts is a MixtralExperts, whose experts are quantised")

@@ -1,0 +1,271 @@
+"""A fused weight of experts with the updates of its adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tnpeft.adapters.experts.fused import FusedWeight, is_eager
+from tnpeft.adapters.layer.bank import FactorBank
+from tnpeft.adapters.layer.binding import Update
+from tnpeft.adapters.layer.fast_path import Route
+from tnpeft.adapters.layer.merging import DenseLinear, rescaling, wide
+from tnpeft.adapters.layer.mixed_batch import BASE
+from tnpeft.adapters.layer.snapshot import WeightSnapshot
+from tnpeft.networks import NetworkError, Site
+from tnpeft.nn.executor.eligibility import autocast_active, can_use_custom_backward
+from tnpeft.nn.executor.grouped import Part, grouped_linear
+from tnpeft.nn.executor.groups import Groups
+
+Prepare = Callable[[Tensor], Tensor]
+
+
+class ExpertWeight(DenseLinear):
+    """One fused Parameter of a module of experts, ``[expert, out, inp]``, and the factors of its adapters.
+
+    It stands where the Parameter stood; the Parameter stays in the module of experts, and is fetched at every use.
+    """
+
+    def __init__(self, fused: FusedWeight, bank: FactorBank) -> None:
+        nn.Module.__init__(self)
+        self._fused = fused
+        self.weight_name = fused.name
+        self.quantization_backend = None
+        self.begin(bank)
+        self.out_features, self.in_features, self.experts = fused.out_features, fused.in_features, fused.experts
+
+    def get_base_layer(self) -> nn.Module:
+        """The module of experts that holds the Parameter."""
+        return self._fused.module
+
+    @property
+    def weight(self) -> Tensor:
+        """The Parameter."""
+        return self._fused.parameter()
+
+    bias = None
+
+    def home_device(self) -> torch.device:
+        """The device of the Parameter."""
+        return self.weight.device
+
+    def base_dtype(self) -> torch.dtype | None:
+        """The dtype of the Parameter."""
+        return self.weight.dtype
+
+    def get_base_weight(self) -> Tensor:
+        """The Parameter's numbers."""
+        return self.weight.data
+
+    def site_matrix(self, item: Update) -> Tensor:
+        """The base matrices of a site."""
+        return self.site_matrices(item.site_layout.site)
+
+    def site_input(self, item: Update, x: Tensor) -> Tensor:
+        """The part of the rows that a site reads."""
+        return x[..., self._fused.region(item.site_layout.site)[1]]
+
+    def site_matrices(self, site: Site) -> Tensor:
+        """The base matrices of a site, fp32 or wider, ``[expert, out, inp]``."""
+        rows, cols = self._fused.region(site)
+        return self.base_matrix()[:, rows, cols]
+
+    def _stored(self, matrix: Tensor) -> Tensor:
+        return matrix.mT if self._fused.transposed else matrix
+
+    def _snapshot(self) -> WeightSnapshot:
+        return WeightSnapshot.of(self.get_base_layer(), self.weight_name)
+
+    def _delta(self, adapter: str) -> Tensor:
+        """The adapter's scaled update, ``[expert, out, inp]``."""
+        items = self.updates[adapter]
+        shape = (self.experts, self.out_features, self.in_features)
+        with torch.autocast(self.home_device().type, enabled=False):
+            deltas = [item.delta(self.operands(adapter, item)) for item in items]
+        if not items[0].side:
+            return deltas[0].expand(shape)
+        whole = deltas[0].new_zeros(shape)
+        for item, delta in zip(items, deltas, strict=True):
+            rows, cols = self._fused.region(item.site_layout.site)
+            whole[:, rows, cols] += delta
+        return whole
+
+    # ---- forward
+
+    def forward(
+        self, source: Tensor, groups: Groups, prepare: Prepare | None = None, names: Sequence[str] | None = None
+    ) -> Tensor:
+        """The product of each row with its expert's matrix, with the updates: ``[rows, out]`` for sorted rows.
+
+        Args:
+            source: the rows ``[rows, inp]``, or what ``prepare`` makes them from.
+            groups: the expert of each row.
+            prepare: a cheap function, in whose place the source is kept for the backward pass.
+            names: the adapter of each row, for a batch of several.
+        """
+        weight, own = self._oriented(), self._bias()
+        active = [] if names is not None or self.idle() else [a for a in self.active_adapters if a in self.updates]
+        inside = [adapter for adapter in active if not self._why_apart(adapter, source)]
+        if prepare is not None and len(inside) < len(active):
+            source, prepare = prepare(source), None
+        parts = [part for adapter in inside for part in self._parts(adapter, source)]
+        if names is not None or self._why_not_one(source):
+            source = source if prepare is None else prepare(source)
+            result = self._base(source, groups, weight, own)
+        else:
+            result = grouped_linear(source, groups, parts, weight, own, prepare)
+        base = result
+        for adapter in active:
+            if adapter not in inside:
+                result = result + self._apart(adapter, source, base, groups)
+        return result if names is None else self._mixed(source, base, groups, names)
+
+    def _oriented(self) -> Tensor:
+        """The weight as it stands right of the rows, ``[expert, inp, out]``."""
+        return self.weight if self._fused.transposed else self.weight.mT
+
+    def _bias(self) -> Tensor | None:
+        bias: Tensor | None = getattr(self.get_base_layer(), f"{self.weight_name}_bias", None)
+        return bias
+
+    def _base(self, x: Tensor, groups: Groups, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The output without updates, by operations that autograd sees; autocast acts where the experts let it."""
+        kind = x.device.type
+        cast = autocast_active(kind) and is_eager(self.get_base_layer())
+        dtype = torch.get_autocast_dtype(kind) if cast else weight.dtype
+        with torch.autocast(kind, enabled=False):
+            result = groups.matmul(x.to(dtype), weight.to(dtype))
+        return result if bias is None else result + groups.gather(bias)
+
+    def idle(self) -> bool:
+        """True if no update is to be added: the adapters are switched off or merged."""
+        return self.disable_adapters or self.merged
+
+    def _parts(self, adapter: str, x: Tensor) -> list[Part]:
+        self._refuse_several(adapter)  # rows of experts are tokens, in an order of their own
+        return [
+            Part(
+                item.run,
+                tuple(self.operands(adapter, item, x)),
+                item.scale,
+                *self._fused.region(item.site_layout.site),
+            )
+            for item in self.updates[adapter]
+        ]
+
+    def _why_apart(self, adapter: str, x: Tensor) -> str:
+        """Why an update is not one operation with the product with the weight; empty if it is."""
+        if adapter in self.tnpeft_magnitude:
+            return "DoRA rescales the output"
+        if self.training and self.dropouts[adapter]:
+            return "dropout in training"
+        if x.dtype != self._compute_dtype(adapter, x):
+            return "the factors are wider than the input"
+        return self._why_not_one(x)
+
+    def _why_not_one(self, x: Tensor) -> str:
+        if autocast_active(x.device.type):
+            return "autocast is active"
+        if x.dtype != self.weight.dtype:
+            return "the input's dtype is not the base weight's"
+        bias = self._bias()
+        trained = self.weight.requires_grad or (bias is not None and bias.requires_grad)
+        return "the base weight is trained" if trained else ""
+
+    def _compute_dtype(self, adapter: str, x: Tensor) -> torch.dtype:
+        item = self.updates[adapter][0]
+        arrays = [a for a, o in zip(self._arrays(adapter, item), item.operands, strict=True) if o.source != "base"]
+        return torch.promote_types(x.dtype, arrays[0].dtype) if arrays else x.dtype
+
+    def _apart(self, adapter: str, x: Tensor, base: Tensor, groups: Groups) -> Tensor:
+        """What one adapter adds to ``base``, the output of the weight alone, computed by itself."""
+        drop = self.dropouts[adapter] if self.training else 0.0
+        rows = x.to(self._compute_dtype(adapter, x))
+        if drop:
+            rows = nn.functional.dropout(rows, drop)
+        with torch.autocast(x.device.type, enabled=False):
+            change = grouped_linear(rows, groups, self._parts(adapter, rows), width=self.out_features)
+            if adapter in self.tnpeft_magnitude:
+                change = self._rescaled(adapter, rows, base, change, groups, bool(drop))
+        return change.to(base.dtype)
+
+    def _rescaled(
+        self, adapter: str, x: Tensor, base: Tensor, update: Tensor, groups: Groups, dropped: bool
+    ) -> Tensor:
+        """What rescaling the rows of each used expert's matrix to the learned magnitudes adds (arXiv 2402.09353)."""
+        magnitude = self.tnpeft_magnitude[adapter].to(x.dtype)
+        ratio = groups.gather(rescaling(magnitude, self._lengths(adapter, groups).to(x.dtype)))
+        if dropped:
+            plain = groups.matmul(x, self._oriented().to(x.dtype))
+        else:
+            bias = self._bias()
+            plain = base.to(x.dtype) if bias is None else base.to(x.dtype) - groups.gather(bias).to(x.dtype)
+        return (ratio - 1) * plain + ratio * update
+
+    @torch.no_grad()
+    def _lengths(self, adapter: str, groups: Groups) -> Tensor:
+        """The lengths of the updated matrices' rows, ``[expert, out]``; one used expert's matrix at a time."""
+        base = self.base_matrix()
+        found = base.new_ones((self.experts, self.out_features))
+        items = self.updates[adapter]
+        arrays = [self.operands(adapter, item) for item in items]
+        for expert, _, _ in groups.used():
+            matrix = base[expert].clone()
+            for item, operands in zip(items, arrays, strict=True):
+                matrix[self._fused.region(item.site_layout.site)] += wide(
+                    item.run.delta_of(expert, operands, item.scale)
+                )
+            found[expert] = matrix.norm(dim=-1)
+        return found
+
+    def _mixed(self, x: Tensor, base: Tensor, groups: Groups, names: Sequence[str]) -> Tensor:
+        """``base`` with the update of every row's own adapter added."""
+        result = base
+        for adapter in dict.fromkeys(names):
+            if adapter == BASE or adapter not in self.updates:
+                continue
+            rows = torch.tensor([k for k, name in enumerate(names) if name == adapter], device=x.device)
+            change = self._apart(adapter, x[rows], base[rows], groups.subset(rows))
+            result = result.index_add(0, rows, change)
+        return result
+
+    # ---- what is asked about it
+
+    @torch.no_grad()
+    def seen(
+        self, most: int, source: Tensor, groups: Groups, prepare: Prepare | None = None, names: Any = None
+    ) -> tuple[Tensor, Groups]:
+        """Some of the rows that a call of :meth:`forward` sees, evenly from all experts, and their experts."""
+        x = source.detach() if prepare is None else prepare(source.detach())
+        rows = torch.arange(0, len(x), -(-len(x) // most), device=x.device)
+        return x[rows], groups.subset(rows)
+
+    def route(self, x: Tensor, adapter_names: Sequence[str] | None = None) -> Route:
+        """The path that a call with rows such as ``x`` takes: base, merged, mixed, fused or plain; and why."""
+        if self.disable_adapters:
+            return Route("base", "the adapters are switched off")
+        if self.merged:
+            return Route("merged", "the adapters are merged into the weights")
+        if adapter_names is not None:
+            return Route("mixed", "every row has its own adapter")
+        active = [adapter for adapter in self.active_adapters if adapter in self.updates]
+        if not active:
+            return Route("base", "no active adapter has an update of this layer")
+        reason = self._why_apart(active[0], x)
+        if not reason and not can_use_custom_backward(x):
+            reason = "gradients are disabled" if not torch.is_grad_enabled() else "a transform sees every operation"
+            return Route("plain", reason)
+        return Route("plain", reason) if reason else Route("fused", "rows are grouped by expert")
+
+
+def refuse_merged(weight: ExpertWeight) -> None:
+    """Raise in a mixed batch if adapters are merged.
+
+    Raises:
+        NetworkError: they are.
+    """
+    if weight.merged:
+        raise NetworkError("the adapters are merged into the weights", remedy="call unmerge_adapter() first")

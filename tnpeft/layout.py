@@ -154,15 +154,15 @@ def layout(
     lines = [f.rule_for(site) for site in chosen]
     axes = _axes(chosen, lines, stack or {})
     networks = {line: _site_network(line.network) for line in axes}
-    templates: dict[tuple[SiteRule, int, int, int, int], _SiteTemplate] = {}
+    templates: dict[tuple[SiteRule, int, int, int, int, tuple[int, ...]], _SiteTemplate] = {}
     for site, line in zip(chosen, lines, strict=True):
-        key = line, site.out, site.inp, site.heads, site.experts
+        key = line, site.out, site.inp, site.heads, site.experts, site.kernel
         if key not in templates:
             templates[key] = _site_template(line, networks[line], _site_sizes(f, line, site, axes[line]))
     several = _several_shapes(templates.values())
     site_layouts = []
     for site, line in zip(chosen, lines, strict=True):
-        template = templates[line, site.out, site.inp, site.heads, site.experts]
+        template = templates[line, site.out, site.inp, site.heads, site.experts, site.kernel]
         pieces = {factor.label: _parameter(site, factor, factor.label in several) for factor in template.factors}
         site_layouts.append(SiteLayout(site, line, template.network, template.sizes, pieces))
     layers = tuple(sorted({site.layer for site in chosen}))
@@ -200,6 +200,8 @@ def stack_sizes(f: Factorization, given: Mapping[str, Size]) -> dict[str, int]:
 def _site_sizes(f: Factorization, line: SiteRule, site: Site, stack: dict[str, int]) -> dict[str, int]:
     given = {"out": site.out, "inp": site.inp, "heads": site.heads}
     stack = {**stack, "expert": max(site.experts, 1)}
+    if not f.splits.get("inp") and len(line.network.cols) > 1:
+        given |= {tap: size for tap, size in site.taps.items() if tap in line.network.cols}
     unknown = [i for i in line.network.stack if i not in STACK and i not in stack]
     if unknown:
         raise NetworkError(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import peft
 import pytest
 import torch
 from adapter_models import MODELS, inputs
+from dense_oracle import dense
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 import tnpeft
 from tnpeft.adapters.state import arrays, bank_of
-from tnpeft.layout import ParameterSpec, SiteLayout
+from tnpeft.layout import ParameterSpec
 from tnpeft.networks import Factorization, NetworkError
 from tnpeft.nn.init.philox import normal
 
@@ -68,30 +68,6 @@ def attach(family: str, architecture: str) -> tuple[nn.Module, nn.Module, Factor
 def _adapted(base: nn.Module, f: Factorization, targets: list[str]) -> nn.Module:
     config = tnpeft.TensorNetworkConfig(network=f, target_modules=targets)
     return peft.get_peft_model(copy.deepcopy(base), config).double().eval()
-
-
-def dense(site_layout: SiteLayout, values: dict[ParameterSpec, Tensor], f: Factorization, weight: Tensor) -> Tensor:
-    """One site's scaled update by one unordered einsum per term, ``[out, inp]``."""
-    net, sizes = site_layout.network, site_layout.sizes
-    letters = {index: chr(ord("a") + k) for k, index in enumerate(net.indices)}
-    sides = (*net.rows, *net.cols)
-    total: Any = 0.0
-    for term in net.terms:
-        operands = []
-        for factor in term.factors:
-            label = net.label(factor)
-            value = (
-                weight.reshape([sizes[i] for i in sides])
-                if f.init.get(label) == "base"
-                else values[site_layout.parameters[label]]
-            )
-            if label in f.unit_norm:
-                axes = [axis for axis, index in enumerate(factor.indices) if index in sides]
-                value = value / value.norm(dim=axes, keepdim=True)
-            operands.append(value)
-        spec = ",".join("".join(letters[i] for i in factor.indices) for factor in term.factors)
-        total = total + term.sign * torch.einsum(spec + "->" + "".join(letters[i] for i in sides), operands)
-    return f.scale * total.reshape(weight.shape)
 
 
 def oracle(

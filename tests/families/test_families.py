@@ -372,7 +372,7 @@ def test_what_cannot_be_a_model_yet_is_counted() -> None:
     sizes = {"layer": 2, "proj": 3, "scene": 24, "env": 3, "out": 64, "inp": 32}
     f = families.tuka((8, 8, 4, 2))
     assert parameters(f, sizes) == 6 * (8 * 8 * 4 * 2 + 8 * (64 + 32) + 4 * 24 + 2 * 3)
-    assert parameters(families.lora_edge(), layer=1, proj=1, out=64, ch=16, kh=3, kw=3) == 64 * 8
+    assert parameters(families.lora_edge(), layer=1, proj=1, out=64, inp=144, kh=3, kw=3) == 64 * 8
     with pytest.raises(NetworkError, match=r"shared=8 of the rank 8"):
         families.rasa(rank=8, shared=8)
     with pytest.raises(NetworkError, match="the rank 7 is odd"):

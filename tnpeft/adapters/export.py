@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from tnpeft._text import Table, block
 from tnpeft.adapters.constants import PREFIX
 from tnpeft.adapters.layer.linear import TensorNetworkLinear
+from tnpeft.adapters.layer.merging import DenseLinear
 from tnpeft.adapters.state import bank_of
 from tnpeft.networks import NetworkError
 from tnpeft.nn.lowrank import cut_rank, sides, truncated
@@ -114,6 +115,12 @@ def export_lora(model: nn.Module, path: str | Path, adapter: str = "default", *,
         for name, module in base.named_modules()
         if isinstance(module, TensorNetworkLinear) and adapter in module.updates
     }
+    for name, module in base.named_modules():
+        if isinstance(module, DenseLinear) and adapter in module.updates and name not in linears:
+            raise NetworkError(
+                f"{name} is not a linear, and only updates of linears are exported",
+                remedy="merge the adapter, or attach one of linears alone",
+            )
     rows, tensors = [], _others(model, adapter)
     for name, linear in linears.items():
         row, left, right = _linear(name, linear, adapter, rank)

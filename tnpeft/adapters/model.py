@@ -23,7 +23,6 @@ from tnpeft.adapters.layer.bank import BANK, FactorBank, TensorNetworkLayer
 from tnpeft.adapters.layer.bases import excluded_weights, site_weight, weights_of
 from tnpeft.adapters.layer.binding import update
 from tnpeft.adapters.layer.checkpointing import watch
-from tnpeft.adapters.layer.linear import TensorNetworkLinear
 from tnpeft.adapters.layer.merging import DenseLinear
 from tnpeft.adapters.layer.mixed_batch import BatchAdapterNames, check_names, rows_for_each
 from tnpeft.adapters.layer.shared_input import join
@@ -32,18 +31,18 @@ from tnpeft.adapters.owners import check_owner, fused, keep_unfused
 from tnpeft.adapters.placement import base_constants, build_layout, start_values
 from tnpeft.adapters.replicas.batch import check_blocks, expect_blocks
 from tnpeft.adapters.rollback import Parked, Snapshot, layers, outside, walk
+from tnpeft.adapters.sites.kinds import check_kind, wrapped
+from tnpeft.adapters.sites.names import check_name
 from tnpeft.adapters.storage.contents import AGAIN, check_modules
 from tnpeft.adapters.storage.expressions import check_expression
 from tnpeft.adapters.storage.files import check_state, translated
 from tnpeft.adapters.targets import card_of, resolve, shared_input_groups
 from tnpeft.adapters.weighted_sum import combine
-from tnpeft.layout import Layout, ParameterSpec, SiteLayout
+from tnpeft.layout import ParameterSpec, SiteLayout
 from tnpeft.networks import AdapterFileError, ConfigError, NetworkError
 
-_CONTAINERS = type("Containers", (nn.ModuleDict, nn.ParameterDict), {})()  # of adapters, by name
 _UNFIT = (ValueError, TypeError, KeyError, AttributeError)  # of PEFT, whose cause is the folder that is loaded
 _EXACT = {"combination_type": "cat", "svd_full_matrices": True, "majority_sign_method": "total"}  # else None
-_MEANT = ("__base__", "base_layer", "original_module", "modules_to_save", "token_adapter")
 
 
 class TensorNetworkModel(BaseTuner):
@@ -149,8 +148,10 @@ class TensorNetworkModel(BaseTuner):
         for name in modules:
             check_owner(self.model, name)
         modules, bases = weights_of(modules, quantised, partial(check_target_module_exists, config))
+        for name, base in bases.items():
+            check_kind(name, base, config)
         layout = build_layout(self.model, bases, config)
-        self._check_name(adapter, layout)
+        check_name(adapter, layout, getattr(self.model, BANK, None))
         values = start_values(config, layout, partial(site_weight, modules, quantised))
         holders = [getattr(base, "module", base) for base in bases.values()]  # of fused weights of experts
         if any(array.dtype == torch.float64 for holder in holders for array in holder.parameters()):
@@ -195,14 +196,14 @@ class TensorNetworkModel(BaseTuner):
         values: dict[ParameterSpec, Tensor],
         site_layouts: list[SiteLayout],
     ) -> None:
-        """Give one linear or fused weight the adapter's updates and the arrays that only it uses."""
+        """Give one layer or fused weight the adapter's updates and the arrays that only it uses."""
         path, _, weight = name.rpartition(".")
         if path in self._stacks:
             target: Any = experts_at(self.model, path, bank).get_submodule(weight)
         else:
             parent, target, child = _get_submodules(self.model, name)
         if not isinstance(target, DenseLinear):
-            new = TensorNetworkLinear(target, bank, **get_quantization_kwargs(self.model))
+            new = wrapped(target, bank, get_quantization_kwargs(self.model))
             new.train(target.training)
             new._disable_adapters = bank.disable_adapters
             if fused(parent):
@@ -216,6 +217,7 @@ class TensorNetworkModel(BaseTuner):
             update(site_layout, f.unit_norm, constants, float(f.scale), config.tokens) for site_layout in site_layouts
         )
         target.dropouts[adapter] = config.dropout
+        target.prepare(adapter)
         own = {param: values[param] for p in site_layouts for param in p.parameters.values() if param in values}
         target.register_factors(
             adapter, {param: value for param, value in own.items() if param.home}, config.save_frozen
@@ -223,24 +225,6 @@ class TensorNetworkModel(BaseTuner):
         if config.dora:
             target.tnpeft_magnitude[adapter] = nn.Parameter(target.base_matrix().norm(dim=-1))
         target._move_adapter_to_device_of_base_layer(adapter)
-
-    def _check_name(self, adapter: str, layout: Layout) -> None:
-        bank = getattr(self.model, BANK, None)
-        others = bank.keys if isinstance(bank, FactorBank) else {}
-        if not adapter or "." in adapter or PREFIX in adapter or hasattr(_CONTAINERS, adapter):
-            raise NetworkError(
-                f"no adapter can be called {adapter!r}: its name is part of the names of its factors",
-                remedy=f"choose a name without a dot or {PREFIX!r}, and not that of a module's method",
-            )
-        if adapter in _MEANT:
-            raise NetworkError(f"{adapter!r} means something else to PEFT", remedy="choose another adapter name")
-        keys = {param.key for param in layout.parameters}
-        taken = [adapter] if adapter in keys or any(adapter in its for its in others.values()) else []
-        for name in [*taken, *(name for name in others if name in keys)]:
-            raise NetworkError(
-                f"the adapter {name!r} is called as one of the factors, and PEFT would mix the two up in files",
-                remedy="choose another adapter name",
-            )
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Keep all that an adapter trains in fp32, or cast it to the base weight's dtype if autocasting is off."""
@@ -376,7 +360,7 @@ class TensorNetworkModel(BaseTuner):
         entered = {self.model, find() if callable(find) else None} - {None}
         handles = [module.register_forward_pre_hook(named.enter, with_kwargs=True) for module in entered]
         for module in self.modules():
-            if isinstance(module, TensorNetworkLinear | TensorNetworkExperts | AuxiliaryTrainingWrapper):
+            if isinstance(module, DenseLinear | TensorNetworkExperts | AuxiliaryTrainingWrapper):
                 handles.append(module.register_forward_pre_hook(named.hand, with_kwargs=True))
         try:
             yield

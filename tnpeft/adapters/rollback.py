@@ -113,7 +113,8 @@ class Snapshot:
             for key, content in contents.items():
                 _refill(state[key], content)
         for array, flag in self._flags:
-            array.requires_grad_(flag)
+            if array.requires_grad != flag:
+                array.requires_grad_(flag)
         with torch.no_grad():
             for array, value in self._values:
                 array.copy_(value)

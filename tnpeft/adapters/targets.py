@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 from torch import nn
@@ -43,6 +44,7 @@ class _Place:
     module: str
     start: int = 0
     experts: int = 0
+    kernel: tuple[int, ...] = ()
 
 
 def card_of(model: nn.Module) -> cards.Card | None:
@@ -134,7 +136,10 @@ def select(
     projs = sorted_projs({place.proj for place in found}, order)
     found.sort(key=lambda place: (places[place.layer], projs.index(place.proj)))
     return Selection(
-        tuple(Site(places[p.layer], p.proj, p.out, p.inp, p.heads, p.module, p.start, p.experts) for p in found),
+        tuple(
+            Site(places[p.layer], p.proj, p.out, p.inp, p.heads, p.module, p.start, p.experts, p.kernel)
+            for p in found
+        ),
         places,
         {proj: k for k, proj in enumerate(projs)},
     )
@@ -157,15 +162,31 @@ def shared_input_groups(model: nn.Module, sites: Iterable[Site]) -> list[tuple[s
 
 
 def features(module: nn.Module) -> tuple[int, int]:
-    """Output and input features of a linear, a ``Conv1D``, a quantised linear or one matrix of fused experts.
+    """Rows and columns of a layer's matrix: output and input features of a linear or one matrix of fused experts.
 
-    >>> features(nn.Linear(3, 5))
-    (5, 3)
+    Of an embedding they are features and tokens; of a convolution output channels, and input channels of a group
+    times taps of the kernel.
+
+    >>> features(nn.Linear(3, 5)), features(nn.Embedding(7, 2)), features(nn.Conv2d(8, 6, 3, groups=2))
+    ((5, 3), (2, 7), (6, 36))
     """
     if isinstance(module, Conv1D):
         inp, out = module.weight.shape
         return out, inp
+    if isinstance(module, nn.Embedding):
+        return module.embedding_dim, module.num_embeddings
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return module.weight.shape[0], prod(module.weight.shape[1:])
     return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+
+
+def kernel(module: nn.Module) -> tuple[int, ...]:
+    """The sizes of a convolution's kernel, none of any other layer.
+
+    >>> kernel(nn.Conv2d(8, 6, (3, 1))), kernel(nn.Linear(3, 5))
+    ((3, 1), ())
+    """
+    return tuple(module.weight.shape[2:]) if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else ()
 
 
 def _known(card: cards.Card | None, name: str, module: Any, keep: set[str]) -> list[_Place]:
@@ -190,7 +211,13 @@ def _by_pattern(model: nn.Module, modules: Mapping[str, Any], keep: set[str]) ->
     names = names_by_path(modules)
     found = []
     for name, module in modules.items():
-        place = _Place(*names[name], *features(module), _heads(model, name.rpartition(".")[2], module), name)
+        place = _Place(
+            *names[name],
+            *features(module),
+            _heads(model, name.rpartition(".")[2], module),
+            name,
+            kernel=kernel(module),
+        )
         found += _of_experts(module, place, keep) if isinstance(module, FusedWeight) else [place]
     return found
 

@@ -180,12 +180,12 @@ def dota(
 
 @family
 def lora_edge(
-    ranks: Rank | Sequence[Rank] = (8, 8, 2), kernel: Sequence[int] = (1, 1), scale: float = 1.0
+    ranks: Rank | Sequence[Rank] = (8, 8, 2), kernel: Sequence[int] | None = None, scale: float = 1.0
 ) -> Factorization:
     """LoRA-Edge: a chain over a convolution's kernel of which the output core alone is trained.
 
-    ``kernel`` is its height and width; a linear is a kernel of one tap. In the release the chain is the base kernel's
-    own at the start, but for the output core.
+    ``kernel`` is its height and width where no layer tells; a linear is a kernel of one tap. In the release the chain
+    is the base kernel's own at the start, but for the output core.
 
     Parameters: ``layer*proj*out*a``.
     Start: G1 zero; the release takes the frozen cores from a TT-SVD of the kernel, here they are orthonormal at
@@ -193,15 +193,15 @@ def lora_edge(
     Source: arXiv 2511.03765 (line derived from the abstract, where it is printed in words).
 
     >>> print(lora_edge().network)  # doctest: +NORMALIZE_WHITESPACE
-    G1[layer proj out a] ^G2[layer proj a ch b] ^G3[layer proj b kh c] ^G4[layer proj c kw]
-        -> layer proj out (ch kh kw)
+    G1[layer proj out a] ^G2[layer proj a inp b] ^G3[layer proj b kh c] ^G4[layer proj c kw]
+        -> layer proj out (inp kh kw)
     """
     return Factorization.of(
-        "G1[layer proj out a] ^G2[layer proj a ch b] ^G3[layer proj b kh c] ^G4[layer proj c kw] "
-        "-> layer proj out (ch kh kw)",
+        "G1[layer proj out a] ^G2[layer proj a inp b] ^G3[layer proj b kh c] ^G4[layer proj c kw] "
+        "-> layer proj out (inp kh kw)",
         name="lora_edge",
         ranks=spread(ranks, ("a", "b", "c")),
-        splits=splits(inp=(None, *kernel)),
+        splits={} if kernel is None else splits(inp=(None, *kernel)),
         init={"G1": "zeros", "G2": "orthogonal", "G3": "orthogonal", "G4": "orthogonal"},
         scale=scale,
         source="arXiv 2511.03765 (line derived from the abstract, where it is printed in words)",

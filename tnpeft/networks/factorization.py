@@ -24,10 +24,11 @@ class Site:
     ``layer`` counts the targeted layers from 0; ``proj`` is the projection's name (``q_proj``; a slice adds
     its place, ``fc1/out:0``); ``out`` and ``inp`` are its numbers of features; ``heads`` its number of attention
     heads (of k and v: the grouped ones), 0 if unknown; ``module`` the linear's dotted path; ``experts`` the number
-    of experts of a weight that holds one matrix for each, 0 for a linear.
+    of experts of a weight that holds one matrix for each, 0 for a linear; ``kernel`` the sizes of a convolution's
+    kernel, whose taps are columns beside its input channels.
 
     >>> Site(0, "fc1", 3072, 768).squares()[1]
-    Site(layer=0, proj='fc1/out:1', out=768, inp=768, heads=0, module='', start=768, experts=0)
+    Site(layer=0, proj='fc1/out:1', out=768, inp=768, heads=0, module='', start=768, experts=0, kernel=())
     """
 
     layer: int
@@ -38,6 +39,17 @@ class Site:
     module: str = ""
     start: int = 0
     experts: int = 0
+    kernel: tuple[int, ...] = ()
+
+    @property
+    def taps(self) -> dict[str, int]:
+        """The sizes of the kernel by the names of their indices; of a linear, whose kernel is one tap, all are 1.
+
+        >>> Site(0, "conv", 8, 36, kernel=(3, 3)).taps
+        {'kd': 1, 'kh': 3, 'kw': 3}
+        """
+        names = ("kd", "kh", "kw")
+        return dict(zip(names, (1,) * (len(names) - len(self.kernel)) + self.kernel, strict=True))
 
     def squares(self) -> tuple[Site, ...]:
         """This site cut along its longer side into square slices, in order; itself if it is square.
@@ -54,7 +66,7 @@ class Site:
                 remedy="leave this projection out, or choose a factorization without square slices",
             )
         return tuple(
-            replace(self, proj=f"{self.proj}/{side}:{k}", out=short, inp=short, start=k * short)
+            replace(self, proj=f"{self.proj}/{side}:{k}", out=short, inp=short, start=k * short, kernel=())
             for k in range(long // short)
         )
 
@@ -233,7 +245,9 @@ class Factorization:
         ints |= {r: rank for r, rank in self.ranks.items() if isinstance(rank, int) and r not in given}
         found: dict[str, Size] = {r: ints[r] for r in net.bonds if r in ints}
         for side, group in (("out", net.rows), ("inp", net.cols)):
-            if isinstance(given.get(side), int) and not all(index in given for index in group):
+            if isinstance(given.get(side), int) and not all(
+                i in given and (i != side or len(group) == 1) for i in group
+            ):
                 found |= self._split(net, side, group, ints)
         ints |= {name: size for name, size in found.items() if name not in given}
         for bond, rule in self.ranks.items():

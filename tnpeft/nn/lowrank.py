@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -13,7 +13,8 @@ from torch import Tensor
 from tnpeft.counting.cuts import term_cut
 from tnpeft.networks import Factor, Network, Term
 from tnpeft.networks.factor import Group
-from tnpeft.nn.dense import dense
+from tnpeft.nn.dense import evaluator
+from tnpeft.planning.planner import planned
 
 
 @dataclass(frozen=True)
@@ -73,33 +74,62 @@ def sides(net: Network, sizes: Mapping[str, int], arrays: Mapping[str, Tensor]) 
     >>> tuple(left.shape), tuple(right.shape), (left @ right).eq(1).all().item()
     ((6, 2), (2, 6), True)
     """
-    pairs = []
+    return compiled_sides(net, sizes)(arrays)
+
+
+_Side = Callable[[Mapping[str, Tensor]], Tensor]
+
+
+def compiled_sides(net: Network, sizes: Mapping[str, int]) -> Callable[[Mapping[str, Tensor]], tuple[Tensor, Tensor]]:
+    """:func:`sides` as a function of the factors by label, planned once."""
+    return _compiled(net, tuple((index, sizes[index]) for index in net.indices))
+
+
+@lru_cache(maxsize=512)
+def _compiled(
+    net: Network, dims: tuple[tuple[str, int], ...]
+) -> Callable[[Mapping[str, Tensor]], tuple[Tensor, Tensor]]:
+    found, sizes = [], dict(dims)
     for term in net.terms:
-        found = cut(net, term, sizes)
-        named = {factor.name: arrays[net.label(factor)] for factor in term.factors}
-        ours = [term.factors[k] for k in found.left]
-        theirs = [factor for k, factor in enumerate(term.factors) if k not in found.left]
-        left = _side(ours, net.rows, found.indices, sizes, named)
-        right = _side(theirs, net.cols, found.indices, sizes, named)
-        pairs.append((left if term.sign > 0 else -left, right.T))
-    return torch.cat([left for left, _ in pairs], 1), torch.cat([right for _, right in pairs], 0)
+        it = cut(net, term, sizes)
+        theirs = [place for place in range(len(term.factors)) if place not in it.left]
+        left = _side(net, [term.factors[k] for k in it.left], net.rows, it.indices, sizes)
+        right = _side(net, [term.factors[k] for k in theirs], net.cols, it.indices, sizes)
+        found.append((term.sign, left, right))
+
+    def both(arrays: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        lefts = [left(arrays) if sign > 0 else -left(arrays) for sign, left, _ in found]
+        rights = [right(arrays).T for *_, right in found]
+        return (lefts[0], rights[0]) if len(found) == 1 else (torch.cat(lefts, 1), torch.cat(rights, 0))
+
+    return both
 
 
-def _side(
-    factors: list[Factor], group: Group, between: Group, sizes: Mapping[str, int], named: Mapping[str, Tensor]
-) -> Tensor:
+def _side(net: Network, factors: list[Factor], group: Group, between: Group, sizes: Mapping[str, int]) -> _Side:
     """Some factors as a matrix ``[group, between]``; an index of both is its own row and column by an identity."""
-    like = next(iter(named.values()))
-    arrays, copies, both = {f.name: named[f.name] for f in factors}, {}, [i for i in between if i in group]
-    taken = {*sizes, *named}
-    for index in both:
-        copies[index] = copy = next(n for k in range(len(taken) + 1) if (n := f"{index}_{k}") not in taken)
-        taken.add(copy)
-        factors = [*factors, Factor(copy, (index, copy), "constant")]
-        arrays[copy] = torch.eye(sizes[index], dtype=like.dtype, device=like.device)
-    columns = tuple(copies.get(index, index) for index in between)
-    matrix: Tensor = dense(Network((Term(tuple(factors)),), (group, columns)), arrays)
-    return matrix
+    taken = {*sizes, *(factor.name for factor in net.factors)}
+    copies: dict[str, str] = {}
+    for index in [i for i in between if i in group]:
+        copies[index] = next(n for k in range(len(taken) + 1) if (n := f"{index}_{k}") not in taken)
+        taken.add(copies[index])
+    line = Network(
+        (Term((*factors, *(Factor(copy, (index, copy), "constant") for index, copy in copies.items()))),),
+        (group, tuple(copies.get(index, index) for index in between)),
+    )
+    dims = tuple((index, sizes[{copy: i for i, copy in copies.items()}.get(index, index)]) for index in line.indices)
+    form = evaluator(planned(line, dims, None))
+    labels = {line.label(factor): net.label(factor) for factor in factors}
+    shape = tuple(prod(sizes[index] for index in part) for part in (group, between))
+
+    def side(arrays: Mapping[str, Tensor]) -> Tensor:
+        like = next(iter(arrays.values()))
+        own = {label: arrays[name] for label, name in labels.items()}
+        for index, copy in copies.items():
+            own[copy] = torch.eye(sizes[index], dtype=like.dtype, device=like.device)
+        matrix: Tensor = form(own)
+        return matrix.reshape(shape)
+
+    return side
 
 
 def truncated(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tnpeft._text import Table, block
 from tnpeft.adapters.experts.weight import ExpertWeight
 from tnpeft.adapters.layer.binding import Update
+from tnpeft.adapters.layer.linear import TensorNetworkLinear
 from tnpeft.adapters.layer.merging import DenseLinear
 from tnpeft.adapters.state import arrays, bank_of
 from tnpeft.layout import ParameterSpec
@@ -172,7 +173,8 @@ def _observe(model: nn.Module, batch: Any, adapter: str) -> dict[Site, _Seen]:
         else:
             inputs.setdefault(module, (args[0].detach().reshape(-1, args[0].shape[-1])[:_TOKENS], None))
 
-    hooks = [module.register_forward_pre_hook(keep) for module in sites(model)]
+    linears = [module for module in sites(model) if isinstance(module, TensorNetworkLinear | ExpertWeight)]
+    hooks = [module.register_forward_pre_hook(keep) for module in linears]
     try:
         grads = _gradients(model, batch, arrays(model, bank, adapter, kinds=("trainable",)))
     finally:
@@ -272,5 +274,5 @@ def base_sizes(model: nn.Module, adapter: str) -> dict[Site, float]:
 
 
 def sites(model: nn.Module) -> Iterator[DenseLinear]:
-    """Return the adapted linears and fused weights of a model."""
+    """Return the adapted weights of a model."""
     return (module for module in model.modules() if isinstance(module, DenseLinear))

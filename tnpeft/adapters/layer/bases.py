@@ -8,30 +8,29 @@ from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import _ExcludedModule
-from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from tnpeft.adapters.experts.fused import FusedWeight, check_experts
 from tnpeft.adapters.experts.module import weights_in
 from tnpeft.adapters.experts.weight import ExpertWeight
 from tnpeft.adapters.layer.bank import FactorBank
-from tnpeft.adapters.layer.linear import TensorNetworkLinear
+from tnpeft.adapters.layer.merging import DenseLinear
+from tnpeft.adapters.sites.kinds import kind, wrapped
 from tnpeft.networks import NetworkError, Site
 
 
 def linear(name: str, module: nn.Module, quantised: dict[str, Any]) -> nn.Module:
-    """Return the linear that a targeted module is, or that it adapts already.
+    """Return the linear, embedding or convolution that a targeted module is, or that it adapts already.
 
     Raises:
         NetworkError: it is something else.
     """
-    base = module.get_base_layer() if isinstance(module, TensorNetworkLinear) else module
-    backend = resolve_quantization_backend(base, **quantised)
-    if not isinstance(base, nn.Linear | Conv1D) and getattr(backend, "layer_type", "") != "linear":
+    base = module.get_base_layer() if isinstance(module, DenseLinear) else module
+    if kind(base, quantised) is None:
         raise NetworkError(
-            f"{name} is a {type(base).__name__}, not a linear",
-            remedy="target nn.Linear, Conv1D or quantised linears; exclude_modules leaves others out",
+            f"{name} is a {type(base).__name__}, not a linear, an embedding or a convolution",
+            remedy="target nn.Linear, Conv1D, quantised linears, nn.Embedding or nn.Conv1d to nn.Conv3d; "
+            "exclude_modules leaves others out",
         )
     return base
 
@@ -80,8 +79,8 @@ def site_weight(modules: dict[str, Any], quantised: dict[str, Any], site: Site) 
     if isinstance(module, FusedWeight | ExpertWeight):
         weight = ExpertWeight(module, FactorBank()) if isinstance(module, FusedWeight) else module
         return weight.site_matrices(site)
-    if not isinstance(module, TensorNetworkLinear):
-        module = TensorNetworkLinear(module, FactorBank(), **quantised)
+    if not isinstance(module, DenseLinear):
+        module = wrapped(module, FactorBank(), quantised)
     rows = slice(site.start, site.start + site.out) if "/out:" in site.proj else slice(None)
     cols = slice(site.start, site.start + site.inp) if "/inp:" in site.proj else slice(None)
     return module.base_matrix()[rows, cols]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -55,10 +56,16 @@ class Update:
     keeps: bool
     data: bool
     stack: tuple[str, ...] = ()
-    _by_rows: dict[tuple[tuple[str, ...], int], Program] = field(default_factory=dict, compare=False, repr=False)
+    _made: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __reduce__(self) -> tuple[object, ...]:
         return update, (self.site_layout, self.unit_norm, self.constants, self.scale, self.tokens)
+
+    def cached(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """Return what ``make`` made for the key at the first call; a copy of the update makes it anew."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def delta(self, operands: list[Tensor]) -> Tensor:
         """The scaled update of this site, ``[out, inp]``."""
@@ -68,13 +75,14 @@ class Update:
         """Return the program of ``count`` values of the stack indices ``rows``, one for each row of a batch."""
         if not rows:
             return self.run
-        if (rows, count) not in self._by_rows:
+
+        def make() -> Program:
             net = rowwise(self.site_layout.network, self.stack, rows)
             sizes = {index: size for index, size in self.site_layout.sizes.items() if index in net.indices}
             tokens = max(1, self.tokens // count)
-            run = program(net, {**sizes, REPLICA: count}, tokens=tokens, unit_norm=self.unit_norm)
-            self._by_rows[rows, count] = run
-        return self._by_rows[rows, count]
+            return program(net, {**sizes, REPLICA: count}, tokens=tokens, unit_norm=self.unit_norm)
+
+        return self.cached((rows, count), make)  # type: ignore[no-any-return]
 
     def normalized(self, operands: list[Tensor]) -> list[Tensor]:
         """Return the operands as the line has them: columns of length one where they are to be."""

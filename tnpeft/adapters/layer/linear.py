@@ -18,7 +18,7 @@ from tnpeft.adapters.layer.weight_cache import WeightCache, is_cacheable
 from tnpeft.adapters.sites.selection import check_rows, chosen_rows
 from tnpeft.layout import ParameterSpec
 from tnpeft.networks import NetworkError
-from tnpeft.nn.executor.eligibility import autocast_active, why_not_fused
+from tnpeft.nn.executor.eligibility import why_not_fused
 from tnpeft.nn.executor.program import Program
 
 
@@ -120,17 +120,6 @@ class TensorNetworkLinear(DenseLinear):
         if x.dtype == dtype == result.dtype:
             return self._update(adapter, x, result)
         return result + self._update(adapter, x.to(dtype), None).to(result.dtype)
-
-    def _compute_dtype(self, adapter: str, x: Tensor) -> torch.dtype:
-        """The wider dtype of input and factors; under autocast, which casts by itself, that of the input."""
-        if autocast_active(x.device.type):
-            return x.dtype
-        for operand in self.updates[adapter][0].operands:
-            if operand.source != "base":
-                arrays = self.tnpeft_factors if operand.source == "site" else self.bank.tnpeft_factors
-                dtype = arrays[adapter].get(operand.key).dtype
-                return x.dtype if x.dtype == dtype else torch.promote_types(x.dtype, dtype)
-        return x.dtype
 
     def _dora(self, adapter: str, x: Tensor, base: Tensor, dropped: bool) -> Tensor:
         """What rescaling the weight's rows to the learned magnitudes adds to ``base`` (arXiv 2402.09353, 4.3)."""
@@ -257,12 +246,7 @@ class TensorNetworkLinear(DenseLinear):
                 remedy="name one adapter per row; linears that see other rows than the batch's take one adapter only",
             )
         for name in {*names} & {*self.updates}:
-            item = self.updates[name][0]
-            if item.stack and (rows := chosen_rows(item.stack, item.site_layout.sizes, self.bank.selected)[0]):
-                raise NetworkError(
-                    f"rows cannot have both an adapter and a value of {rows[0]!r} of their own",
-                    remedy=f"choose one value for all, tnpeft.select(model, {rows[0]}=0), or leave out adapter_names",
-                )
+            self._refuse_by_row(name)
         result = base.clone()
         for lot in group_by_network(
             self, [adapter for adapter in dict.fromkeys(names) if adapter in self.updates], x

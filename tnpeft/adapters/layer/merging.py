@@ -19,8 +19,10 @@ from tnpeft.adapters.layer.snapshot import WeightSnapshot
 from tnpeft.adapters.sites.selection import choose, chosen_rows
 from tnpeft.adapters.targets import features
 from tnpeft.networks import REPLICA, NetworkError
+from tnpeft.nn.executor.eligibility import autocast_active
 
 if TYPE_CHECKING:
+    from tnpeft.adapters.layer.fast_path import Route
     from tnpeft.adapters.layer.shared_input import SharedInputGroup
 
 
@@ -104,7 +106,7 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
                 f"the weight of this quantised linear cannot be read: {error}",
                 remedy="choose start values and a line that do without it, and no dora",
             ) from None
-        return self._stored(wide(weight))
+        return self._matrix(wide(weight))
 
     # ---- the update
 
@@ -146,6 +148,17 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
         """The part of an input that a site reads."""
         return x.narrow(-1, item.start, item.length) if item.side == "inp" else x
 
+    def _compute_dtype(self, adapter: str, x: Tensor) -> torch.dtype:
+        """The wider dtype of input and factors; under autocast, which casts by itself, that of the input."""
+        if autocast_active(x.device.type):
+            return x.dtype
+        for operand in self.updates[adapter][0].operands:
+            if operand.source != "base":
+                arrays = self.tnpeft_factors if operand.source == "site" else self.bank.tnpeft_factors
+                dtype = arrays[adapter].get(operand.key).dtype
+                return x.dtype if x.dtype == dtype else torch.promote_types(x.dtype, dtype)
+        return x.dtype
+
     # ---- dense updates and merging
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -167,6 +180,13 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
             whole.narrow(0 if item.side == "out" else 1, item.start, item.length).add_(delta)
         return whole
 
+    def route(self, x: Tensor, adapter_names: Sequence[str] | None = None) -> Route:
+        """Return the path that a call with ``x`` takes, and why it is not a faster one."""
+        raise NotImplementedError
+
+    def prepare(self, adapter: str) -> None:
+        """Compute what depends on an adapter's networks alone, once it is attached."""
+
     def _refuse_several(self, adapter: str) -> None:
         item = self.updates[adapter][0]
         if REPLICA in item.site_layout.network.stack:
@@ -178,6 +198,14 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
             raise NetworkError(
                 f"{adapter!r} has a value of {rows[0]!r} for each row, not one update",
                 remedy=f"choose one value first: tnpeft.select(model, {rows[0]}=0)",
+            )
+
+    def _refuse_by_row(self, adapter: str) -> None:
+        item = self.updates[adapter][0]
+        if item.stack and (rows := chosen_rows(item.stack, item.site_layout.sizes, self.bank.selected)[0]):
+            raise NetworkError(
+                f"rows cannot have both an adapter and a value of {rows[0]!r} of their own",
+                remedy=f"choose one value for all, tnpeft.select(model, {rows[0]}=0), or leave out adapter_names",
             )
 
     @torch.no_grad()
@@ -200,6 +228,10 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
         updated = base + wide(delta)
         ratio = rescaling(wide(self.tnpeft_magnitude[adapter]), updated.norm(dim=-1))
         return updated * ratio[..., None] - base
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        """The base weight, or another of its layout, as an ``[out, inp]`` matrix."""
+        return self._stored(weight)
 
     def _stored(self, matrix: Tensor) -> Tensor:
         """An ``[out, inp]`` matrix in the layout of the base weight."""

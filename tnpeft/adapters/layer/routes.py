@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from tnpeft._text import Table, block
-from tnpeft.adapters.experts.weight import ExpertWeight
 from tnpeft.adapters.layer.bank import FactorBank
-from tnpeft.adapters.layer.linear import TensorNetworkLinear
+from tnpeft.adapters.layer.merging import DenseLinear
 from tnpeft.adapters.sites.selection import described
 from tnpeft.networks import ConfigError
 
@@ -88,12 +87,11 @@ def explain(model: nn.Module) -> Explanation:
     return Explanation(rows, unmatched)
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, TensorNetworkLinear | ExpertWeight]]:
-    kinds = TensorNetworkLinear, ExpertWeight
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, kinds))
+def _layers(model: nn.Module) -> Iterator[tuple[str, DenseLinear]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, DenseLinear))
 
 
-def _paths(name: str, layer: TensorNetworkLinear | ExpertWeight) -> Iterator[LayerPath]:
+def _paths(name: str, layer: DenseLinear) -> Iterator[LayerPath]:
     weight = getattr(layer.get_base_layer(), layer.weight_name, None)
     dtype = (
         weight.dtype if isinstance(weight, torch.Tensor) and weight.is_floating_point() else torch.get_default_dtype()

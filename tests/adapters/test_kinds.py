@@ -1,0 +1,484 @@
+"""Embeddings and convolutions: every family against a dense oracle, and a tuner's life on each kind of layer."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from dense_oracle import dense
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+import tnpeft
+from tnpeft.adapters.sites.convolution import TensorNetworkConvolution
+from tnpeft.adapters.state import arrays, bank_of
+from tnpeft.networks import AdapterFileError, Factorization, NetworkError
+from tnpeft.nn.init.philox import normal
+
+FOUNDING = ("cp", "lorta", "tenslora", "tera", "tucker", "lora", "tensor_train")
+
+
+class Tokens(nn.Module):
+    """Two layers of embeddings of 16 features for 48 tokens, the first with a padding token."""
+
+    def __init__(self, tokens: int = 48) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({"embed": nn.Embedding(tokens, 16)}) for _ in range(2))
+        self.layers[0].embed.padding_idx = 3
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.layers[0].embed(ids) * self.layers[1].embed(ids).tanh()
+
+
+class Images(nn.Module):
+    """Two layers of one convolution each: 16 x 16 matrices for every number of dimensions and groups."""
+
+    def __init__(self, dims: int = 2, groups: int = 1, **options: Any) -> None:
+        super().__init__()
+        make = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+        taps = {1: (4,), 2: (2, 2), 3: (1, 2, 2)}[dims]
+        options = {"padding": 1, **options}
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"conv": make(4 * groups, 16, taps, groups=groups, **options)}) for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[0].conv(x) * self.layers[1].conv(x).tanh()
+
+
+def image(dims: int = 2, groups: int = 1, batch: tuple[int, ...] = (3,)) -> Tensor:
+    return torch.randn(*batch, 4 * groups, *(5 + k for k in range(dims)), dtype=torch.float64)
+
+
+KINDS: dict[str, tuple[Any, Any, str]] = {
+    "embedding": (Tokens, lambda: torch.tensor([[1, 3, 47], [5, 1, 3]]), "embed"),
+    "conv1d": (lambda: Images(1), lambda: image(1), "conv"),
+    "conv2d": (Images, image, "conv"),
+    "conv2d grouped": (lambda: Images(2, 2), lambda: image(2, 2), "conv"),
+    "conv2d strided": (
+        lambda: Images(2, 4, stride=2, dilation=(1, 2), padding_mode="circular", bias=False),
+        lambda: image(2, 4),
+        "conv",
+    ),
+    "conv3d": (lambda: Images(3), lambda: image(3), "conv"),
+}
+NOT_HERE = {  # families that need something else than a matrix of its own
+    name
+    for name in tnpeft.families.names()
+    if {"expert", "basis", "scene"} & {*tnpeft.families.get(name)().network.indices}
+}
+FAMILIES = [name for name in tnpeft.families.names() if name not in NOT_HERE]
+
+
+def adapted(kind: str, **options: Any) -> tuple[nn.Module, peft.PeftModel]:
+    make, _, target = KINDS[kind]
+    torch.manual_seed(0)
+    base = make().double()
+    options = {"network": "lora", "target_modules": [target], **options}
+    return base, peft.get_peft_model(copy.deepcopy(base), tnpeft.TensorNetworkConfig(**options)).double()
+
+
+def shake(model: nn.Module, size: float = 0.5) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "tnpeft_factors" in name:
+                values = torch.from_numpy(normal(parameter.numel(), 0, name)).reshape(parameter.shape)
+                parameter.copy_(size * values)
+
+
+def matrix(module: nn.Module) -> Tensor:
+    weight = module.weight.detach()
+    return weight.T if isinstance(module, nn.Embedding) else weight.flatten(1)
+
+
+def oracle(base: nn.Module, model: nn.Module, f: Factorization, values: dict, x: Tensor) -> Tensor:
+    """The base model's output with every adapted weight replaced."""
+    weights: dict[str, Tensor] = {}
+    for place in bank_of(model).layouts["default"].site_layouts:
+        site = place.site
+        module = base.get_submodule(site.module)
+        name = f"{site.module}.weight"
+        whole = weights.get(name, matrix(module))
+        axis = 1 if "/inp:" in site.proj else 0
+        length = site.inp if axis else site.out
+        part = dense(place, values, f, matrix(module).narrow(axis, site.start, length))
+        pad = torch.zeros_like(matrix(module))
+        index = [slice(None), slice(None)]
+        index[axis] = slice(site.start, site.start + length)
+        weights[name] = whole + pad.index_put(_grid(pad, index), part)
+    for name, whole in weights.items():
+        module = base.get_submodule(name.removesuffix(".weight"))
+        weights[name] = whole.T if isinstance(module, nn.Embedding) else whole.reshape(module.weight.shape)
+    return functional_call(base, weights, (x,))
+
+
+def _grid(like: Tensor, index: list[slice]) -> tuple[Tensor, ...]:
+    rows, cols = (torch.arange(size)[part] for size, part in zip(like.shape, index, strict=True))
+    return rows[:, None], cols[None, :]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outputs_and_gradients(family: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.opt_einsum, "enabled", False)
+    f = tnpeft.families.get(family)()
+    base, model = adapted(kind, network=f)
+    x = KINDS[kind][1]()
+    if family in FOUNDING:
+        assert torch.equal(model(x), base(x))  # the identity at the start
+    shake(model)
+    held = arrays(model, bank_of(model), "default")
+    leaves = {piece: a.detach().clone().requires_grad_(piece.kind == "trainable") for piece, a in held.items()}
+    wanted, found = oracle(base, model, f, leaves, x), model(x)
+    assert (wanted - base(x)).abs().max() > 1e-6
+    assert torch.allclose(found, wanted, rtol=0, atol=1e-10 * float(wanted.detach().abs().max()))
+    for output in (wanted, found):
+        output.square().mean().backward()
+    trained = {piece: leaf for piece, leaf in leaves.items() if piece.kind == "trainable"}
+    total = torch.stack([leaf.grad.norm() for leaf in trained.values()]).norm()
+    for piece, leaf in trained.items():
+        assert (held[piece].grad - leaf.grad).norm() <= 1e-8 * leaf.grad.norm() + 1e-13 * total, piece
+    model.merge_adapter()
+    with torch.no_grad():
+        assert torch.allclose(model(x), wanted, rtol=0, atol=1e-10 * float(wanted.abs().max()))
+        model.unmerge_adapter()
+    for name, weight in base.named_parameters():
+        own = model.get_base_model().get_parameter(
+            name.replace(".weight", ".base_layer.weight").replace(".bias", ".base_layer.bias")
+        )
+        assert torch.equal(own, weight)
+
+
+# ---- a tuner's life
+
+
+LORA = "B[layer proj out r] A[layer proj r inp] -> layer proj out inp"
+SHARED = "U[out a] G[layer proj a b] V[b inp] -> layer proj out inp"
+CP = "w[layer proj r] A[layer o1 r] B[o2 r] C[layer i1 r] D[i2 r] -> layer proj (o1 o2) (i1 i2)"
+LINES: dict[str, dict[str, Any]] = {
+    "lora": {"network": LORA, "ranks": {"r": 3}},
+    "shared": {"network": SHARED, "ranks": {"a": 3, "b": 2}, "scale": 0.5},
+    "cp": {"network": CP, "ranks": {"r": 5}, "unit_norm": ["A", "C"]},
+}
+
+
+def trained(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("line", LINES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_loaded_counted(kind: str, line: str, tmp_path: Path) -> None:
+    base, model = adapted(kind, **LINES[line])
+    shake(model)
+    x = KINDS[kind][1]()
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    layout = bank_of(model).layouts["default"]
+    assert trained(model) == layout.count() == sum(value.numel() for value in stored.values())
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert torch.equal(again(x), model(x))
+    factors = tnpeft.factors(model)
+    tnpeft.set_factors(
+        again, {name: torch.zeros_like(value) for name, value in factors.items()} if line != "cp" else {}
+    )
+    tnpeft.set_factors(again, factors)
+    assert torch.equal(again(x), model(x))
+    assert {row.adapter for row in tnpeft.explain(model).rows} == {"default"}
+    groups = tnpeft.parameter_groups(model, relative_step=1e-2)
+    assert sum(p.numel() for group in groups for p in group["params"]) == trained(model)
+    bad = {name: value[..., :-1].contiguous() for name, value in stored.items()}
+    save_file(bad, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(AdapterFileError):
+        peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Already following adapters were merged")
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_are_switched_merged_and_deleted(kind: str) -> None:
+    base, model = adapted(kind, **LINES["lora"])
+    x = KINDS[kind][1]()
+    model.add_adapter("second", tnpeft.TensorNetworkConfig(**LINES["shared"], target_modules=[KINDS[kind][2]]))
+    model.double()
+    shake(model)
+    weights = {name: value.clone() for name, value in model.named_parameters() if "base_layer.weight" in name}
+    outputs = {}
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        assert {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad} == {name}
+        outputs[name] = model(x).detach()
+    with model.disable_adapter():
+        assert torch.equal(model(x), base(x))
+    model.base_model.set_adapter(["default", "second"])
+    both = model(x).detach()
+    size = 1e-10 * float(both.abs().max())
+    for order in (["default", "second"], ["second", "default"]):
+        for name in order:
+            model.merge_adapter([name])
+        assert torch.allclose(model(x), both, rtol=0, atol=size)
+        model.unmerge_adapter()
+        for name, value in model.named_parameters():
+            assert name not in weights or torch.equal(value, weights[name])
+    model.merge_adapter(safe_merge=True)
+    assert torch.allclose(model(x), both, rtol=0, atol=size)
+    with model.disable_adapter():
+        assert torch.equal(model(x), base(x))
+    model.delete_adapter("second")
+    assert torch.equal(model(x), outputs["default"])
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    assert torch.equal(copied(x), outputs["default"])
+    merged = copied.merge_and_unload()
+    assert torch.allclose(merged(x), outputs["default"], rtol=0, atol=size)
+    assert not any(isinstance(module, BaseTunerLayer) for module in merged.modules())
+    assert torch.equal(model.unload()(x), base(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mixed_batches(kind: str) -> None:
+    base, model = adapted(kind, **LINES["lora"])
+    model.add_adapter("second", tnpeft.TensorNetworkConfig(**LINES["cp"], target_modules=[KINDS[kind][2]]))
+    model.double().eval()
+    shake(model)
+    x = KINDS[kind][1]()
+    names = ["second", "default", "__base__"][: len(x)]
+    found = model(x, adapter_names=names)
+    for k, name in enumerate(names):
+        if name != "__base__":
+            model.set_adapter(name)
+        wanted = model(x)[k] if name != "__base__" else base(x)[k]
+        assert torch.allclose(found[k], wanted, rtol=0, atol=1e-10 * float(wanted.detach().abs().max()))
+    with pytest.raises(NetworkError, match="entries for"):
+        model(x, adapter_names=[*names, "default"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_replicas_and_values_by_row(kind: str) -> None:
+    x = torch.cat([KINDS[kind][1]()] * 2)
+    count = len(x) // 2
+    _, model = adapted(kind, network=LORA, ranks={"r": 2}, replicas=2)
+    shake(model)
+    found = model(x)
+    for k in range(2):
+        _, one = adapted(kind, network=LORA, ranks={"r": 2})
+        tnpeft.set_factors(one, tnpeft.replica(model, k))
+        assert torch.allclose(one(x)[k * count :][:count], found[k * count :][:count], rtol=0, atol=1e-10)
+    line = "B[layer proj scene out r] A[layer proj r inp] C[scene r] -> layer proj scene out inp"
+    _, model = adapted(kind, network=line, ranks={"r": 2}, unit_norm=["A"], stack={"scene": 3})
+    shake(model)
+    rows = [k % 3 for k in range(len(x))]
+    tnpeft.select(model, scene=rows)
+    found = model(x)
+    for k, scene in enumerate(rows):
+        tnpeft.select(model, scene=scene)
+        assert torch.allclose(model(x[k : k + 1])[0], found[k], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout(kind: str) -> None:
+    base, model = adapted(kind, dropout=0.5, **LINES["lora"])
+    shake(model)
+    x = KINDS[kind][1]()
+    wanted = model.eval()(x)
+    outputs = [model.train()(x) for _ in range(2)]
+    assert not torch.equal(outputs[0], outputs[1])
+    assert torch.equal(model.eval()(x), wanted)
+    if kind == "embedding":  # whole tokens are left out, others doubled
+        layer, plain = model.get_base_model().layers[0].embed, base.layers[0].embed
+        x = torch.arange(48)
+        change = layer.train()(x) - plain(x)
+        full = layer.eval()(x) - plain(x)
+        left = (change == 0).all(-1)
+        assert 0 < left.sum() < 48
+        assert torch.allclose(change[~left], 2 * full[~left])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointing(kind: str, reentrant: bool) -> None:
+    _, model = adapted(kind, **LINES["cp"])
+    shake(model)
+    x = KINDS[kind][1]()
+    if x.is_floating_point():
+        x.requires_grad_()
+
+    def gradients(run: Any) -> list[Tensor]:
+        model.zero_grad()
+        run().square().mean().backward()
+        return [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+    start = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    plain = gradients(lambda: model(x) * start)
+    again = gradients(lambda: checkpoint(lambda y: model(x) * y, start, use_reentrant=reentrant))
+    assert all(torch.allclose(a, b, rtol=1e-12, atol=0) for a, b in zip(plain, again, strict=True))
+
+
+@pytest.mark.parametrize("line", LINES)
+@pytest.mark.parametrize("kind", ["embedding", "conv2d", "conv2d strided"])
+def test_compiled_in_one_graph(kind: str, line: str) -> None:
+    _, model = adapted(kind, **LINES[line])
+    shake(model)
+    x = KINDS[kind][1]()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = compiled(x)
+    assert torch.allclose(found, model(x), rtol=0, atol=1e-10)
+    found.square().mean().backward()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "embedding"])
+def test_dora_on_convolutions_is_pefts(kind: str) -> None:
+    _, model = adapted(kind, dora=True, **LINES["lora"])
+    shake(model)
+    x = KINDS[kind][1]()
+    wanted = model(x)
+    for layer in (m for m in model.modules() if isinstance(m, TensorNetworkConvolution)):
+        delta = layer.updates["default"][0].delta(layer.operands("default", layer.updates["default"][0]))
+        weight = layer.get_base_layer().weight.flatten(1)
+        new = weight + delta
+        new = new * (weight.norm(dim=1) / new.norm(dim=1))[:, None]
+        with torch.no_grad():
+            layer.get_base_layer().weight.copy_(new.reshape(layer.get_base_layer().weight.shape))
+    with model.disable_adapter():
+        assert torch.allclose(model(x), wanted, rtol=0, atol=1e-10 * float(wanted.detach().abs().max()))
+    _, model = adapted(kind, dora=True, dropout=0.5, **LINES["lora"])
+    assert torch.allclose(model.train()(x), model.eval()(x), rtol=0, atol=1e-10)  # the identity at the start
+
+
+@pytest.mark.parametrize("kind", ["embedding", "conv1d", "conv2d", "conv3d"])
+def test_the_same_factors_in_pefts_lora_give_the_same_model(kind: str) -> None:
+    base, model = adapted(kind, network=LORA, ranks={"r": 3})
+    shake(model)
+    target = KINDS[kind][2]
+    other = peft.get_peft_model(
+        copy.deepcopy(base), peft.LoraConfig(r=3, lora_alpha=3, target_modules=[target])
+    ).double()
+    for ours, theirs in zip(model.get_base_model().layers, other.get_base_model().layers, strict=True):
+        own = ours[target].tnpeft_factors["default"]
+        with torch.no_grad():
+            if kind == "embedding":
+                theirs[target].lora_embedding_A["default"].copy_(own.get("A"))
+                theirs[target].lora_embedding_B["default"].copy_(own.get("B"))
+            else:
+                weight = theirs[target].lora_A["default"].weight
+                weight.copy_(own.get("A").reshape(weight.shape))
+                weight = theirs[target].lora_B["default"].weight
+                weight.copy_(own.get("B").reshape(weight.shape))
+    x = KINDS[kind][1]()
+    assert torch.allclose(model(x), other(x), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    [("embedding", f) for f in ("lora", "cp", "tensor_train", "tucker")] + [("conv2d", "lora"), ("conv2d", "tucker")],
+)
+def test_the_dense_update_is_never_formed(kind: str, family: str) -> None:
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = func(*args, **(kwargs or {}))
+            for out in tree_leaves(found):
+                if isinstance(out, Tensor) and not out._is_view():
+                    self.numel = max(self.numel, out.numel())
+            return found
+
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Embedding(4096, 64) if kind == "embedding" else nn.Conv2d(64, 64, 3))
+    x = torch.arange(20) if kind == "embedding" else torch.randn(1, 64, 4, 4)
+    f = tnpeft.families.get(family)(2)
+    model = peft.get_peft_model(base, tnpeft.TensorNetworkConfig(network=f, target_modules=["0"]))
+    with Largest() as seen:
+        model(x).square().mean().backward()
+    assert 0 < seen.numel < 4096 * 64 / 8 if kind == "embedding" else seen.numel < 64 * 64 * 9 / 2
+
+
+class Scaled(nn.Embedding):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.embed_scale = 3.0
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * self.embed_scale
+
+
+class Shifted(nn.Embedding):
+    embed_scale = 1.0
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids + 2)
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight / self.weight.norm(), self.bias)
+
+
+def test_an_embedding_that_scales_its_rows() -> None:
+    model = peft.get_peft_model(
+        nn.Sequential(Scaled(8, 4)), tnpeft.TensorNetworkConfig(**LINES["lora"], target_modules=["0"])
+    )
+    shake(model)
+    found = model(torch.arange(8))
+    model.merge_adapter()
+    assert torch.allclose(model(torch.arange(8)), found, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "problem"),
+    [
+        (nn.Embedding(8, 4, max_norm=1.0), {}, "0 has max_norm"),
+        (nn.Embedding(8, 4, scale_grad_by_freq=True), {}, "0 scales gradients by the frequency"),
+        (nn.Embedding(8, 4), {"dora": True}, "0 is an embedding, and the lengths that dora needs"),
+        (Shifted(8, 4), {}, "0 is a Shifted, which does more than look up rows"),
+        (Standardised(4, 4, 1), {}, "0 is a Standardised, which does more than convolve"),
+        (nn.LazyConv2d(4, 1), {}, "0 has no weight yet"),
+        (nn.ConvTranspose2d(4, 4, 1), {}, "0 is a ConvTranspose2d, not a linear"),
+        (nn.LayerNorm(4), {}, "0 is a LayerNorm, not a linear"),
+        (nn.Conv2d(4, 4, 3), {"network": "A[layer proj out kh] -> layer proj out (inp kh)"}, "kh"),
+    ],
+)
+def test_what_cannot_be_adapted_is_refused_and_leaves_no_trace(
+    module: nn.Module, options: dict, problem: str
+) -> None:
+    model = nn.Sequential(module, nn.Linear(2, 2))
+    before = {name: (id(m), {**m.__dict__}) for name, m in model.named_modules()}
+    with pytest.raises(NetworkError, match=problem):
+        peft.get_peft_model(model, tnpeft.TensorNetworkConfig(**{**LINES["lora"], **options}, target_modules=["0"]))
+    assert {name: id(m) for name, m in model.named_modules()} == {name: its[0] for name, its in before.items()}
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_line_names_the_taps_of_the_kernel() -> None:
+    base = nn.Sequential(nn.Conv2d(8, 16, (3, 2), groups=2), nn.Conv1d(4, 16, 5), nn.Linear(12, 16))
+    line = "U[layer proj out a] G[layer proj a b c d] I[layer proj inp b] H[layer proj kh c] W[layer proj kw d] "
+    config = tnpeft.TensorNetworkConfig(
+        network=line + "-> layer proj out (inp kh kw)",
+        ranks={"a": 4, "b": 2, "c": 2, "d": 2},
+        target_modules=["0", "1", "2"],
+    )
+    with pytest.warns(UserWarning, match="is all that it can carry"):
+        model = peft.get_peft_model(base, config)
+    shapes = {row.site: row.factors for row in tnpeft.explain(model).rows}
+    assert [shapes[k]["I"][0] for k in "012"] == [4, 4, 12]
+    assert [shapes[k]["H"][0] for k in "012"] == [3, 1, 1]
+    assert [shapes[k]["W"][0] for k in "012"] == [2, 5, 1]
+    edge = tnpeft.families.lora_edge((2, 2, 2))
+    model = peft.get_peft_model(
+        nn.Sequential(nn.Conv2d(8, 16, 3)), tnpeft.TensorNetworkConfig(network=edge, target_modules=["0"])
+    )
+    assert trained(model) == 16 * 2
+    assert tnpeft.explain(model).rows[0].factors["G2"] == (2, 8, 2)
+    liera = "^W[out inp kh kw] B[out r] A[r inp kh kw] -> out (inp kh kw)"
+    config = tnpeft.TensorNetworkConfig(network=liera, ranks={"r": 2}, init={"W": "base"}, target_modules=["0"])
+    model = peft.get_peft_model(nn.Sequential(nn.Conv2d(8, 16, 3)), config)
+    assert trained(model) == 2 * (16 + 72)
+    assert "formed" in tnpeft.explain(model).rows[0].reason

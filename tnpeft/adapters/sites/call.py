@@ -1,0 +1,164 @@
+"""A layer of another kind than a linear that is called with an input: its output plus the updates of its adapters."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tnpeft.adapters.layer.binding import Update
+from tnpeft.adapters.layer.checkpointing import check_recomputation, refuse_reentrant, selection_seen
+from tnpeft.adapters.layer.fast_path import Route
+from tnpeft.adapters.layer.merging import DenseLinear
+from tnpeft.adapters.sites.selection import chosen_rows
+from tnpeft.networks import REPLICA, Network, NetworkError
+from tnpeft.nn.executor.kernels import normalize_columns
+
+
+class CalledLayer(DenseLinear):
+    """What embeddings and convolutions have in common. A kind says how it applies one site's update to an input.
+
+    Adapters of several values (replicas, or values of a named stack by row) meet a batch block by block.
+    """
+
+    @abstractmethod
+    def compiled(self, item: Update) -> Any:
+        """What is computed once from the network of one site's update, :func:`network_of`."""
+
+    @abstractmethod
+    def apply_update(self, item: Update, x: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
+        """The update of ``x`` by one site, not scaled; ``arrays`` are its factors by label."""
+
+    @abstractmethod
+    def compute_dtype(self, adapter: str, x: Tensor) -> torch.dtype:
+        """The dtype in which an update of ``x`` is computed."""
+
+    @abstractmethod
+    def how(self, adapter: str) -> str:
+        """How an adapter's update is applied, in words."""
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """PEFT's conversion makes LoRAs of linears alone."""
+        return False
+
+    def prepare(self, adapter: str) -> None:
+        """Compute what depends on the networks alone, so that a forward only looks it up."""
+        for item in self.updates[adapter]:
+            self.compiled(item)
+            item.cached("network", partial(network_of, item))
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
+        """The base layer's output plus the updates of the active adapters, or of each row's own adapter."""
+        if not torch.compiler.is_compiling():
+            layer: Any = self
+            check_recomputation(layer)
+            if self.bank.selected and (seen := selection_seen(layer, self.bank)) is not None:
+                with self.bank.selecting(seen):
+                    return self.forward(x, *args, adapter_names=adapter_names, **kwargs)
+        base: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.route(x, adapter_names).kind in ("base", "merged"):
+            return base
+        refuse_reentrant(self.bank)
+        if adapter_names is not None:
+            return self._mixed(x, base, adapter_names)
+        result = base
+        for adapter in self.active_adapters:
+            if adapter in self.updates:
+                result = result + self.change(adapter, x, base).to(base.dtype)
+        return result
+
+    def route(self, x: Tensor, adapter_names: Sequence[str] | None = None) -> Route:
+        """The path that a call takes: base, merged, mixed or plain; and how the update is applied."""
+        if self.disable_adapters:
+            return Route("base", "the adapters are switched off")
+        if self.merged:
+            if adapter_names is None:
+                return Route("merged", "the adapters are merged into the weights")
+            raise NetworkError("the adapters are merged into the weights", remedy="call unmerge_adapter() first")
+        if adapter_names is not None:
+            return Route("mixed", "every row has its own adapter")
+        active = [adapter for adapter in self.active_adapters if adapter in self.updates]
+        if not active:
+            return Route("base", "no active adapter has an update of this layer")
+        return Route("plain", self.how(active[0]))
+
+    def change(self, adapter: str, x: Tensor, base: Tensor) -> Tensor:
+        """What an adapter adds to ``base``, the output of the base layer alone."""
+        return self.update_of(adapter, x)
+
+    def update_of(self, adapter: str, x: Tensor) -> Tensor:
+        """The adapter's scaled update of ``x``."""
+        dtype = self.compute_dtype(adapter, x)
+        return self.joined(
+            [
+                (item, self._by_block(item, x, self._labelled(adapter, item, x, dtype)))
+                for item in self.updates[adapter]
+            ]
+        )
+
+    def joined(self, parts: Sequence[tuple[Update, Tensor]]) -> Tensor:
+        """The updates of all sites of the layer, as one: there is one site, of the whole layer."""
+        [(item, update)] = parts
+        return update * item.scale
+
+    def _labelled(self, adapter: str, item: Update, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        arrays = self.operands(adapter, item)
+        return {label: array.to(x.device, dtype) for label, array in zip(item.run.labels, arrays, strict=True)}
+
+    def _by_block(self, item: Update, x: Tensor, arrays: dict[str, Tensor]) -> Tensor:
+        net, params = item.cached("network", lambda: network_of(item)), item.site_layout.parameters
+        own: set[str] = set()
+        count = 1
+        if item.stack:
+            rows, count = chosen_rows(item.stack, item.site_layout.sizes, self.bank.selected)
+            both = zip(item.run.labels, item.operands, strict=True)
+            own = {label for label, operand in both if any(index in rows for _, index in operand.stack)}
+        elif item.run.replicas > 1:
+            count = item.run.replicas
+            own = {label for label in arrays if REPLICA in params[label].indices}
+        if not own:
+            return self.apply_update(item, x, _normalized(item, net, arrays))
+        if len(x) % count:
+            what = "values, one for each row" if item.stack else "replicas"
+            raise NetworkError(
+                f"batch size {len(x)} is not divisible by {count} {what}",
+                remedy="let the batch be one block of equally many rows for each, in their order",
+            )
+        parts = []
+        for k, block in enumerate(x.chunk(count)):
+            values = {label: array[k] if label in own else array for label, array in arrays.items()}
+            parts.append(self.apply_update(item, block, _normalized(item, net, values)))
+        return torch.cat(parts)
+
+    def _mixed(self, x: Tensor, base: Tensor, names: Sequence[str]) -> Tensor:
+        """``base`` with the update of every row's own adapter added."""
+        if len(names) != len(x):
+            raise NetworkError(
+                f"adapter_names has {len(names)} entries for {len(x)} rows",
+                remedy="name one adapter per row; layers that see other rows than the batch's take one adapter only",
+            )
+        result = base.clone()
+        for adapter in dict.fromkeys(name for name in names if name in self.updates):
+            self._refuse_by_row(adapter)
+            rows = torch.tensor([k for k, name in enumerate(names) if name == adapter], device=x.device)
+            result[rows] = base[rows] + self.change(adapter, x[rows], base[rows]).to(base.dtype)
+        return result
+
+
+def network_of(item: Update) -> Network:
+    """The network of one update: of one replica, and of one value of each named stack index."""
+    net = item.run.plan.network
+    return net.select(REPLICA) if REPLICA in net.stack else net
+
+
+def _normalized(item: Update, net: Network, arrays: dict[str, Tensor]) -> dict[str, Tensor]:
+    for label in item.unit_norm:
+        if label in arrays:
+            indices = net.factor(label).indices
+            axes = tuple(axis for axis, index in enumerate(indices) if index in (*net.rows, *net.cols))
+            arrays = {**arrays, label: normalize_columns(arrays[label], axes)}
+    return arrays

@@ -1,0 +1,138 @@
+"""An embedding with the updates of its adapters: tokens are looked up in the factors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tnpeft.adapters.layer.binding import Update
+from tnpeft.adapters.sites.call import CalledLayer, network_of
+from tnpeft.adapters.sites.lookup import Lookup
+from tnpeft.networks import NetworkError
+
+
+class TensorNetworkEmbedding(CalledLayer):
+    """An ``nn.Embedding`` and the updates of its adapters.
+
+    Its matrix is that of the linear that it is on one-hot tokens, ``[embedding_dim, num_embeddings]``: rows (``out``)
+    are features, columns (``inp``) tokens. With ``padding_idx`` the padding's row gets no gradient, as in torch.
+    Dropout leaves out the update of whole tokens.
+    """
+
+    @property
+    def num_embeddings(self) -> int:
+        """The number of tokens."""
+        return self.in_features
+
+    @property
+    def embedding_dim(self) -> int:
+        """The number of features."""
+        return self.out_features
+
+    @property
+    def padding_idx(self) -> int | None:
+        """The token whose row gets no gradient."""
+        module: Any = self.get_base_layer()
+        return module.padding_idx  # type: ignore[no-any-return]
+
+    def _stored(self, matrix: Tensor) -> Tensor:
+        return matrix.T
+
+    def compute_dtype(self, adapter: str, x: Tensor) -> torch.dtype:
+        """The wider dtype of base weight and factors."""
+        module: Any = self.get_base_layer()
+        return self._compute_dtype(adapter, module.weight)
+
+    def how(self, adapter: str) -> str:
+        """How an adapter's update is applied, in words."""
+        return "tokens are looked up in the factors"
+
+    def compiled(self, item: Update) -> Lookup:
+        """The lookup of one site's network."""
+        return item.cached("lookup", lambda: Lookup(network_of(item), item.site_layout.sizes))  # type: ignore[no-any-return]
+
+    def apply_update(self, item: Update, x: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
+        """The update of tokens ``x [...]``: ``[..., out]``; zero for tokens outside a slice."""
+        look = self.compiled(item)
+        if item.side != "inp":
+            return look(x, arrays)
+        inside = (x >= item.start) & (x < item.start + item.length)
+        return look((x - item.start).clamp(0, item.length - 1), arrays) * inside[..., None]
+
+    def joined(self, parts: Sequence[tuple[Update, Tensor]]) -> Tensor:
+        """The updates of all slices, each added to its features."""
+        (item, update), *more = parts
+        if not item.side:
+            return update * item.scale
+        whole = update.new_zeros((*update.shape[:-1], self.out_features))
+        for item, update in (parts[0], *more):
+            rows = (item.start, item.length) if item.side == "out" else (0, self.out_features)
+            whole.narrow(-1, *rows).add_(update * item.scale)
+        return whole
+
+    def change(self, adapter: str, x: Tensor, base: Tensor) -> Tensor:
+        """What an adapter adds to ``base``, the output of the base layer alone."""
+        module: Any = self.get_base_layer()
+        found = self.update_of(adapter, x)
+        if module.padding_idx is not None:
+            found = torch.where((x == module.padding_idx)[..., None], found.detach(), found)
+        drop = self.dropouts[adapter]
+        if drop and self.training:
+            found = found * nn.functional.dropout(found.new_ones(x.shape), drop)[..., None]
+        scale = embed_scale(module)
+        return found if scale is None else found * torch.as_tensor(scale).to(found.device, found.dtype)
+
+
+def embed_scale(module: nn.Module) -> Any:
+    """The number that an embedding of its own class multiplies its rows by; None of torch's class."""
+    return None if type(module).forward is nn.Embedding.forward else getattr(module, "embed_scale", None)
+
+
+def check_embedding(name: str, module: nn.Embedding, dora: bool) -> None:
+    """Raise if an embedding does something to its rows that an update of them would not meet.
+
+    Raises:
+        NetworkError: it renormalises its weight, scales gradients, has a forward of its own, or ``dora`` is asked.
+
+    >>> check_embedding("wte", nn.Embedding(3, 2, max_norm=1.0), False)
+    Traceback (most recent call last):
+    tnpeft.networks.errors.NetworkError: wte has max_norm, which changes its weight at every call
+    leave it out of target_modules, or set max_norm to None
+    """
+    if module.max_norm is not None:
+        raise NetworkError(
+            f"{name} has max_norm, which changes its weight at every call",
+            remedy="leave it out of target_modules, or set max_norm to None",
+        )
+    if module.scale_grad_by_freq:
+        raise NetworkError(
+            f"{name} scales gradients by the frequency of tokens, and factors have no tokens of their own",
+            remedy="leave it out of target_modules, or set scale_grad_by_freq to False",
+        )
+    if dora:
+        raise NetworkError(
+            f"{name} is an embedding, and the lengths that dora needs run over all its tokens at every call",
+            remedy="adapt embeddings with an adapter of their own, without dora",
+        )
+    if type(module).forward is not nn.Embedding.forward and not _only_scaled(module):
+        raise NetworkError(
+            f"{name} is a {type(module).__name__}, which does more than look up rows",
+            remedy="leave it out of target_modules, or name it in exclude_modules",
+        )
+
+
+@torch.no_grad()
+def _only_scaled(module: nn.Embedding) -> bool:
+    scale = embed_scale(module)
+    if scale is None or module.weight.is_meta:
+        return False
+    token = torch.zeros(1, 1, dtype=torch.long, device=module.weight.device)
+    try:
+        found = module(token)
+    except (TypeError, ValueError, RuntimeError, AttributeError):
+        return False
+    plain = module.weight[0] * torch.as_tensor(scale).to(module.weight.device, module.weight.dtype)
+    return isinstance(found, Tensor) and found.shape == (1, 1, len(plain)) and torch.equal(found[0, 0], plain)

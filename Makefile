@@ -1,12 +1,14 @@
 # make test: the checks and the tests.  make demo: a real (small) study, a table and a figure in demo/.
 # Both build their own .venv; nothing else has to be installed. PYTHON chooses the interpreter (3.11 or newer).
+# make docs: the site with the live page, which needs Node.js.  make test-plain: the tests that need no torch, by PYTHON.
 
 PYTHON ?= python3
 BIN := .venv/bin
+PLAIN := $(addprefix tests/,networks families counting planning scaling comparison models drawing live structure/test_extras.py)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: docs test demo check unit paper clean
+.PHONY: docs test test-plain demo check unit paper clean
 
 test: check unit
 
@@ -23,8 +25,15 @@ check: .venv/ready
 unit: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests tnpeft --doctest-modules
 
+test-plain:
+	@if ! $(PYTHON) -c "" 2> /dev/null; then echo "skipped: no $(PYTHON) here"; else set -e; \
+	  venv=.venv-plain-$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])'); $(PYTHON) -m venv $$venv; \
+	  $$venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[plain-test]"; \
+	  $$venv/bin/python -m pytest -n auto $(PLAIN); fi
+
 docs: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[docs]"
+	$(BIN)/python scripts/live/vendor.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --site-dir site
 
 paper: demo

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,6 +29,12 @@ def _need(path: Path | None, what: str, remedy: str) -> Path:
     if os.environ.get("TNPEFT_CI") == "1":
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def need() -> Callable[[Path | None, str, str], Path]:
+    """:func:`_need`, for what a test module looks for itself."""
+    return _need
 
 
 def _package_file(package: str, pattern: str) -> Path | None:

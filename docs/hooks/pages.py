@@ -40,6 +40,7 @@ def family_pages() -> dict[str, str | bytes]:
         counts = "\n".join(count_row(f, model, targets) for model, targets in MODELS.items())
         pages[f"families/{name}.md"] = (
             f"# {name}\n\n{summary}\n\n```text\n{lines}\n```\n\n![the network of {name}]({name}.svg)\n\n{text}\n\n"
+            f"[Open it in the live page](../live/index.html#line={name}).\n\n"
             f"```python\ntnpeft.families.{name}{inspect.signature(declare)}\n```\n\n"
             "| model | sites | parameters at the defaults |\n| --- | --- | ---: |\n" + counts + "\n"
         )

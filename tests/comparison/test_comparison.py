@@ -166,3 +166,27 @@ def test_one_table_in_all_forms() -> None:
     assert table.markdown().splitlines()[0] == r"| a\|b | n |"
     assert table.csv() == "a|b,n\n<x>,1000\nlong cell,\n"
     assert "&lt;x&gt;" in table.html()
+
+
+def test_bare_sizes_stand_for_a_model_of_that_shape() -> None:
+    """OPT-1.3B's q and v are 24 x 2 linears of 2048 x 2048 with 32 heads."""
+    names = ["lora", "cp", MINE]
+    with_model = compare(names, parameters="lora:1", sort="", **OPT)
+    bare = compare(names, parameters="lora:1", sort="", out=2048, inp=2048, layer=24, proj=2, heads=32)
+    assert bare.rows == with_model.rows
+    assert str(bare).startswith("2048 x 2048, proj0, proj1: 48 sites, 2,048 tokens, nearest to 196,608 parameters")
+    assert [row.parameters for row in compare("lora:4", out=64, inp=32)] == [4 * 96]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "problem"),
+    [
+        ({}, "neither a model nor the size of 'out'"),
+        ({"out": 4}, "neither a model nor the size of 'inp'"),
+        ({"out": 4, "inp": 0}, "the size of 'inp' is 0"),
+        ({"out": 4, "inp": 4, "layer": 1.5}, "the size of 'layer' is 1.5"),
+    ],
+)
+def test_bare_sizes_that_are_not_sizes_are_refused(sizes: dict, problem: str) -> None:
+    with pytest.raises(tnpeft.NetworkError, match=problem):
+        compare("lora", **sizes)

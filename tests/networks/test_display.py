@@ -95,3 +95,12 @@ def test_everything_that_prints_as_a_table_is_html_with_names_escaped() -> None:
 def test_an_open_tag_would_be_found() -> None:
     with pytest.raises(AssertionError):
         Reader("<div><pre></div>")
+
+
+def test_a_picture_is_shown_as_svg_where_it_is_not_too_large() -> None:
+    net = tnpeft.network("B[out r] A[r inp] -> out inp")
+    assert net._repr_svg_() == tnpeft.drawing.svg(net)
+    f = tnpeft.families.lora(rank=2)
+    assert f._repr_svg_() == tnpeft.drawing.svg(f)
+    long = tnpeft.network(" ".join(f"A{k}[out inp]" for k in range(41)) + " -> out inp")
+    assert long._repr_svg_() is None

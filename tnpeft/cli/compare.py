@@ -31,7 +31,12 @@ def compare(
             show_default=False,
         ),
     ],
-    model: Annotated[str, typer.Option("--model", "-m", help="A model's name, its folder, or a config.json.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", help="A model's name, folder or config.json; else -s out=, inp=, layer=, proj="
+        ),
+    ] = None,
     parameters: Annotated[
         str | None,
         typer.Option("--parameters", "-p", help="A number, or a family whose count it is, such as lora:1."),
@@ -54,6 +59,8 @@ def compare(
     **Examples**
 
     `tnpeft compare lora cp tucker -p lora:1 -m facebook/opt-1.3b -t q_proj,v_proj --sort gain`
+
+    `tnpeft compare lora cp -p lora:1 -s out=2048 -s inp=2048 -s layer=24 -s proj=2`
 
     `tnpeft compare lora "mine=A[layer proj out k] B[k inp] -> layer proj out inp" -p 200000 -m roberta-base`
     """

@@ -14,6 +14,7 @@ from tnpeft.counting.cuts import rank_bound
 from tnpeft.counting.dof import dof_on
 from tnpeft.families import get as family_called
 from tnpeft.layout import Layout, layout, stack_sizes
+from tnpeft.models.bare import SIZES, bare
 from tnpeft.models.cards import Model, Targets, card, sites
 from tnpeft.networks import Factorization, Network, NetworkError, Site, network
 from tnpeft.networks.sizes import Size, require_network
@@ -28,7 +29,7 @@ def compare(
     networks: str | Network | Factorization | Sequence[Member],
     /,
     *,
-    model: Model,
+    model: Model = None,
     parameters: int | str | Factorization | None = None,
     targets: Targets = None,
     tokens: int = 2048,
@@ -41,7 +42,8 @@ def compare(
 
     Args:
         networks: families (``"lora"``; ``"lora:4"`` at that rank), lines, factorizations, or pairs of a name and one.
-        model: a name, a folder or a config.json, a configuration, or a card.
+        model: a name, a folder or a config.json, a configuration, or a card. Without one the sites come from
+            the sizes ``out``, ``inp``, ``layer``, ``proj`` (1 if not given) and ``heads``.
         parameters: the budget: a number, or an adapter whose count it is, such as ``"lora:1"``. None takes the ranks
             as they are given.
         targets: the model's projections; by default its q and v.
@@ -60,6 +62,8 @@ def compare(
     ...                 parameters="lora:1", model="facebook/opt-1.3b", targets=["q_proj"])
     >>> [(row.name, row.parameters, row.macs) for row in table]
     [('lora', 98304, 4096.0), ('mine', 102400, 8192.0)]
+    >>> [row.parameters for row in compare(["lora:1", "cp"], out=2048, inp=2048, layer=24, proj=2)]
+    [194544, 196608]
     """
     column = sort.removeprefix("-")
     if column and column not in ("name", *MEASURES):
@@ -69,6 +73,8 @@ def compare(
     members = [*_members(networks)]
     if not members:
         raise NetworkError("nothing to compare", remedy='pass such as ["lora", "cp"]')
+    if model is None:
+        model, sizes = bare(sizes), {name: size for name, size in sizes.items() if name not in SIZES}
     its, rows = card(model), whole_tokens(tokens)
     selected = sites(its, targets)
     goal = _goal(parameters, selected, by)

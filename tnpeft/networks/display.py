@@ -36,6 +36,16 @@ def offer(svg: Callable[[Any], str]) -> None:
         _offered.append(svg)
 
 
+def svg(subject: Any) -> str | None:
+    """Return the picture of a network or a factorization, None where drawing is not there or it is too large."""
+    nets = [rule.network for rule in getattr(subject, "lines", ())] or [subject]
+    if not _offered or sum(len(term.factors) for net in nets for term in net.terms) > _MOST:
+        return None
+    with suppress(NetworkError):  # the text serves
+        return _offered[0](subject)
+    return None
+
+
 def network_html(net: Shown) -> str:
     """Return the line in colours, the table of its factors and its picture.
 
@@ -43,7 +53,7 @@ def network_html(net: Shown) -> str:
     >>> "B" in network_html(network("B[out r] A[r inp] -> out inp"))
     True
     """
-    return f"<div>{_line(net)}{_factors([net])}{_picture(net, [net])}</div>"
+    return f"<div>{_line(net)}{_factors([net])}{_picture(net)}</div>"
 
 
 def factorization_html(f: Any) -> str:
@@ -55,7 +65,7 @@ def factorization_html(f: Any) -> str:
     facts = {"ranks": ranks, "splits": splits, "scale": f"{f.scale:g}", "source": f.source}
     table = Table((), tuple((name, value) for name, value in facts.items() if value)).html()
     starts = {label: start if isinstance(start, str) else "array" for label, start in f.init.items()}
-    return f"<div><b>{escape(f.name)}</b>{lines}{_factors(nets, starts)}{table}{_picture(f, nets)}</div>"
+    return f"<div><b>{escape(f.name)}</b>{lines}{_factors(nets, starts)}{table}{_picture(f)}</div>"
 
 
 def _line(net: Shown, sites: str = "") -> str:
@@ -82,10 +92,7 @@ def _factors(nets: Iterable[Shown], starts: dict[str, str] | None = None) -> str
     ).html()
 
 
-def _picture(subject: Any, nets: list[Shown]) -> str:
-    if not _offered or sum(len(term.factors) for net in nets for term in net.terms) > _MOST:
-        return ""
-    with suppress(ImportError, NetworkError):  # matplotlib is not there, or cannot draw it: the text serves
-        data = b64encode(_offered[0](subject).encode()).decode()
-        return f'<img src="data:image/svg+xml;base64,{data}" alt="the network">'
-    return ""
+def _picture(subject: Any) -> str:
+    drawn = svg(subject)
+    data = b64encode(drawn.encode()).decode() if drawn else ""
+    return f'<img src="data:image/svg+xml;base64,{data}" alt="the network">' if data else ""

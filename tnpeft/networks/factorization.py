@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from tnpeft.networks.display import factorization_html
+from tnpeft.networks.display import factorization_html, svg
 from tnpeft.networks.errors import NetworkError
 from tnpeft.networks.network import Network
 from tnpeft.networks.notation import network
@@ -271,6 +271,9 @@ class Factorization:
 
     def _repr_html_(self) -> str:
         return factorization_html(self)
+
+    def _repr_svg_(self) -> str | None:
+        return svg(self)
 
     def bind(self, sizes: Sizes | None, keywords: Sizes) -> dict[str, Size]:
         """:func:`bind` with this factorization's ranks and splits filling what is not given."""

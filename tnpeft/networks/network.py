@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from tnpeft.networks.display import network_html
+from tnpeft.networks.display import network_html, svg
 from tnpeft.networks.errors import NetworkError
 from tnpeft.networks.factor import Factor, Group, Kind, Term
 from tnpeft.networks.formatting import position_of, tokens_of
@@ -218,6 +218,9 @@ class Network:
 
     def _repr_html_(self) -> str:
         return network_html(self)
+
+    def _repr_svg_(self) -> str | None:
+        return svg(self)
 
     def __repr__(self) -> str:
         return f"network({str(self)!r})"

@@ -55,6 +55,7 @@ NAMES = (
     "packs",
     "sst2",
     "optimizer",
+    "experts",
     "full_size",
 )
 PUBLISHED = {
@@ -67,6 +68,7 @@ PUBLISHED = {
     "optimizer": "optimizer --samples 9 --clock cpu",
     "attach": "attach --clock cpu",
     "growth": "growth --samples 5 --clock cpu",
+    "experts": "experts --clock cpu",
     "replicas": "replicas --samples 3 --clock cpu",
     "replicas_kept": "replicas --samples 3 --clock cpu --batches 16x32 16x64",
     "packs": "packs --cache runs/cache",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tnpeft._text import Table, block
 from tnpeft.adapters.constants import PREFIX
+from tnpeft.adapters.experts.weight import ExpertWeight
 from tnpeft.adapters.layer.linear import TensorNetworkLinear
 from tnpeft.adapters.layer.merging import DenseLinear
 from tnpeft.adapters.state import bank_of
@@ -113,7 +114,7 @@ def export_lora(model: nn.Module, path: str | Path, adapter: str = "default", *,
     linears = {
         name: module
         for name, module in base.named_modules()
-        if isinstance(module, TensorNetworkLinear) and adapter in module.updates
+        if isinstance(module, TensorNetworkLinear | ExpertWeight) and adapter in module.updates
     }
     for name, module in base.named_modules():
         if isinstance(module, DenseLinear) and adapter in module.updates and name not in linears:
@@ -123,10 +124,15 @@ def export_lora(model: nn.Module, path: str | Path, adapter: str = "default", *,
             )
     rows, tensors = [], _others(model, adapter)
     for name, linear in linears.items():
-        row, left, right = _linear(name, linear, adapter, rank)
+        if isinstance(linear, ExpertWeight):
+            row, left, right = _experts(name, linear, adapter, rank)
+            place = _wrapped(name, [path for path, its in linears.items() if isinstance(its, ExpertWeight)])
+        else:
+            row, left, right = _linear(name, linear, adapter, rank)
+            place = name
         rows.append(row)
-        tensors[f"base_model.model.{name}.lora_A.weight"] = right
-        tensors[f"base_model.model.{name}.lora_B.weight"] = left
+        tensors[f"base_model.model.{place}.lora_A.weight"] = right
+        tensors[f"base_model.model.{place}.lora_B.weight"] = left
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     _config(own, base, linears, {row.module: row.rank for row in rows}).save_pretrained(str(folder))
@@ -152,6 +158,61 @@ def _linear(
         return Exported(name, found, found, 0.0), _stored(left), _stored(right)
     left, right, error = truncated(left, right, most)
     return Exported(name, most, found, error), _stored(left), _stored(right)
+
+
+@torch.no_grad()
+def _experts(name: str, weight: ExpertWeight, adapter: str, limit: int | None) -> tuple[Exported, Tensor, Tensor]:
+    """The LoRAs of all experts as PEFT packs them: rows of A count experts slowest, columns of B fastest."""
+    rows, cols = weight.out_features, weight.in_features
+    most = min(limit or max(1, rows * cols // (rows + cols)), rows, cols)
+    networks = ((item.site_layout.network, item.site_layout.sizes) for item in weight.updates[adapter])
+    found = sum(cut_rank(net.select(*net.stack), sizes) for net, sizes in networks)
+    errors = [0.0]
+    if adapter in weight.tnpeft_magnitude or found >= min(rows, cols):
+        cut = 0
+        pairs, errors = _cut([_dense(delta.float(), most) for delta in weight._change(adapter)])
+    else:
+        cut = found
+        pairs = [_of_expert(weight, adapter, expert) for expert in range(weight.experts)]
+        if found > most:
+            pairs, errors = _cut([truncated(left, right, most) for left, right in pairs])
+    left, right = (torch.stack(matrices) for matrices in zip(*pairs, strict=True))
+    row = Exported(name, left.shape[-1], cut, max(errors))
+    return row, _stored(left.permute(1, 2, 0).reshape(rows, -1)), _stored(right.reshape(-1, cols))
+
+
+def _cut(found: list[tuple[Tensor, Tensor, float]]) -> tuple[list[tuple[Tensor, Tensor]], list[float]]:
+    return [(left, right) for left, right, _ in found], [error for _, _, error in found]
+
+
+def _of_expert(weight: ExpertWeight, adapter: str, expert: int) -> tuple[Tensor, Tensor]:
+    """Two factors of the update of one expert's whole matrix; those of its slices stand side by side."""
+    lefts, rights = [], []
+    for item in weight.updates[adapter]:
+        net, (rows, cols) = item.site_layout.network, weight.region(item)
+        operands = dict(zip(item.run.labels, item.normalized(weight.operands(adapter, item)), strict=True))
+        own = {
+            net.label(factor): value.select(factor.indices.index("expert"), expert)
+            if "expert" in factor.indices
+            else value
+            for factor in net.factors
+            for value in (operands[net.label(factor)].float(),)
+        }
+        left, right = sides(net.select(*net.stack), item.site_layout.sizes, own)
+        lefts.append(left.new_zeros(weight.out_features, left.shape[1]))
+        lefts[-1][rows] = left * item.scale
+        rights.append(right.new_zeros(right.shape[0], weight.in_features))
+        rights[-1][:, cols] = right
+    return torch.cat(lefts, 1), torch.cat(rights, 0)
+
+
+def _wrapped(name: str, names: Sequence[str]) -> str:
+    """Where PEFT keeps the factors of a Parameter: wrappers of one module's Parameters stand one inside the other."""
+    owner, _, own = name.rpartition(".")
+    inside = sorted(
+        (path.rpartition(".")[2] for path in names if path.rpartition(".")[0] == owner), key="down_proj".__eq__
+    )
+    return owner + ".base_layer" * (len(inside) - 1 - inside.index(own))
 
 
 def _through_cuts(linear: TensorNetworkLinear, adapter: str) -> tuple[Tensor, Tensor]:
@@ -191,9 +252,10 @@ def _others(model: nn.Module, adapter: str) -> dict[str, Tensor]:
 
 
 def _config(
-    own: Any, base: nn.Module, linears: Mapping[str, TensorNetworkLinear], ranks: dict[str, int]
+    own: Any, base: nn.Module, linears: Mapping[str, TensorNetworkLinear | ExpertWeight], ranks: dict[str, int]
 ) -> LoraConfig:
     usual = Counter(ranks.values()).most_common(1)[0][0]
+    experts = [name for name, its in linears.items() if isinstance(its, ExpertWeight)]
     others = {re.escape(name): rank for name, rank in ranks.items() if rank != usual}
     return LoraConfig(
         task_type=own.task_type,
@@ -204,14 +266,15 @@ def _config(
         lora_alpha=usual,
         rank_pattern=others,
         alpha_pattern=dict(others),
-        target_modules=_targets(base, linears),
+        target_modules=_targets(base, {name: its for name, its in linears.items() if name not in experts}),
+        target_parameters=sorted(experts, reverse=True) or None,
         modules_to_save=own.modules_to_save,
         trainable_token_indices=own.trainable_token_indices,
         fan_in_fan_out=any(isinstance(linear.get_base_layer(), Conv1D) for linear in linears.values()),
     )
 
 
-def _targets(base: nn.Module, linears: Mapping[str, TensorNetworkLinear]) -> list[str]:
+def _targets(base: nn.Module, linears: Mapping[str, Any]) -> list[str]:
     """The last names of the linears' paths if these mean the same linears, else the whole paths."""
     names = {path.rpartition(".")[2] for path in linears}
     meant = {path for path, _ in base.named_modules() if path.rpartition(".")[2] in names}

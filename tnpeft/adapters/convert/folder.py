@@ -334,6 +334,11 @@ def _site(
     proj: str,
     shape: tuple[int, int] | None,
 ) -> SiteAdapter:
+    if sliced := [key for key in own if "@out:" in key or "@inp:" in key]:
+        raise ConfigError(
+            f"{module} is adapted slice by slice ({sliced[0]})",
+            remedy="adapters on slices of a fused weight are exported with tnpeft.export_lora(model, path)",
+        )
     for rule in f.lines:
         whole = rule.network
         if not _by_name(rule, proj):

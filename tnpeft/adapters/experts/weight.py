@@ -66,7 +66,11 @@ class ExpertWeight(DenseLinear):
 
     def site_input(self, item: Update, x: Tensor) -> Tensor:
         """The part of the rows that a site reads."""
-        return x[..., self._fused.region(item.site_layout.site)[1]]
+        return x[..., self.region(item)[1]]
+
+    def region(self, item: Update) -> tuple[slice, slice]:
+        """The output and input features of a site."""
+        return self._fused.region(item.site_layout.site)
 
     def site_matrices(self, site: Site) -> Tensor:
         """The base matrices of a site, fp32 or wider, ``[expert, out, inp]``."""
@@ -89,7 +93,7 @@ class ExpertWeight(DenseLinear):
             return deltas[0].expand(shape)
         whole = deltas[0].new_zeros(shape)
         for item, delta in zip(items, deltas, strict=True):
-            rows, cols = self._fused.region(item.site_layout.site)
+            rows, cols = self.region(item)
             whole[:, rows, cols] += delta
         return whole
 
@@ -151,7 +155,7 @@ class ExpertWeight(DenseLinear):
                 item.run,
                 tuple(self.operands(adapter, item, x)),
                 item.scale,
-                *self._fused.region(item.site_layout.site),
+                *self.region(item),
             )
             for item in self.updates[adapter]
         ]
@@ -215,9 +219,7 @@ class ExpertWeight(DenseLinear):
         for expert, _, _ in groups.used():
             matrix = base[expert].clone()
             for item, operands in zip(items, arrays, strict=True):
-                matrix[self._fused.region(item.site_layout.site)] += wide(
-                    item.run.delta_of(expert, operands, item.scale)
-                )
+                matrix[self.region(item)] += wide(item.run.delta_of(expert, operands, item.scale))
             found[expert] = matrix.norm(dim=-1)
         return found
 

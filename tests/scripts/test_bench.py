@@ -69,6 +69,17 @@ def grown(data: Any) -> None:
                     assert growth.power(rows, what, cost) <= 1 + 1e-12
 
 
+def over_experts(data: Any) -> None:
+    """At equal rank at most half of what PEFT's LoRA keeps, beside the frozen block and in all."""
+    rows = {(row["case"], row["experts"]): row for row in data["cases"]}
+    for experts in (4, 8):
+        frozen, theirs, ours = (rows[name, experts] for name in ("frozen", "PEFT LoRA r=2", "expert_lora rank=2"))
+        assert ours["trained"] == theirs["trained"] == experts * 2 * (32 + 128 + 64 + 32)
+        assert ours["saved"] - frozen["saved"] <= (theirs["saved"] - frozen["saved"]) / 2
+        assert 2 * ours["saved"] <= theirs["saved"]
+        assert all(rows[name, experts]["milliseconds"] > 0 for name, _ in rows)
+
+
 def kept(data: Any) -> None:
     rows = {row["case"]: row for row in data["cases"]}
     assert rows["lora rank=8"]["saved"] == rows["PEFT LoRA r=8"]["saved"] == 4 * 8 * (128 + 8)
@@ -123,6 +134,7 @@ EACH: dict[str, tuple[str, Callable[[Any], None]]] = {
         names("lora", "cp, AdamW", "tucker, invariant"),
     ),
     "growth": ("growth --sites 6 12 24 --tokens 128 256 512 --widths 128 256 512", grown),
+    "experts": ("experts --experts 4 8 --hidden 32 --width 64 --tokens 64 --rank 2", over_experts),
     "rebuilt": (f"rebuilt {TINY} --tokens 16", rebuilt),
     "saved": ("saved", kept),
     "replicas": ("replicas --shapes tiny:1 --batches 1x4 2x4 --replicas 2 3 --families none 'lora r=8'", replicas),

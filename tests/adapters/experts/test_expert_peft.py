@@ -91,7 +91,7 @@ def test_a_converted_folder_is_attached_and_converted_back(kind: str, tmp_path: 
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.filterwarnings("ignore:The following rank_pattern keys")  # PEFT names modules alone; it uses the ranks
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match")  # of modules; PEFT uses them
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("network", "exact"),
@@ -113,11 +113,12 @@ def test_exported_as_lora_of_parameters(kind: str, network: Any, exact: bool, tm
     assert not torch.allclose(logits(read), logits(base), atol=1e-2)
 
 
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match")
 def test_exported_with_a_stated_error(tmp_path: Path) -> None:
     base = mixture("gpt_oss")
     model = attached(base, tnpeft.families.expert_tucker(6), dora=True)
     shake(model)
-    near = tnpeft.export_lora(model, tmp_path / "near", rank=16)
+    near = tnpeft.export_lora(model, tmp_path / "near", rank=32)
     far = tnpeft.export_lora(model, tmp_path / "far", rank=2)
     assert near.error < 1e-5 < far.error
     read = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "near").eval()

@@ -165,7 +165,7 @@ def _experts(name: str, weight: ExpertWeight, adapter: str, limit: int | None) -
     """The LoRAs of all experts as PEFT packs them: rows of A count experts slowest, columns of B fastest."""
     rows, cols = weight.out_features, weight.in_features
     most = min(limit or max(1, rows * cols // (rows + cols)), rows, cols)
-    networks = ((item.site_layout.network, item.site_layout.sizes) for item in weight.updates[adapter])
+    networks = ((item.run.plan.network, item.site_layout.sizes) for item in weight.updates[adapter])
     found = sum(cut_rank(net.select(*net.stack), sizes) for net, sizes in networks)
     errors = [0.0]
     if adapter in weight.tnpeft_magnitude or found >= min(rows, cols):
@@ -189,7 +189,7 @@ def _of_expert(weight: ExpertWeight, adapter: str, expert: int) -> tuple[Tensor,
     """Two factors of the update of one expert's whole matrix; those of its slices stand side by side."""
     lefts, rights = [], []
     for item in weight.updates[adapter]:
-        net, (rows, cols) = item.site_layout.network, weight.region(item)
+        net, (rows, cols) = item.run.plan.network, weight.region(item)
         operands = dict(zip(item.run.labels, item.normalized(weight.operands(adapter, item)), strict=True))
         own = {
             net.label(factor): value.select(factor.indices.index("expert"), expert)

@@ -193,10 +193,7 @@ def test_an_attached_configuration_is_copied_and_replaced(fields: dict[str, Any]
     held = copy.deepcopy(config.to_dict())
     first = peft.get_peft_model(opt(), config)
     peft.get_peft_model(llama(), config)
-    after = config.to_dict()
-    assert {n: v for n, v in after.items() if n != "base_model_name_or_path"} == {
-        n: v for n, v in held.items() if n != "base_model_name_or_path"
-    }
+    assert config.to_dict() == held
     first.add_adapter("other", dataclasses.replace(first.peft_config["default"], **fields))
     assert first.peft_config["other"].seed == fields.get("seed", 0)
 
@@ -210,6 +207,74 @@ def test_one_configuration_of_two_models_and_both_files_load(tmp_path: Path) -> 
     for name, make in (("opt", opt), ("llama", llama)):
         again = peft.PeftModel.from_pretrained(make(), tmp_path / name)
         assert torch.equal(logits(again), logits(models[name]))
+
+
+HEADS = {"SEQ_CLS": "classifier", "TOKEN_CLS": "classifier", "QUESTION_ANS": "qa_outputs"}
+
+
+def with_heads(name: str = "") -> nn.Module:
+    model = bert()
+    model.name_or_path, model.qa_outputs = name, nn.Linear(2, 2)
+    return model
+
+
+@pytest.mark.parametrize("saved", [None, ["pooler.dense"]])
+@pytest.mark.parametrize("kind", [None, *HEADS])
+def test_a_head_and_a_models_name_are_written_into_a_copy(
+    kind: str | None, saved: list[str] | None, recwarn: pytest.WarningsRecorder
+) -> None:
+    config = fresh(target_modules=["query"], task_type=kind, modules_to_save=saved)
+    held = copy.deepcopy(config.to_dict())
+    for name in ("first", "second"):
+        model = peft.get_peft_model(with_heads(name), config, revision=name)
+        model.add_adapter("other", config)
+        own = model.peft_config["default"]
+        assert (own.base_model_name_or_path, own.revision) == (name, name)
+        assert config.to_dict() == held
+        for adapter in ("default", "other"):
+            assert {HEADS.get(kind), *(saved or ())} - {None} <= {*(model.peft_config[adapter].modules_to_save or ())}
+    peft.get_peft_model(with_heads("third"), own)
+    assert own.base_model_name_or_path == "second"
+    renamed = [str(w.message) for w in recwarn if "was renamed" in str(w.message)]
+    assert len(renamed) == 1  # the attached one, on another model
+    assert "from 'second' to 'third'" in renamed[0]
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_heads_are_trained_saved_and_loaded_over_and_beside(kind: str, tmp_path: Path) -> None:
+    """Adapters with heads of their own, each its own after any load."""
+
+    def head(model: Any, adapter: str) -> torch.Tensor:
+        return dict(model.named_parameters())[f"base_model.model.{HEADS[kind]}.modules_to_save.{adapter}.weight"]
+
+    def heads(model: Any, **wanted: float) -> None:
+        for adapter, value in wanted.items():
+            assert bool((head(model, adapter) == value).all()), adapter
+
+    config = fresh(target_modules=["query"], task_type=kind, modules_to_save=["pooler.dense"])
+    model = peft.get_peft_model(with_heads(), config)
+    model.add_adapter("other", config)
+    assert head(model, "default").requires_grad
+    with torch.no_grad():
+        head(model, "default").fill_(1.0)
+        head(model, "other").fill_(2.0)
+    model.save_pretrained(tmp_path)
+    assert sorted(json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"]) == sorted(
+        {"pooler.dense", *model.peft_config["default"].modules_to_save}
+    )
+    again = peft.PeftModel.from_pretrained(with_heads(), tmp_path)
+    heads(again, default=1.0)
+    assert len(again.peft_config["default"].modules_to_save) == len(model.peft_config["default"].modules_to_save)
+    again.load_adapter(tmp_path / "other", "other")
+    heads(again, default=1.0, other=2.0)
+    again.load_adapter(tmp_path, "other")
+    heads(again, default=1.0, other=1.0)
+    with torch.no_grad():
+        head(again, "default").fill_(3.0)
+    again.load_adapter(tmp_path / "other", "default")
+    heads(again, default=2.0, other=1.0)
+    kept = again.base_model.model.get_submodule(HEADS[kind]).original_module.weight
+    assert torch.equal(kept, with_heads().get_submodule(HEADS[kind]).weight)
 
 
 def test_a_configuration_comes_back_from_a_folder_without_factors(tmp_path: Path) -> None:

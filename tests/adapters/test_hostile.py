@@ -367,10 +367,10 @@ def test_lower_precision_and_what_peft_writes_beside_factors_load(good: Path, tm
         peft.PeftModel.from_pretrained(opt(), tmp_path / "embeddings")
 
 
-def test_safe_merge_and_unload_refuses_before_the_first_linear() -> None:
+def test_a_refused_safe_merge_and_unload_changes_nothing() -> None:
     model = adapted("lora")
     shake(model)
-    last = [module for module in model.modules() if hasattr(module, "check_merge")][-1]
+    last = [module for module in model.modules() if hasattr(module, "merged_adapters")][-2]  # then comes the bank
     with torch.no_grad():
         last.tnpeft_factors["default"].get("B")[0, 0] = float("inf")
     before = snapshot(model)

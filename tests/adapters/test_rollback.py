@@ -6,7 +6,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from adapter_models import opt
+from adapter_models import opt, shake
 from failing_steps import check_every_step, fingerprint
 from peft import PeftModel
 from torch import nn
@@ -73,6 +73,59 @@ def test_the_models_own_methods(tmp_path: Path) -> None:
     check_every_step(opt, lambda model: model.load_adapter(str(tmp_path / "first"), "first"), 15)
 
 
+BESIDE = {
+    "lora": {"network": "lora"},
+    "shared factors": {"network": "vera", "modules_to_save": ["lm_head"]},
+    "magnitudes": {"network": "lora", "dora": True, "trainable_token_indices": [3, 5]},
+}
+ACTS = {
+    "merging": lambda model: model.merge_adapter(),
+    "unmerging": lambda model: model.unmerge_adapter(),
+    "merging for good": lambda model: model.merge_and_unload(safe_merge=True),
+    "unloading": lambda model: model.unload(),
+    "deleting": lambda model: model.base_model.delete_adapter("first"),
+    "adding up": lambda model: model.add_weighted_adapter(["first", "second"], [1.0, -2.0], "sum"),
+}
+
+
+def two(options: dict[str, object], merged: bool) -> PeftModel:
+    """A model with two adapters, the first of them active."""
+    model = adapted(**options)
+    model.add_adapter("second", config(**{**options, "trainable_token_indices": None}))
+    shake(model, adapter="first")
+    if merged:
+        model.merge_adapter()
+    return model
+
+
+@pytest.mark.parametrize("options", BESIDE.values(), ids=BESIDE)
+@pytest.mark.parametrize(
+    ("act", "merged"),
+    [
+        ("merging", False), ("unmerging", True), ("merging for good", False), ("merging for good", True),
+        ("unloading", False), ("unloading", True), ("deleting", False), ("adding up", False),
+    ],
+)  # fmt: skip
+def test_merging_unloading_deleting_and_adding_up(act: str, merged: bool, options: dict[str, object]) -> None:
+    if act == "adding up" and len(options) > 1:
+        return  # refused
+    check_every_step(partial(two, options, merged), ACTS[act], 15)
+
+
+def test_a_linear_that_fails_to_merge_leaves_the_embedding_unmerged() -> None:
+    model = two(BESIDE["magnitudes"], False)
+    ids = torch.tensor([[3, 5, 7]])
+    before, wanted = fingerprint(model), model(ids).logits
+    with torch.no_grad():
+        last = model.base_model.model.model.decoder.layers[-1].self_attn.q_proj
+        last.merge = None  # called by PEFT last of all
+    with pytest.raises(TypeError):
+        model.merge_adapter()
+    del last.merge
+    assert fingerprint(model) == before
+    assert torch.equal(model(ids).logits, wanted)
+
+
 def test_a_missing_head_leaves_the_model_as_it_was() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     before = fingerprint(model)
@@ -99,3 +152,14 @@ def test_a_name_is_given_once() -> None:
         peft.get_peft_model(model.get_base_model(), config(network="lora", ranks={"r": 6}), adapter_name="first")
     assert model.peft_config["first"] is own
     assert fingerprint(model.get_base_model()) == before
+
+
+@pytest.mark.parametrize("options", [{"init": {"A": "svd"}}, {"dora": True}, {"init": {"A": "normal(1e39)"}}])
+def test_starts_that_are_not_finite_leave_the_model_as_it_was(options: dict[str, object]) -> None:
+    model = opt()
+    with torch.no_grad():
+        model.model.decoder.layers[-1].self_attn.v_proj.weight[0, 0] = float("inf")
+    before = fingerprint(model)
+    with pytest.raises(NetworkError, match="finite"):
+        peft.get_peft_model(model, config(network="lora", **options))
+    assert fingerprint(model) == before

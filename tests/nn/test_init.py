@@ -379,6 +379,21 @@ def test_the_zero_of_one_term_serves_another_and_never_two_in_one():
     assert Initializer(crossing).zeros == {"B", "C"}
 
 
+@pytest.mark.parametrize("start", ["normal(1e39)", "constant(1e39)", "uniform(1e300)", [[1e39] * 64] * 2])
+def test_a_start_that_overflows_is_refused(start):
+    with pytest.raises(NetworkError, match="start of factor 'A' is not finite"):
+        starts(place(LORA, ranks={"r": 2}, init={"A": start}))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("start", ["svd", "svd_minor"])
+def test_no_factor_starts_from_a_base_weight_that_is_not_finite(start, number):
+    weight = torch.ones(64, 64)
+    weight[3, 5] = number
+    with pytest.raises(NetworkError, match="base weight of q_proj is not finite"):
+        starts(place(LORA, ranks={"r": 2}, init={"A": start}), weight=lambda site: weight)
+
+
 def test_tied_factors_do_not_start_at_zero():
     placed = place("A[out r] A[inp r] -> out inp", ranks={"r": 8})
     assert Initializer(placed).zeros == frozenset()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass, field, replace
 from typing import Any
 
@@ -127,6 +127,7 @@ class TensorNetworkConfig(PeftConfig):
         self.loaded = False
         self.named: list[str] = []
         self.stored: Stored | None = None
+        self.keep_model()
 
     def _check(self) -> None:
         if self.layers_pattern and self.layers_to_transform is None:
@@ -179,6 +180,21 @@ class TensorNetworkConfig(PeftConfig):
         config.replica_seeds = config.replica_ranks = config.replica_scales = None
         config.loaded, config.stored = True, None
         return config
+
+    def copied(self, heads: Sequence[str] = ()) -> TensorNetworkConfig:
+        """A copy whose ``modules_to_save`` is its own, with heads of classifiers in it, each once."""
+        config = copy.copy(self)
+        names = [*dict.fromkeys((*(self.modules_to_save or ()), *heads))]
+        config.modules_to_save = names or self.modules_to_save
+        return config
+
+    def keep_model(self) -> None:
+        """Let the name and the revision of the base model be those that :meth:`forget_model` returns to."""
+        self._model = self.base_model_name_or_path, self.revision
+
+    def forget_model(self) -> None:
+        """Be the value that it was before PEFT wrote the name and the revision of a base model into it."""
+        self.base_model_name_or_path, self.revision = self._model
 
     @property
     def seeds(self) -> tuple[int, ...]:

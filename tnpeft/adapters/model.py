@@ -26,11 +26,10 @@ from tnpeft.adapters.layer.checkpointing import watch
 from tnpeft.adapters.layer.merging import DenseLinear
 from tnpeft.adapters.layer.mixed_batch import BatchAdapterNames, check_names, rows_for_each
 from tnpeft.adapters.layer.shared_input import join
-from tnpeft.adapters.layer.snapshot import WeightSnapshot
 from tnpeft.adapters.owners import check_owner, fused, keep_unfused
 from tnpeft.adapters.placement import base_constants, build_layout, start_values
 from tnpeft.adapters.replicas.batch import check_blocks, expect_blocks
-from tnpeft.adapters.rollback import Parked, Snapshot, layers, outside, walk
+from tnpeft.adapters.rollback import Parked, Snapshot, layers, or_as_before, outside, walk
 from tnpeft.adapters.sites.kinds import check_kind, wrapped
 from tnpeft.adapters.sites.names import check_name
 from tnpeft.adapters.storage.contents import AGAIN, check_modules
@@ -91,7 +90,8 @@ class TensorNetworkModel(BaseTuner):
                 )
             parked.take(model)
             before = Snapshot(self)
-            config = self.peft_config[adapter_name] = copy.deepcopy(translated(model, given))
+            config = self.peft_config[adapter_name] = copy.deepcopy(translated(model, given).copied())
+            config.keep_model()
             names = [name for name, _ in model.named_modules()]
             for field in ("target_modules", "exclude_modules"):
                 if isinstance(pattern := getattr(config, field), str):
@@ -223,7 +223,13 @@ class TensorNetworkModel(BaseTuner):
             adapter, {param: value for param, value in own.items() if param.home}, config.save_frozen
         )
         if config.dora:
-            target.tnpeft_magnitude[adapter] = nn.Parameter(target.base_matrix().norm(dim=-1))
+            length = target.base_matrix().norm(dim=-1)
+            if length.device.type != "meta" and not torch.isfinite(length).all():
+                raise NetworkError(
+                    f"the rows of {name} have no finite length, with which their magnitudes would start",
+                    remedy="check the model, or attach without dora",
+                )
+            target.tnpeft_magnitude[adapter] = nn.Parameter(length)
         target._move_adapter_to_device_of_base_layer(adapter)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -250,18 +256,13 @@ class TensorNetworkModel(BaseTuner):
                 remedy="call enable_adapter_layers() first, or leave the disable_adapter() context",
             )
         self._refuse_merge(adapter_names)
-        linears = [layer for layer in layers(self.model) if isinstance(layer, DenseLinear)]
-        kept = [
-            WeightSnapshot.of(layer.get_base_layer()) for layer in linears if layer.quantization_backend is not None
-        ]
-        before = Snapshot(self.model)
-        try:
+        with or_as_before(self):
             super().merge_adapter(adapter_names, safe_merge)
-        except BaseException:
-            before.restore()
-            for base in kept:
-                base.restore()
-            raise
+
+    def unmerge_adapter(self) -> None:
+        """Restore the base weights; if one linear fails, all are merged as before."""
+        with or_as_before(self):
+            super().unmerge_adapter()
 
     def _refuse_merge(self, adapter_names: Sequence[str] | None) -> None:
         """Raise before the first linear is merged if any takes no merge, or an adapter is missing."""
@@ -286,19 +287,15 @@ class TensorNetworkModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        bank: FactorBank = getattr(self.model, BANK)
-        if not merge and bank.merged:
-            self.unmerge_adapter()
         if merge:
             self._refuse_merge(adapter_names)
-        if merge and safe_merge:  # PEFT unloads linear by linear, and would stop halfway
-            for layer in layers(self.model):
-                if isinstance(layer, DenseLinear):
-                    layer.check_merge(adapter_names)
-        model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        delattr(model, BANK)
-        for key in [key for key, hook in model._forward_pre_hooks.items() if hook in (watch, check_blocks)]:
-            del model._forward_pre_hooks[key]
+        with or_as_before(self):
+            if not merge and getattr(self.model, BANK).merged:
+                self.unmerge_adapter()
+            model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+            delattr(model, BANK)
+            for key in [key for key, hook in model._forward_pre_hooks.items() if hook in (watch, check_blocks)]:
+                del model._forward_pre_hooks[key]
         return model
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -310,15 +307,16 @@ class TensorNetworkModel(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; if it was the only active one, the first by name becomes active, in all linears alike.
 
-        Each linear would choose for itself otherwise, among the adapters that it has.
+        Each linear would choose for itself otherwise, among those that it has. If one fails, all are as before.
         """
         bank: FactorBank = getattr(self.model, BANK)
-        if adapter_name in bank.active_adapters and adapter_name not in bank.merged_adapters:
-            others = [name for name in bank.active_adapters if name != adapter_name]
-            others = others or sorted({*bank.layouts} - {adapter_name})[:1]
-            for layer in layers(self.model):
-                layer.set_adapter(others)
-        super().delete_adapter(adapter_name)
+        others = [name for name in bank.active_adapters if name != adapter_name]
+        others = others or sorted({*bank.layouts} - {adapter_name})[:1]
+        with or_as_before(self, adapter_name, *others):
+            if adapter_name in bank.active_adapters and adapter_name not in bank.merged_adapters:
+                for layer in layers(self.model):
+                    layer.set_adapter(others)
+            super().delete_adapter(adapter_name)
 
     def add_weighted_adapter(
         self,

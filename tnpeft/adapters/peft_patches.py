@@ -47,6 +47,11 @@ _state = PeftAdapterMixin.get_adapter_state_dict
 _load_peft, _add_peft = PeftModel.load_adapter, PeftModel.add_adapter
 _load_onto = PeftModel.from_pretrained.__func__
 _made = {cls: cls.__init__ for cls in (PeftModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values())}
+_heads = {cls: cls.__dict__["add_adapter"] for cls in _made if cls is not PeftModel and "add_adapter" in cls.__dict__}
+_HEADS = {  # that PEFT adds to what is saved only once the adapter is attached
+    MODEL_TYPE_TO_PEFT_MODEL_MAPPING["TOKEN_CLS"]: ("classifier", "score"),
+    MODEL_TYPE_TO_PEFT_MODEL_MAPPING["QUESTION_ANS"]: ("qa_outputs",),
+}
 _upload = PushToHubMixin._upload_modified_files
 _filter = save_and_load._filter_state_dict_for_adapter_name
 _HELD = re.compile(rf".*\.(?:{PREFIX}\w+|modules_to_save|trainable_tokens_(?:delta|original))\.([^.]+)(?:\.|$)")
@@ -73,6 +78,8 @@ def hook() -> None:
     PeftModel.from_pretrained = classmethod(_from_pretrained_whole)
     for cls, made in _made.items():
         cls.__init__ = _made_whole(made)
+    for cls, add in _heads.items():
+        cls.add_adapter = _of_a_copy(add)
     save_and_load._filter_state_dict_for_adapter_name = _filter_exact
 
 
@@ -115,15 +122,30 @@ def _made_whole(method: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(method)
     def whole(self: Any, model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> None:
-        before = Snapshot(model) if isinstance(peft_config, TensorNetworkConfig) else None
-        try:
+        if not isinstance(peft_config, TensorNetworkConfig):
             method(self, model, peft_config, *args, **kwargs)
+            return
+        before = Snapshot(model)
+        try:
+            method(self, model, peft_config.copied(_HEADS.get(type(self), ())), *args, **kwargs)
         except BaseException:
-            if before is not None:
-                before.restore()
+            before.restore()
             raise
+        finally:
+            peft_config.forget_model()
 
     return whole
+
+
+def _of_a_copy(method: Callable[..., None]) -> Callable[..., None]:
+    """A method that writes the head of its model into a configuration: into a copy of it."""
+
+    @wraps(method)
+    def of_a_copy(self: Any, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        own = peft_config.copied() if isinstance(peft_config, TensorNetworkConfig) else peft_config
+        method(self, adapter_name, own, *args, **kwargs)
+
+    return of_a_copy
 
 
 def _from_pretrained_whole(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from copy import copy
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 from tnpeft.adapters.experts.module import TensorNetworkExperts
 from tnpeft.adapters.layer.bank import FactorBank, TensorNetworkLayer
+from tnpeft.adapters.layer.merging import DenseLinear
+from tnpeft.adapters.layer.snapshot import WeightSnapshot
 
 _CONTAINERS = (dict, OrderedDict, list, set)
 
@@ -92,13 +95,13 @@ class Snapshot:
 
     def __init__(self, root: nn.Module, adapters: Collection[str] | None = (), values: str | None = None) -> None:
         self._states: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
-        self._flags: list[tuple[Tensor, bool]] = []
+        self._flags: list[tuple[Tensor, bool, Tensor]] = []
         self._values: list[tuple[Tensor, Tensor]] = []
         for name, module in walk(root, adapters):
             state = dict(module.__dict__)
             self._states.append((module, state, {k: copy(v) for k, v in state.items() if type(v) in _CONTAINERS}))
             own = [*module._parameters.items()]
-            self._flags += [(array, array.requires_grad) for _, array in own if array is not None]
+            self._flags += [(array, array.requires_grad, array.data) for _, array in own if array is not None]
             for key, array in own if values is not None else ():
                 if array is not None and (
                     values in (*name.split("."), key) or (key == "bias" and array.requires_grad)
@@ -112,12 +115,40 @@ class Snapshot:
             module.__dict__.update(state)
             for key, content in contents.items():
                 _refill(state[key], content)
-        for array, flag in self._flags:
+        for array, flag, data in self._flags:
+            if array.data_ptr() != data.data_ptr():  # PEFT gives an embedding whose tokens it merges other data
+                array.data = data
             if array.requires_grad != flag:
                 array.requires_grad_(flag)
         with torch.no_grad():
             for array, value in self._values:
                 array.copy_(value)
+
+
+@contextmanager
+def or_as_before(root: nn.Module, *adapters: str) -> Iterator[None]:
+    """Run something that changes base weights, modules or these adapters, and undo what it has done if it fails.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2))
+    >>> with or_as_before(model):
+    ...     del model[0]
+    ...     raise KeyError("planned")
+    Traceback (most recent call last):
+    KeyError: 'planned'
+    >>> len(model)
+    1
+    """
+    linears = [layer for layer in layers(root) if isinstance(layer, DenseLinear)]
+    quantised = [layer.get_base_layer() for layer in linears if layer.quantization_backend is not None]
+    kept = [WeightSnapshot.of(base) for base in quantised]
+    before = Snapshot(root, adapters)
+    try:
+        yield
+    except BaseException:
+        before.restore()
+        for base in kept:
+            base.restore()
+        raise
 
 
 class Parked:

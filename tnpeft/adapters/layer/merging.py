@@ -289,17 +289,6 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
         for name in mine:
             self._refuse_several(name)
 
-    @torch.no_grad()
-    def check_merge(self, adapter_names: Sequence[str] | None = None) -> None:
-        """Raise if :meth:`merge` with ``safe_merge`` would; nothing is changed.
-
-        Raises:
-            NetworkError: it would.
-        """
-        names = self.active_adapters if adapter_names is None else adapter_names
-        new = [name for name in names if name in self.updates and name not in self.merged_adapters]
-        self._merged([*self.merged_adapters, *new], safe=True)
-
     def _merged(self, names: Sequence[str], safe: bool) -> Tensor:
         """The base weight with the updates of the adapters, as the linear stores it."""
         merged = self.base_matrix() + sum(self._change(name) for name in names)

@@ -68,7 +68,7 @@ class Initializer:
         weight: the base weight of a site, fp32 ``[out, inp]``; called by svd, tt_svd and base only.
 
     Raises:
-        NetworkError: a start does not fit its factor, or two factors of a term would start at zero.
+        NetworkError: a start does not fit its factor or is not finite, or two factors of a term would start at zero.
 
     >>> from tnpeft.networks import Factorization
     >>> from tnpeft.layout import layout
@@ -93,7 +93,22 @@ class Initializer:
         self._trains: dict[tuple[Site, int], dict[str, Tensor]] = {}
 
     def __call__(self, param: ParameterSpec) -> Tensor:
-        """The start value of one param."""
+        """The start value of one param.
+
+        Raises:
+            NetworkError: the start does not fit the factor, or is not finite in fp32.
+        """
+        with np.errstate(over="ignore"):
+            value = self._made(param)
+        if not torch.isfinite(value).all():
+            raise NetworkError(
+                f"the start of factor {param.label!r} is not finite: {self._start_of(param)} overflows fp32",
+                line=str(self._places[param][0].line.network),
+                remedy="choose a start of smaller numbers",
+            )
+        return value
+
+    def _made(self, param: ParameterSpec) -> Tensor:
         site_layout = self._places[param][0]
         if param.label.startswith("~"):
             twin = site_layout.parameters[param.label[1:]]
@@ -103,7 +118,7 @@ class Initializer:
                     line=str(site_layout.line.network),
                     remedy="let the two carry the same stack indices",
                 )
-            return self(twin)
+            return self._made(twin)
         start = self._start_of(param)
         if isinstance(start, Tensor):
             return self._from_array(start, param)
@@ -224,7 +239,13 @@ class Initializer:
             raise NetworkError(
                 "this start needs the base weight", remedy="pass weight=, a function from a site to its [out, inp]"
             )
-        return self._weight(site).detach().to("cpu", torch.float32)
+        weight = self._weight(site).detach().to("cpu", torch.float32)
+        if not torch.isfinite(weight).all():
+            raise NetworkError(
+                f"the base weight of {site.module or site.proj} is not finite, and factors start from it",
+                remedy="check the model, or name another start",
+            )
+        return weight
 
     def _matrix_of(self, site: Site, expert: int) -> Tensor:
         return self._base(site) if expert < 0 else self._base(site)[expert]

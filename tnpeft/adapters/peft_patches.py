@@ -128,11 +128,11 @@ def _made_whole(method: Callable[..., None]) -> Callable[..., None]:
         before = Snapshot(model)
         try:
             method(self, model, peft_config.copied(_HEADS.get(type(self), ())), *args, **kwargs)
+            peft_config.forget_model()
         except BaseException:
             before.restore()
-            raise
-        finally:
             peft_config.forget_model()
+            raise
 
     return whole
 

@@ -377,6 +377,38 @@ def test_resized_embeddings_come_back(make: Any, tmp_path: Path) -> None:
     assert torch.equal(logits(again), logits(model))
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_resized_embeddings_of_an_encoder_and_a_decoder_come_back(tied: bool, tmp_path: Path) -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    def resized() -> nn.Module:
+        torch.manual_seed(0)
+        sizes = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 1, "num_heads": 4, "vocab_size": 40}
+        model = T5ForConditionalGeneration(
+            T5Config(**sizes, tie_word_embeddings=tied, decoder_start_token_id=0, pad_token_id=0)
+        )
+        model.resize_token_embeddings(50, mean_resizing=False)
+        return model.eval()
+
+    def output(model: nn.Module) -> torch.Tensor:
+        ids = torch.tensor([[45, 7, 49, 3]])
+        with torch.no_grad():
+            return model(input_ids=ids, decoder_input_ids=ids.flip(1)).logits
+
+    model = peft.get_peft_model(resized(), fresh(network="lora", target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM"))
+    shake(model)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(1)
+        if not tied:
+            model.get_output_embeddings().weight.sub_(1)
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = peft.PeftModel.from_pretrained(resized(), tmp_path)
+    assert torch.equal(output(again), output(model))
+    assert not torch.allclose(output(model), output(resized()))
+
+
 # ---- writing
 
 

@@ -1,4 +1,4 @@
-"""One of two gloo processes: trains a step under DDP or FSDP2 and compares the gradients with a single process's.
+"""One of two gloo processes: trains a step under DDP, FSDP1 or FSDP2 and compares the gradients with a single process's.
 
 Usage: distributed_worker.py RANK PORT. Prints one line per case; a case that differs ends the process with an error.
 """
@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from adapter_models import NETWORKS, adapted, opt, shake
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.nn.parallel import DistributedDataParallel
+from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
 from tnpeft.adapters.layer import shared_input
 from tnpeft.networks import NetworkError
@@ -98,6 +101,22 @@ def sharded(key: str, checkpointing: str, rank: int, each: bool = False) -> str:
     return "equal"
 
 
+def sharded_flat(key: str, checkpointing: str, rank: int) -> str:
+    """FSDP1, a unit for each layer, whose Parameters are views of one flat array while it runs."""
+    policy = partial(transformer_auto_wrap_policy, transformer_layer_cls={OPTDecoderLayer})
+    model = FullyShardedDataParallel(
+        build(key, checkpointing), auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
+    )
+    try:
+        loss(model, IDS[2 * rank : 2 * rank + 2]).backward()
+    except NetworkError as error:
+        return "refused" if "use_reentrant" in str(error) else str(error)
+    with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
+        found = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        compare(found, reference(key), f"FSDP1 {key} {checkpointing}")
+    return "equal"
+
+
 def main() -> None:
     rank = int(sys.argv[1])
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[2]}
@@ -107,6 +126,7 @@ def main() -> None:
     for key in FAMILIES:
         for checkpointing in ("none", "nonreentrant", "reentrant"):
             print("DDP", key, checkpointing, data_parallel(key, checkpointing, rank), flush=True)
+            print("FSDP1", key, checkpointing, sharded_flat(key, checkpointing, rank), flush=True)
             print("FSDP2", key, checkpointing, sharded(key, checkpointing, rank), flush=True)
             print("FSDP2-each", key, checkpointing, sharded(key, checkpointing, rank, each=True), flush=True)
         print("DDP-static", key, "reentrant", static_graph(key, rank), flush=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from math import sqrt
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 from tnpeft.adapters.layer.bank import FactorBank
 from tnpeft.adapters.state import arrays, bank_of
 from tnpeft.layout import Layout, ParameterSpec
-from tnpeft.networks import NetworkError
+from tnpeft.networks import REPLICA, NetworkError
 from tnpeft.optim.grams import Environment, Group, groups
 from tnpeft.scaling.gain import squares_on
 
@@ -48,8 +49,8 @@ def precondition(optimizer: O, model: nn.Module, damping: float = 1e-2, *, invar
         invariant: let damping and moments be invariant as well.
 
     Raises:
-        NetworkError: the model has no adapter, the optimizer is preconditioned already or needs a closure, damping is
-            negative, or ``invariant`` is asked of replicas.
+        NetworkError: the model has no adapter, the optimizer is preconditioned already or needs a closure, or damping
+            is negative.
 
     >>> import peft, tnpeft
     >>> config = tnpeft.TensorNetworkConfig(network="lora", ranks={"r": 2}, target_modules=["0"])
@@ -88,8 +89,7 @@ class _Adapter:
         scale = self.layout.factorization.scale
         self.factor = scale**2 if invariant else 1.0
         self.groups = groups(self.layout)
-        if invariant and any("replica" in group.network.stack for group in self.groups):
-            raise NetworkError("invariant steps are for one replica", remedy="leave invariant out")
+        self.replicas = any(REPLICA in group.network.stack for group in self.groups)
         for param, array in self.trained.items():
             if tuple(array.shape) != param.shape:
                 raise NetworkError(
@@ -199,6 +199,7 @@ class _Hooks:
     def __init__(self, adapters: list[_Adapter], invariant: bool) -> None:
         self.adapters, self.invariant = adapters, invariant
         self.kept: list[tuple[Tensor, Tensor]] = []
+        self.moves: list[Callable[[], None]] = []  # made after the optimizer's own, where hooks see them
 
     def before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Put directions in the place of gradients, after the closure where there is one."""
@@ -219,13 +220,15 @@ class _Hooks:
         return (*args[:position], wrapped, *args[position + 1 :]), kwargs
 
     def after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Put the gradients back."""
+        """Make the invariant steps, and put the gradients back."""
+        for move in self.moves:
+            move()
         self._restore()
 
     def _restore(self) -> None:
         for array, grad in self.kept:
             array.grad = grad
-        self.kept = []
+        self.kept, self.moves = [], []
 
     @torch.no_grad()
     def _replace(self, optimizer: Optimizer) -> None:
@@ -239,34 +242,44 @@ class _Hooks:
                 self.kept.append((array, array.grad))  # type: ignore[arg-type]
                 array.grad = directions[param][0].to(array.dtype).contiguous()
             if own:
-                _invariant_step(adapter, own, optimizer, owner)
+                gradients = {p: a.grad for p, a in own.items() if a.grad is not None}
+                self.moves.append(partial(_invariant_step, adapter, own, gradients, optimizer, owner))
                 for array in own.values():
                     self.kept.append((array, array.grad))  # type: ignore[arg-type]
                     array.grad = None
 
 
+@torch.no_grad()
 def _invariant_step(
-    adapter: _Adapter, live: Mapping[ParameterSpec, Tensor], optimizer: Optimizer, owner: Mapping[int, dict[str, Any]]
+    adapter: _Adapter,
+    live: Mapping[ParameterSpec, Tensor],
+    gradients: Mapping[ParameterSpec, Tensor],
+    optimizer: Optimizer,
+    owner: Mapping[int, dict[str, Any]],
 ) -> None:
-    """One step of all factors: first moments of gradients, one second moment for all that share sites."""
-    moments, corrected = {}, {}
+    """One step of all factors: first moments of gradients, one second moment for all that share sites.
+
+    Replicas have second moments of their own.
+    """
+    both, corrected = {}, {}
     for param, array in live.items():
         state, (beta1, beta2) = optimizer.state[array], owner[id(array)]["betas"]
         if "tnpeft_moment" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32)
             wide = torch.promote_types(array.dtype, torch.float32)
             state["tnpeft_moment"] = torch.zeros_like(array, dtype=wide)
-            state["tnpeft_length"] = array.new_zeros((), dtype=wide)
+            state["tnpeft_length"] = array.new_zeros(array.shape[:1] if adapter.replicas else (), dtype=wide)
         state["step"] += 1
-        moment = state["tnpeft_moment"].lerp_(array.grad.to(state["tnpeft_moment"].dtype), 1 - beta1)  # type: ignore[union-attr]
-        moments[param] = moment / (1 - beta1 ** float(state["step"]))
+        moment = state["tnpeft_moment"]
+        gradient = gradients[param].to(moment.dtype)
+        both[param] = [gradient, moment.lerp_(gradient, 1 - beta1) / (1 - beta1 ** float(state["step"]))]
         corrected[param] = 1 - beta2 ** float(state["step"])
-    both = {p: [a.grad.to(moments[p].dtype), moments[p]] for p, a in live.items()}  # type: ignore[union-attr]
     directions = adapter.directions(both)
     lengths: dict[int, Tensor] = {}
     for param, array in live.items():
         state, beta2 = optimizer.state[array], owner[id(array)]["betas"][1]
-        energy = (both[param][0] * directions[param][0]).sum()
+        energy = both[param][0] * directions[param][0]
+        energy = energy.flatten(1).sum(1) if adapter.replicas else energy.sum()
         state["tnpeft_length"].lerp_(energy.to(state["tnpeft_length"].dtype), 1 - beta2)
         component = adapter.component[param]
         length = state["tnpeft_length"] / corrected[param]
@@ -281,6 +294,7 @@ def _invariant_step(
         array.mul_(1 - float(group["lr"]) * group.get("weight_decay", 0.0))
         length = lengths[component].sqrt() + group.get("eps", 1e-8) * 1e-8
         size = moves[component] * sqrt(adapter.entries[component]) / length
+        size = size.reshape(-1, *[1] * (array.ndim - 1)) if adapter.replicas else size
         array.sub_((size * directions[param][1]).to(array.dtype))
 
 

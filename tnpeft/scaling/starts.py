@@ -148,7 +148,8 @@ def mean_square(
         return 1 / (3 * fan_in) if name == "kaiming" else 2 / (fan_in + fan_out)
     if name == "base":
         return base**2
-    axes = [index for index in indices if index not in STACK and index not in net.stack]
+    batch = batch_bonds(indices, net)
+    axes = [index for index in indices if index not in STACK and index not in net.stack and index not in batch]
     if name == "circulant":
         return 1 / sizes[axes[0]]
     if name in ("svd", "svd_minor", "tt_svd"):
@@ -161,6 +162,19 @@ def mean_square(
         turned = len(axes) == 2 and axes[0] not in features and axes[1] in features
         return 1 / product(sizes[i] for i in (columns if turned else rows))
     return 1 / _extreme(product(sizes[i] for i in rows), product(sizes[i] for i in columns), most=True)
+
+
+def batch_bonds(indices: Sequence[str], net: Network) -> tuple[str, ...]:
+    """Return the bonds for whose every value a core is a matrix of its own, between its two other bonds.
+
+    >>> from tnpeft.networks import network
+    >>> net = network("G[t a b] B[t out a] A[t inp b] -> out inp")
+    >>> batch_bonds(("t", "a", "b"), net), batch_bonds(("t", "out", "a"), net)
+    (('t',), ())
+    """
+    own = [index for index in indices if index not in net.stack]
+    shared = tuple(index for index in own if index in net.hyper)
+    return shared if len(own) == len(shared) + 2 and not {*own} & {*net.outer} else ()
 
 
 def _of_weight(spec: Spec, axes: list[str], net: Network, sizes: Mapping[str, Size], base: Size) -> Size:
@@ -310,7 +324,7 @@ def zero_init_factors(f: Factorization, named: Mapping[str, Start]) -> frozenset
     terms = [(net, term) for net in networks for term in net.terms]
     for net, term in terms:
         if not _has_twins(net) and not any(factor.name in zeros for factor in term.factors):
-            zeros |= _choose(term, [other for _, other in terms], named, zeros, f.unit_norm)
+            zeros |= _choose(net, term, [other for _, other in terms], named, zeros, f.unit_norm)
     for net, term in terms:
         _refuse_dead_start(net, term, zeros, f.unit_norm)
     return frozenset(zeros)
@@ -342,12 +356,22 @@ def _has_twins(net: Network) -> bool:
 
 
 def _choose(
-    term: Term, others: list[Term], named: Mapping[str, Start], zeros: set[str], unit_norm: Sequence[str]
+    net: Network,
+    term: Term,
+    others: list[Term],
+    named: Mapping[str, Start],
+    zeros: set[str],
+    unit_norm: Sequence[str],
 ) -> set[str]:
-    """The first factor of the term that may start at zero, best one that leaves no other term with two zeros."""
+    """The first factor of the term that may start at zero, best one that leaves no other term with two zeros.
+
+    Factors with row or column indices come before a core, which has few directions for the first steps.
+    """
+    features = {*net.rows, *net.cols}
+    wide = {factor.name for factor in term.factors if features & {*factor.indices}}
     uses = Counter(factor.name for factor in term.factors)
     free = [f.name for f in term.factors if f.kind == "trainable" and f.name not in named and uses[f.name] == 1]
-    free.sort(key=lambda name: name in unit_norm)  # these come last
+    free.sort(key=lambda name: (name in unit_norm, name not in wide))
     for name in free:
         mates = {f.name for other in others if any(f.name == name for f in other.factors) for f in other.factors}
         if not mates & zeros:

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from tnpeft.networks import Factorization, Network, network
+from tnpeft.networks import Factor, Factorization, Network, network
+from tnpeft.scaling.starts import batch_bonds
 from tnpeft.studies.files import StudyError
 
 _HEADS = ("score", "classifier")
@@ -56,18 +57,32 @@ def factorization(method: Method) -> Factorization:
 
 
 def by_rule(method: Method) -> Method:
-    """Return a method whose trained factors start by the variance rule and learn alike; its zero factors stay zero.
+    """Return a method whose trained factors all start by the variance rule, and learn alike.
+
+    A factor that mixes two bonds starts orthogonal: a small Gaussian matrix may all but close a direction.
 
     >>> by_rule({"family": "tt_lora"})["change"]["init"]
     {}
-    >>> by_rule({"family": "lora"})["change"]["init"]
-    {'B': 'zeros'}
+    >>> by_rule({"family": "tucker"})["change"]["init"]
+    {'G': 'orthogonal'}
     """
     f = factorization(method)
-    labels = {line.network.label(its) for line in f.lines for its in line.network.factors if its.kind == "trainable"}
-    kept = {name: start for name, start in f.init.items() if start == "zeros" or name not in labels}
+    trained = {
+        line.network.label(its): _mixes(line.network, its)
+        for line in f.lines
+        for its in line.network.factors
+        if its.kind == "trainable"
+    }
+    init = {name: start for name, start in f.init.items() if name not in trained}
+    init |= {name: "orthogonal" for name, mixes in trained.items() if mixes and name not in f.unit_norm}
     key = "change" if "family" in method else "args"
-    return {**method, key: {**method.get(key, {}), "init": kept, "lr_multiplier": {}}}
+    return {**method, key: {**method.get(key, {}), "init": init, "lr_multiplier": {}}}
+
+
+def _mixes(net: Network, factor: Factor) -> bool:
+    """True if the factor is a matrix from a bond to a bond, the same everywhere or one for each site."""
+    bonds = {*factor.indices} & {*net.bonds} - {*batch_bonds(factor.indices, net)}
+    return not {*factor.indices} & {*net.rows, *net.cols} and len(bonds) == 2
 
 
 def _of_line(net: Network, args: Mapping[str, Any]) -> Factorization:

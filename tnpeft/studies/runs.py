@@ -108,7 +108,7 @@ def _kind(run: Run) -> str:
     length = run.protocol.get("epochs", 0) or run.protocol.get("steps", 0)
     words = run.protocol.get("head") == "words" and length > 0
     fixed = not run.places.get("model", run.backbone).startswith(backbones.RANDOM)
-    if not (adapter and words and fixed) or run.protocol.get("precondition"):
+    if not (adapter and words and fixed):
         return ""
     shared = {k: v for k, v in run.identity.items() if k not in ("lr", "seed", "method")}
     by_rule = run.protocol.get("relative_step") or run.protocol.get("rate_rule") == "relative_step"

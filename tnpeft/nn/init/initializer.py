@@ -55,7 +55,7 @@ class Initializer:
     Fan-in is the number of entries that one output of the factor sums: all but its row indices if it has any, else
     its column indices, else its last axis; fan-out is the mirror image. ``kaiming`` is uniform within
     ``1 / sqrt(fan-in)`` (LoRA's A), ``xavier`` within ``sqrt(6 / (fan-in + fan-out))``. ``orthogonal`` and ``eye``
-    see a matrix: the axes split in the middle; for them and ``dct`` a vector that is stored per layer or projection
+    see a matrix: the axes split in the middle (a core of a block term, ``G[t a b]``, is one for each ``t``); for them and ``dct`` a vector that is stored per layer or projection
     is a row of the matrix that these make.
 
     Random numbers are raw Philox words keyed by (seed, label, layer, proj): they depend on nothing else, and the
@@ -134,7 +134,10 @@ class Initializer:
     def _value(self, spec: Spec, param: ParameterSpec, site_layout: SiteLayout, key: _Key) -> Array | Tensor:
         if spec.name in ("svd", "svd_minor", "tt_svd", "base"):
             return self._from_weight(spec, param)
-        stacked = next((axis for axis, index in enumerate(param.indices) if index in site_layout.network.stack), None)
+        apart = {*site_layout.network.stack}
+        if spec.name in ("orthogonal", "eye"):
+            apart |= {*starts.batch_bonds(param.indices, site_layout.line.network)}
+        stacked = next((axis for axis, index in enumerate(param.indices) if index in apart), None)
         if stacked is not None:
             return self._slices(spec, param, site_layout, key, stacked)
         if spec.name in ("zeros", "ones", "constant"):
@@ -150,7 +153,7 @@ class Initializer:
         return (patterns.dct if spec.name == "dct" else patterns.circulant)(param, site_layout)
 
     def _slices(self, spec: Spec, param: ParameterSpec, site_layout: SiteLayout, key: _Key, axis: int) -> Array:
-        """A factor over a stack index; a replica starts as its own run with the next seed would."""
+        """A factor over a stack index or blocks; a replica starts as its own run with the next seed would."""
         part = replace(
             param,
             indices=param.indices[:axis] + param.indices[axis + 1 :],

@@ -254,7 +254,7 @@ def optimizer(model: torch.nn.Module, protocol: Protocol, lr: float) -> torch.op
     if protocol.precondition:
         if find_spec("tnpeft.optim") is None:
             raise StudyError("precondition needs tnpeft.optim", remedy="leave precondition out, or update tnpeft")
-        import_module("tnpeft.optim").precondition(chosen, model)
+        import_module("tnpeft.optim").precondition(chosen, model, invariant=True)
     return chosen
 
 

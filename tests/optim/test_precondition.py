@@ -274,3 +274,32 @@ def test_grams_are_those_of_the_jacobian(name):
         assert torch.allclose(found, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max())), label
         assert stacked[label].shape[-1] == array.shape[-1]
         assert environment.blocks
+
+
+def test_replicas_step_as_separate_runs():
+    """Invariant steps have moments of their own for each replica, and rates of their own."""
+
+    def model(**fields):
+        torch.manual_seed(0)
+        config = tnpeft.TensorNetworkConfig(network=families.lora(rank=2), target_modules=["0"], **fields)
+        return peft.get_peft_model(nn.Sequential(nn.Linear(6, 5)).double(), config).double()
+
+    seeds, rates = (4, 5, 6), (1.0, 0.5, 0.25)
+    many, alone = model(replicas=3, replica_seeds=[*seeds]), [model(seed=seed) for seed in seeds]
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(3, 7, width, generator=generator).double() for width in (6, 5))
+    for k, runs in enumerate((many, *alone)):
+        lr = 1e-2 * (1.0, *rates)[k]
+        inputs, wanted = (x, y) if runs is many else (x[k - 1 : k], y[k - 1 : k])
+        optimizer = torch.optim.AdamW(tnpeft.parameter_groups(runs, lr=lr), weight_decay=0.0)
+        tnpeft.optim.precondition(optimizer, runs, invariant=True)
+        if runs is many:
+            tnpeft.replicas.learning_rates(optimizer, runs, rates)
+        for _ in range(4):
+            optimizer.zero_grad()
+            (runs(inputs.flatten(0, 1)).view_as(wanted) - wanted).square().mean((1, 2)).sum().backward()
+            optimizer.step()
+    together = tnpeft.factors(many)
+    for k, one in enumerate(alone):
+        for label, value in tnpeft.factors(one).items():
+            assert torch.allclose(together[label][k], value, rtol=1e-9, atol=1e-12), (k, label)

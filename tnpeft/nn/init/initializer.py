@@ -55,8 +55,8 @@ class Initializer:
     Fan-in is the number of entries that one output of the factor sums: all but its row indices if it has any, else
     its column indices, else its last axis; fan-out is the mirror image. ``kaiming`` is uniform within
     ``1 / sqrt(fan-in)`` (LoRA's A), ``xavier`` within ``sqrt(6 / (fan-in + fan-out))``. ``orthogonal`` and ``eye``
-    see a matrix: the axes split in the middle (a core of a block term, ``G[t a b]``, is one for each ``t``); for them and ``dct`` a vector that is stored per layer or projection
-    is a row of the matrix that these make.
+    see a matrix: the axes split in the middle; the core of a block term, ``G[t a b]``, is one for each ``t``; for
+    them and ``dct`` a vector that is stored per layer or projection is a row of the matrix that these make.
 
     Random numbers are raw Philox words keyed by (seed, label, layer, proj): they depend on nothing else, and the
     seed, not the process, decides them. A frozen twin repeats its factor's start. A slice of a ``replica`` axis

@@ -151,6 +151,17 @@ class Facts:
                 found.append(f"{p.label} {_percent(gap, '+.1f', ' points')}")
         return ", ".join(found) or "none"
 
+    def near(self, study: str, policy: str, label: str) -> str:
+        """How many methods chose a relative step at most one value of a half-decade grid from another's, and the rates.
+
+        Methods whose grid is of learning rates are left out.
+        """
+        its = [p for p in self.points(study) if p.policy == policy and p.step]
+        (own,) = [float(p.step) for p in its if p.label == label]
+        close = [p for p in its if 0.3 < float(p.step) / own < 3.3]
+        rates = sorted(float(p.lr) for p in its)
+        return f"{len(close)} of {len(its)} (their learning rates: {rates[0]:.2g} to {rates[-1]:.2g})"
+
     def exchange(self, study: str, policy: str, of: str, against: str) -> str:
         """Parameters of one family that reach the loss of one parameter of another, with a jackknife interval."""
         curves = [

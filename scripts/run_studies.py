@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STUDIES = (
     "study0_smollm2",
     "study1_structure_or_step",
+    "study1_controls",
     "study2_finer_steps",
     "study3_constructions",
     "study2_mpnet",

@@ -90,7 +90,7 @@ def test_a_relative_step_is_a_rate_by_the_gain(cache: Path) -> None:
     by_rule = its.run(cells["P2: LoTR (rank=10)"], task, 0.1, 0)
     assert by_rule.lr == 0.1
     assert by_rule.protocol["rate_rule"] == "relative_step"
-    assert by_rule.method["change"]["init"] == {"G": "zeros"}
+    assert by_rule.method["change"]["init"] == {"G": "orthogonal"}
 
 
 @settings(max_examples=25, deadline=None)

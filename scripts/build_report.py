@@ -152,7 +152,7 @@ class Facts:
         return ", ".join(found) or "none"
 
     def near(self, study: str, policy: str, label: str) -> str:
-        """How many methods chose a relative step at most one value of a half-decade grid from another's, and the rates.
+        """How many methods chose a relative step within half a decade of one method's, and their learning rates.
 
         Methods whose grid is of learning rates are left out.
         """

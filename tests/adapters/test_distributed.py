@@ -28,8 +28,8 @@ def test_two_processes() -> None:
     verdicts = {tuple(line.split()[:3]): line.split()[3] for line in outputs[0][0].splitlines()}
     families = ("lora", "cp", "lorta", "tenslora")
     kinds = ("none", "nonreentrant", "reentrant")
-    assert set(verdicts) == {(w, f, k) for w in ("DDP", "FSDP1", "FSDP2", "FSDP2-each") for f in families for k in kinds} | {
-        ("DDP-static", f, "reentrant") for f in families
-    }
+    assert set(verdicts) == {
+        (w, f, k) for w in ("DDP", "FSDP1", "FSDP2", "FSDP2-each") for f in families for k in kinds
+    } | {("DDP-static", f, "reentrant") for f in families}
     refused = {case for case, verdict in verdicts.items() if verdict == "refused"}
     assert refused == {(w, f, "reentrant") for w in ("DDP", "FSDP1") for f in ("lorta", "tenslora")}

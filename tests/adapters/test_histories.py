@@ -53,7 +53,7 @@ KINDS = {
 }
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 BOUNDS = {torch.bfloat16: 0.1, torch.float32: 1e-4, torch.float64: 1e-9}
-# Of gradients, by the norm of all of the adapter's; in bf16 there comes what rounding does to those of the dense model.
+# Of gradients, by the norm of all of the adapter's; in bf16 rounding of the dense model's gradients comes on top.
 GRADIENTS = {torch.bfloat16: 0.05, torch.float32: 1e-3, torch.float64: 1e-8}
 NOISE = 2.0
 IDS = torch.tensor([[2, 5, 3, 7, 11, 6]])

@@ -1,4 +1,4 @@
-"""One of two gloo processes: trains a step under DDP, FSDP1 or FSDP2 and compares the gradients with a single process's.
+"""One of two gloo processes: trains a step under DDP, FSDP1 or FSDP2; gradients are compared with one process's.
 
 Usage: distributed_worker.py RANK PORT. Prints one line per case; a case that differs ends the process with an error.
 """

@@ -356,12 +356,7 @@ def _has_twins(net: Network) -> bool:
 
 
 def _choose(
-    net: Network,
-    term: Term,
-    others: list[Term],
-    named: Mapping[str, Start],
-    zeros: set[str],
-    unit_norm: Sequence[str],
+    net: Network, term: Term, others: list[Term], named: Mapping[str, Start], zeros: set[str], unit: Sequence[str]
 ) -> set[str]:
     """The first factor of the term that may start at zero, best one that leaves no other term with two zeros.
 
@@ -371,7 +366,7 @@ def _choose(
     wide = {factor.name for factor in term.factors if features & {*factor.indices}}
     uses = Counter(factor.name for factor in term.factors)
     free = [f.name for f in term.factors if f.kind == "trainable" and f.name not in named and uses[f.name] == 1]
-    free.sort(key=lambda name: (name in unit_norm, name not in wide))
+    free.sort(key=lambda name: (name in unit, name not in wide))
     for name in free:
         mates = {f.name for other in others if any(f.name == name for f in other.factors) for f in other.factors}
         if not mates & zeros:

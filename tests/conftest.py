@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Generator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,6 +18,27 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch when a test impor
 # The drawn examples are the same in every run, and a slow machine is no failure.
 settings.register_profile("tnpeft", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("tnpeft")
+
+# Without torch (make test-plain) the tests run that need none: files that import it are left out, tests that
+# meet it are skipped.
+_TORCH = ("torch", "peft", "transformers", "huggingface_hub")
+_PLAIN = find_spec("torch") is None
+_IMPORTS = re.compile(rf"^(import|from) ({'|'.join(_TORCH)})\b", re.MULTILINE)
+collect_ignore = [
+    str(path) for path in Path(__file__).parent.rglob("test_*.py") if _PLAIN and _IMPORTS.search(path.read_text())
+]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """Skip a test that meets a library which this environment was made without."""
+    try:
+        return (yield)
+    except ModuleNotFoundError as error:
+        if _PLAIN and error.name in _TORCH:
+            pytest.skip(f"needs {error.name}")
+        raise
+
 
 _SHARED = Path(__file__).resolve().parents[2] / "shared"
 

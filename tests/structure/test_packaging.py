@@ -73,7 +73,7 @@ def test_a_fresh_environment_counts_plans_and_draws(built: Path, tmp_path: Path)
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     run(*pip, "--constraint", ROOT / "constraints.txt", next(built.glob("*.whl")))
     lines = run(python, "-c", CODE, tmp_path / "net.svg").splitlines()
-    assert lines == ["a*b*layer*proj + a*out + b*inp 35840", "2105344 1572864"]
+    assert lines == ["a*b*layer*proj + a*out + b*inp 35840", "2101248 1572864"]
     assert (tmp_path / "net.svg").read_text().endswith("</svg>\n")
     assert {path.name for path in site.iterdir() if path.name in ("torch", "numpy", "scipy", "matplotlib")} == set()
     assert taken(site) - before < MOST

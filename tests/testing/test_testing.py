@@ -289,3 +289,20 @@ def test_tolerance_is_above_the_rounding_of_single_precision(net: Network, data:
     scale = brute(net, {label: array.astype(np.float64) for label, array in low.items()}, absolute=True)
     assert bind(net, sizes, {}) == sizes
     assert (np.abs(brute(net, low) - exact) <= tolerance(net, sizes, np.float32) * scale).all()
+
+
+def test_a_kernel_written_by_hand_agrees_with_its_line_or_is_refused() -> None:
+    line = "A[out r] B[dim r] H[head r] P[layer r] -> layer out (head dim)"
+
+    def kernel(f: Any, wrong: float = 0.0) -> Any:
+        right = np.einsum("hr,dr->rhd", f["H"], f["B"]).reshape(f["A"].shape[1], -1)
+        return np.stack([(f["A"] * row) @ right for row in f["P"]]) * (1 + wrong)
+
+    assert tnpeft.testing.agrees(line, kernel) < 1e-13
+    assert tnpeft.testing.agrees(line, kernel, out=7, head=3, seed=1) < 1e-13
+    with pytest.raises(AssertionError, match=r"largest relative error 1\.0e-09, rounding allows .*, at out=5"):
+        tnpeft.testing.agrees(line, lambda f: kernel(f, 1e-9))
+    with pytest.raises(AssertionError, match=r"returns the shape \(5, 30\), the line \(2, 5, 30\)"):
+        tnpeft.testing.agrees(line, lambda f: kernel(f)[0])
+    with pytest.raises(AssertionError, match="largest relative error nan"):
+        tnpeft.testing.agrees(line, lambda f: kernel(f) * np.nan)

@@ -1,5 +1,6 @@
 """Property tests for networks: hypothesis strategies, brute force, and :func:`check` for a network of your own."""
 
+from tnpeft.testing.agreement import agrees
 from tnpeft.testing.check import Finding, Report, check, examine
 from tnpeft.testing.oracle import brute, jacobian_rank, tolerance
 from tnpeft.testing.strategies import factors_for, networks, random_factors, sizes_for
@@ -7,6 +8,7 @@ from tnpeft.testing.strategies import factors_for, networks, random_factors, siz
 __all__ = [
     "Finding",
     "Report",
+    "agrees",
     "brute",
     "check",
     "examine",

@@ -32,6 +32,8 @@ from tnpeft.adapters.replicas.batch import check_blocks, expect_blocks
 from tnpeft.adapters.rollback import Parked, Snapshot, layers, or_as_before, outside, walk
 from tnpeft.adapters.sites.kinds import check_kind, wrapped
 from tnpeft.adapters.sites.names import check_name
+from tnpeft.adapters.sites.parameter import check_one_for_all, raw_at
+from tnpeft.adapters.sites.raw import raw_names
 from tnpeft.adapters.storage.contents import AGAIN, check_modules
 from tnpeft.adapters.storage.expressions import check_expression
 from tnpeft.adapters.storage.files import check_state, translated
@@ -97,6 +99,7 @@ class TensorNetworkModel(BaseTuner):
                 if isinstance(pattern := getattr(config, field), str):
                     check_expression(field, pattern, names)
             check_modules(model, config, adapter_name)
+            self._raw = {name: found for name, module in model.named_modules() if (found := raw_names(module))}
             self._stacks = {name: found for name, module in model.named_modules() if (found := stacks(module))}
             with excluded_weights(self._stacks, partial(check_target_module_exists, config)):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -121,7 +124,8 @@ class TensorNetworkModel(BaseTuner):
         found = check_target_module_exists(peft_config, key)
         if found or isinstance(found, _ExcludedModule):
             return found
-        return any(check_target_module_exists(peft_config, f"{key}.{its}") for its in self._stacks.get(key, ()))
+        inside = [*self._stacks.get(key, ()), *self._raw.get(key, ())]
+        return any(check_target_module_exists(peft_config, f"{key}.{its}") for its in inside)
 
     def _create_and_replace(
         self,
@@ -197,10 +201,11 @@ class TensorNetworkModel(BaseTuner):
         site_layouts: list[SiteLayout],
     ) -> None:
         """Give one layer or fused weight the adapter's updates and the arrays that only it uses."""
+        target: Any
         path, _, weight = name.rpartition(".")
         if path in self._stacks:
-            target: Any = experts_at(self.model, path, bank).get_submodule(weight)
-        else:
+            target = experts_at(self.model, path, bank).get_submodule(weight)
+        elif (target := raw_at(self.model, name, bank)) is None:
             parent, target, child = _get_submodules(self.model, name)
         if not isinstance(target, DenseLinear):
             new = wrapped(target, bank, get_quantization_kwargs(self.model))
@@ -298,9 +303,12 @@ class TensorNetworkModel(BaseTuner):
                 del model._forward_pre_hooks[key]
         return model
 
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """Put one module in the place of another and leave both as they are, wherever they hold their weights."""
-        setattr(parent, child_name, new_module)
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: Any, child: nn.Module) -> None:
+        """Put one module, or none, in the place of another and leave both as they are, wherever they hold weights."""
+        if new_module is None:
+            delattr(parent, child_name)
+        else:
+            setattr(parent, child_name, new_module)
 
     # ---- several adapters
 
@@ -353,6 +361,7 @@ class TensorNetworkModel(BaseTuner):
         if self.model.training:
             raise NetworkError("adapter_names is for inference", remedy="call model.eval() first")
         check_names(names, self.peft_config)
+        check_one_for_all(self.model, names)
         named = BatchAdapterNames(names, rows_for_each(kwargs, self.model))
         find = getattr(self.model, "get_encoder", None)
         entered = {self.model, find() if callable(find) else None} - {None}

@@ -94,12 +94,13 @@ class Snapshot:
     """
 
     def __init__(self, root: nn.Module, adapters: Collection[str] | None = (), values: str | None = None) -> None:
-        self._states: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
+        self._states: list[tuple[nn.Module, type, dict[str, Any], dict[str, Any]]] = []
         self._flags: list[tuple[Tensor, bool, Tensor]] = []
         self._values: list[tuple[Tensor, Tensor]] = []
         for name, module in walk(root, adapters):
             state = dict(module.__dict__)
-            self._states.append((module, state, {k: copy(v) for k, v in state.items() if type(v) in _CONTAINERS}))
+            held = {k: copy(v) for k, v in state.items() if type(v) in _CONTAINERS}
+            self._states.append((module, type(module), state, held))
             own = [*module._parameters.items()]
             self._flags += [(array, array.requires_grad, array.data) for _, array in own if array is not None]
             for key, array in own if values is not None else ():
@@ -110,7 +111,9 @@ class Snapshot:
 
     def restore(self) -> None:
         """Put all of it back, in place wherever it is a container."""
-        for module, state, contents in self._states:
+        for module, cls, state, contents in self._states:
+            if type(module) is not cls:
+                module.__class__ = cls
             module.__dict__.clear()
             module.__dict__.update(state)
             for key, content in contents.items():

@@ -13,6 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tnpeft.adapters.experts.fused import FusedWeight, fused_weights
+from tnpeft.adapters.sites.raw import RawWeight, raw_names
 from tnpeft.layout import sorted_projs
 from tnpeft.models import cards
 from tnpeft.networks import NetworkError, Site
@@ -79,6 +80,7 @@ def resolve(model: nn.Module, targets: Sequence[str]) -> tuple[list[str], list[s
     fused = [f"{name}.{weight.name}" for name, module in modules for weight in fused_weights(module)]
     paths = [name for name, module in modules if hasattr(module, "weight")] + fused
     others = [name for name, _ in modules] + fused
+    others += [f"{name}.{its}" for name, module in modules for its in raw_names(module)]
     found: list[str] = []
     named: list[str] = []
     for target in targets:
@@ -214,16 +216,16 @@ def _by_pattern(model: nn.Module, modules: Mapping[str, Any], keep: set[str]) ->
         place = _Place(
             *names[name],
             *features(module),
-            _heads(model, name.rpartition(".")[2], module),
+            module.heads if isinstance(module, RawWeight) else _heads(model, name.rpartition(".")[2], module),
             name,
             kernel=kernel(module),
         )
-        found += _of_experts(module, place, keep) if isinstance(module, FusedWeight) else [place]
+        found += _of_experts(module, place, keep) if isinstance(module, FusedWeight | RawWeight) else [place]
     return found
 
 
-def _of_experts(weight: FusedWeight, place: _Place, keep: set[str]) -> list[_Place]:
-    """The projections that a fused weight holds; the whole if that is what ``keep`` names."""
+def _of_experts(weight: FusedWeight | RawWeight, place: _Place, keep: set[str]) -> list[_Place]:
+    """The projections that a fused weight or raw Parameter holds; the whole if that is what ``keep`` names."""
     place = replace(place, experts=weight.experts)
     if weight.slices == 1 or place.proj in keep:
         return [place]

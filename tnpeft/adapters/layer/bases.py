@@ -16,6 +16,8 @@ from tnpeft.adapters.experts.weight import ExpertWeight
 from tnpeft.adapters.layer.bank import FactorBank
 from tnpeft.adapters.layer.merging import DenseLinear
 from tnpeft.adapters.sites.kinds import kind, wrapped
+from tnpeft.adapters.sites.parameter import TensorNetworkParameter
+from tnpeft.adapters.sites.raw import RawWeight, raw_weights
 from tnpeft.networks import NetworkError, Site
 
 
@@ -52,6 +54,12 @@ def weights_of(
     found: dict[str, Any] = {}
     bases: dict[str, Any] = {}
     for name, module in modules.items():
+        if isinstance(module, TensorNetworkParameter):
+            module, name = module.get_base_layer(), name.rpartition(".")[0]
+        raws = {f"{name}.{raw.child}".lstrip("."): raw for raw in raw_weights(module) if _named(name, raw, meant)}
+        if raws:
+            found, bases = found | raws, bases | raws
+            continue
         check_experts(name, module)
         weights = weights_in(module)
         for weight in weights:
@@ -61,6 +69,11 @@ def weights_of(
         if not weights:
             found[name], bases[name] = module, linear(name, module, quantised)
     return found, bases
+
+
+def _named(owner: str, raw: RawWeight, meant: Callable[[str], Any]) -> bool:
+    answers = [meant(f"{owner}.{its}".lstrip(".")) for its in (raw.name, raw.child)]
+    return any(answers) and not any(isinstance(answer, _ExcludedModule) for answer in answers)
 
 
 @contextmanager
@@ -79,8 +92,8 @@ def site_weight(modules: dict[str, Any], quantised: dict[str, Any], site: Site) 
     if isinstance(module, FusedWeight | ExpertWeight):
         weight = ExpertWeight(module, FactorBank()) if isinstance(module, FusedWeight) else module
         return weight.site_matrices(site)
-    if not isinstance(module, DenseLinear):
+    if not isinstance(module, DenseLinear | RawWeight):
         module = wrapped(module, FactorBank(), quantised)
     rows = slice(site.start, site.start + site.out) if "/out:" in site.proj else slice(None)
     cols = slice(site.start, site.start + site.inp) if "/inp:" in site.proj else slice(None)
-    return module.base_matrix()[rows, cols]
+    return (module.matrix() if isinstance(module, RawWeight) else module.base_matrix())[rows, cols]

@@ -258,7 +258,7 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
         if self.quantization_backend is not None:
             self.set_base_weight(merged)
         else:  # a Parameter of its own: the one that was there may be another module's as well
-            own = getattr(base, self.weight_name)
+            own: Any = base._parameters[self.weight_name]
             setattr(base, self.weight_name, nn.Parameter(merged, requires_grad=own.requires_grad))
         self._kept = kept
         self.merged_adapters[:] = names

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -83,7 +83,10 @@ def explain(model: nn.Module) -> Explanation:
     banks = [module for module in model.modules() if isinstance(module, FactorBank)]
     if not banks:
         raise ConfigError("the model has no adapter of tnpeft", remedy="attach one with peft.get_peft_model first")
-    unmatched = {adapter: _unmatched(config.target_modules, rows) for adapter, config in banks[0].configs.items()}
+    raw = [f"{name.rpartition('.')[0]}.{layer.weight_name}" for name, layer in _layers(model)]
+    unmatched = {
+        adapter: _unmatched(config.target_modules, rows, raw) for adapter, config in banks[0].configs.items()
+    }
     return Explanation(rows, unmatched)
 
 
@@ -109,8 +112,8 @@ def _paths(name: str, layer: DenseLinear) -> Iterator[LayerPath]:
             yield LayerPath(name, adapter, active, site.proj, site.out, site.inp, shapes, path, reason, site.experts)
 
 
-def _unmatched(targets: object, rows: tuple[LayerPath, ...]) -> tuple[str, ...]:
-    names = {row.layer for row in rows}
+def _unmatched(targets: object, rows: tuple[LayerPath, ...], more: Collection[str] = ()) -> tuple[str, ...]:
+    names = {*more, *(row.layer for row in rows)}
     names |= {row.layer.rpartition(".")[0] for row in rows if row.experts}  # targets name a module of experts, too
     if isinstance(targets, str):
         found = targets == "all-linear" or any(re.search(f"(^|\\.)(?:{targets})$", name) for name in names)

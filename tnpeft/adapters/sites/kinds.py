@@ -13,6 +13,8 @@ from tnpeft.adapters.layer.linear import TensorNetworkLinear
 from tnpeft.adapters.layer.merging import DenseLinear
 from tnpeft.adapters.sites.convolution import CONVOLUTIONS, TensorNetworkConvolution, check_convolution
 from tnpeft.adapters.sites.embedding import TensorNetworkEmbedding, check_embedding
+from tnpeft.adapters.sites.parameter import check_parameter
+from tnpeft.adapters.sites.raw import RawWeight
 
 
 def kind(module: nn.Module, quantised: dict[str, Any]) -> type[DenseLinear] | None:
@@ -38,13 +40,15 @@ def wrapped(module: nn.Module, bank: FactorBank, quantised: dict[str, Any]) -> D
     return found(module, bank, **quantised)
 
 
-def check_kind(name: str, module: nn.Module, config: Any) -> None:
+def check_kind(name: str, module: Any, config: Any) -> None:
     """Raise if the layer, a base layer of a kind, is one that an adapter of the configuration cannot adapt exactly.
 
     Raises:
         NetworkError: it is.
     """
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, RawWeight):
+        check_parameter(name, config)
+    elif isinstance(module, nn.Embedding):
         check_embedding(name, module, config.dora)
     elif isinstance(module, CONVOLUTIONS):
         check_convolution(name, module)

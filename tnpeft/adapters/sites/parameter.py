@@ -1,0 +1,235 @@
+"""Raw Parameters that a module reads itself, such as the in-projection of torch's attention, with their updates.
+
+The module's class gets a property in the Parameter's place, so that whoever reads it, torch's fused kernels among
+them, finds the adapted weight. The Parameter stays where it is, under its own name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tnpeft.adapters.layer.bank import FactorBank
+from tnpeft.adapters.layer.checkpointing import check_recomputation, refuse_reentrant, selection_seen
+from tnpeft.adapters.layer.fast_path import Route
+from tnpeft.adapters.layer.merging import DenseLinear, rescaling, wide
+from tnpeft.adapters.layer.snapshot import WeightSnapshot
+from tnpeft.adapters.sites.raw import RawWeight, raw_weights
+from tnpeft.networks import NetworkError
+
+_FORMED = "the module reads the weight itself: it is formed at every call"
+
+
+class TensorNetworkParameter(DenseLinear):
+    """One raw Parameter and the factors of its adapters: who reads the Parameter gets the adapted weight."""
+
+    def __init__(self, raw: RawWeight, bank: FactorBank) -> None:
+        nn.Module.__init__(self)
+        self._owner = (raw.module,)
+        self.weight_name = raw.name
+        self.quantization_backend = None
+        self.begin(bank)
+        self.out_features, self.in_features = raw.out_features, raw.in_features
+        self._call: dict[bool, Tensor] | None = None
+
+    def get_base_layer(self) -> nn.Module:
+        """The module that holds the Parameter."""
+        return self._owner[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """The Parameter."""
+        value = self.get_base_layer()._parameters[self.weight_name]
+        assert value is not None  # it is adapted
+        return value
+
+    bias = None
+
+    def home_device(self) -> torch.device:
+        """The device of the Parameter."""
+        return self.weight.device
+
+    def base_dtype(self) -> torch.dtype | None:
+        """The dtype of the Parameter."""
+        return self.weight.dtype
+
+    def get_base_weight(self) -> Tensor:
+        """The Parameter's numbers."""
+        return self.weight.data
+
+    def _stored(self, matrix: Tensor) -> Tensor:
+        return matrix
+
+    def _snapshot(self) -> WeightSnapshot:
+        return WeightSnapshot.of(self.get_base_layer(), self.weight_name)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """PEFT's conversion makes LoRAs of linears alone."""
+        return False
+
+    # ---- what the module reads
+
+    def adapted(self) -> Tensor:
+        """The weight with the updates of the active adapters: what merging them would give, with its gradients."""
+        call = None if torch.compiler.is_compiling() else self._call
+        if self.route(self.weight).kind != "plain":
+            return self.weight
+        grads = torch.is_grad_enabled()
+        if call is not None and grads in call:
+            return call[grads]
+        found = self._formed()
+        if call is not None:
+            call[grads] = found
+        return found
+
+    def _formed(self) -> Tensor:
+        if not torch.compiler.is_compiling():
+            layer: Any = self
+            check_recomputation(layer)
+            if self.bank.selected and (seen := selection_seen(layer, self.bank)) is not None:
+                with self.bank.selecting(seen):
+                    return self._formed()
+        refuse_reentrant(self.bank)
+        total = wide(self.weight)
+        for adapter in self.active_adapters:
+            if adapter in self.updates:
+                total = total + self._with_gradients(adapter)
+        return total.to(self.weight.dtype)
+
+    def _with_gradients(self, adapter: str) -> Tensor:
+        delta = wide(self._delta(adapter))
+        if adapter not in self.tnpeft_magnitude:
+            return delta
+        base = wide(self.weight)
+        updated = base + delta
+        ratio = rescaling(wide(self.tnpeft_magnitude[adapter]), updated.detach().norm(dim=-1))
+        return updated * ratio[:, None] - base
+
+    def route(self, x: Tensor, adapter_names: Sequence[str] | None = None) -> Route:
+        """The path that a read takes: base, merged or plain, which forms the adapted weight."""
+        if self.disable_adapters:
+            return Route("base", "the adapters are switched off")
+        if self.merged:
+            return Route("merged", "the adapters are merged into the weights")
+        if not any(adapter in self.updates for adapter in self.active_adapters):
+            return Route("base", "no active adapter has an update of this layer")
+        return Route("plain", _FORMED)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: Sequence[str] | None
+    ) -> None:
+        """Merge if asked for, and give the module its own class back; there is nothing to put in this one's place."""
+        if merge:
+            self.merge(safe_merge, adapter_names)
+        _with_properties(self.get_base_layer(), self.weight_name, None)
+
+
+# ---- the module's class
+
+
+def raw_at(model: nn.Module, path: str, bank: FactorBank) -> TensorNetworkParameter | None:
+    """The adapted Parameter at a path, made if there is none; None if the path is not that of a raw Parameter."""
+    parent, _, child = path.rpartition(".")
+    try:
+        owner = model.get_submodule(parent)
+    except AttributeError:
+        return None
+    raw = next((raw for raw in raw_weights(owner) if raw.child == child), None)
+    if raw is None:
+        return None
+    found = owner._modules.get(child)
+    if not isinstance(found, TensorNetworkParameter):
+        found = TensorNetworkParameter(raw, bank).train(owner.training)
+        found._disable_adapters = bank.disable_adapters
+        owner.add_module(child, found)
+        _with_properties(owner, raw.name, child)
+    return found
+
+
+def _with_properties(module: nn.Module, name: str, child: str | None) -> None:
+    """Let a module's class read a Parameter through a child, or no longer."""
+    cls = type(module)
+    own, names = getattr(cls, "_tnpeft_class", (cls, ()))
+    names = tuple(pair for pair in names if pair[0] != name) + (((name, child),) if child else ())
+    if not hasattr(cls, "_tnpeft_class"):
+        module.register_forward_pre_hook(_begin)
+        module.register_forward_hook(_end, always_call=True)
+    if not names:
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if hook in (_begin, _end)]:
+                del hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
+    module.__class__ = _class(own, names) if names else own
+
+
+@lru_cache(maxsize=256)
+def _class(own: type[nn.Module], names: tuple[tuple[str, str], ...]) -> type[nn.Module]:
+    """A class like a module's own, in which some Parameters are read through children."""
+
+    def read(child: str) -> property:
+        return property(lambda module: module._modules[child].adapted())
+
+    def reduce(module: nn.Module, protocol: Any) -> Any:
+        return _made, (own, names), module.__getstate__()  # type: ignore[attr-defined]
+
+    fields = {name: read(child) for name, child in names}
+    extra = {"_tnpeft_class": (own, names), "__reduce_ex__": reduce, "__module__": own.__module__}
+    return type(own.__name__, (own,), {**fields, **extra})
+
+
+def _made(own: type[nn.Module], names: tuple[tuple[str, str], ...]) -> nn.Module:
+    cls = _class(own, names)
+    return cls.__new__(cls)
+
+
+def _begin(module: nn.Module, args: Any) -> None:
+    """Form each weight once in a call, however often the module reads it: a forward pre-hook."""
+    if not torch.compiler.is_compiling():
+        for layer in module._modules.values():
+            if isinstance(layer, TensorNetworkParameter):
+                layer._call = {}
+
+
+def _end(module: nn.Module, args: Any, output: Any) -> None:
+    if not torch.compiler.is_compiling():
+        for layer in module._modules.values():
+            if isinstance(layer, TensorNetworkParameter):
+                layer._call = None
+
+
+def check_parameter(name: str, config: Any) -> None:
+    """Raise if a configuration asks of a raw Parameter what needs the module's input.
+
+    Raises:
+        NetworkError: it has dropout, or is several replicas.
+
+    >>> from types import SimpleNamespace
+    >>> check_parameter("attn.in_proj", SimpleNamespace(dropout=0.1, replicas=1))
+    Traceback (most recent call last):
+    tnpeft.networks.errors.NetworkError: attn.in_proj is read by its module itself, and dropout needs the input
+    adapt it with an adapter of its own, without dropout
+    """
+    for what, asked in (("dropout", config.dropout), ("replicas", config.replicas > 1)):
+        if asked:
+            raise NetworkError(
+                f"{name} is read by its module itself, and {what} needs the input",
+                remedy=f"adapt it with an adapter of its own, without {what}",
+            )
+
+
+def check_one_for_all(model: nn.Module, names: Sequence[str]) -> None:
+    """Raise in a batch of several adapters if a raw Parameter has an update: all rows read one weight.
+
+    Raises:
+        NetworkError: one has.
+    """
+    for path, layer in model.named_modules():
+        if isinstance(layer, TensorNetworkParameter) and {*names, *layer.active_adapters} & {*layer.updates}:
+            raise NetworkError(
+                f"{path} is read by its module itself, once for all rows of a batch",
+                remedy="use set_adapter with one adapter at a time",
+            )

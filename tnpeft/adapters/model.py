@@ -19,6 +19,7 @@ from tnpeft.adapters.config import TensorNetworkConfig
 from tnpeft.adapters.config_validation import check_replicas
 from tnpeft.adapters.constants import PREFIX
 from tnpeft.adapters.experts.module import TensorNetworkExperts, experts_at, stacks
+from tnpeft.adapters.experts.weight import ExpertWeight
 from tnpeft.adapters.layer.bank import BANK, FactorBank, TensorNetworkLayer
 from tnpeft.adapters.layer.bases import excluded_weights, site_weight, weights_of
 from tnpeft.adapters.layer.binding import update
@@ -367,7 +368,8 @@ class TensorNetworkModel(BaseTuner):
         entered = {self.model, find() if callable(find) else None} - {None}
         handles = [module.register_forward_pre_hook(named.enter, with_kwargs=True) for module in entered]
         for module in self.modules():
-            if isinstance(module, DenseLinear | TensorNetworkExperts | AuxiliaryTrainingWrapper):
+            called = DenseLinear | TensorNetworkExperts | AuxiliaryTrainingWrapper
+            if isinstance(module, called) and not isinstance(module, ExpertWeight):  # which experts call by rows
                 handles.append(module.register_forward_pre_hook(named.hand, with_kwargs=True))
         try:
             yield

@@ -80,7 +80,7 @@ def replaced(
     return weights
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind != "qwen2_moe"])  # which is stored as qwen3_moe
 @pytest.mark.parametrize("family", FAMILIES)
 def test_outputs_gradients_and_merged_weights(family: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.opt_einsum, "enabled", False)
@@ -114,7 +114,7 @@ def test_identity_at_the_start_and_counts(kind: str, implementation: str) -> Non
     base = mixture(kind, implementation)
     for f in (tnpeft.families.shared_outer_lora(rank=2), tnpeft.families.expert_cp(3), FAMILIES["tucker"]):
         model = attached(base, f)
-        exact = implementation != "batched_mm"  # whose products are of single rows
+        exact = implementation == "grouped_mm"  # the others multiply the same rows one by one, or elsewhere in memory
         for grad in (False, True):
             with torch.set_grad_enabled(grad), torch.no_grad() if not grad else torch.enable_grad():
                 found, plain = model(tokens()).logits, base(tokens()).logits

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tnpeft
 from tnpeft.adapters.layer import shared_input
-from tnpeft.nn.executor import autograd
+from tnpeft.nn.executor.shared_projection import ProjectionGroup
 
 QKV = ["q_proj", "k_proj", "v_proj"]
 TARGETS = {
@@ -59,14 +59,14 @@ def extract_replica(net: Any) -> Any:
 def begun(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """For how many linears something was begun, each time."""
     found: list[int] = []
-    original = autograd.ProjectionGroup.__call__
+    original = ProjectionGroup.__call__
 
     def start(joint: Any, factors: Any, x: Tensor) -> Any:
         if len(factors) > 1:
             found.append(len(factors))
         return original(joint, factors, x)
 
-    monkeypatch.setattr(autograd.ProjectionGroup, "__call__", start)
+    monkeypatch.setattr(ProjectionGroup, "__call__", start)
     return found
 
 

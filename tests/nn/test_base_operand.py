@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 
 import tnpeft
 from tnpeft import network, plan_table
+from tnpeft.nn.executor.listing import Y
 from tnpeft.nn.executor.program import Program, program
 
 SIZES = {"out": 24, "inp": 128, "r": 1, "s": 2, "q": 160}
@@ -70,7 +71,7 @@ def test_every_form_is_met() -> None:
     assert met == {"factored", "merged"}
     partly = case("some of the terms", 55)[0].merged
     assert partly is not None
-    assert sum(step.result == partly.at.y for step in partly.forward) > 1
+    assert sum(step.result == Y for step in partly.forward) > 1
 
 
 @pytest.mark.parametrize("tokens", TOKENS)

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tnpeft
 from tnpeft import network
-from tnpeft.nn.executor.eligibility import can_fuse
+from tnpeft.nn.executor.eligibility import why_not_fused
 from tnpeft.nn.executor.program import Program, program
 
 ROWS, OUT, INP, SCALE = 5, 6, 8, -0.75
@@ -98,7 +98,7 @@ def test_outputs_and_gradients_are_those_of_two_operations(name: str, wanted: An
 def scaled_matrices(run: Program) -> int:
     """How many products of two weights alone the backward pass takes in place of full-width ones."""
     listing = run.fused if run.prefix is None else run.prefix.rest
-    code = listing.code((True, *(False for _ in run.labels[1:]), True, True, False, False))
+    code = listing.code((True, True, False, False, False, True, *(False for _ in run.labels[1:])))
     return code.total - 2 * code.size
 
 
@@ -165,7 +165,7 @@ def test_one_graph_for_all_batch_sizes_forward_and_backward(name: str, function:
     run, given = case(name)
     eager = partial(function, run)
     compiled = torch.compile(eager, backend=counter, fullgraph=True, dynamic=True)
-    for rows in (13, 3, 11):  # 13 is no other size, which one graph would take for the same
+    for rows in (13, 3, 11):  # 13 differs from the other sizes, which a graph would take for the same
         found = []
         for function in (eager, compiled):
             _, *rest = (tensor.detach().requires_grad_() for tensor in given)
@@ -261,8 +261,8 @@ def test_anything_that_is_more_than_a_linear_is_left_alone() -> None:
     x, replaced, hooked = torch.ones(1, 2), nn.Linear(2, 2), nn.Linear(2, 2)
     replaced.forward = lambda x: x  # type: ignore[method-assign]
     hooked.register_full_backward_hook(lambda *args: None)
-    assert can_fuse(nn.Linear(2, 2), x)
-    assert not any(can_fuse(module, x) for module in (Special(2, 2), replaced, hooked, nn.Bilinear(2, 2, 2)))
+    assert not why_not_fused(nn.Linear(2, 2), x)
+    assert all(why_not_fused(module, x) for module in (Special(2, 2), replaced, hooked, nn.Bilinear(2, 2, 2)))
 
 
 def test_per_sample_gradients() -> None:

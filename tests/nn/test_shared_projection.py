@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tnpeft import network
-from tnpeft.nn.executor.autograd import ProjectionGroup, apply
-from tnpeft.nn.executor.program import Program, program
+from tnpeft.nn.executor.program import Program, ProgramFunction, program
+from tnpeft.nn.executor.shared_projection import ProjectionGroup
 
 TOKENS, WIDE, SCALE = 7, 12, -0.5
 SIZES = {"out": WIDE, "inp": WIDE, "r": 2, "s": 3, "a": 2, "b": 3, "c": 2, "o1": 3, "o2": 4, "i1": 4, "i2": 3}
@@ -71,7 +71,10 @@ class Group:
 
     def alone(self, x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
         own = self.parts(factors)
-        return tuple(apply(self.run.fused, SCALE, own[k], x, None, self.weights[k]) for k in range(3))
+        fused = self.run.fused
+        return tuple(
+            ProgramFunction.apply(fused, SCALE, None, x, None, self.weights[k], None, None, *own[k]) for k in range(3)
+        )
 
     def parts(self, factors: Any) -> list[list[Tensor]]:
         count = len(factors) // 3

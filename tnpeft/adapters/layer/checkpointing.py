@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from tnpeft.adapters.layer.bank import FactorBank
     from tnpeft.adapters.layer.protocol import AdaptedLinear
 
-_TOP_HOOKS = torch._C._autograd._top_saved_tensors_default_hooks  # None outside of non-reentrant checkpointing
-_TASK = torch._C._current_graph_task_id  # -1 outside of a backward pass
+saving_hooks = torch._C._autograd._top_saved_tensors_default_hooks  # None outside of non-reentrant checkpointing
+backward_task = torch._C._current_graph_task_id  # -1 outside of a backward pass
 
 
 def watch(model: nn.Module, inputs: Any) -> None:
@@ -54,13 +54,18 @@ def refuse_reentrant(bank: FactorBank) -> None:
         )
 
 
+def in_checkpoint(layer: AdaptedLinear) -> bool:
+    """Return True if a call may be inside of a checkpoint, which is looked for only then."""
+    return saving_hooks(True) is not None or backward_task() != -1 or (layer.training and not torch.is_grad_enabled())
+
+
 def check_recomputation(layer: AdaptedLinear) -> None:
     """Note, in the forward of a checkpoint, which adapters a linear uses, and compare in the recomputation.
 
     Raises:
         NetworkError: adapters were switched, merged or disabled between the two.
     """
-    if _TOP_HOOKS(True) is None and _TASK() == -1 and (torch.is_grad_enabled() or not layer.training):
+    if not in_checkpoint(layer):
         return
     active = layer._active_adapter
     state = (active if isinstance(active, str) else (*active,), layer._disable_adapters, (*layer.merged_adapters,))
@@ -77,7 +82,7 @@ def check_recomputation(layer: AdaptedLinear) -> None:
 
 def selection_seen(layer: AdaptedLinear, bank: FactorBank) -> dict[str, Tensor] | None:
     """Return the values of named stacks that a checkpoint's forward saw if it is recomputed with others now."""
-    if _TOP_HOOKS(True) is None and _TASK() == -1 and (torch.is_grad_enabled() or not layer.training):
+    if not in_checkpoint(layer):
         return None
     for region, again in _regions():
         seen: dict[str, Tensor] = region.__dict__.setdefault("_tnpeft_selected", bank.selected)

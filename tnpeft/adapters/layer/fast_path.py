@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 
 from tnpeft.adapters.layer.binding import Update
 from tnpeft.adapters.layer.weight_cache import VersionStamp, is_cacheable, is_plain_inference
-from tnpeft.nn.executor.eligibility import why_not_fused, why_not_plain
+from tnpeft.nn.executor.eligibility import why_not_fused
 
 if TYPE_CHECKING:
     from tnpeft.adapters.layer.protocol import AdaptedLinear
@@ -45,7 +45,10 @@ def _noted(active: str | list[str]) -> str | list[str]:
 
 @dataclass(frozen=True, eq=False)
 class TrainingFastPath:
-    """One adapter of a linear that can be one operation with it, and where its factors are kept."""
+    """One adapter of a linear that can be one operation with it, and where its factors are kept.
+
+    If it can at a call, and the factors then, says the linear's ``fusable``.
+    """
 
     adapter: str
     active: str | list[str]
@@ -63,38 +66,6 @@ class TrainingFastPath:
             return None
         tables = _tables(layer, active[0], item)
         return None if tables is None else TrainingFastPath(active[0], _noted(layer._active_adapter), item, tables)
-
-    def factors(self, layer: AdaptedLinear, x: Tensor) -> list[Tensor] | None:
-        """Return the factors; None if the linear, called with ``x``, would not be one operation with its update."""
-        if (
-            layer._disable_adapters
-            or layer.merged
-            or (layer.training and layer.dropouts[self.adapter])
-            or why_not_fused(layer._modules["base_layer"], x)  # type: ignore[arg-type]
-            or layer._modules["base_layer"]._parameters.get("weight") is None  # type: ignore[union-attr]
-        ):
-            return None  # without a weight of its own: that is computed, or kept elsewhere
-        found = [table.get(key) for table, key in self.tables]
-        dtype, device = x.dtype, x.device
-        for array in found:
-            if type(array) not in (nn.Parameter, Tensor) or array.dtype != dtype or array.device != device:  # type: ignore[union-attr]
-                return None
-        return found  # type: ignore[return-value]
-
-    def __call__(self, layer: AdaptedLinear, x: Tensor) -> Tensor | None:
-        """Return the linear's output with the update, ``[..., out]``; or None."""
-        factors = self.factors(layer, x)
-        if factors is None:
-            return None
-        group = layer.siblings.get(self.adapter)
-        if (
-            group is not None
-            and group.worthwhile(x)
-            and (shared := group.forward(layer, self, x, factors)) is not None
-        ):
-            return shared
-        own = layer._modules["base_layer"]._parameters  # type: ignore[union-attr]
-        return self.item.run.with_linear(x, factors, own["weight"], own["bias"], self.item.scale)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,4 +127,4 @@ class InferenceFastPath:
 
 def _computed(base: nn.Module) -> bool:
     """Return True if the module is more than the product with a weight of its own."""
-    return bool(why_not_plain(base)) or type(base._parameters.get("weight")) is not nn.Parameter
+    return bool(why_not_fused(base)) or type(base._parameters.get("weight")) is not nn.Parameter

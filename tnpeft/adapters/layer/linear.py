@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from tnpeft.adapters.layer.bank import FactorBank
 from tnpeft.adapters.layer.binding import Update
-from tnpeft.adapters.layer.checkpointing import check_recomputation, refuse_reentrant, selection_seen
+from tnpeft.adapters.layer.checkpointing import (
+    backward_task,
+    check_recomputation,
+    refuse_reentrant,
+    saving_hooks,
+    selection_seen,
+)
 from tnpeft.adapters.layer.fast_path import InferenceFastPath, Route, TrainingFastPath
 from tnpeft.adapters.layer.merging import DenseLinear, rescaling, wide
 from tnpeft.adapters.layer.mixed_batch import block_rows, group_by_network, update_blocks
@@ -141,13 +147,23 @@ class TensorNetworkLinear(DenseLinear):
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
         """The base linear's output plus the updates of the active adapters, or of each row's own adapter."""
         if adapter_names is None and not args and not kwargs and not torch.compiler.is_compiling():
-            check_recomputation(self)
-            if self.bank.selected and (seen := selection_seen(self, self.bank)) is not None:
-                with self.bank.selecting(seen):
-                    return self.forward(x)
-            path = self.training_path() if torch.is_grad_enabled() else self._cache.inference
-            if path is not None and (result := path(self, x)) is not None:
-                return result  # type: ignore[no-any-return]
+            grads = torch.is_grad_enabled()
+            # in_checkpoint, without the call
+            if saving_hooks(True) is not None or backward_task() != -1 or (self.training and not grads):
+                check_recomputation(self)
+                if self.bank.selected and (seen := selection_seen(self, self.bank)) is not None:
+                    with self.bank.selecting(seen):
+                        return self.forward(x)
+            if not grads:
+                if self._cache.inference is not None and (result := self._cache.inference(self, x)) is not None:
+                    return result  # type: ignore[no-any-return]
+            elif (able := self.fusable(x)) is not None:
+                path, factors = able
+                group = self.siblings.get(path.adapter)
+                if group is not None and (shared := group.forward(self, path, x, factors)) is not None:
+                    return shared
+                own = self._modules["base_layer"]._parameters
+                return path.item.run.with_linear(x, factors, own["weight"], own["bias"], path.item.scale)
         plain = not args and not kwargs
         route = self._route(x, adapter_names, plain)
         if route.kind in ("base", "merged"):
@@ -179,8 +195,8 @@ class TensorNetworkLinear(DenseLinear):
         """
         route = self._route(x, adapter_names, plain=True)
         if route.kind == "fused" and not torch.compiler.is_compiling():
-            path = self.training_path()
-            group = None if path is None else self.siblings.get(path.adapter)
+            able = self.fusable(x)
+            group = None if able is None else self.siblings.get(able[0].adapter)
             if group is not None and group.worthwhile(x) and len(ready := group.ready(x)) > 1 and self in ready:
                 return Route("shared", "")
         return route
@@ -231,12 +247,28 @@ class TensorNetworkLinear(DenseLinear):
             return "the factors are wider than the input"
         return reason
 
-    def training_path(self) -> TrainingFastPath | None:
-        """Return what is remembered of the linear's one active adapter if the two can be one operation."""
+    def fusable(self, x: Tensor) -> tuple[TrainingFastPath, list[Tensor]] | None:
+        """Return what is remembered of the one active adapter, and its factors, if all is one operation on ``x``."""
         path: TrainingFastPath | None = self._cache.training
         if path is None or path.active != self._active_adapter:
             self._cache.training = path = TrainingFastPath.of(self)
-        return path
+        base: Any = self._modules["base_layer"]
+        if (
+            path is None
+            or self._disable_adapters
+            or self.merged_adapters
+            or self._bank[0].merged_adapters
+            or (self.training and self.dropouts[path.adapter])
+            or base._parameters.get("weight") is None  # it is computed, or kept elsewhere
+            or why_not_fused(base, x)
+        ):
+            return None
+        factors: list[Any] = [table.get(key) for table, key in path.tables]
+        dtype, device = x.dtype, x.device
+        for array in factors:
+            if type(array) not in (nn.Parameter, Tensor) or array.dtype != dtype or array.device != device:
+                return None
+        return path, factors
 
     def _mixed(self, x: Tensor, base: Tensor, names: Sequence[str]) -> Tensor:
         """``base`` with the update of every row's own adapter added."""

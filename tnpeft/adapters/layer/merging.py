@@ -213,7 +213,7 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
         """What the adapter adds to the base weight, in the factors' dtype and the base weight's layout.
 
         Raises:
-            NetworkError: there is no such adapter.
+            NetworkError: the adapter is unknown.
         """
         if adapter not in self.updates:
             raise NetworkError(f"this linear has no adapter {adapter!r}", remedy=f"it has {', '.join(self.updates)}")

@@ -68,18 +68,18 @@ def check_names(names: Sequence[str], configs: Mapping[str, Any]) -> None:
     """Raise unless every row's adapter is one of the configured ones, or none.
 
     Raises:
-        NetworkError: there are no names, an adapter is unknown, or it is several replicas.
+        NetworkError: the names are missing, an adapter is unknown, or it is several replicas.
 
     >>> check_names(["a", "__base__"], {"b": None})
     Traceback (most recent call last):
-    tnpeft.networks.errors.NetworkError: there is no adapter 'a'
+    tnpeft.networks.errors.NetworkError: unknown adapter 'a'
     there are b
     """
     if not names:
         raise NetworkError("adapter_names is empty", remedy="name one adapter per row")
     unknown = sorted(set(names) - {BASE, *configs})
     if unknown:
-        raise NetworkError(f"there is no adapter {unknown[0]!r}", remedy=f"there are {', '.join(configs)}")
+        raise NetworkError(f"unknown adapter {unknown[0]!r}", remedy=f"the adapters are {', '.join(configs)}")
     for name in set(names) - {BASE}:
         if configs[name].replicas > 1:
             raise NetworkError(

@@ -23,7 +23,7 @@ class AdaptedLinear(Protocol):
     owner: Any
     values: Any
     operands: Any
-    training_path: Callable[..., Any]
+    fusable: Callable[..., Any]
     _modules: MutableMapping[str, Any]
     _active_adapter: Any
     _disable_adapters: bool

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tnpeft.adapters.layer.fast_path import TrainingFastPath
 from tnpeft.adapters.layer.weight_cache import steps_taken
-from tnpeft.nn.executor.autograd import Link, ProjectionGroup
+from tnpeft.nn.executor.shared_projection import Link, ProjectionGroup
 
 if TYPE_CHECKING:
     from tnpeft.adapters.layer.binding import Update
@@ -109,7 +109,7 @@ class SharedInputGroup:
 
         ``path`` is that of the linear's own adapter, ``factors`` are its factors.
         """
-        if not all(factor.is_leaf for factor in factors):
+        if not (self.worthwhile(x) and all(factor.is_leaf for factor in factors)):
             return None  # FSDP1's views: a recomputation does not find them there, and would take another path
         pending = None if self._pending is None else self._pending()
         taken = None if pending is None else pending.take(linear, x, factors)
@@ -134,12 +134,9 @@ class SharedInputGroup:
         """Return the linears that could share their first products on ``x``, with their factors."""
         found = {}
         for linear in self.linears:
-            path = linear.training_path()
-            if path is None or path.adapter != self.adapter:
-                continue
-            factors = path.factors(linear, x)
-            if factors is not None and _whole(factors, path.item):
-                found[linear] = path, factors
+            own = linear.fusable(x)
+            if own is not None and own[0].adapter == self.adapter and _whole(own[1], own[0].item):
+                found[linear] = own
         return found
 
     def _begin(

@@ -18,7 +18,7 @@ from tnpeft.nn.executor.kernels import (
     flat,
     singly,
 )
-from tnpeft.nn.executor.listing import Listing, Registers, Result
+from tnpeft.nn.executor.listing import BIAS, FACTORS, WEIGHT, Listing, Result, X, Y
 from tnpeft.planning.steps import Plan, Step, fresh
 
 
@@ -36,7 +36,6 @@ class _Compiler:
         net = plan.network
         self.plan, self.labels, self.linear = plan, labels, linear
         self.sizes = Sizes(plan.sizes, plan.activation)
-        self.at = Registers(len(labels))
         self.steps = [step for step in plan.steps if step.kind != "reshape"]
         self.out: list[Instruction] = []
         self.layouts: dict[int, Layout] = {}
@@ -45,10 +44,10 @@ class _Compiler:
         self.base = fresh("W", labels)
         rows, tokens = net.rows if plan.activation else (), (*net.stack, plan.activation)
         cols = net.cols if plan.activation else ()
-        inputs = {fresh("x", labels): (self.at.x, (tokens, cols)), self.base: (self.at.weight, (rows, cols))}
-        self.layouts[self.at.y] = (tokens, rows)
-        self.next = self.at.results
-        for k, label in enumerate(labels):
+        inputs = {fresh("x", labels): (X, (tokens, cols)), self.base: (WEIGHT, (rows, cols))}
+        self.layouts[Y] = (tokens, rows)
+        self.next = FACTORS + len(labels)
+        for k, label in enumerate(labels, FACTORS):
             self.places[label] = self._input(k, net.factor(label).indices, label in unit_norm)
         self.factors = {*self.places.values()}
         for name, (register, layout) in inputs.items() if plan.activation else ():
@@ -71,7 +70,7 @@ class _Compiler:
         if last.kind == "add":
             parts = dict(zip(last.operands, last.signs, strict=True))
         if self.linear and self.plan.form != "merged":
-            self._linear(self.at.weight)
+            self._linear(WEIGHT)
         for step in self.steps:
             if step.kind == "add":
                 if step is not last or not self.plan.activation:
@@ -80,12 +79,12 @@ class _Compiler:
                 self._accumulate(step, parts[step.result])
             else:
                 self._contract(step, step is last)
-        output = self.at.y if self.plan.activation else self.places[last.result]
+        output = Y if self.plan.activation else self.places[last.result]
         kinds = [self.plan.network.factor(label) for label in self.labels]
         trainable = [self.sizes.volume(f.indices) if f.kind == "trainable" else 0 for f in kinds]
-        width = self.sizes.volume(flat(self.layouts[self.at.x])) if self.plan.activation else 0
+        width = self.sizes.volume(flat(self.layouts[X])) if self.plan.activation else 0
         width //= self.plan.sizes.get(self.plan.activation, 1)
-        return Listing(self.out, self.layouts, self.results, self.at, self.sizes, trainable, width, output)
+        return Listing(self.out, self.layouts, self.results, self.sizes, trainable, width, output)
 
     def _emit(
         self, name: str, kernel: Kernel, operands: tuple[int, ...], layout: Layout, summed: Group, sign: int = 1
@@ -109,9 +108,8 @@ class _Compiler:
         return register, singly(step.uses[k]) if register in self.factors else self.layouts[register]
 
     def _linear(self, weight: int) -> None:
-        at = self.at
-        kernel = Linear(self.layouts[at.x], self.layouts[at.weight], self.layouts[at.y], self.sizes)
-        self.out.append(Instruction(kernel, (at.x, weight, at.bias), at.y))
+        kernel = Linear(self.layouts[X], self.layouts[WEIGHT], self.layouts[Y], self.sizes)
+        self.out.append(Instruction(kernel, (X, weight, BIAS), Y))
 
     def _contract(self, step: Step, last: bool) -> None:
         left, right = self._operand(step, 0), self._operand(step, 1)
@@ -132,7 +130,7 @@ class _Compiler:
     def _add(self, step: Step, last: bool) -> None:
         """A sum of weights; one with the base weight begins with that and scales the others."""
         merged = self.base in step.operands and self.plan.activation
-        layout = self.layouts[self.at.weight] if merged else singly(self.wanted[step.result])
+        layout = self.layouts[WEIGHT] if merged else singly(self.wanted[step.result])
         order = sorted(range(len(step.operands)), key=lambda k: not (merged and step.operands[k] == self.base))
         register = -1
         for k in order:
@@ -150,8 +148,8 @@ class _Compiler:
         left, right = self._operand(step, 0), self._operand(step, 1)
         if step.frozen and self.linear:
             return self._linear(right[0])
-        kernel = Einsum2(left[1], right[1], self.layouts[self.at.y], self.sizes)
-        self.out.append(Instruction(kernel, (left[0], right[0]), self.at.y, sign < 0, True))
+        kernel = Einsum2(left[1], right[1], self.layouts[Y], self.sizes)
+        self.out.append(Instruction(kernel, (left[0], right[0]), Y, sign < 0, True))
         return None
 
 

@@ -10,11 +10,7 @@ from torch.utils.module_tracker import ModuleTracker
 
 
 def autocast_active(device: str) -> bool:
-    """Return True if autocast acts on a kind of device; it does not on the meta device, which torch cannot be asked.
-
-    >>> autocast_active("meta"), autocast_active("cpu")
-    (False, False)
-    """
+    """Return True if autocast acts on a kind of device; torch cannot be asked of meta."""
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
@@ -33,25 +29,18 @@ def has_global_hooks() -> bool:
     Torch's ``ModuleTracker``, which its flop counter uses, is ignored: it only records names, and what is counted
     should be what runs without it.
     """
-    if not module._has_any_global_hook():
-        return False
     kinds = (
         module._global_forward_pre_hooks,
         module._global_forward_hooks,
         module._global_backward_pre_hooks,
         module._global_backward_hooks,
     )
-    return any(
-        not isinstance(getattr(hook, "__self__", None), ModuleTracker) for hooks in kinds for hook in hooks.values()
-    )
+    hooks = (hook for kind in kinds for hook in kind.values())
+    return any(not isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks)
 
 
 def can_absorb_update(weight: Tensor) -> bool:
-    """Return True if a weight can take an update without losing it; in half precision it would.
-
-    >>> can_absorb_update(torch.ones(1)), can_absorb_update(torch.ones(1, dtype=torch.bfloat16))
-    (True, False)
-    """
+    """Return True if a weight can take an update without losing it; in half precision it would."""
     return torch.finfo(weight.dtype).bits >= 32
 
 
@@ -59,25 +48,20 @@ def can_use_custom_backward(x: Tensor) -> bool:
     """Return True if gradients are enabled and no transform needs to see the operations one by one.
 
     Compiled under autocast, the compiler decides what is saved.
-
-    >>> can_use_custom_backward(torch.ones(1))
-    True
-    >>> with torch.no_grad():
-    ...     can_use_custom_backward(torch.ones(1))
-    False
     """
     if not torch.is_grad_enabled():
         return False
-    if torch.compiler.is_compiling():
-        return not autocast_active(x.device.type)
-    return not under_transform()
+    return not (autocast_active(x.device.type) if torch.compiler.is_compiling() else under_transform())
 
 
-def why_not_plain(linear: nn.Module) -> str:
-    """Return why a module is more than the product with its weight; empty for a plain ``nn.Linear``.
+def why_not_fused(linear: nn.Module, x: Tensor | None = None) -> str:
+    """Return why a module and an update of ``x`` cannot be one operation; empty if they can.
 
-    >>> why_not_plain(nn.Linear(2, 2)), why_not_plain(nn.Bilinear(2, 2, 2))
-    ('', "the base layer is not torch's own Linear")
+    Without ``x`` only the module is asked: if it is more than the product with its weight.
+
+    >>> linear, x = nn.Linear(2, 2), torch.ones(1, 2)
+    >>> why_not_fused(linear, x), why_not_fused(linear, x.double())
+    ('', "the input's dtype is not the base weight's")
     """
     own = linear.__dict__
     if type(linear) is not nn.Linear:
@@ -93,28 +77,15 @@ def why_not_plain(linear: nn.Module) -> str:
         weight = linear.weight
     if type(weight) not in (nn.Parameter, Tensor):
         return "the base weight is computed or sharded"
-    return ""
-
-
-def why_not_fused(linear: nn.Module, x: Tensor) -> str:
-    """Return why a module and an update of ``x`` cannot be one operation; empty if they can.
-
-    >>> linear, x = nn.Linear(2, 2), torch.ones(1, 2)
-    >>> why_not_fused(linear, x), why_not_fused(linear, x.double())
-    ('', "the input's dtype is not the base weight's")
-    """
-    reason = why_not_plain(linear)
-    if reason:
-        return reason
-    if x.dtype != linear.weight.dtype:
+    if x is None:
+        return ""
+    if x.dtype != weight.dtype:
         return "the input's dtype is not the base weight's"
-    if autocast_active(x.device.type):
+    kind = x.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
         return "autocast is active"
     if not torch.is_grad_enabled():
         return "gradients are disabled"
-    return "" if can_use_custom_backward(x) else "a transform sees every operation"
-
-
-def can_fuse(linear: nn.Module, x: Tensor) -> bool:
-    """Return True if a module and an update of ``x`` can be one operation; see :func:`why_not_fused`."""
-    return not why_not_fused(linear, x)
+    if not torch.compiler.is_compiling() and under_transform():
+        return "a transform sees every operation"
+    return ""

@@ -22,7 +22,7 @@ from tnpeft.nn.executor.compile import _Compiler, compile_plan
 from tnpeft.nn.executor.eligibility import can_use_custom_backward
 from tnpeft.nn.executor.groups import GroupedEinsum2, Groups
 from tnpeft.nn.executor.kernels import Einsum2, Instruction, Kernel, Layout, flat, run, singly
-from tnpeft.nn.executor.listing import Code, Listing, _marked
+from tnpeft.nn.executor.listing import FACTORS, WIDE, Code, Listing, X, Y, _marked
 from tnpeft.planning.planner import planned
 from tnpeft.planning.steps import Plan, Step
 
@@ -93,10 +93,11 @@ class GroupedProgram:
     def code(self, needs: tuple[bool, ...]) -> Code:
         """The instructions for the factors and activations that want gradients; both lists add in place."""
         if needs not in self._codes:
-            code, at = self.listing.code((*needs, False, False, False)), self.listing.at
-            forward = tuple(_marked(code.forward, (at.y,)))
-            backward = tuple(_marked(code.backward, (code.size + at.x,)))
-            saved = tuple(k for k in code.saved if k not in (at.x, at.wide))
+            *on_factors, on_x = needs
+            code = self.listing.code((on_x, *[False] * (FACTORS - 1), *on_factors))
+            forward = tuple(_marked(code.forward, (Y,)))
+            backward = tuple(_marked(code.backward, (code.size + X,)))
+            saved = tuple(k for k in code.saved if k not in (X, WIDE))
             self._codes[needs] = replace(code, forward=forward, backward=backward, saved=saved)
         return self._codes[needs]
 
@@ -145,7 +146,7 @@ class _GroupedCompiler(_Compiler):
     def __init__(self, plan: Plan, labels: Sequence[str], unit_norm: Collection[str]) -> None:
         super().__init__(plan, labels, unit_norm, linear=False)
         token, net = (plan.activation,), plan.network
-        self.layouts[self.at.x], self.layouts[self.at.y] = (token, net.cols), (token, net.rows)
+        self.layouts[X], self.layouts[Y] = (token, net.cols), (token, net.rows)
 
     def _order(self, step: Step) -> Group:
         order = self.wanted[step.result]
@@ -171,7 +172,7 @@ class _GroupedCompiler(_Compiler):
                 out = (*singly(tuple(i for i in order if i in (EXPERT, token))), *(side for side in sides if side))
         if grouped:
             kernel: Kernel = GroupedEinsum2(left[1], right[1], out, self.sizes, EXPERT)
-            return kernel, (left[0], right[0], self.at.wide), out, summed
+            return kernel, (left[0], right[0], WIDE), out, summed
         return Einsum2(left[1], right[1], out, self.sizes), (left[0], right[0]), out, summed
 
     def _contract(self, step: Step, last: bool) -> None:
@@ -179,8 +180,8 @@ class _GroupedCompiler(_Compiler):
         self._emit(step.result, kernel, operands, layout, summed)
 
     def _accumulate(self, step: Step, sign: int) -> None:
-        kernel, operands, _, _ = self._einsum(step, self.layouts[self.at.y])
-        self.out.append(Instruction(kernel, operands, self.at.y, sign < 0, True))
+        kernel, operands, _, _ = self._einsum(step, self.layouts[Y])
+        self.out.append(Instruction(kernel, operands, Y, sign < 0, True))
 
 
 # ---- one operation for the frozen product and all updates
@@ -237,7 +238,8 @@ def grouped_linear(
     total = _frozen(call, x, weight, bias)
     inplace = not torch.is_grad_enabled()
     for part in parts:
-        values = part.program.listing.registers(part.operands, x[:, part.inputs], groups)
+        values = part.program.listing.registers(part.operands, x[:, part.inputs])
+        values[WIDE] = groups
         total = _add(part, part.program.listing.forward, values, total, inplace)
     return total
 
@@ -251,10 +253,9 @@ def _frozen(call: _Call, x: Tensor, weight: Tensor | None, bias: Tensor | None) 
 
 def _add(part: Part, steps: Sequence[Instruction], values: list[Any], total: Tensor, inplace: bool) -> Tensor:
     """The total with one part's update added to its columns."""
-    y = part.program.listing.at.y
-    own = values[y] = total[:, part.columns]
+    own = values[Y] = total[:, part.columns]
     run(steps, values, part.scale, inplace=inplace)
-    return _put(total, part.columns, own, values[y], inplace)
+    return _put(total, part.columns, own, values[Y], inplace)
 
 
 def _put(total: Tensor, columns: slice, before: Any, after: Tensor, inplace: bool) -> Tensor:
@@ -284,7 +285,8 @@ class _GroupedLinear(torch.autograd.Function):
         for part in call.parts:
             count = len(part.operands)
             code = part.program.code((*on_factors[at : at + count], on_x))
-            values = [*part.operands, x[:, part.inputs], call.groups, *[None] * (code.size - code.at.weight)]
+            values = part.program.listing.registers(part.operands, x[:, part.inputs])
+            values[WIDE] = call.groups
             total = _add(part, code.forward, values, total, inplace=True)
             codes.append(code)
             saved += [values[k] for k in code.saved]
@@ -312,20 +314,19 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     to_factors: list[Tensor | None] = []
     for part, code in zip(call.parts, ctx.codes, strict=True):
         own = factors[len(to_factors) : len(to_factors) + len(part.operands)]
-        at = code.at
         rows = (x if twice else x.detach())[:, part.inputs]
-        values: list[Any] = [*own, rows, call.groups, *[None] * (code.total - at.weight)]
+        values = [rows, call.groups, None, None, None, *own, *[None] * (code.total - FACTORS - len(own))]
         for k in code.saved:
             value = next(saved)
             if not twice:
                 values[k] = value
-        values[code.size + at.y] = grad[:, part.columns]
-        before = values[code.size + at.x] = None if to_x is None else to_x[:, part.inputs]
+        values[code.size + Y] = grad[:, part.columns]
+        before = values[code.size + X] = None if to_x is None else to_x[:, part.inputs]
         run(code.values if twice else code.recomputed, values, part.scale)
         run(code.backward, values, part.scale, inplace=not twice)
         if to_x is not None:
-            to_x = _put(to_x, part.inputs, before, values[code.size + at.x], not twice)
-        to_factors += values[code.size : code.size + len(own)]
+            to_x = _put(to_x, part.inputs, before, values[code.size + X], not twice)
+        to_factors += values[code.size + FACTORS : code.size + FACTORS + len(own)]
     needed = [value if on else None for value, on in zip(to_factors, on_factors, strict=True)]
     if on_source and call.prepare is not None:
         [to_x] = torch.autograd.grad(x, start, to_x, create_graph=twice)

@@ -52,11 +52,6 @@ class Sizes:
 # ---- views
 
 
-def permuted(array: Array, axes: tuple[int, ...]) -> Array:
-    """Return the array with its axes in another order, a view."""
-    return array.transpose(axes) if isinstance(array, np.ndarray) else array.permute(axes)
-
-
 def view(source: Layout, target: Layout, sizes: Sizes) -> tuple[View | None, bool]:
     """Return the function that shows a tensor stored as ``source`` in ``target``, and if that copies; None: identity.
 
@@ -71,16 +66,20 @@ def view(source: Layout, target: Layout, sizes: Sizes) -> tuple[View | None, boo
         return (lambda array: array.reshape(shape)), False
     if sorted(wanted) == sorted(source):
         axes = tuple(source.index(axis) for axis in wanted)
-        return (lambda array: permuted(array, axes)), False
-    single = sizes.shape(singly(own))
+        return (lambda a: a.mT) if axes == (1, 0) else (lambda a: permuted(a, axes)), False
+    split, _ = view(source, singly(own), sizes)
     moved = tuple(own.index(index) for index in order)
     copies = any(axis not in [own[k : k + len(axis)] for k in range(len(own))] for axis in wanted if axis)
-    if single == sizes.shape(source):
-        return (lambda array: permuted(array, moved).reshape(shape)), copies
-    return (lambda array: permuted(array.reshape(single), moved).reshape(shape)), copies
+    return (lambda array: permuted(see(split, array), moved).reshape(shape)), copies
 
 
-def _see(function: View | None, array: Array) -> Array:
+def permuted(array: Array, axes: tuple[int, ...]) -> Array:
+    """Return the array with its axes in another order, a view."""
+    return array.transpose(axes) if isinstance(array, np.ndarray) else array.permute(axes)
+
+
+def see(function: View | None, array: Array) -> Array:
+    """Return a tensor as a view shows it."""
     return array if function is None else function(array)
 
 
@@ -200,24 +199,21 @@ class Einsum2(Kernel):
 
     # ---- running
 
-    def __call__(self, alpha: float, a: Array, b: Array) -> Array:
-        """Return ``alpha`` times the result, as ``out`` is stored."""
+    def __call__(self, alpha: float, a: Array, b: Array, stored: bool = True) -> Array:
+        """Return ``alpha`` times the result, as ``out`` is stored, or as it is computed."""
         if alpha != 1.0 and self._scale_right:
             b = b * alpha
-        result = self._compute(a, b)
-        if self._give is not None:
-            result = self._give(result)
-        return result if alpha == 1.0 or self._scale_right else result * alpha
-
-    def _compute(self, a: Array, b: Array) -> Array:
         if self._swap:
             a, b = b, a
         a = a if self._left is None else self._left(a)
         b = b if self._right is None else self._right(b)
         if self.product:
-            return (b @ a.mT).mT if self._transposed else a @ b.mT
-        result = a * b
-        return result.sum(self._axes) if self._axes else result
+            result = (b @ a.mT).mT if self._transposed else a @ b.mT
+        else:
+            result = (a * b).sum(self._axes) if self._axes else a * b
+        if stored and self._give is not None:
+            result = self._give(result)
+        return result if alpha == 1.0 or self._scale_right else result * alpha
 
     def accumulate(self, total: Array, alpha: float, inplace: bool, a: Array, b: Array) -> Array:
         """Return ``total + alpha * self(...)``: by a fused kernel where there is one, else added as a view."""
@@ -234,10 +230,10 @@ class Einsum2(Kernel):
             return result if self._natural is None else result.reshape(self._whole)
         under = total if self._single is None else total.reshape(self._single)
         if not self.product and not self._axes:
-            a, b = _see(self._left, a), _see(self._right, b)
+            a, b = see(self._left, a), see(self._right, b)
             result = (under.addcmul_ if inplace else under.addcmul)(a, b, value=alpha)
         else:
-            part = _see(self._unmerged, self._compute(a, b))
+            part = see(self._unmerged, self(1.0, a, b, stored=False))
             result = (under.add_ if inplace else under.add)(part, alpha=alpha)
         return result if self._single is None else result.reshape(self._whole)
 
@@ -276,8 +272,8 @@ class Sum(Kernel):
     def __call__(self, alpha: float, a: Array) -> Array:
         """Return ``alpha`` times the result; the operand itself or a view of it where nothing is computed."""
         if self._axes:
-            a = _see(self._see, a).sum(self._axes)
-        a = _see(self._give, a)
+            a = see(self._see, a).sum(self._axes)
+        a = see(self._give, a)
         if self._full is not None:
             a = np.broadcast_to(a, self._full) if isinstance(a, np.ndarray) else a.expand(self._full)
         return a if alpha == 1.0 else -a if alpha == -1.0 else a * alpha
@@ -302,7 +298,7 @@ class ColumnNorm(Kernel):
 
 
 class Normalize(Kernel):
-    """A factor divided by the lengths of its columns, which are no operand of their own."""
+    """A factor divided by the lengths of its columns, which are not an operand of their own."""
 
     def __init__(self, axes: tuple[int, ...]) -> None:
         self.axes = axes

@@ -16,25 +16,10 @@ from typing import Any
 from tnpeft.nn.executor.kernels import ColumnNorm, Einsum2, Instruction, Layout, Linear, Normalize, Sizes, Sum, flat
 from tnpeft.planning.planner import MACS_PER_ELEMENT
 
-Mask = tuple[bool, ...]  # which of the factors, activations, input, weight and bias want a gradient
-
-
-@dataclass(frozen=True, eq=False)
-class Registers:
-    """Numbers of the registers: factors from zero on, then these, then results; ``wide`` is the linear's input."""
-
-    factors: int
-
-    def __post_init__(self) -> None:
-        for k, name in enumerate(("x", "wide", "weight", "bias", "y", "results")):
-            object.__setattr__(self, name, self.factors + k)
-
-    x: int = 0
-    wide: int = 0
-    weight: int = 0
-    bias: int = 0
-    y: int = 0
-    results: int = 0
+X, WIDE, WEIGHT, BIAS, Y, FACTORS = range(
+    6
+)  # registers: ``WIDE`` is the linear's input; factors, then results follow
+Mask = tuple[bool, ...]  # which of these registers and factors want a gradient
 
 
 @dataclass(frozen=True)
@@ -55,7 +40,6 @@ class Code:
     register ``k`` is in register ``size + k`` of ``total``.
     """
 
-    at: Registers
     forward: tuple[Instruction, ...]
     values: tuple[Instruction, ...]
     recomputed: tuple[Instruction, ...]
@@ -73,15 +57,14 @@ class Listing:
         steps: Sequence[Instruction],
         layouts: Mapping[int, Layout],
         results: Mapping[int, Result],
-        at: Registers,
         sizes: Sizes,
         trainable: Sequence[int],
         width: int,
         output: int,
     ) -> None:
-        self.layouts, self.results, self.at, self.sizes = layouts, results, at, sizes
+        self.layouts, self.results, self.sizes = layouts, results, sizes
         self.trainable, self.width, self.output = trainable, width, output
-        self.active = {at.x, at.wide}
+        self.active = {X, WIDE}
         steps = _marked(steps)
         for step in steps:
             if not self.active.isdisjoint(step.operands):
@@ -89,21 +72,19 @@ class Listing:
         self.weight_steps = tuple(step for step in steps if step.result not in self.active)
         self.activation_steps = tuple(step for step in steps if step.result in self.active)
         self.forward = self.weight_steps + self.activation_steps
-        self.size = max([at.results, *(step.result + 1 for step in steps)])
-        self._codes: dict[Mask, Code] = {}
-        self._usual = (*(size > 0 for size in trainable), True, True, False, False)
+        self.size = max([FACTORS + len(trainable), *(step.result + 1 for step in steps)])
+        self.codes: dict[Mask, Code] = {}
+        self._usual = (True, True, False, False, False, *(size > 0 for size in trainable))
 
-    def registers(self, factors: Sequence[Any], *rest: Any) -> list[Any]:
-        """Return registers with the factors, and what follows them, in place."""
-        values = [*factors, *rest]
-        return values + [None] * (self.size - len(values))
+    def registers(self, factors: Sequence[Any], x: Any = None) -> list[Any]:
+        """Return registers with the factors and the activations in place."""
+        return [x, None, None, None, None, *factors, *[None] * (self.size - FACTORS - len(factors))]
 
     def code(self, needs: Mask) -> Code:
-        """Return the instructions for the operands that want gradients: factors, x, wide, weight, bias."""
-        code = self._codes.get(needs)
-        if code is None:
-            code = self._codes[needs] = _generate(self, needs)
-        return code
+        """Return the instructions for the registers that want gradients, generated once."""
+        if needs not in self.codes:
+            self.codes[needs] = _generate(self, needs)
+        return self.codes[needs]
 
     def traced_code(self, needs: Mask) -> Code:
         """Return instructions for at least these gradients: nothing is generated while a compiler traces."""
@@ -136,7 +117,7 @@ def _marked(steps: Sequence[Instruction], own: Collection[int] = ()) -> list[Ins
 
 
 def _generate(listing: Listing, needs: Mask) -> Code:
-    at, size = listing.at, listing.size
+    size = listing.size
     live = {k for k, on in enumerate(needs) if on}
     for step in listing.forward:
         if not live.isdisjoint(step.operands):
@@ -167,18 +148,19 @@ def _generate(listing: Listing, needs: Mask) -> Code:
         if register not in below:
             below.add(register)
             pending += [k for step in producers.get(register, ()) for k in step.operands]
-    inputs = sorted(below & {at.x, at.wide, at.weight})
+    inputs = sorted(below & {X, WIDE, WEIGHT})
     again = tuple(step for step in listing.forward if step.result in recomputed)
     saved = (*inputs, *sorted((read & {*producers}) - recomputed))
     values = tuple(step for step in listing.forward if step.result in below)
-    own = () if listing.output == at.y else (size + at.x,)  # what a prefix's input gets from elsewhere is added to
-    return Code(at, listing.forward, values, again, tuple(_marked(back, own)), saved, size, 2 * size + extra)
+    own = () if listing.output == Y else (size + X,)  # what a prefix's input gets from elsewhere is added to
+    return Code(listing.forward, values, again, tuple(_marked(back, own)), saved, size, 2 * size + extra)
 
 
 def _recomputed(listing: Listing, read: set[int]) -> set[int]:
     """Return the results that the backward pass computes again, and those that this takes."""
-    at, producers = listing.at, dict[int, set[int]]()
-    below = {k: {k} for k in range(at.results)}
+    producers = dict[int, set[int]]()
+    factors = range(FACTORS, FACTORS + len(listing.trainable))
+    below = {k: {k} for k in range(factors.stop)}
     for step in listing.forward:
         producers.setdefault(step.result, set()).update(step.operands)
         below.setdefault(step.result, set()).update(*(below[k] for k in step.operands))
@@ -186,14 +168,14 @@ def _recomputed(listing: Listing, read: set[int]) -> set[int]:
     def cheap(register: int) -> bool:
         result = listing.results[register]
         if register not in listing.active:
-            sizes = (listing.trainable[k] for k in below[register] if k < at.factors)
+            sizes = (listing.trainable[k - FACTORS] for k in below[register] if k in factors)
             return result.macs == 1 or result.elements > sum(sizes)
-        inputs = {*range(at.factors), at.x, at.wide, at.weight}
+        inputs = {*factors, X, WIDE, WEIGHT}
         at_hand = all(k in inputs | read or k not in listing.active for k in producers[register])
         wide = bool(listing.width) and result.elements >= listing.width
-        return at.x in read and (wide or (result.macs <= MACS_PER_ELEMENT and at_hand))
+        return X in read and (wide or (result.macs <= MACS_PER_ELEMENT and at_hand))
 
-    found = {register for register in producers if register in read and register != at.y and cheap(register)}
+    found = {register for register in producers if register in read and register != Y and cheap(register)}
     pending = [*found]
     while pending:
         for operand in producers[pending.pop()]:

@@ -1,8 +1,13 @@
-"""The program of a site: a plan compiled once, and the ways to run it."""
+"""The program of a site: a plan compiled once, the ways to run it, and its autograd function.
+
+The update is accumulated into the linear's own output and its input gradient into the linear's, so that no full-width
+result is written twice.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property, lru_cache
 from math import prod
 from typing import Any
@@ -12,12 +17,11 @@ from torch import Tensor
 
 from tnpeft.networks import REPLICA, Network, NetworkError
 from tnpeft.networks.sizes import Size, bind, integers
-from tnpeft.nn.executor.autograd import Link, ProjectionGroup, apply
 from tnpeft.nn.executor.compile import compile_plan
-from tnpeft.nn.executor.eligibility import can_absorb_update, can_use_custom_backward
-from tnpeft.nn.executor.kernels import Einsum2, _see, flat, run, view
-from tnpeft.nn.executor.listing import Listing
-from tnpeft.nn.executor.prefix import split
+from tnpeft.nn.executor.eligibility import autocast_active, can_absorb_update, can_use_custom_backward
+from tnpeft.nn.executor.kernels import Einsum2, flat, run, see, view
+from tnpeft.nn.executor.listing import FACTORS, Listing, X, Y
+from tnpeft.nn.executor.shared_projection import Link, ProjectionGroup, split
 from tnpeft.planning.planner import planned
 from tnpeft.planning.steps import Plan
 
@@ -131,7 +135,7 @@ class Program:
             values = prefix.steps.registers(operands, rows)  # by autograd, which saves nothing behind frozen factors
             run(prefix.steps.forward, values)
             rows, listing = values[prefix.steps.output], prefix.rest
-        result = apply(listing, scale, operands, rows, base=flat_base)
+        result: Tensor = ProgramFunction.apply(listing, scale, None, rows, None, None, None, flat_base, *operands)
         return result.reshape(*x.shape[:-1], self.rows)
 
     def prepare(self, operands: Sequence[Tensor]) -> list[Any]:
@@ -142,26 +146,29 @@ class Program:
 
     def apply(self, x: Tensor, prepared: Sequence[Any], base: Tensor | None = None, scale: float = 1.0) -> Tensor:
         """Return the result of a call from prepared registers, by operations that autograd sees."""
-        values, at = [*prepared], self.update.at
-        values[at.x] = self._rows_of(x)
-        values[at.y] = None if base is None else base.reshape(-1, self.rows)
+        values = [*prepared]
+        values[X], values[Y] = self._rows_of(x), None if base is None else base.reshape(-1, self.rows)
         run(self.update.activation_steps, values, scale)
-        return values[at.y].reshape(*x.shape[:-1], self.rows)  # type: ignore[no-any-return]
+        return values[Y].reshape(*x.shape[:-1], self.rows)  # type: ignore[no-any-return]
 
     # ---- with the frozen linear
 
     def with_linear(
         self, x: Tensor, operands: Sequence[Tensor], weight: Tensor, bias: Tensor | None, scale: float = 1.0
     ) -> Tensor:
-        """Return ``linear(x, weight, bias) + scale * x @ dW.T`` as one operation, if :func:`can_fuse`."""
-        rows, prefix = x.reshape(-1, self.cols) if self.replicas == 1 else self._rows_of(x), self.prefix
+        """Return ``linear(x, weight, bias) + scale * x @ dW.T`` as one operation, unless :func:`why_not_fused`."""
+        rows, prefix, listing = (
+            x.reshape(-1, self.cols) if self.replicas == 1 else self._rows_of(x),
+            self.prefix,
+            self.fused,
+        )
         if self.merged is not None and can_absorb_update(weight):
-            result = apply(self.merged, scale, operands, rows, None, weight, bias)
+            listing = self.merged
         elif prefix is not None and prefix.frozen and not torch.compiler.is_compiling():
             rows, (narrow,), (link,) = self._alone([operands], rows)
             result = self.after_prefix(narrow, operands, rows, weight, bias, scale, link)
-        else:
-            result = apply(self.fused, scale, operands, rows, None, weight, bias)
+            return result.reshape(*x.shape[:-1], self.rows)
+        result = ProgramFunction.apply(listing, scale, None, rows, None, weight, bias, None, *operands)
         return result.reshape(*x.shape[:-1], self.rows)
 
     @cached_property
@@ -181,7 +188,8 @@ class Program:
     ) -> Tensor:
         """Return what :meth:`with_linear` does, ``[tokens, out]``, from the prefix's result on ``[tokens, inp]``."""
         assert self.prefix is not None  # there is a result of it
-        return apply(self.prefix.rest, scale, operands, narrow, x, weight, bias, link=link)
+        rest = self.prefix.rest
+        return ProgramFunction.apply(rest, scale, link, narrow, x, weight, bias, None, *operands)  # type: ignore[no-any-return]
 
     @property
     def can_share(self) -> bool:
@@ -192,15 +200,15 @@ class Program:
 
     @cached_property
     def _pair(self) -> tuple[Any, Any] | None:
-        listing, at = self.update, self.update.at
+        listing = self.update
         if len(listing.activation_steps) != 2:
             return None
         first, last = listing.activation_steps
         one, two = first.kernel, last.kernel
         if not (isinstance(one, Einsum2) and isinstance(two, Einsum2) and one.product and two.product):
             return None
-        x, y = listing.layouts[at.x], listing.layouts[at.y]
-        chained = first.operands[0] == at.x and last.operands[0] == first.result and last.operands[1] != at.x
+        x, y = listing.layouts[X], listing.layouts[Y]
+        chained = first.operands[0] == X and last.operands[0] == first.result and last.operands[1] != X
         plain = x[0] == (self.plan.activation,) == one.out[0] and len(one.out) == 2 and {*one.summed} == {*x[1]}
         narrow = one.out[-1]
         if not (chained and plain and {*two.summed} == {*narrow} and {*flat(two.right)} == {*narrow, *y[1]}):
@@ -219,7 +227,7 @@ class Program:
         """Return ``first [narrow, inp]``, ``last [out, narrow]`` and the sign, of a program that is low-rank."""
         assert self._pair is not None  # the caller has asked
         (one, see_one), (two, see_two) = self._pair
-        first, last = _see(see_one, prepared[one.operands[1]]), _see(see_two, prepared[two.operands[1]])
+        first, last = see(see_one, prepared[one.operands[1]]), see(see_two, prepared[two.operands[1]])
         return first, last, -1.0 if one.negative != two.negative else 1.0
 
     @cached_property
@@ -245,3 +253,68 @@ class Program:
                 remedy="let the batch be one block of equally many rows for each replica, in their order",
             )
         return x.reshape(-1, self.cols)
+
+
+# ---- its autograd function
+
+
+_PLAIN = nullcontext()
+
+
+class ProgramFunction(torch.autograd.Function):
+    """A program on ``x``, or on the result of its prefix with the linear's input ``wide``, added to the linear.
+
+    Without a weight it is added to ``base``, out of place.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        listing: Listing,
+        scale: float,
+        link: Link | None,
+        x: Tensor,
+        wide: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        base: Tensor | None,
+        *factors: Tensor,
+    ) -> Tensor:
+        needs = tuple([t is not None and t.requires_grad for t in (x, wide, weight, bias, None, *factors)])
+        if torch.compiler.is_compiling():
+            code = listing.traced_code(needs)
+        else:
+            code = listing.codes.get(needs) or listing.code(needs)
+        ctx.code, ctx.scale, ctx.link, kind = code, scale, link, x.device.type
+        ctx.autocast = (kind, torch.get_autocast_dtype(kind)) if weight is None and autocast_active(kind) else None
+        values = [x, wide, weight, bias, base, *factors, *[None] * (code.size - FACTORS - len(factors))]
+        run(code.forward, values, scale, inplace=ctx.autocast is None)
+        brought = wide if link is not None and link.reads else None
+        ctx.save_for_backward(*factors, *[values[k] for k in code.saved], brought)
+        return values[Y]  # type: ignore[return-value]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        code, scale, link = ctx.code, ctx.scale, ctx.link
+        *saved, brought = ctx.saved_tensors
+        count = len(saved) - len(code.saved)
+        twice = torch.is_grad_enabled()  # then what is computed here is differentiated in its turn
+        values: list[Any] = [None] * code.total
+        values[FACTORS : FACTORS + count] = factors = saved[:count]
+        for k, value in zip(code.saved, saved[count:], strict=True):
+            if not twice or k < FACTORS:
+                values[k] = value
+        if twice and brought is not None:
+            values[X] = link.recomputed(brought, factors)
+        values[code.size + Y] = grad
+        with _PLAIN if ctx.autocast is None else torch.autocast(*ctx.autocast):
+            run(code.values if twice else code.recomputed, values, scale)
+            run(code.backward, values, scale, inplace=not twice and ctx.autocast is None)
+        if link is not None:
+            link.keep_alive = None  # whoever has not come yet begins again
+            if link.reads:
+                link.inbox[:] = [brought]
+        if not ctx.needs_input_grad[7]:  # the base output's gradient is that of the result
+            grad = None  # type: ignore[assignment]
+        grads = values[code.size :]
+        return None, None, None, *grads[X:Y], grad, *grads[FACTORS : FACTORS + count]

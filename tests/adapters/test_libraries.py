@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import oracles
 import peft
 import pytest
 import torch
@@ -23,7 +25,6 @@ pytestmark = [
 
 TARGETS = ("q_proj", "v_proj")
 WIDTH = 64  # of which the 4-bit kernels take multiples
-_FP32 = torch.finfo(torch.float32).eps
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +106,7 @@ def rows(requires_grad: bool = False) -> Tensor:
     return torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(3)).requires_grad_(requires_grad)
 
 
-def close(found: Tensor, wanted: Tensor) -> bool:
-    return bool((found - wanted).abs().max() <= 4 * WIDTH * _FP32 * max(1.0, wanted.abs().max()))
+close = partial(oracles.close, roundings=4 * WIDTH)
 
 
 @pytest.mark.parametrize("kind", BASES)

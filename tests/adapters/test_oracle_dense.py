@@ -29,7 +29,7 @@ TARGETS = {
     "vit": ["q_proj", "v_proj", "fc1", "fc2"],
 }
 SQUARE = {"llama": ["q_proj", "o_proj"]}
-NEEDS_SQUARES = {(family, "llama") for family in ("cara", "fact_tk", "fact_tt")}  # 48 is no multiple of 32
+NEEDS_SQUARES = {(family, "llama") for family in ("cara", "fact_tk", "fact_tt")}  # 48 is not a multiple of 32
 NOT_IN_A_MODEL = {
     "lotra": "'basis' has no meaning in a model",
     "tuka": "'scene' has no meaning in a model",

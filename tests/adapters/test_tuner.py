@@ -19,7 +19,6 @@ from adapter_models import (
     TARGETS,
     adapted,
     config,
-    einsum,
     inputs,
     logits,
     opt,
@@ -27,6 +26,7 @@ from adapter_models import (
 )  # fmt: skip
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import close, dense
 from safetensors.torch import load_file
 from torch import nn
 
@@ -37,7 +37,6 @@ from tnpeft.counting import RankWarning
 from tnpeft.networks import NetworkError
 
 KEYS = sorted(NETWORKS)
-FP32 = 2.0**-23
 
 
 def linears(model: nn.Module) -> dict[str, TensorNetworkLinear]:
@@ -46,12 +45,6 @@ def linears(model: nn.Module) -> dict[str, TensorNetworkLinear]:
 
 def trainable(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def close(a: torch.Tensor, b: torch.Tensor, depth: int = 64) -> bool:
-    """Equal to fp32 rounding over sums of a few hundred terms and a stack of layers."""
-    a, b = a.detach(), b.detach()
-    return bool((a - b).abs().max() <= depth * FP32 * max(1.0, float(b.abs().max())))
 
 
 # ---- start
@@ -113,10 +106,10 @@ def test_delta_is_the_einsum_of_the_factors(key: str) -> None:
         axis = {"A": 2, "B": 2, "C": 2, "D": 2}[name]
         factors[name] = factors[name] / factors[name].norm(dim=axis, keepdim=True)
     f = model.peft_config["default"].factorization
-    stack = f.scale * torch.from_numpy(einsum(f.network, factors))
+    stack = f.scale * dense(f.network, factors).float()
     for name, module in linears(model).items():
         layer, proj = int(name.split("layers.")[1].split(".")[0]), ["q_proj", "v_proj"].index(name.split(".")[-1])
-        assert close(module.get_delta_weight("default").double(), stack[layer, proj])
+        assert close(module.get_delta_weight("default"), stack[layer, proj])
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
@@ -709,7 +702,7 @@ def test_every_family_attaches_trains_saves_and_merges(family: str, tmp_path: Pa
     stored = load_file(tmp_path / "adapter_model.safetensors")
     assert sum(value.numel() for value in stored.values()) == count == trainable(model)
     assert torch.equal(logits(peft.PeftModel.from_pretrained(opt(), tmp_path)), found)
-    assert close(logits(model.merge_and_unload()), found, depth=512)
+    assert close(logits(model.merge_and_unload()), found, roundings=512)
     assert magnitude >= 0
 
 
@@ -756,7 +749,7 @@ def test_one_configuration_serves_models_of_several_depths() -> None:
 def test_twins_start_at_zero_and_merge() -> None:
     line = "G[layer proj out r] H[r inp] - ~G[layer proj out r] ~H[r inp] -> layer proj out inp"
     model = adapted("lora", network=line, ranks={"r": 3})
-    assert close(logits(model), logits(opt()), depth=8)
+    assert close(logits(model), logits(opt()), roundings=8)
     shake(model)
     found = logits(model)
     assert close(logits(model.merge_and_unload()), found)

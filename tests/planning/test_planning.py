@@ -14,7 +14,7 @@ import opt_einsum
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import Cost, least_macs, plus, term_leaves, tree_cost, trees
+from planning_costs import Cost, least_macs, plus, term_leaves, tree_cost, trees
 from sympy import Integer, Symbol, symbols
 
 import tnpeft
@@ -90,7 +90,7 @@ def test_the_cases_that_break_opt_einsum_still_break_it() -> None:
 
 
 def test_a_scalar_is_multiplied_into_the_smallest_tensor() -> None:
-    """Operands that share no index are one problem: s * A costs less than s * (B A)."""
+    """Operands without a common index are one problem: s * A costs less than s * (B A)."""
     sizes = {"o": 64, "r": 2, "i": 32}
     path, _ = search(operands("", "or", "ri"), frozenset("oi"), sizes, Weights(macs=1))
     assert path_macs(["", "or", "ri"], "oi", sizes, path) == 2 * 32 + 64 * 2 * 32

@@ -7,7 +7,6 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-import numpy as np
 import peft
 import pytest
 import torch
@@ -122,17 +121,3 @@ def shake(model: nn.Module, seed: int = 0, adapter: str = "default") -> None:
         for name, parameter in model.named_parameters():
             if f".tnpeft_factors.{adapter}." in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-
-
-def einsum(net: tnpeft.Network, factors: dict[str, Tensor]) -> np.ndarray:
-    """The dense stack in float64, by one unoptimised einsum per term."""
-    letters = {index: k for k, index in enumerate(net.indices)}
-    total: Any = 0.0
-    outer = [letters[index] for index in net.outer]
-    for term in net.terms:
-        args: list[Any] = []
-        for factor in term.factors:
-            args += [factors[net.label(factor)].double().numpy(), [letters[index] for index in factor.indices]]
-        total = total + term.sign * np.einsum(*args, outer, optimize=False)
-    sizes = {i: s for f in net.factors for i, s in zip(f.indices, factors[net.label(f)].shape, strict=True)}
-    return total.reshape([int(np.prod([sizes[i] for i in group])) for group in net.output])

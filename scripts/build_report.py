@@ -109,7 +109,7 @@ class Facts:
         """``one`` minus ``other`` over shared replicates, in points, with its interval and number."""
         its = paired(self.point(study, one).scores, self.point(study, other).scores)
         if its is None:
-            raise Missing(f"{one} and {other} share no seed in {study}")
+            raise Missing(f"{one} and {other} have no common seed in {study}")
         return _percent(its, "+.1f", " points")
 
     def _findings(self, study: str) -> list[Finding]:
@@ -170,7 +170,7 @@ class Facts:
         ]
         its = exchange_rate(*curves)
         if its is None:
-            return "not to be read off: the curves share no loss"
+            return "cannot be read off: the curves have no common loss"
         return f"{its.mean:.2g} ({its.low:.2g} to {its.high:.2g}, {its.n} seeds)"
 
     def settings(self, *studies: str) -> str:

@@ -81,7 +81,7 @@ def groups_of(entry: Mapping[str, Any]) -> tuple[Group, ...]:
     """The groups of an entry, each with its sizes filled in; an entry without groups is one group.
 
     Raises:
-        NetworkError: a line is not a network, or a size is no positive whole number.
+        NetworkError: a line is not a network, or a size is not a positive integer.
     """
     found, taken = [], 0
     for group in entry.get("groups", ({"name": "all", "sizes": {}},)):

@@ -2,7 +2,7 @@
 
 Reads ``paper/published/results.toml`` (what was published), ``here.toml`` beside it (what has its like here) and the
 studies' result files in ``paper/tables/``; writes ``paper/tables/results.md`` and ``results.csv``. A smaller model at
-the same share of LoRA's budget is no reproduction, only the nearest that there is: every cell names its study.
+the same share of LoRA's budget does not reproduce it but comes nearest: every cell names its study.
 
     python scripts/reproduce_results.py
 """

@@ -15,7 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch when a test imports it
 
-# The drawn examples are the same in every run, and a slow machine is no failure.
+# The drawn examples are the same in every run, and a slow machine does not fail them.
 settings.register_profile("tnpeft", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("tnpeft")
 

@@ -27,7 +27,7 @@ class Meters:
 
 
 class _Dispatched(TorchDispatchMode):
-    """Counts operations that are no views, and the storages that they make."""
+    """Counts operations other than views, and the storages that they make."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -118,4 +118,4 @@ def test_at_the_shell(tmp_path: Path) -> None:
     assert data["parameters"] == explain_folder(tmp_path).parameters
     bad = CliRunner().invoke(app, ["explain", str(tmp_path / "no")])
     assert bad.exit_code == 2
-    assert bad.stderr.startswith("error: there is no adapter_config.json")
+    assert bad.stderr.startswith("error: no adapter_config.json")

@@ -73,7 +73,7 @@ def test_what_is_pushed_to_the_hub(there: str | None, monkeypatch: pytest.Monkey
         if Path(name).is_file():
             return read(name, **options)
         if there is None:
-            raise EntryNotFoundError("there is no card")
+            raise EntryNotFoundError("card not found")
         return ModelCard(there)
 
     read = ModelCard.load

@@ -287,7 +287,7 @@ def test_a_configuration_comes_back_from_a_folder_without_factors(tmp_path: Path
         base = opt()
         before = state(base)
         for load in (peft.PeftModel.from_pretrained, lambda model, folder: model.load_adapter(str(folder))):
-            with pytest.raises(AdapterFileError, match="there is no adapter_model"):
+            with pytest.raises(AdapterFileError, match="no adapter_model"):
                 load(base, tmp_path / name)
             assert base.state_dict().keys() == before.keys()
 
@@ -336,22 +336,6 @@ def test_a_state_dict_without_the_frozen_factors_says_so() -> None:
         peft.set_peft_model_state_dict(target, peft.get_peft_model_state_dict(source))
     kept = peft.get_peft_model(opt(), fresh(save_frozen=True)), peft.get_peft_model(opt(), fresh(save_frozen=True))
     peft.set_peft_model_state_dict(kept[1], peft.get_peft_model_state_dict(kept[0]))
-
-
-@pytest.mark.parametrize("bias", ["all", "tensor_network_only"])
-def test_a_state_dict_holds_what_the_configuration_declares(bias: str) -> None:
-    source = adapted("lora", bias=bias)
-    with torch.no_grad():
-        source.base_model.model.model.decoder.layers[0].self_attn.q_proj.base_layer.bias.fill_(1.23)
-    held = peft.get_peft_model_state_dict(source)
-    target = adapted("lora")
-    before = state(target)
-    with pytest.raises(AdapterFileError, match="bias, which is not part of the adapter and would change the model"):
-        peft.set_peft_model_state_dict(target, held)
-    assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
-    like = adapted("lora", bias=bias)
-    peft.set_peft_model_state_dict(like, held)
-    assert torch.equal(logits(like), logits(source))
 
 
 class _Moved(nn.Module):
@@ -538,7 +522,7 @@ def test_values_nested_deeply_are_refused(field: str, depth: int, saved: Path, t
     file = folder / "adapter_config.json"
     file.write_text(file.read_text().replace('"here"', "[" * depth + "]" * depth))
     for read in (peft.PeftConfig.from_pretrained, lambda path: peft.PeftModel.from_pretrained(opt(), path)):
-        with pytest.raises(TnpeftError, match=r"levels deep|no configuration"):
+        with pytest.raises(TnpeftError, match=r"levels deep|not an adapter configuration"):
             read(folder)
 
 

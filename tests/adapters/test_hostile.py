@@ -78,7 +78,7 @@ FILES: dict[str, tuple[Edit, str]] = {
     "empty": (raw(lambda data: b""), "damaged"),
     "huge declared size": (raw(lambda data: struct.pack("<Q", len(_HUGE)) + _HUGE), "damaged"),
     "huge header": (raw(lambda data: struct.pack("<Q", 2**62) + data[8:]), "damaged"),
-    "missing": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "there is no adapter_model"),
+    "missing": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "no adapter_model"),
     "a pickle": (
         lambda folder: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin"),
         "pickles",
@@ -126,7 +126,7 @@ SETTINGS: dict[str, tuple[Edit, str]] = {
 CONFIGS: dict[str, tuple[Edit, str]] = {
     f"configuration: {data[:10]!r}": (
         lambda folder, data=data: (folder / "adapter_config.json").write_bytes(data),  # type: ignore[misc]
-        "adapter_config.json is no configuration of an adapter",
+        "adapter_config.json is not an adapter configuration",
     )
     for data in (b"{cut sho", b"", b"[1, 2]", b'"text"', b"null", b"\xff\xfe{}", b"[" * 100_000)
 }

@@ -138,7 +138,7 @@ def test_a_merge_that_fails_leaves_nothing_merged() -> None:
 def test_an_unknown_adapter_cannot_be_merged() -> None:
     model = adapted(Tied(), ["first"])
     for act in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(NetworkError, match="there is no adapter 'nobody'"):
+        with pytest.raises(NetworkError, match="unknown adapter 'nobody'"):
             act(adapter_names=["one", "nobody"])
     assert not model.get_model_status().merged_adapters
 

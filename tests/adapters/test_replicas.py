@@ -378,9 +378,9 @@ def test_dropout_and_bfloat16_run() -> None:
 def test_batches_that_are_no_blocks() -> None:
     model = together("lora", dtype=torch.float32)
     ids = torch.cat([batches(k)[0] for k in range(3)])
-    with pytest.raises(NetworkError, match="a batch of 5 rows is no 3 equal blocks"):
+    with pytest.raises(NetworkError, match="batch size 5 is not divisible by 3 replicas"):
         model(input_ids=ids[:5])
-    with pytest.raises(NetworkError, match="a batch of 1 rows"):
+    with pytest.raises(NetworkError, match="batch size 1 is not divisible"):
         model(input_ids=ids.reshape(1, -1))
     with pytest.raises(NetworkError, match="packed into rows"):
         model(input_ids=ids, cu_seq_lens_q=torch.tensor([0, 7]))
@@ -458,7 +458,7 @@ def test_several_replicas_are_no_one_adapter(tmp_path: Path) -> None:
         with pytest.raises(NetworkError, match="replicas"):
             use()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    with pytest.raises(NetworkError, match="there is no replica 3"):
+    with pytest.raises(NetworkError, match="unknown replica 3"):
         tnpeft.replica(model, 3)
     with pytest.raises(NetworkError, match="exists already"):
         tnpeft.replicas.attach(model, 0, "default")
@@ -468,7 +468,7 @@ def test_several_replicas_are_no_one_adapter(tmp_path: Path) -> None:
             use()
     with pytest.raises(NetworkError, match="2 rates for 3 replicas"):
         tnpeft.replicas.learning_rates(adamw(model, 1.0), model, [1.0, 2.0])
-    with pytest.raises(NetworkError, match="4 rows are no 3 equal blocks"):
+    with pytest.raises(NetworkError, match="batch size 4 is not divisible by 3 replicas"):
         tnpeft.replicas.losses(torch.zeros(4, 2, 8), torch.zeros(4, 2, dtype=torch.long), 3)
 
 

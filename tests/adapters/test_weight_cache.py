@@ -33,7 +33,7 @@ FAMILIES = {
     "cp": tnpeft.families.cp(rank=4, out=(8, 6), inp=(6, 8)),
     "lora": tnpeft.families.lora(rank=3),
     "subtracted": tnpeft.network("-B[layer proj out r] A[r inp] -> layer proj out inp"),
-    "kron": tnpeft.families.krona(out=(8, 6), inp=(6, 8)),  # the one of these that is no two matrices
+    "kron": tnpeft.families.krona(out=(8, 6), inp=(6, 8)),  # the only one of these that is not two matrices
 }
 
 

@@ -145,7 +145,7 @@ EACH: dict[str, tuple[str, Callable[[Any], None]]] = {
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Sentences, a tokenizer and a model, and sizes that are no options made small."""
+    """Sentences, a tokenizer and a model, and sizes that are not options, made small."""
     from transformers import OPTConfig, OPTForCausalLM
 
     torch.manual_seed(0)

@@ -112,7 +112,7 @@ def test_a_failed_run_is_recorded_and_the_rest_goes_on(table: dict[str, Any], tm
     assert "Traceback" in record["trace"]
     report(study, tmp_path / "runs", tmp_path / "out")
     assert "ValueError" in (tmp_path / "out" / "tiny-failed.md").read_text()
-    with pytest.raises(StudyError, match="no method 'nope'; there are none"):
+    with pytest.raises(StudyError, match="unknown method 'nope'; there are none"):
         report(study, tmp_path / "runs", tmp_path / "out", "nope")
     said: list[str] = []
     alone = study_of({**table, "methods": table["methods"][:1]})
@@ -243,14 +243,14 @@ def test_the_rate_is_chosen_on_dev_alone(table: dict[str, Any], swept: Path) -> 
         ({"protocol": {"steps": "many"}}, "steps = 'many'; give a value of type int"),
         ({"protocol": {"head": "tail"}}, "head = 'tail' is unknown"),
         ({"tasks": ["sst9"]}, "no task is called"),
-        ({"tasks": "sst2"}, "tasks = 'sst2' is no list of name or tables"),
-        ({"seeds": 3}, "seeds = 3 is no list of whole numbers"),
+        ({"tasks": "sst2"}, "tasks = 'sst2' is not a list of names or tables"),
+        ({"seeds": 3}, "seeds = 3 is not a list of integers"),
         ({"seeds": [0, 1, 0]}, "a seed stands twice"),
-        ({"methods": {"family": "lora"}}, "is no list of tables"),
-        ({"methods": [{"family": "lora", "grid": {"rank": 3}}]}, "rank = 3 is no list of values"),
-        ({"methods": [{"family": "lora", "learning_rates": 0.1}]}, "learning_rates = 0.1 is no list of numbers"),
-        ({"methods": [{"family": ["lora"]}]}, "is no text"),
-        ({"backbone": 5}, "backbone = 5 is no text"),
+        ({"methods": {"family": "lora"}}, "is not a list of tables"),
+        ({"methods": [{"family": "lora", "grid": {"rank": 3}}]}, "rank = 3 is not a list of values"),
+        ({"methods": [{"family": "lora", "learning_rates": 0.1}]}, "learning_rates = 0.1 is not a list of numbers"),
+        ({"methods": [{"family": ["lora"]}]}, "is not a string"),
+        ({"backbone": 5}, "backbone = 5 is not a string"),
         ({"protocol": {"steps": -2}}, "steps = -2; give 0 or more"),
         ({"protocol": {"learning_rates": [0.0]}}, "must be positive"),
     ],

@@ -85,10 +85,10 @@ def export_lora(model: nn.Module, path: str | Path, adapter: str = "default", *,
         model: a model with a tensor-network adapter.
         path: the folder to write.
         adapter: which adapter.
-        rank: the largest rank; None for the largest at which two factors are no larger than the update itself.
+        rank: the largest rank; None for the largest at which two factors have at most as many elements as the update.
 
     Raises:
-        NetworkError: there is no such adapter, it trains biases, or ``rank`` is no positive whole number.
+        NetworkError: the adapter is unknown or trains biases, or ``rank`` is not a positive integer.
 
     >>> import peft, tempfile, tnpeft
     >>> config = tnpeft.TensorNetworkConfig(network="vera", ranks={"r": 3}, target_modules=["0"])

@@ -119,7 +119,7 @@ class TensorNetworkModel(BaseTuner):
         config.loaded, config.stored = False, None  # what a model fixed, the next model may fix anew
 
     def _check_target_module_exists(self, peft_config: TensorNetworkConfig, key: str) -> Any:  # type: ignore[override]
-        """The same as for any tuner, but that the bank is no target, and a fused weight of experts may be one."""
+        """The same as for any tuner, but the bank is not a target, and a fused weight of experts may be one."""
         if key.split(".")[0] == BANK:
             return False
         found = check_target_module_exists(peft_config, key)
@@ -253,7 +253,7 @@ class TensorNetworkModel(BaseTuner):
         """Merge adapters into the base weights; if one linear refuses or fails, all are as before.
 
         Raises:
-            NetworkError: there is no such adapter, the adapters are switched off, a weight takes no merge, or
+            NetworkError: an adapter is unknown, the adapters are switched off, a weight takes no merge, or
                 ``safe_merge`` found a number that is not finite.
         """
         if getattr(self.model, BANK).disable_adapters:
@@ -277,7 +277,7 @@ class TensorNetworkModel(BaseTuner):
         )
         if unknown:
             raise NetworkError(
-                f"there is no adapter {unknown[0]!r}", remedy=f"there are {', '.join(self.peft_config)}"
+                f"unknown adapter {unknown[0]!r}", remedy=f"the adapters are {', '.join(self.peft_config)}"
             )
         for name, module in walk(self.model):
             if isinstance(module, DenseLinear):
@@ -337,7 +337,7 @@ class TensorNetworkModel(BaseTuner):
     ) -> None:
         """Add the weighted sum of adapters as one adapter, exactly: the direct sum of their networks.
 
-        PEFT calls that ``cat`` for LoRA, where it puts matrices side by side; there is no other ``combination_type``,
+        PEFT calls that ``cat`` for LoRA, where it puts matrices side by side; it is the only ``combination_type``,
         and so nothing for PEFT's further options to choose.
 
         Raises:

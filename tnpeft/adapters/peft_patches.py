@@ -1,7 +1,7 @@
 """What is set on PEFT's own classes when the tuner registers, where they leave no other place for it.
 
 Each is one attribute of one class or module; every other kind of adapter meets what was there before, and a
-configuration that is no JSON, of whatever kind it was, an error that names the file.
+configuration that is not JSON, of whatever kind it was, an error that names the file.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def _from_json_file(cls: type[PeftConfig], path: str, **kwargs: Any) -> dict[str
     except (ValueError, TypeError, RecursionError) as error:  # of the parser, or of PEFT, which expects a table
         problem = str(error)
     if problem:
-        raise AdapterFileError(f"{path} is no configuration of an adapter: {problem}", remedy=AGAIN)
+        raise AdapterFileError(f"{path} is not an adapter configuration: {problem}", remedy=AGAIN)
     check_depth(found, path)
     kind, ours = found.get("peft_type"), found.keys() >= {"network", "projections", "frozen"}
     if kind != TENSOR_NETWORK if ours else not (kind is None or (isinstance(kind, str) and kind in _KINDS)):

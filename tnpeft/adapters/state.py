@@ -32,7 +32,7 @@ def bank_of(model: nn.Module, adapter: str = "default") -> FactorBank:
             remedy="attach one with peft.get_peft_model(model, tnpeft.TensorNetworkConfig(...))",
         )
     if adapter not in bank.layouts:
-        raise NetworkError(f"there is no adapter {adapter!r}", remedy=f"there are {', '.join(bank.layouts)}")
+        raise NetworkError(f"unknown adapter {adapter!r}", remedy=f"the adapters are {', '.join(bank.layouts)}")
     return bank
 
 

@@ -129,7 +129,7 @@ def carriers(f: Factorization) -> tuple[str, ...]:
     """Labels of trainable factors of which every term has exactly one use: scaling them scales the update.
 
     Raises:
-        NetworkError: there is no such choice.
+        NetworkError: the ``combination_type`` is unknown.
 
     >>> carriers(Factorization.of("B[out r] A[r inp] -> out inp", ranks={"r": 2}))
     ('B',)
@@ -158,17 +158,18 @@ def carriers(f: Factorization) -> tuple[str, ...]:
 
 def _config(tuner: BaseTuner, adapter: str) -> Any:
     if adapter not in tuner.peft_config:
-        raise NetworkError(f"there is no adapter {adapter!r}", remedy=f"there are {', '.join(tuner.peft_config)}")
+        raise NetworkError(f"unknown adapter {adapter!r}", remedy=f"the adapters are {', '.join(tuner.peft_config)}")
     config = tuner.peft_config[adapter]
     if config.replicas > 1:
         raise NetworkError(
             f"{adapter!r} is {config.replicas} replicas", remedy="take them out with tnpeft.replicas.attach first"
         )
     if config.dora:
-        raise NetworkError(f"{adapter!r} has a magnitude vector and is no sum", remedy="leave it out of the sum")
+        problem = f"{adapter!r} has a magnitude vector, which cannot be summed"
+        raise NetworkError(problem, remedy="leave it out of the sum")
     if config.modules_to_save or config.trainable_token_indices or config.bias != "none":
         raise NetworkError(
-            f"{adapter!r} trains modules, tokens or biases beside its factors, which are no sum",
+            f"{adapter!r} trains modules, tokens or biases besides its factors, which cannot be summed",
             remedy="keep such adapters apart: set_adapter, or adapter_names for each row",
         )
     return config

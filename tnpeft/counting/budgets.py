@@ -163,7 +163,7 @@ def _refuse_unknown(chosen: Sequence[Factorization], given: Mapping[str, Size], 
     for name in given:
         if name not in known | (set() if model is not None else {"out", "inp", "heads", "layer", "proj", "expert"}):
             remedy = f"the indices are {', '.join(sorted(known))}"
-            raise NetworkError(f"{name!r} is no index of any family", remedy=remedy)
+            raise NetworkError(f"unknown index {name!r}: no family has it", remedy=remedy)
         if model is not None and name in ("layer", "proj", "expert", "out", "inp"):
             raise NetworkError(f"the size of {name!r} comes from the model", remedy="leave it out")
 

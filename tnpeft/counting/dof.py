@@ -102,7 +102,7 @@ def _refuse_tied(net: Network) -> None:
 
 
 def _term_dof(net: Network, term: Term, sizes: Mapping[str, Size], exact: bool) -> Any:
-    """The parts of a term that share no index count apart; between them is one gauge less than there are parts."""
+    """The parts of a term without a common index count apart; between them is one gauge less than there are parts."""
     parts = [part for part in _parts(_absorb(term)) if any(f.kind == "trainable" for f in part.factors)]
     total: Any = -max(0, len(parts) - 1)
     for part in parts:
@@ -132,7 +132,7 @@ def _reach(net: Network, part: Term, sizes: Mapping[str, int]) -> int:
 
 
 def _parts(term: Term) -> list[Term]:
-    """The connected parts of a term: factors that share no index with the others of the term."""
+    """The connected parts of a term: factors without an index in common with the others of the term."""
     groups: dict[str, list[int]] = {}  # index: the places joined to it so far, one list for each part
     for place, factor in enumerate(term.factors):
         joined = {id(groups[index]): groups[index] for index in factor.indices if index in groups}

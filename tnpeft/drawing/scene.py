@@ -109,7 +109,7 @@ class Scene:
 
 
 def extent(text: str, points: float) -> tuple[float, float]:
-    """Width and height of a text in inches, set in DejaVu Sans or a font that is no wider.
+    """Width and height of a text in inches, set in DejaVu Sans or a font at most as wide.
 
     >>> wide, high = extent("layer = 24\\nproj = 2", 10)
     >>> 0.6 < wide < 1.0, 0.25 < high < 0.4

@@ -15,7 +15,7 @@ def bare(sizes: Mapping[str, Size]) -> Card:
     """A card of ``layer`` x ``proj`` linears (by default one) of ``out`` x ``inp`` features, with ``heads`` if given.
 
     Raises:
-        NetworkError: ``out`` or ``inp`` is missing, or a size is no positive whole number.
+        NetworkError: ``out`` or ``inp`` is missing, or a size is not a positive integer.
 
     >>> from tnpeft.models.cards import groups, sites
     >>> its = bare({"out": 64, "inp": 32, "layer": 3, "proj": 2})

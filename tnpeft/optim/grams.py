@@ -195,7 +195,7 @@ def _named(rest: Sequence[Factor], use: Factor, own: Factor) -> list[Factor]:
 
 
 def _parts(rest: Sequence[Factor], outer: Sequence[str]) -> list[list[Factor]]:
-    """The factors in parts that share no index but those in ``outer``."""
+    """The factors in parts whose common indices are all in ``outer``."""
     parts: list[list[Factor]] = []
     for factor in rest:
         linked = [part for part in parts if any(set(f.indices) & set(factor.indices) - set(outer) for f in part)]

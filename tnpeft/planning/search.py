@@ -2,9 +2,9 @@
 
 Up to :data:`EXACT` operands the search is a dynamic program over all subsets of the operands, outer products and
 hyper-indices included: exact for any cost that adds up over steps, so also for costs no path optimiser knows (the
-backward pass given what is trainable, what autograd keeps). Path optimisers solve operands that share no index apart,
-which multiplies a scalar factor in at the wrong place; here they are one problem. Beyond :data:`EXACT` cotengra's
-greedy search proposes a path.
+backward pass given what is trainable, what autograd keeps). Path optimisers solve operands without a common index
+apart, which multiplies a scalar factor in at the wrong place; here they are one problem. Beyond :data:`EXACT`
+cotengra's greedy search proposes a path.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def requested(optimize: Any, operands: Sequence[Operand], output: frozenset[str]
     """Return the path that an optimiser of opt_einsum finds: a ``PathOptimizer``, or one by its name.
 
     Raises:
-        NetworkError: there is no optimiser of that name.
+        NetworkError: the optimiser is unknown.
 
     >>> chain = [Operand(frozenset("ab")), Operand(frozenset("bc")), Operand(frozenset("cd"))]
     >>> requested("optimal", chain, frozenset("ad"), {"a": 2, "b": 9, "c": 9, "d": 9})

@@ -177,7 +177,7 @@ def known(name: str) -> Any:
     from tnpeft.networks import NetworkError
 
     if name in packaged.PACKAGED or packaged.is_digits(name) or Path(name).is_dir():
-        raise NetworkError(f"{name!r} is no model of the hub", remedy="name one such as facebook/opt-125m")
+        raise NetworkError(f"{name!r} is not a model of the hub", remedy="name one such as facebook/opt-125m")
     return card(name)
 
 

@@ -15,8 +15,8 @@ _GRIDS = ("learning_rates", "relative_steps")
 _RULES = ("start", "rates")
 OURS = ("relative_steps", *_RULES)  # settings of a study that a run has in another form
 _CHOICES = {"choose": ("loss", "metric"), "start": ("published", "rule"), "rates": ("one", "rule")}
-_CALLED = {str: "text", int: "whole number", float | int: "number", Mapping: "table", object: "value", bool: "switch"}
-_CALLED |= {str | Mapping: "name or table"}
+_CALLED = {str: "string", int: "integer", float | int: "number", Mapping: "table", object: "value", bool: "switch"}
+_CALLED |= {str | Mapping: "names or table"}  # in lists
 STUDY_KINDS = dict.fromkeys(_TEXTS, str) | {
     "ours": [str],
     "controls": [str],
@@ -186,4 +186,4 @@ def _kinds(table: Mapping[str, Any], kinds: Mapping[str, Any], where: str) -> No
         fits = isinstance(value, list | tuple) if isinstance(kind, list) else isinstance(value, kind)
         if not fits or (isinstance(kind, list) and not all(isinstance(item, kind[0]) for item in value)):
             called = f"list of {_CALLED[kind[0]]}s" if isinstance(kind, list) else _CALLED[kind]
-            raise StudyError(f"{key} = {value!r} is no {called}", where=where, remedy=f"give a {called}")
+            raise StudyError(f"{key} = {value!r} is not a {called}", where=where, remedy=f"give a {called}")

@@ -105,7 +105,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any] | None:
-    """Return the JSON object in a file, None if there is no such file.
+    """Return the JSON object in a file, None if the file does not exist.
 
     Raises:
         StudyError: the file is damaged, or holds a number that is not finite; the message names it.

@@ -42,7 +42,7 @@ class Protocol:
         checkpoint: the one that is reported on eval: the last, or the best on dev (chosen among several looks).
         best_by: metric (ties: the smaller loss) or loss.
         patience: evaluations without a better checkpoint after which a run is hopeless and stops; 0 waits for ever
-            (but a run whose losses are no numbers any more always stops).
+            (but a run with a loss that is not finite always stops).
         head: words (scores of the label words) or classifier (a new classification head, trained too).
         max_length: tokens; longer examples lose their beginning.
         dtype: of the frozen backbone; adapters are kept in float32.

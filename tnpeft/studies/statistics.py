@@ -142,7 +142,7 @@ class Finding:
 
     Attributes:
         name: of the contrast.
-        summary: of the difference; None where the two sides share no replicate.
+        summary: of the difference; None where the two sides have no common replicate.
         margin: the difference that counts as none.
         different: adjusted p value of a zero difference.
         equivalent: adjusted p value of a difference at or beyond the margin.

@@ -241,7 +241,7 @@ class Study:
         """Return the learning rate of a first step of relative size 1, in the mean square over sites.
 
         Raises:
-            StudyError: the method is no network, or the backbone's weights cannot be read.
+            StudyError: the method is not a network, or the backbone's weights cannot be read.
         """
         import tnpeft
 

@@ -23,7 +23,7 @@ def write_gguf(lines: AdapterLines, path: Path, card: Card | None) -> None:
     """Write the lines as a GGUF LoRA.
 
     Raises:
-        ConfigError: the architecture is unknown, a module has no name in it, or a line is no plain LoRA.
+        ConfigError: the architecture is unknown, a module has no name in it, or a line is not a plain LoRA.
     """
     try:
         import gguf

@@ -39,14 +39,15 @@ def losses(logits: Tensor, labels: Tensor, replicas: int) -> Tensor:
         replicas: number of blocks of rows.
 
     Raises:
-        NetworkError: the rows are no such blocks.
+        NetworkError: the batch size is not divisible by the number of replicas.
 
     >>> losses(torch.zeros(4, 3, 8), torch.ones(4, 3, dtype=torch.long), 2).exp()
     tensor([8., 8.])
     """
     if len(labels) % replicas:
         raise NetworkError(
-            f"{len(labels)} rows are no {replicas} equal blocks", remedy="give each replica equally many rows"
+            f"batch size {len(labels)} is not divisible by {replicas} replicas",
+            remedy="give each replica equally many rows",
         )
     wanted = labels[:, 1:].reshape(-1)
     found = logits[:, :-1].reshape(len(wanted), -1)
@@ -265,7 +266,7 @@ def _config(model: nn.Module, k: int, adapter: str) -> Any:
             "the model keeps no configuration of its adapters", remedy="attach them with peft.get_peft_model"
         )
     if config.replicas == 1 or isinstance(k, bool) or not isinstance(k, int) or not 0 <= k < config.replicas:
-        raise NetworkError(f"there is no replica {k!r}", remedy=f"{adapter!r} has {config.replicas}, from 0 on")
+        raise NetworkError(f"unknown replica {k!r}", remedy=f"{adapter!r} has {config.replicas}, from 0 on")
     return config.extract_replica(k)
 
 

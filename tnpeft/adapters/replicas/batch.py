@@ -45,7 +45,7 @@ def check_blocks(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     given = next((kwargs[name] for name in _INPUTS if kwargs.get(name) is not None), args[0] if args else None)
     if isinstance(given, Tensor) and len(given) % count:
         raise NetworkError(
-            f"a batch of {len(given)} rows is no {count} equal blocks",
+            f"batch size {len(given)} is not divisible by {count} replicas",
             remedy="let it be one block of equally many rows for each replica, in their order",
         )
     if any(kwargs.get(name) is not None for name in _LENGTHS) or _restarts(kwargs):

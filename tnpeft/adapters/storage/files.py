@@ -43,7 +43,7 @@ def fetch(name: str, subfolder: str | None = None, **hub: Any) -> Path:
 
     >>> fetch("/", local_files_only=True)
     Traceback (most recent call last):
-    tnpeft.networks.errors.AdapterFileError: there is no adapter_model.safetensors in '/'
+    tnpeft.networks.errors.AdapterFileError: no adapter_model.safetensors in '/'
     copy the adapter's folder again from where it was saved
     """
     folder = Path(name, subfolder or "")
@@ -61,7 +61,7 @@ def fetch(name: str, subfolder: str | None = None, **hub: Any) -> Path:
     if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
         pickled = (folder / WEIGHTS_NAME).is_file()
         remedy = "save it with safe_serialization=True: pickles are not read" if pickled else AGAIN
-        raise AdapterFileError(f"there is no {SAFETENSORS_WEIGHTS_NAME} in {str(folder)!r}", remedy=remedy)
+        raise AdapterFileError(f"no {SAFETENSORS_WEIGHTS_NAME} in {str(folder)!r}", remedy=remedy)
     return folder / SAFETENSORS_WEIGHTS_NAME
 
 
@@ -108,7 +108,7 @@ def hotswap(model: Any, folder: str, adapter: str = "default") -> None:
 
     >>> hotswap(None, "no/such/folder")
     Traceback (most recent call last):
-    tnpeft.networks.errors.AdapterFileError: there is no adapter_model.safetensors in 'no/such/folder'
+    tnpeft.networks.errors.AdapterFileError: no adapter_model.safetensors in 'no/such/folder'
     pass a folder that save_pretrained wrote
     """
     import torch
@@ -119,7 +119,7 @@ def hotswap(model: Any, folder: str, adapter: str = "default") -> None:
     path = Path(folder) / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
         raise AdapterFileError(
-            f"there is no {SAFETENSORS_WEIGHTS_NAME} in {folder!r}", remedy="pass a folder that save_pretrained wrote"
+            f"no {SAFETENSORS_WEIGHTS_NAME} in {folder!r}", remedy="pass a folder that save_pretrained wrote"
         )
     own = model.peft_config[adapter]
     new = type(own).from_pretrained(folder)

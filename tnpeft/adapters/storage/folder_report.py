@@ -123,12 +123,12 @@ def explain_folder(folder: str | Path, *, model: Model = None) -> FolderReport:
 
     >>> explain_folder("no/such/folder")
     Traceback (most recent call last):
-    tnpeft.networks.errors.AdapterFileError: there is no adapter_config.json in 'no/such/folder'
+    tnpeft.networks.errors.AdapterFileError: no adapter_config.json in 'no/such/folder'
     pass a folder that save_pretrained wrote
     """
     if not Path(folder, CONFIG_NAME).is_file():
         raise AdapterFileError(
-            f"there is no {CONFIG_NAME} in {str(folder)!r}", remedy="pass a folder that save_pretrained wrote"
+            f"no {CONFIG_NAME} in {str(folder)!r}", remedy="pass a folder that save_pretrained wrote"
         )
     config = TensorNetworkConfig.from_pretrained(str(folder))
     if not isinstance(config, TensorNetworkConfig):

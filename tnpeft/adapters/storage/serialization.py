@@ -131,7 +131,7 @@ def with_rank_pattern(f: Factorization, pattern: Mapping[str, Mapping[str, int]]
             for bond in changed:
                 if bond not in line.network.bonds:
                     raise ConfigError(
-                        f"the rank pattern of {sites!r} names {bond!r}, which is no bond",
+                        f"the rank pattern of {sites!r} names {bond!r}, which is not a bond",
                         line=str(line.network),
                         remedy=f"its bonds are {', '.join(line.network.bonds)}",
                     )

@@ -30,7 +30,7 @@ def dct(param: ParameterSpec, site_layout: SiteLayout) -> Array:
     """A cosine basis: the axis that is a row or column index counts positions (the first, if that does not tell).
 
     Raises:
-        NetworkError: the factor is no matrix.
+        NetworkError: the factor is not a matrix.
 
     >>> from tnpeft.networks import Factorization, Site
     >>> from tnpeft.layout import layout
@@ -140,7 +140,7 @@ def tt_svd(labels: Sequence[str], site_layout: SiteLayout, weight: Tensor) -> di
     exactly one. Every core but the last is an isometry; a bond above what its cut carries is filled with zeros.
 
     Raises:
-        NetworkError: the factors are no such train.
+        NetworkError: the factors are not such a train.
 
     >>> from tnpeft.networks import Factorization, Site
     >>> from tnpeft.layout import layout

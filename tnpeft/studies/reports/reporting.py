@@ -28,7 +28,7 @@ def report(study: Study, folder: str | Path, out: str | Path, reference: str = "
         reference: the method that others are compared with; the study's first if empty.
 
     Raises:
-        StudyError: no result is there yet, or there is no such reference.
+        StudyError: there are results of no method yet, or the reference is unknown.
     """
     store, out = Store(Path(folder)), Path(out)
     points = collect(study, store)
@@ -40,9 +40,7 @@ def report(study: Study, folder: str | Path, out: str | Path, reference: str = "
         raise StudyError("no results yet", where=study.name, remedy="run the sweep first")
     labels = dict.fromkeys(point.label for point in points)
     if reference and reference not in labels:
-        raise StudyError(
-            f"there is no method {reference!r}", where=study.name, remedy=f"there are {', '.join(labels)}"
-        )
+        raise StudyError(f"unknown method {reference!r}", where=study.name, remedy=f"there are {', '.join(labels)}")
     facts = {
         "name": study.name,
         "title": str(study.table.get("title", "")),

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from tnpeft.adapters.experts.module import TensorNetworkExperts
 from tnpeft.adapters.layer.bank import FactorBank, TensorNetworkLayer
@@ -119,7 +120,7 @@ class Snapshot:
             for key, content in contents.items():
                 _refill(state[key], content)
         for array, flag, data in self._flags:
-            if array.data_ptr() != data.data_ptr():  # PEFT gives an embedding whose tokens it merges other data
+            if not is_lazy(array) and array.data_ptr() != data.data_ptr():  # PEFT gives an embedding whose tokens it merges other data
                 array.data = data
             if array.requires_grad != flag:
                 array.requires_grad_(flag)

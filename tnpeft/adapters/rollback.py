@@ -120,7 +120,8 @@ class Snapshot:
             for key, content in contents.items():
                 _refill(state[key], content)
         for array, flag, data in self._flags:
-            if not is_lazy(array) and array.data_ptr() != data.data_ptr():  # PEFT gives an embedding whose tokens it merges other data
+            # PEFT gives an embedding whose tokens it merges other data
+            if not is_lazy(array) and array.data_ptr() != data.data_ptr():
                 array.data = data
             if array.requires_grad != flag:
                 array.requires_grad_(flag)

@@ -338,6 +338,22 @@ def test_a_state_dict_without_the_frozen_factors_says_so() -> None:
     peft.set_peft_model_state_dict(kept[1], peft.get_peft_model_state_dict(kept[0]))
 
 
+@pytest.mark.parametrize("bias", ["all", "tensor_network_only"])
+def test_a_state_dict_holds_what_the_configuration_declares(bias: str) -> None:
+    source = adapted("lora", bias=bias)
+    with torch.no_grad():
+        source.base_model.model.model.decoder.layers[0].self_attn.q_proj.base_layer.bias.fill_(1.23)
+    held = peft.get_peft_model_state_dict(source)
+    target = adapted("lora")
+    before = state(target)
+    with pytest.raises(AdapterFileError, match="bias, which is not part of the adapter and would change the model"):
+        peft.set_peft_model_state_dict(target, held)
+    assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
+    like = adapted("lora", bias=bias)
+    peft.set_peft_model_state_dict(like, held)
+    assert torch.equal(logits(like), logits(source))
+
+
 class _Moved(nn.Module):
     def __init__(self, moved: bool) -> None:
         super().__init__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
 import torch
 from adapter_models import MODELS, opt
@@ -150,3 +151,18 @@ def test_a_plan_hundreds_of_times_as_large_as_the_linear_is_warned_of_or_refused
         check_memory(found, tokens=64)
     with pytest.warns(UserWarning, match="passes through"):
         check_memory(found, tokens=64, refused=False)
+
+
+@pytest.mark.parametrize("empty", [None, "", []])
+def test_an_empty_pattern_of_layers_is_none(empty: object) -> None:
+    given = {"network": "lora", "target_modules": ["q_proj"], "layers_to_transform": [1]}
+    model = peft.get_peft_model(opt(), tnpeft.TensorNetworkConfig(**given, layers_pattern=empty))
+    assert [*model.peft_config["default"].layers] == ["model.decoder.layers.1"]
+
+
+def test_targets_that_match_nothing_are_a_value_error_with_the_remedy() -> None:
+    model = peft.get_peft_model(opt(), tnpeft.TensorNetworkConfig(network="lora", target_modules=["q_proj"]))
+    for targets in (["nothing"], "nothing.*"):
+        with pytest.raises(ValueError, match="nothing"):
+            model.add_adapter("other", tnpeft.TensorNetworkConfig(network="lora", target_modules=targets))
+        assert [*model.peft_config] == ["default"]

@@ -174,7 +174,10 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: value is None or _whole(value) or _listed(value, _whole),
         "pass numbers of layers, from 0 on, or None",
     ),
-    "layers_pattern": (lambda value: value is None or _path(value) or _listed(value, _path), "pass names, or None"),
+    "layers_pattern": (
+        lambda value: value in (None, "") or _path(value) or _listed(value, _path),
+        "pass names, or None",
+    ),
     "modules_to_save": (lambda value: value is None or _listed(value, _path), "pass a list of names, or None"),
     "trainable_token_indices": (
         lambda value: (

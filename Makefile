@@ -4,7 +4,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-PLAIN := $(addprefix tests/,networks families counting planning scaling comparison models drawing live structure/test_extras.py)
+PLAIN := $(addprefix tests/,networks families models comparison planning scaling counting/test_counting.py structure/test_extras.py)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 

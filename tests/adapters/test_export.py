@@ -230,7 +230,7 @@ def test_a_chain_of_many_factors_is_cut_in_the_order_of_its_line():
 
 
 @pytest.mark.parametrize(
-    ("change", "text"), [({"rank": 0}, "rank is 0"), ({"adapter": "other"}, "no adapter 'other'")]
+    ("change", "text"), [({"rank": 0}, "rank is 0"), ({"adapter": "other"}, "unknown adapter 'other'")]
 )
 def test_what_cannot_be_exported_is_refused(change, text, tmp_path):
     model = adapted(opt(), "lora", ranks={"r": 2})

@@ -316,7 +316,7 @@ class History:
                 self.model.merge_adapter(adapters)
             return
         if adapters is not None and any(name not in self.dense for name in adapters):
-            with pytest.raises(NetworkError, match="no adapter"):
+            with pytest.raises(NetworkError, match="unknown adapter"):
                 self.model.merge_adapter(adapters)
             return
         self.model.merge_adapter(adapters)

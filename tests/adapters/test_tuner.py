@@ -285,7 +285,7 @@ def test_config_is_plain_readable_data() -> None:
         ({"init": {"B": "zeros", "A": "zeros"}}, "zero"),
         ({"ranks": {"r": 0}}, "size"),
         ({"rank_pattern": {"v_proj": 1}}, "rank pattern"),
-        ({"rank_pattern": {"v_proj": {"q": 1}}}, "no bond"),
+        ({"rank_pattern": {"v_proj": {"q": 1}}}, "not a bond"),
         ({"rank_pattern": {"V_proj": {"r": 1}}}, "names 'V_proj'.*\n.*are q_proj, v_proj$"),
         ({"rank_pattern": {"q_proj | k_proj": {"r": 1}}}, "names 'k_proj'"),
         ({"rank_pattern": {"*_proj": {"r": 1}, "v_proj": {"r": 2}}}, "'v_proj' is never used"),
@@ -424,7 +424,7 @@ def test_mixed_batches_give_each_row_its_adapter() -> None:
     for pair in (["default", "second"], ["__base__", "default"], ["second", "__base__"]):
         mixed = logits(model, adapter_names=pair)
         assert all(close(mixed[k], rows[name][k]) for k, name in enumerate(pair))
-    with pytest.raises(NetworkError, match="no adapter"):
+    with pytest.raises(NetworkError, match="unknown adapter"):
         logits(model, adapter_names=["default", "third"])
 
 

@@ -103,7 +103,7 @@ def raw_squares(f: Factorization, sizes: Mapping[str, Size], rms_base: float = 1
 
     >>> f = Factorization.of("w[r] A[out r] B[inp r] -> out inp", ranks={"r": 2}, init={"A": "ones"}, unit_norm=["A"])
     >>> raw_squares(f, {"out": 4, "r": 2, "inp": 8})
-    {'w': 0.0, 'A': 1.0, 'B': 0.25}
+    {'w': 0.25, 'A': 1.0, 'B': 0.0}
     """
     net, named = f.network, starts.starts(f)
     zeros = starts.zero_init_factors(f, named)

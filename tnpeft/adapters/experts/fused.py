@@ -88,11 +88,12 @@ def check_experts(name: str, module: nn.Module) -> None:
         NetworkError: the layout of its class is unknown, the weights are quantised, or each process holds some of the
             experts.
 
-    >>> experts = nn.Module()
+    >>> class Experts(nn.Module): ...
+    >>> experts = Experts()
     >>> experts.w = nn.Parameter(nn.Linear(2, 2).weight[None])
     >>> check_experts("mlp.experts", experts)
     Traceback (most recent call last):
-    tnpeft.networks.errors.NetworkError: mlp.experts is a Module, whose weights of several matrices have an unknown...
+    tnpeft.networks.errors.NetworkError: mlp.experts is a Experts, whose weights of several matrices have an...
     """
     kind = type(module).__name__
     held = {} if kind in vars(nn) else matrices(module)

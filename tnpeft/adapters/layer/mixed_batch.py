@@ -73,7 +73,7 @@ def check_names(names: Sequence[str], configs: Mapping[str, Any]) -> None:
     >>> check_names(["a", "__base__"], {"b": None})
     Traceback (most recent call last):
     tnpeft.networks.errors.NetworkError: unknown adapter 'a'
-    there are b
+    the adapters are b
     """
     if not names:
         raise NetworkError("adapter_names is empty", remedy="name one adapter per row")

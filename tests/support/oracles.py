@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from tnpeft.networks import Network, Term
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Array = Any  # a numpy array or a torch tensor
 
@@ -24,7 +25,9 @@ def dense(net: Network, factors: Mapping[str, Array]) -> Array:
 def open_axes(net: Network, factors: Mapping[str, Array], terms: Sequence[Term] | None = None) -> Array:
     """The update with one axis for each open index; of some terms only if they are given."""
     numbers, sizes = {index: k for k, index in enumerate(net.indices)}, _sizes(net, factors)
-    tensors = any(isinstance(array, Tensor) for array in factors.values())
+    tensors = not all(isinstance(array, np.ndarray) for array in factors.values())
+    if tensors:
+        import torch  # families are tried where there is none
     total: Array = 0.0
     for term in net.terms if terms is None else terms:
         operands: list[Any] = []
@@ -52,6 +55,8 @@ def close(found: Tensor, wanted: Tensor, roundings: float = 64, least: float = 1
     ``roundings`` counts them: the summands of an entry, times the layers between. ``least`` is the size of an entry
     below which the bound is not lowered: what sums of larger summands that cancel are relative to.
     """
+    import torch
+
     found, wanted = found.detach(), wanted.detach()
     bound = roundings * torch.finfo(found.dtype).eps * max(least, float(wanted.abs().max()))
     return found.shape == wanted.shape and bool((found - wanted).abs().max() <= bound)

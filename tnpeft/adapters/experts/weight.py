@@ -12,9 +12,8 @@ from tnpeft.adapters.experts.fused import FusedWeight, is_eager
 from tnpeft.adapters.layer.bank import FactorBank
 from tnpeft.adapters.layer.binding import Update
 from tnpeft.adapters.layer.fast_path import Route
-from tnpeft.adapters.layer.merging import DenseLinear, rescaling, wide
+from tnpeft.adapters.layer.merging import HeldWeight, rescaling, wide
 from tnpeft.adapters.layer.mixed_batch import BASE
-from tnpeft.adapters.layer.snapshot import WeightSnapshot
 from tnpeft.networks import NetworkError, Site
 from tnpeft.nn.executor.eligibility import autocast_active, can_use_custom_backward
 from tnpeft.nn.executor.grouped import Part, grouped_linear
@@ -23,7 +22,7 @@ from tnpeft.nn.executor.groups import Groups
 Prepare = Callable[[Tensor], Tensor]
 
 
-class ExpertWeight(DenseLinear):
+class ExpertWeight(HeldWeight):
     """One fused Parameter of a module of experts, ``[expert, out, inp]``, and the factors of its adapters.
 
     It stands where the Parameter stood; the Parameter stays in the module of experts, and is fetched at every use.
@@ -46,20 +45,6 @@ class ExpertWeight(DenseLinear):
         """The Parameter."""
         return self._fused.parameter()
 
-    bias = None
-
-    def home_device(self) -> torch.device:
-        """The device of the Parameter."""
-        return self.weight.device
-
-    def base_dtype(self) -> torch.dtype | None:
-        """The dtype of the Parameter."""
-        return self.weight.dtype
-
-    def get_base_weight(self) -> Tensor:
-        """The Parameter's numbers."""
-        return self.weight.data
-
     def site_matrix(self, item: Update) -> Tensor:
         """The base matrices of a site."""
         return self.site_matrices(item.site_layout.site)
@@ -79,9 +64,6 @@ class ExpertWeight(DenseLinear):
 
     def _stored(self, matrix: Tensor) -> Tensor:
         return matrix.mT if self._fused.transposed else matrix
-
-    def _snapshot(self) -> WeightSnapshot:
-        return WeightSnapshot.of(self.get_base_layer(), self.weight_name)
 
     def _delta(self, adapter: str) -> Tensor:
         """The adapter's scaled update, ``[expert, out, inp]``."""

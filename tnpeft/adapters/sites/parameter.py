@@ -16,15 +16,14 @@ from torch import Tensor, nn
 from tnpeft.adapters.layer.bank import FactorBank
 from tnpeft.adapters.layer.checkpointing import check_recomputation, refuse_reentrant, selection_seen
 from tnpeft.adapters.layer.fast_path import Route
-from tnpeft.adapters.layer.merging import DenseLinear, rescaling, wide
-from tnpeft.adapters.layer.snapshot import WeightSnapshot
+from tnpeft.adapters.layer.merging import HeldWeight, rescaling, wide
 from tnpeft.adapters.sites.raw import RawWeight, raw_weights
 from tnpeft.networks import NetworkError
 
 _FORMED = "the module reads the weight itself: it is formed at every call"
 
 
-class TensorNetworkParameter(DenseLinear):
+class TensorNetworkParameter(HeldWeight):
     """One raw Parameter and the factors of its adapters: who reads the Parameter gets the adapted weight."""
 
     def __init__(self, raw: RawWeight, bank: FactorBank) -> None:
@@ -47,25 +46,8 @@ class TensorNetworkParameter(DenseLinear):
         assert value is not None  # it is adapted
         return value
 
-    bias = None
-
-    def home_device(self) -> torch.device:
-        """The device of the Parameter."""
-        return self.weight.device
-
-    def base_dtype(self) -> torch.dtype | None:
-        """The dtype of the Parameter."""
-        return self.weight.dtype
-
-    def get_base_weight(self) -> Tensor:
-        """The Parameter's numbers."""
-        return self.weight.data
-
     def _stored(self, matrix: Tensor) -> Tensor:
         return matrix
-
-    def _snapshot(self) -> WeightSnapshot:
-        return WeightSnapshot.of(self.get_base_layer(), self.weight_name)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """PEFT's conversion makes LoRAs of linears alone."""

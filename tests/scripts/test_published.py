@@ -70,7 +70,7 @@ def test_tables_are_current(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     for mark, count in Counter(entry["evidence"] for entry in ENTRIES).items():
         assert f"{mark}: {count} of {count} " in told
         assert f"- {mark}: {count} of {count} " in (tmp_path / "counts.md").read_text()
-        assert f"{count}" in (ROOT / "README.md").read_text().partition("tables/counts.md")[2][:300]
+        assert f"{count}" in (ROOT / "docs" / "why.md").read_text().partition("**Counts.**")[2][:300]
     assert "published" not in (tmp_path / "counts.md").read_text().replace("published by nobody", "").replace(
         "paper/published/counts.toml", ""
     )

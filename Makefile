@@ -34,7 +34,7 @@ test-plain:
 docs: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[docs]"
 	$(BIN)/python scripts/live/vendor.py
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --site-dir site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --site-dir site
 
 paper: demo
 	cp demo/digits.png paper/figures/demo.png && cp demo/digits.svg paper/figures/demo.svg

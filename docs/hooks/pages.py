@@ -1,8 +1,9 @@
-"""Pages made from the package itself: one for each family, one for each public name."""
+"""Pages made from the package itself, one for each family and each public name, and those of ``paper/``."""
 
 from __future__ import annotations
 
 import inspect
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from mkdocs.structure.files import File, Files
 import tnpeft
 from tnpeft.networks import TnpeftError
 
+ROOT = Path(__file__).parents[2]
 MODELS = {"facebook/opt-1.3b": ["q_proj", "v_proj"], "meta-llama/Llama-3.1-8B": ["q_proj", "v_proj"]}
 
 
@@ -21,7 +23,16 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     made = {**family_pages(), **reference_pages()}
     for name, content in made.items():
         files.append(File.generated(config, name, content=content))
+    paper = ROOT / "paper"
+    for path in [paper / "report.md", *paper.glob("tables/*.md"), *paper.glob("figures/*.png")]:
+        files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
     return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Links out of ``docs/``: the pages of ``paper/`` lie inside the site, a test is named by its path."""
+    markdown = re.sub(r"\]\(((?:\.\./)*)\.\./paper/", r"](\1paper/", markdown)
+    return re.sub(r"\[([^]]*)\]\((?:\.\./)+(tests/[^)]*)\)", r"\1: `\2`", markdown)
 
 
 def family_pages() -> dict[str, str | bytes]:

@@ -1,4 +1,4 @@
-"""Embeddings and convolutions: every family against a dense oracle, and a tuner's life on each kind of layer."""
+"""Embeddings and convolutions: a tuner's life on each kind of layer."""
 
 from __future__ import annotations
 
@@ -11,153 +11,26 @@ import peft
 import pytest
 import torch
 from adapter_models import opt
-from dense_oracle import dense
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
+from weight_kinds import CALLED as KINDS
+from weight_kinds import shake
 
 import tnpeft
 from tnpeft.adapters.sites.convolution import TensorNetworkConvolution
-from tnpeft.adapters.state import arrays, bank_of
-from tnpeft.networks import AdapterFileError, Factorization, NetworkError
-from tnpeft.nn.init.philox import normal
-
-FOUNDING = ("cp", "lorta", "tenslora", "tera", "tucker", "lora", "tensor_train")
-
-
-class Tokens(nn.Module):
-    """Two layers of embeddings of 16 features for 48 tokens, the first with a padding token."""
-
-    def __init__(self, tokens: int = 48) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.ModuleDict({"embed": nn.Embedding(tokens, 16)}) for _ in range(2))
-        self.layers[0].embed.padding_idx = 3
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.layers[0].embed(ids) * self.layers[1].embed(ids).tanh()
-
-
-class Images(nn.Module):
-    """Two layers of one convolution each: 16 x 16 matrices for every number of dimensions and groups."""
-
-    def __init__(self, dims: int = 2, groups: int = 1, **options: Any) -> None:
-        super().__init__()
-        make = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
-        taps = {1: (4,), 2: (2, 2), 3: (1, 2, 2)}[dims]
-        options = {"padding": 1, **options}
-        self.layers = nn.ModuleList(
-            nn.ModuleDict({"conv": make(4 * groups, 16, taps, groups=groups, **options)}) for _ in range(2)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers[0].conv(x) * self.layers[1].conv(x).tanh()
-
-
-def image(dims: int = 2, groups: int = 1, batch: tuple[int, ...] = (3,)) -> Tensor:
-    return torch.randn(*batch, 4 * groups, *(5 + k for k in range(dims)), dtype=torch.float64)
-
-
-KINDS: dict[str, tuple[Any, Any, str]] = {
-    "embedding": (Tokens, lambda: torch.tensor([[1, 3, 47], [5, 1, 3]]), "embed"),
-    "conv1d": (lambda: Images(1), lambda: image(1), "conv"),
-    "conv2d": (Images, image, "conv"),
-    "conv2d grouped": (lambda: Images(2, 2), lambda: image(2, 2), "conv"),
-    "conv2d strided": (
-        lambda: Images(2, 4, stride=2, dilation=(1, 2), padding_mode="circular", bias=False),
-        lambda: image(2, 4),
-        "conv",
-    ),
-    "conv3d": (lambda: Images(3), lambda: image(3), "conv"),
-}
-NOT_HERE = {  # families that need something else than a matrix of its own
-    name
-    for name in tnpeft.families.names()
-    if {"expert", "basis", "scene"} & {*tnpeft.families.get(name)().network.indices}
-}
-FAMILIES = [name for name in tnpeft.families.names() if name not in NOT_HERE]
+from tnpeft.adapters.state import bank_of
+from tnpeft.networks import AdapterFileError, NetworkError
 
 
 def adapted(kind: str, **options: Any) -> tuple[nn.Module, peft.PeftModel]:
-    make, _, target = KINDS[kind]
     torch.manual_seed(0)
-    base = make().double()
-    options = {"network": "lora", "target_modules": [target], **options}
+    base = KINDS[kind].make().double()
+    options = {"network": "lora", "target_modules": [*KINDS[kind].targets], **options}
     return base, peft.get_peft_model(copy.deepcopy(base), tnpeft.TensorNetworkConfig(**options)).double()
-
-
-def shake(model: nn.Module, size: float = 0.5) -> None:
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "tnpeft_factors" in name:
-                values = torch.from_numpy(normal(parameter.numel(), 0, name)).reshape(parameter.shape)
-                parameter.copy_(size * values)
-
-
-def matrix(module: nn.Module) -> Tensor:
-    weight = module.weight.detach()
-    return weight.T if isinstance(module, nn.Embedding) else weight.flatten(1)
-
-
-def oracle(base: nn.Module, model: nn.Module, f: Factorization, values: dict, x: Tensor) -> Tensor:
-    """The base model's output with every adapted weight replaced."""
-    weights: dict[str, Tensor] = {}
-    for place in bank_of(model).layouts["default"].site_layouts:
-        site = place.site
-        module = base.get_submodule(site.module)
-        name = f"{site.module}.weight"
-        whole = weights.get(name, matrix(module))
-        axis = 1 if "/inp:" in site.proj else 0
-        length = site.inp if axis else site.out
-        part = dense(place, values, f, matrix(module).narrow(axis, site.start, length))
-        pad = torch.zeros_like(matrix(module))
-        index = [slice(None), slice(None)]
-        index[axis] = slice(site.start, site.start + length)
-        weights[name] = whole + pad.index_put(_grid(pad, index), part)
-    for name, whole in weights.items():
-        module = base.get_submodule(name.removesuffix(".weight"))
-        weights[name] = whole.T if isinstance(module, nn.Embedding) else whole.reshape(module.weight.shape)
-    return functional_call(base, weights, (x,))
-
-
-def _grid(like: Tensor, index: list[slice]) -> tuple[Tensor, ...]:
-    rows, cols = (torch.arange(size)[part] for size, part in zip(like.shape, index, strict=True))
-    return rows[:, None], cols[None, :]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_outputs_and_gradients(family: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.opt_einsum, "enabled", False)
-    f = tnpeft.families.get(family)()
-    base, model = adapted(kind, network=f)
-    x = KINDS[kind][1]()
-    if family in FOUNDING:
-        assert torch.equal(model(x), base(x))  # the identity at the start
-    shake(model)
-    held = arrays(model, bank_of(model), "default")
-    leaves = {piece: a.detach().clone().requires_grad_(piece.kind == "trainable") for piece, a in held.items()}
-    wanted, found = oracle(base, model, f, leaves, x), model(x)
-    assert (wanted - base(x)).abs().max() > 1e-6
-    assert torch.allclose(found, wanted, rtol=0, atol=1e-10 * float(wanted.detach().abs().max()))
-    for output in (wanted, found):
-        output.square().mean().backward()
-    trained = {piece: leaf for piece, leaf in leaves.items() if piece.kind == "trainable"}
-    total = torch.stack([leaf.grad.norm() for leaf in trained.values()]).norm()
-    for piece, leaf in trained.items():
-        assert (held[piece].grad - leaf.grad).norm() <= 1e-8 * leaf.grad.norm() + 1e-13 * total, piece
-    model.merge_adapter()
-    with torch.no_grad():
-        assert torch.allclose(model(x), wanted, rtol=0, atol=1e-10 * float(wanted.abs().max()))
-        model.unmerge_adapter()
-    for name, weight in base.named_parameters():
-        own = model.get_base_model().get_parameter(
-            name.replace(".weight", ".base_layer.weight").replace(".bias", ".base_layer.bias")
-        )
-        assert torch.equal(own, weight)
 
 
 # ---- a tuner's life
@@ -182,7 +55,7 @@ def trained(model: nn.Module) -> int:
 def test_saved_loaded_counted(kind: str, line: str, tmp_path: Path) -> None:
     base, model = adapted(kind, **LINES[line])
     shake(model)
-    x = KINDS[kind][1]()
+    x = KINDS[kind].example()
     model.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "adapter_model.safetensors")
     layout = bank_of(model).layouts["default"]
@@ -208,8 +81,8 @@ def test_saved_loaded_counted(kind: str, line: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapters_are_switched_merged_and_deleted(kind: str) -> None:
     base, model = adapted(kind, **LINES["lora"])
-    x = KINDS[kind][1]()
-    model.add_adapter("second", tnpeft.TensorNetworkConfig(**LINES["shared"], target_modules=[KINDS[kind][2]]))
+    x = KINDS[kind].example()
+    model.add_adapter("second", tnpeft.TensorNetworkConfig(**LINES["shared"], target_modules=[*KINDS[kind].targets]))
     model.double()
     shake(model)
     weights = {name: value.clone() for name, value in model.named_parameters() if "base_layer.weight" in name}
@@ -247,10 +120,10 @@ def test_adapters_are_switched_merged_and_deleted(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_mixed_batches(kind: str) -> None:
     base, model = adapted(kind, **LINES["lora"])
-    model.add_adapter("second", tnpeft.TensorNetworkConfig(**LINES["cp"], target_modules=[KINDS[kind][2]]))
+    model.add_adapter("second", tnpeft.TensorNetworkConfig(**LINES["cp"], target_modules=[*KINDS[kind].targets]))
     model.double().eval()
     shake(model)
-    x = KINDS[kind][1]()
+    x = KINDS[kind].example()
     names = ["second", "default", "__base__"][: len(x)]
     found = model(x, adapter_names=names)
     for k, name in enumerate(names):
@@ -264,7 +137,7 @@ def test_mixed_batches(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_replicas_and_values_by_row(kind: str) -> None:
-    x = torch.cat([KINDS[kind][1]()] * 2)
+    x = torch.cat([KINDS[kind].example()] * 2)
     count = len(x) // 2
     _, model = adapted(kind, network=LORA, ranks={"r": 2}, replicas=2)
     shake(model)
@@ -288,7 +161,7 @@ def test_replicas_and_values_by_row(kind: str) -> None:
 def test_dropout(kind: str) -> None:
     base, model = adapted(kind, dropout=0.5, **LINES["lora"])
     shake(model)
-    x = KINDS[kind][1]()
+    x = KINDS[kind].example()
     wanted = model.eval()(x)
     outputs = [model.train()(x) for _ in range(2)]
     assert not torch.equal(outputs[0], outputs[1])
@@ -308,7 +181,7 @@ def test_dropout(kind: str) -> None:
 def test_checkpointing(kind: str, reentrant: bool) -> None:
     _, model = adapted(kind, **LINES["cp"])
     shake(model)
-    x = KINDS[kind][1]()
+    x = KINDS[kind].example()
     if x.is_floating_point():
         x.requires_grad_()
 
@@ -328,7 +201,7 @@ def test_checkpointing(kind: str, reentrant: bool) -> None:
 def test_compiled_in_one_graph(kind: str, line: str) -> None:
     _, model = adapted(kind, **LINES[line])
     shake(model)
-    x = KINDS[kind][1]()
+    x = KINDS[kind].example()
     torch._dynamo.reset()  # its limit of recompilations counts all models
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     found = compiled(x)
@@ -340,7 +213,7 @@ def test_compiled_in_one_graph(kind: str, line: str) -> None:
 def test_dora_on_convolutions_is_pefts(kind: str) -> None:
     _, model = adapted(kind, dora=True, **LINES["lora"])
     shake(model)
-    x = KINDS[kind][1]()
+    x = KINDS[kind].example()
     wanted = model(x)
     for layer in (m for m in model.modules() if isinstance(m, TensorNetworkConvolution)):
         delta = layer.updates["default"][0].delta(layer.operands("default", layer.updates["default"][0]))
@@ -359,7 +232,7 @@ def test_dora_on_convolutions_is_pefts(kind: str) -> None:
 def test_the_same_factors_in_pefts_lora_give_the_same_model(kind: str) -> None:
     base, model = adapted(kind, network=LORA, ranks={"r": 3})
     shake(model)
-    target = KINDS[kind][2]
+    [target] = KINDS[kind].targets
     other = peft.get_peft_model(
         copy.deepcopy(base), peft.LoraConfig(r=3, lora_alpha=3, target_modules=[target])
     ).double()
@@ -374,7 +247,7 @@ def test_the_same_factors_in_pefts_lora_give_the_same_model(kind: str) -> None:
                 weight.copy_(own.get("A").reshape(weight.shape))
                 weight = theirs[target].lora_B["default"].weight
                 weight.copy_(own.get("B").reshape(weight.shape))
-    x = KINDS[kind][1]()
+    x = KINDS[kind].example()
     assert torch.allclose(model(x), other(x), rtol=0, atol=1e-10)
 
 

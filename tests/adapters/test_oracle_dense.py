@@ -8,11 +8,11 @@ import peft
 import pytest
 import torch
 from adapter_models import MODELS, inputs
-from dense_oracle import dense
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
+from weight_kinds import dense
 
 import tnpeft
 from tnpeft.adapters.state import arrays, bank_of

@@ -12,8 +12,6 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import tnpeft
-from tnpeft.layout import ParameterSpec, SiteLayout
-from tnpeft.networks import Factorization
 
 EXPERTS, WIDTH, HIDDEN = 4, 16, 32
 _SIZES = {
@@ -85,41 +83,3 @@ class KeepDouble(TorchFunctionMode):
             if kwargs.get("dtype") in (torch.float32, torch.float):
                 kwargs["dtype"] = torch.float64
         return function(*args, **kwargs)
-
-
-def site_update(place: SiteLayout, values: dict[ParameterSpec, Tensor], f: Factorization, weight: Tensor) -> Tensor:
-    """One site's scaled update by one unordered einsum per term, ``[expert, out, inp]``."""
-    net, sizes = place.network, {**place.sizes, "expert": place.site.experts}
-    letters = {index: chr(ord("a") + k) for k, index in enumerate(dict.fromkeys((*net.indices, "expert")))}
-    sides = ("expert", *net.rows, *net.cols)
-    total: Any = 0.0
-    for term in net.terms:
-        operands = [torch.ones(sizes["expert"], dtype=weight.dtype)]
-        for factor in term.factors:
-            label = net.label(factor)
-            value = values[place.parameters[label]] if f.init.get(label) != "base" else weight
-            if f.init.get(label) == "base":
-                value = weight.reshape([sizes[i] for i in sides])
-            if label in f.unit_norm:
-                axes = [axis for axis, index in enumerate(factor.indices) if index in sides[1:]]
-                value = value / value.norm(dim=axes, keepdim=True)
-            operands.append(value)
-        uses = [letters["expert"], *("".join(letters[i] for i in factor.indices) for factor in term.factors)]
-        spec = ",".join(uses) + "->" + "".join(letters[i] for i in sides)
-        total = total + term.sign * torch.einsum(spec, operands)
-    return f.scale * total.reshape(weight.shape)
-
-
-def region(kind: str, site: Any, weight: Tensor) -> tuple[Any, ...]:
-    """Where a site lies in ``[expert, out, inp]``: gate and up side by side, in gpt-oss row by row in turn."""
-    _, *parts = site.proj.split("/")
-    rows, cols = [*range(weight.shape[1])], [*range(weight.shape[2])]
-    for depth, part in enumerate(parts):
-        side, number = part.split(":")
-        if depth == 0 and site.proj.startswith("experts_gate_up"):
-            rows = rows[int(number) :: 2] if kind == "gpt_oss" else rows[int(number) * WIDTH :][:WIDTH]
-        elif side == "out":
-            rows = rows[int(number) * site.out :][: site.out]
-        else:
-            cols = cols[int(number) * site.inp :][: site.inp]
-    return slice(None), torch.tensor(rows)[:, None], torch.tensor(cols)[None]

@@ -147,14 +147,14 @@ def check_experts(found: Layout) -> None:
     >>> f = Factorization.of("B[expert out r] A[r inp] -> expert out inp", ranks={"r": 2})
     >>> check_experts(layout(f, [Site(0, "q_proj", 2, 3)]))
     Traceback (most recent call last):
-    tnpeft.networks.errors.ConfigError: the index 'expert' has no meaning on q_proj (2 x 3): it is a linear, not a...
+    tnpeft.networks.errors.ConfigError: the index 'expert' has no meaning on q_proj (2 x 3): it is one matrix, ...
     """
     for site_layout in found.site_layouts:
         net, site = site_layout.line.network, site_layout.site
         if "expert" in net.indices and not site.experts:
             raise ConfigError(
-                f"the index 'expert' has no meaning on {site.proj} ({site.out} x {site.inp}): it is a linear, not a "
-                "weight of several experts",
+                f"the index 'expert' has no meaning on {site.proj} ({site.out} x {site.inp}): it is one matrix, "
+                "not one for every expert",
                 line=str(net),
                 position=str(net).index("expert"),
                 remedy="leave 'expert' out of the line, or target weights that hold one matrix for every expert",

@@ -1,0 +1,164 @@
+"""Every family on every kind of weight: the outputs, gradients and weights of a dense model, or one clear refusal."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+
+import peft
+import pytest
+import torch
+from expert_models import KeepDouble
+from torch import Tensor, nn
+from torch.func import functional_call
+from weight_kinds import CALLED, EXPERTS, KINDS, Kind, replaced, shake
+
+import tnpeft
+from tnpeft.adapters.state import arrays, bank_of
+from tnpeft.networks import Factorization, NetworkError
+
+# Of the founding papers: CP steps, LoRTA, TensLoRA and TeRA, and what they are compared with.
+FOUNDING = ("cp", "lorta", "tenslora", "tera", "tucker", "tensor_train", "lora")
+STACKS = {"tuka": {"scene": 2, "env": 3}, "lotra": {"basis": 2}}
+# Lines over experts that are no family's.
+OWN = {
+    "cp": "w[layer proj r] a[expert r] A[layer proj o1 r] B[layer proj o2 r] C[layer proj i1 r] D[layer proj i2 r] "
+    "-> layer proj expert (o1 o2) (i1 i2)",
+    "train": "G1[proj out a] G2[layer a b] G3[expert b c] G4[c inp] -> layer proj expert out inp",
+    "sum": "B[layer proj expert out r] A[proj r inp] - C[proj out s] D[expert s inp] -> layer proj expert out inp",
+    "hira": "^W[layer proj expert out inp] B[layer proj expert out r] A[proj r inp] -> layer proj expert out inp",
+    "ia3": "v[layer proj expert out] ^W[layer proj expert out inp] -> layer proj expert out inp",
+    "unit": "U[layer proj out r] e[layer proj expert r] V[layer proj inp r] -> layer proj expert out inp",
+}
+
+
+def own(name: str) -> Factorization:
+    net = tnpeft.network(OWN[name])
+    return Factorization.of(
+        net,
+        name=f"own_{name}",
+        ranks=dict.fromkeys(net.bonds, 2),
+        init={"W": "base"} if "^W" in OWN[name] else {},
+        unit_norm=("U", "V") if name == "unit" else (),
+        scale=0.5,
+    )
+
+
+FAMILIES = {name: tnpeft.families.get(name)() for name in tnpeft.families.names()}
+OVER_EXPERTS = [name for name, f in FAMILIES.items() if "expert" in f.network.indices]
+OF_THE_WEIGHT = {  # in constants or starts that all experts would share
+    **dict.fromkeys(("hira", "ia3", "glora"), "W0"),
+    **{"abba": ("B1", "svd"), "dota": ("G1", "tt_svd"), "mica": ("B", "svd_minor")},
+    **dict.fromkeys(("lora_xs", "svft"), ("U", "svd")),
+}
+SITES = {
+    **{"embedding": "embed (16 x 48)", "parameter": "kernel_weight (16 x 16)"},
+    **{"attention": "in_proj/out:0 (16 x 16)", "attention apart": "q_proj (16 x 16)"},
+}
+
+
+def refusal(family: str, kind: str) -> tuple[str, str] | None:
+    """What is said, and what to do, where a family has no meaning on a kind of weight; None where it has."""
+    if family in OVER_EXPERTS and kind not in EXPERTS:
+        site = SITES.get(kind, "conv (16 x 16)")
+        problem = f"the index 'expert' has no meaning on {site}: it is one matrix, not one for every expert"
+        return problem, "leave 'expert' out of the line, or target weights that hold one matrix for every expert"
+    if family in OF_THE_WEIGHT and kind in EXPERTS:
+        what = OF_THE_WEIGHT[family]
+        if isinstance(what, str):
+            problem = f"the base weight {what} of experts_gate_up_proj/out:0 is 4 matrices, one for every expert"
+            return problem, f"let it carry the index 'expert', as in ^{what}[layer proj expert out inp]"
+        problem = f"factor {what[0]!r} serves 4 experts and cannot start as {what[1]!r}"
+        return problem, "the base weight differs from expert to expert: let the factor carry expert"
+    if (family, kind) == ("lora_xs", "attention apart"):  # whose v_proj is 16 x 8
+        return "factor 'U' [out=16 a=16] cannot start as 'svd'", "a rank of at most 8 fits"
+    return None
+
+
+CASES = [(f, kind) for f in FAMILIES for kind in KINDS] + [(f"own_{name}", kind) for name in OWN for kind in EXPERTS]
+
+
+def adapted(f: Factorization, kind: Kind) -> tuple[nn.Module, peft.PeftModel]:
+    torch.manual_seed(0)
+    base = kind.make().double().eval()
+    config = tnpeft.TensorNetworkConfig(network=f, target_modules=[*kind.targets], stack=STACKS.get(f.name, {}))
+    model = peft.get_peft_model(copy.deepcopy(base), config).double().eval()
+    if f.name in STACKS:
+        tnpeft.select(model, **dict.fromkeys(STACKS[f.name], 0))
+    return base, model
+
+
+def output(kind: Kind, model: nn.Module, x: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
+    with KeepDouble() if kind.experts else nullcontext():
+        found = model(x) if weights is None else functional_call(model, weights, (x,))
+    return found.logits if kind.experts else found
+
+
+def merged_weight(model: peft.PeftModel, name: str) -> Tensor:
+    """A weight of the base model by its name there."""
+    path, _, own = name.rpartition(".")
+    held = dict(model.get_base_model().named_parameters())
+    return held[name if name in held else f"{path}.base_layer.{own}"]
+
+
+@pytest.mark.parametrize(("family", "kind"), CASES)
+def test_outputs_gradients_and_merged_weights(family: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.opt_einsum, "enabled", False)
+    its, f = KINDS[kind], FAMILIES.get(family) or own(family.removeprefix("own_"))
+    if (said := refusal(family, kind)) is not None:
+        assert family not in FOUNDING
+        with pytest.raises(NetworkError) as caught:
+            adapted(f, its)
+        assert (caught.value.problem, caught.value.remedy) == said
+        return
+    base, model = adapted(f, its)
+    x = its.example()
+    plain = output(its, base, x).detach()
+    if family in FOUNDING:
+        size = 0 if kind in CALLED else 1e-13 * float(plain.abs().max())
+        with torch.no_grad():
+            assert torch.allclose(output(its, model, x), plain, rtol=0, atol=size)
+    held = arrays(model, bank_of(model), "default")
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    stored = sum(value.numel() for value in peft.get_peft_model_state_dict(model).values())
+    assert count == stored == bank_of(model).layouts["default"].count()
+    shake(model, its.spread)
+    leaves = {piece: a.detach().clone().requires_grad_(piece.kind == "trainable") for piece, a in held.items()}
+    weights = replaced(its, base, model, f, leaves)
+    wanted, found = output(its, base, x, weights), output(its, model, x)
+    assert (wanted - plain).abs().max() > 1e-6
+    # Updates with random factors are large: errors are relative to what the outputs are made of.
+    assert torch.allclose(found, wanted, rtol=0, atol=1e-10 * float(wanted.detach().abs().max()))
+    for result in (wanted, found):
+        result.square().mean().backward()
+    trained = {piece: leaf for piece, leaf in leaves.items() if piece.kind == "trainable"}
+    total = torch.stack([leaf.grad.norm() for leaf in trained.values() if leaf.grad is not None]).norm()
+    for piece, leaf in trained.items():
+        assert (held[piece].grad - leaf.grad).norm() <= 1e-8 * leaf.grad.norm() + 1e-12 * total, piece
+    model.merge_adapter()
+    for name, weight in weights.items():
+        size = 1e-10 * float(weight.detach().abs().max())
+        assert torch.allclose(merged_weight(model, name), weight, rtol=0, atol=size)
+    model.unmerge_adapter()
+    for name in weights:
+        assert torch.equal(merged_weight(model, name), base.get_parameter(name))
+
+
+def test_founding_families_are_refused_nowhere() -> None:
+    assert not [(family, kind) for family in FOUNDING for kind in KINDS if refusal(family, kind)]
+
+
+@pytest.mark.parametrize("kind", ["embedding", "conv2d grouped", "attention", "mixtral"])
+def test_the_oracle_can_fail(kind: str) -> None:
+    its, f = KINDS[kind], FAMILIES["lora"]
+    base, model = adapted(f, its)
+    shake(model, its.spread)
+    values = {piece: array.detach() for piece, array in arrays(model, bank_of(model), "default").items()}
+    first, x = next(iter(values)), its.example()
+    wrong = {**values, first: values[first] * (1 + 1e-6)}
+    with torch.no_grad():
+        right, off = (output(its, base, x, replaced(its, base, model, f, v)) for v in (values, wrong))
+        found = output(its, model, x)
+    limit = 1e-10 * float(right.abs().max())
+    assert torch.allclose(found, right, rtol=0, atol=limit)
+    assert not torch.allclose(off, right, rtol=0, atol=limit)

@@ -1,0 +1,234 @@
+"""Every kind of weight that an adapter can be of, in tiny models, and the dense oracle of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import oracles
+import torch
+from expert_models import CONFIGS, mixture, tokens
+from torch import Tensor, nn
+
+from tnpeft.adapters.state import bank_of
+from tnpeft.layout import ParameterSpec, SiteLayout
+from tnpeft.networks import Factorization, Site
+from tnpeft.nn.init.philox import normal
+
+
+class Tokens(nn.Module):
+    """Two layers of embeddings of 16 features for 48 tokens, the first with a padding token."""
+
+    def __init__(self, tokens: int = 48) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({"embed": nn.Embedding(tokens, 16)}) for _ in range(2))
+        self.layers[0].embed.padding_idx = 3
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.layers[0].embed(ids) * self.layers[1].embed(ids).tanh()
+
+
+class Images(nn.Module):
+    """Two layers of one convolution each: 16 x 16 matrices for every number of dimensions and groups."""
+
+    def __init__(self, dims: int = 2, groups: int = 1, **options: Any) -> None:
+        super().__init__()
+        make = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+        taps = {1: (4,), 2: (2, 2), 3: (1, 2, 2)}[dims]
+        options = {"padding": 1, **options}
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"conv": make(4 * groups, 16, taps, groups=groups, **options)}) for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[0].conv(x) * self.layers[1].conv(x).tanh()
+
+
+class Attention(nn.Module):
+    """Two attention layers; ``apart`` they read keys and values of another width, whose projections stand apart."""
+
+    def __init__(self, apart: bool = False) -> None:
+        super().__init__()
+        widths = {"kdim": 8, "vdim": 8} if apart else {}
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"attn": nn.MultiheadAttention(16, 4, batch_first=True, **widths)}) for _ in range(2)
+        )
+        self.width = 8 if apart else 16
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            y = x if self.width == 16 else x[..., :8]
+            x = layer["attn"](x, y, y, need_weights=False)[0] + x
+        return x
+
+
+class Kernel(nn.Module):
+    """A module with a matrix of its own, read in two methods and from outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(16, 16))
+
+    def back(self, x: Tensor) -> Tensor:
+        return x @ self.kernel
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.kernel.T
+
+
+class Kernels(nn.Module):
+    """Two modules with a matrix each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({"mix": Kernel()}) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = (layer["mix"] for layer in self.layers)
+        return first.back(second(first(x)).tanh()) + x @ second.kernel
+
+
+def image(dims: int = 2, groups: int = 1) -> Tensor:
+    return torch.randn(3, 4 * groups, *(5 + k for k in range(dims)), dtype=torch.float64)
+
+
+def sequence() -> Tensor:
+    return torch.randn(2, 5, 16, dtype=torch.float64)
+
+
+def _same(matrix: Tensor) -> Tensor:
+    return matrix
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A model, an input, the targets in it; the stored weight as ``[out, inp]``, experts before, and back.
+
+    ``spread`` is the size of random factors: attention saturates if it is large, and its gradients with it.
+    """
+
+    make: Callable[[], nn.Module]
+    example: Callable[[], Tensor]
+    targets: tuple[str, ...]
+    matrix: Callable[[Tensor], Tensor] = _same
+    back: Callable[[Tensor, Tensor], Tensor] = lambda matrix, stored: matrix
+    spread: float = 0.5
+    experts: str = ""
+
+
+def _turned(matrix: Tensor, stored: Tensor | None = None) -> Tensor:
+    return matrix.mT
+
+
+def _conv(dims: int = 2, groups: int = 1, **options: Any) -> Kind:
+    return Kind(
+        lambda: Images(dims, groups, **options),
+        lambda: image(dims, groups),
+        ("conv",),
+        lambda stored: stored.flatten(1),
+        lambda matrix, stored: matrix.reshape(stored.shape),
+    )
+
+
+def _experts(name: str) -> Kind:
+    sides = (_turned, _turned) if name == "gpt_oss" else ()
+    return Kind(lambda: mixture(name), tokens, ("experts",), *sides, experts=name)
+
+
+CALLED = {
+    "embedding": Kind(Tokens, lambda: torch.tensor([[1, 3, 47], [5, 1, 3]]), ("embed",), _turned, _turned),
+    "conv1d": _conv(1),
+    "conv2d": _conv(),
+    "conv2d grouped": _conv(2, 2),
+    "conv2d strided": _conv(2, 4, stride=2, dilation=(1, 2), padding_mode="circular", bias=False),
+    "conv3d": _conv(3),
+}
+RAW = {
+    "attention": Kind(Attention, sequence, ("in_proj",), spread=0.2),
+    "attention apart": Kind(lambda: Attention(True), sequence, ("q_proj_weight", "v_proj"), spread=0.2),
+    "parameter": Kind(Kernels, sequence, ("mix.kernel",), spread=0.2),
+}
+EXPERTS = {name: _experts(name) for name in CONFIGS if name != "qwen2_moe"}  # which is stored as qwen3_moe
+KINDS = {**CALLED, **RAW, **EXPERTS}
+
+
+def shake(model: nn.Module, size: float = 0.5) -> None:
+    """Random trainable factors."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "tnpeft_factors" in name:
+                values = torch.from_numpy(normal(parameter.numel(), 0, name)).reshape(parameter.shape)
+                parameter.copy_(size * values)
+
+
+# ---- the oracle
+
+
+def dense(place: SiteLayout, values: Mapping[ParameterSpec, Tensor], f: Factorization, weight: Tensor) -> Tensor:
+    """One site's scaled update by plain einsum from the line alone, ``[out, inp]``, or with experts before.
+
+    ``weight`` is the site's own, for lines that hold it. Of named stacks the first values are taken.
+    """
+    net, sizes = place.network, place.sizes
+    named = [index for index in net.stack if index != "expert"]
+    factors = {}
+    for factor in net.factors:
+        label = net.label(factor)
+        value = (
+            weight.reshape([sizes[i] for i in factor.indices])
+            if f.init.get(label) == "base"
+            else values[place.parameters[label]]
+        )
+        if label in f.unit_norm:
+            axes = [axis for axis, index in enumerate(factor.indices) if index in (*net.rows, *net.cols)]
+            value = value / value.norm(dim=axes, keepdim=True)
+        factors[label] = value
+    found = oracles.dense(net, factors)
+    for axis in reversed([k for k, group in enumerate(net.output) if group[0] in named]):
+        found = found.select(axis, 0)
+    return f.scale * found.reshape(*(s for s in found.shape[:-2]), *weight.shape[-2:])
+
+
+def region(kind: Kind, site: Site, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows and columns of a site: gate and up of experts side by side, in gpt-oss row by row in turn."""
+    rows, cols = torch.arange(weight.shape[-2]), torch.arange(weight.shape[-1])
+    first, *parts = site.proj.split("/")
+    if kind.experts and first == "experts_gate_up_proj":
+        number, half = int(parts.pop(0).removeprefix("out:")), len(rows) // 2
+        rows = rows[number::2] if kind.experts == "gpt_oss" else rows[number * half :][:half]
+    for part in parts:
+        side, number = part.split(":")
+        if side == "out":
+            rows = rows[int(number) * site.out :][: site.out]
+        else:
+            cols = cols[int(number) * site.inp :][: site.inp]
+    return rows[:, None], cols[None]
+
+
+def stored_name(base: nn.Module, site: Site) -> str:
+    """The name of the Parameter that holds a site's weight."""
+    known, path = {name for name, _ in base.named_parameters()}, site.module
+    names = (path, f"{path}.weight", f"{path}_weight", path.removesuffix("_weight"))
+    return next(name for name in names if name in known)
+
+
+def replaced(
+    kind: Kind, base: nn.Module, model: nn.Module, f: Factorization, values: Mapping[ParameterSpec, Tensor]
+) -> dict[str, Tensor]:
+    """Every adapted Parameter of the base model with the updates of its sites added."""
+    changes: dict[str, Tensor] = {}
+    for place in bank_of(model).layouts["default"].site_layouts:
+        name = stored_name(base, place.site)
+        weight = kind.matrix(base.get_parameter(name).detach())
+        rows, cols = region(kind, place.site, weight)
+        part = weight[..., rows, cols]
+        update = dense(place, values, f, part).expand(part.shape)
+        zero = torch.zeros_like(weight)
+        index = (torch.arange(len(weight))[:, None, None], rows, cols) if weight.dim() == 3 else (rows, cols)
+        changes[name] = changes.get(name, zero) + zero.index_put(index, update)
+    found = {}
+    for name, change in changes.items():
+        stored = base.get_parameter(name).detach()
+        found[name] = stored + kind.back(change, stored)
+    return found

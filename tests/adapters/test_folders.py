@@ -544,7 +544,8 @@ def test_values_nested_deeply_are_refused(field: str, depth: int, saved: Path, t
 
 ABSURD: list[dict[str, Any]] = [
     {"scale": 1e308}, {"scale": -1e31}, {"scale": 1e-300}, {"peft_type": "NOTHING"}, {"peft_type": ["LORA"]},
-    {"peft_type": "LORA"}, {"task_type": "SING"}, {"task_type": {}}, {"replicas": 2**40}, {"peft_version": 3},
+    {"peft_type": "LORA"}, {"peft_type": None}, {"relative_step": 10**400},
+    {"task_type": "SING"}, {"task_type": {}}, {"replicas": 2**40}, {"peft_version": 3},
 ]  # fmt: skip
 
 
@@ -552,6 +553,15 @@ ABSURD: list[dict[str, Any]] = [
 def test_absurd_values_are_refused_when_read(fields: dict[str, Any], saved: Path, tmp_path: Path) -> None:
     with pytest.raises(TnpeftError, match=next(iter(fields)) if "task_type" not in fields else "Invalid task type"):
         peft.PeftConfig.from_pretrained(edited(saved, tmp_path, **fields))
+
+
+@pytest.mark.parametrize("text", ["{}", '{"peft_type": null}', '{"network": {}}'])
+def test_a_configuration_without_a_kind_is_not_loaded(text: str, saved: Path, tmp_path: Path) -> None:
+    file = edited(saved, tmp_path) / "adapter_config.json"
+    file.write_text(text)
+    for load in (peft.PeftModel.from_pretrained, lambda model, path: model.load_adapter(path)):
+        with pytest.raises(TnpeftError, match="unknown kind"):
+            load(opt(), str(file.parent))
 
 
 @pytest.mark.filterwarnings("ignore:the update of")

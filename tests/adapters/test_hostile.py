@@ -85,6 +85,7 @@ FILES: dict[str, tuple[Edit, str]] = {
     ),
     "nan": (weights(first_to(float("nan"))), "is not finite"),
     "infinite": (weights(first_to(float("inf"))), "is not finite"),
+    "beyond fp32": (weights(lambda held: {n: v.double() + 1e300 for n, v in held.items()}), "is not finite"),
     "integers": (weights(lambda held: {n: v.int() for n, v in held.items()}), "of type torch.int32"),
     "complex": (weights(lambda held: {n: v.to(torch.complex64) for n, v in held.items()}), "of type torch.complex64"),
     "shapes": (weights(lambda held: {n: v[:1].contiguous() for n, v in held.items()}), r"is \(1, \d\), not"),

@@ -231,6 +231,9 @@ def test_ratios_and_errors() -> None:
     assert row.nearest.ranks["a"] == 2 * row.nearest.ranks["b"]
     with pytest.raises(NetworkError, match="no family has the rank 'z'"):
         tnpeft.budget("lotr", sizes, parameters=2_000, ratios={"z": 2})
+    for ratio in (0, -1, float("nan"), float("inf"), "2"):
+        with pytest.raises(NetworkError, match="the ratio of 'a' is"):
+            tnpeft.budget("lotr", sizes, parameters=2_000, ratios={"a": ratio})  # type: ignore[dict-item]
     with pytest.raises(NetworkError, match="no size for 'layer', 'proj'"):
         tnpeft.budget("lora", parameters=2_000, out=8, inp=8)
     for bad in (0, -5, 1.5, "many"):

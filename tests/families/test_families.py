@@ -70,7 +70,7 @@ def test_a_new_family_is_a_function_and_nothing_else() -> None:
         return Factorization.of("A[out r] B[r inp] -> out inp", name="mine", ranks={"r": rank})
 
     try:
-        assert families.family(mine) is mine
+        assert families.family(mine) is families.mine
         assert families.mine(3).ranks == {"r": 3}
         assert "mine" in families.names()
     finally:
@@ -513,3 +513,24 @@ def test_lines_are_what_peft_computes(method: str, out: int, inp: int) -> None:
     theirs = (model(x) - layer.base_layer(x)).detach().numpy()
     ours = x.numpy() @ (f.scale * dense(placed.network, values)).T
     np.testing.assert_allclose(theirs, ours, rtol=0, atol=inp * np.finfo(np.float32).eps * np.abs(ours).max())
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("cp", {"out": 32}), ("cp", {"modes": 3}), ("gralora", {"k": 0}), ("bd_lora", {"blocks": 0}),
+        ("abba", {"rank": None}), ("lorta", {"rank": 0}), ("tucker", {"ranks": 2.5}), ("loretta", {"bottleneck": 3}),
+        ("tenslora", {"construction": 1}), ("lora", {"alpha": 10**400}), ("lora", {"rnak": 2}),
+        ("lora", {"rslora": "no"}), ("cp", {"unit_norm": 1}), ("tt_lora", {"zero": None}),
+    ],
+)  # fmt: skip
+def test_an_argument_that_does_not_fit_is_refused_with_the_familys_own(name: str, given: dict[str, Any]) -> None:
+    with pytest.raises(NetworkError, match=rf"{name}\(.*has an unfit argument(.|\n)*call it as {name}\("):
+        families.get(name)(**given)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(("name", "option"), [("lora", "alpha"), ("cp", "scale"), ("tt_lora", "alpha")])
+def test_a_scale_that_is_not_finite_is_refused(name: str, option: str, value: float) -> None:
+    with pytest.raises(NetworkError, match=f"(alpha|scale) is {value}"):
+        families.get(name)(**{option: value})

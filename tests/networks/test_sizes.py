@@ -181,6 +181,30 @@ def test_check_size_quotes_the_line() -> None:
         check_size("r", 0, str(LORA))
 
 
+@pytest.mark.parametrize("bad", [3, "r=2", [2], True])
+def test_sizes_that_are_no_mapping_are_said_so(bad: Any) -> None:
+    lora = tnpeft.families.lora(rank=2)
+    asked = (
+        lambda: tnpeft.parameters(LORA, bad),
+        lambda: tnpeft.parameters(lora, bad, model="roberta-base"),
+        lambda: tnpeft.parameter_step(LORA, "r", bad),
+        lambda: tnpeft.gain(lora, bad),
+        lambda: tnpeft.budget("lora", bad, parameters=9),
+        lambda: tnpeft.plan(LORA, bad),
+        lambda: tnpeft.mermaid(LORA, bad),
+        lambda: tnpeft.fit(LORA, np.ones((2, 3, 4)), bad),
+    )
+    for ask in asked:
+        with pytest.raises(NetworkError, match=r"the sizes are .*\npass a mapping"):
+            ask()
+
+
+@pytest.mark.parametrize("bad", [None, 3])
+def test_a_picture_of_no_network_is_refused(bad: Any) -> None:
+    with pytest.raises(NetworkError, match="expected a Network"):
+        tnpeft.mermaid(bad)
+
+
 @pytest.mark.parametrize("bad", ["B[out r] A[r inp] -> out inp", "lora", None, 3])
 def test_what_is_no_network_is_said_so(bad: object) -> None:
     asked = (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import peft
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 
 import tnpeft
 from tnpeft import families
-from tnpeft.networks import NetworkError
+from tnpeft.networks import ConfigError, NetworkError
 
 FAMILIES = {
     "lora": families.lora(rank=3),
@@ -100,3 +102,22 @@ def test_a_zero_start_is_left_alone_and_a_merged_adapter_refused():
     model.merge_adapter()
     with pytest.raises(NetworkError, match="merged"):
         tnpeft.rebalance(model)
+
+
+@pytest.mark.parametrize("bad", [None, "folder", 5, {}])
+def test_what_is_no_model_is_said_so(bad: Any) -> None:
+    asked = (
+        tnpeft.factors, tnpeft.rebalance, tnpeft.explain, tnpeft.refresh, tnpeft.select,
+        lambda model: tnpeft.parameter_groups(model, lr=1e-3), lambda model: tnpeft.export_lora(model, "nowhere"),
+        lambda model: tnpeft.set_factors(model, {}), lambda model: tnpeft.coordinate_check(model, None),
+    )  # fmt: skip
+    for ask in asked:
+        with pytest.raises(ConfigError, match=r"the model is .*\npass a torch.nn.Module"):
+            ask(bad)
+
+
+@pytest.mark.parametrize("bad", [-1e-3, float("nan"), float("inf"), "x"])
+@pytest.mark.parametrize("option", ["lr", "relative_step"])
+def test_rates_that_are_no_rates_are_refused(option: str, bad: Any) -> None:
+    with pytest.raises(NetworkError, match=f"{option} is "):
+        tnpeft.parameter_groups(nn.Linear(2, 2), **{option: bad})

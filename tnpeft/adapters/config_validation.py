@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from math import isfinite
+from sys import float_info
 from typing import Any
 
 from tnpeft.adapters.storage.expressions import MOST_TEXT
@@ -112,7 +112,7 @@ def _whole(value: Any, least: int = 0) -> bool:
 
 
 def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= float_info.max
 
 
 def _ranks(value: Any) -> bool:

@@ -20,7 +20,7 @@ from tnpeft.adapters.config_validation import check_replicas
 from tnpeft.adapters.constants import PREFIX
 from tnpeft.adapters.experts.module import TensorNetworkExperts, experts_at, stacks
 from tnpeft.adapters.experts.weight import ExpertWeight
-from tnpeft.adapters.layer.bank import BANK, FactorBank, TensorNetworkLayer
+from tnpeft.adapters.layer.bank import BANK, FactorBank, TensorNetworkLayer, find_bank
 from tnpeft.adapters.layer.bases import excluded_weights, site_weight, weights_of
 from tnpeft.adapters.layer.binding import update
 from tnpeft.adapters.layer.checkpointing import watch
@@ -383,7 +383,7 @@ class TensorNetworkModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: TensorNetworkConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        bank = next((module for module in model.modules() if isinstance(module, FactorBank)), None)
+        bank = find_bank(model)
         if bank is not None and adapter_name in bank.layouts:
             check_state(model, config, adapter_name, bank.layouts[adapter_name], state_dict)
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(

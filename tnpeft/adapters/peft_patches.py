@@ -193,7 +193,8 @@ def _from_json_file(cls: type[PeftConfig], path: str, **kwargs: Any) -> dict[str
         raise AdapterFileError(f"{path} is not an adapter configuration: {problem}", remedy=AGAIN)
     check_depth(found, path)
     kind, ours = found.get("peft_type"), found.keys() >= {"network", "projections", "frozen"}
-    if kind != TENSOR_NETWORK if ours else not (kind is None or (isinstance(kind, str) and kind in _KINDS)):
+    unnamed = "peft_type" not in found and not LOADING.get()  # what is not loaded may leave it out
+    if kind != TENSOR_NETWORK if ours else not (unnamed or (isinstance(kind, str) and kind in _KINDS)):
         raise AdapterFileError(f"{path} says peft_type={shown(kind)}, an unknown kind of adapter", remedy=AGAIN)
     return found  # type: ignore[no-any-return]
 

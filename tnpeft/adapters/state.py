@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from tnpeft.adapters.layer.bank import FactorBank, TensorNetworkLayer
+from tnpeft.adapters.layer.bank import FactorBank, TensorNetworkLayer, find_bank
 from tnpeft.adapters.layer.linear import TensorNetworkLinear
 from tnpeft.adapters.layer.merging import DenseLinear
 from tnpeft.layout import Layout, ParameterSpec
@@ -25,7 +25,7 @@ def bank_of(model: nn.Module, adapter: str = "default") -> FactorBank:
     tnpeft.networks.errors.NetworkError: the model has no tensor-network adapter
     attach one with peft.get_peft_model(model, tnpeft.TensorNetworkConfig(...))
     """
-    bank = next((module for module in model.modules() if isinstance(module, FactorBank)), None)
+    bank = find_bank(model)
     if bank is None:
         raise NetworkError(
             "the model has no tensor-network adapter",
@@ -90,6 +90,8 @@ def set_factors(model: nn.Module, values: Mapping[str, Tensor], adapter: str = "
         raise NetworkError("a merged adapter cannot be changed", remedy="call unmerge_adapter() first")
     layout = bank.layouts[adapter]
     named = {name: (pieces, grid) for name, pieces, grid in entries(layout)}
+    if not isinstance(values, Mapping):
+        raise NetworkError(f"the factors are {str(values)[:60]!r}", remedy="pass them by name, such as {'B': tensor}")
     held = arrays(model, bank, adapter)
     changes: list[tuple[Tensor, Tensor]] = []
     for name, value in values.items():
@@ -121,7 +123,7 @@ def refresh(model: nn.Module) -> None:
     >>> config = tnpeft.TensorNetworkConfig(network="lora", ranks={"r": 2}, target_modules=["0"])
     >>> refresh(peft.get_peft_model(nn.Sequential(nn.Linear(4, 8)), config))
     """
-    for module in model.modules():
+    for module in model.modules() if find_bank(model) is not None else ():
         if isinstance(module, TensorNetworkLinear):
             module.refresh()
 

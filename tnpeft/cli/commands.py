@@ -162,7 +162,7 @@ def check(
     rank: RankOption = None,
     size: SizeOption = None,
     option: SetOption = None,
-    seed: Annotated[int, typer.Option(help="Seed of the random factors.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random factors.", min=0)] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Try every property of a network: contraction, gradient, count, rank, start. Exit code 1 if one fails.

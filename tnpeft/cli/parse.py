@@ -40,6 +40,8 @@ TargetsOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
+_DIGITS = 4000  # of a whole number: Python reads no more than 4,300
+
 
 def read_network(
     text: str, ranks: Iterable[str] | None = None, options: Iterable[str] | None = None
@@ -168,8 +170,8 @@ def _pairs(texts: Iterable[str]) -> Iterable[tuple[str, str]]:
 
 
 def _whole(name: str, text: str) -> int:
-    if not text.isdecimal():
-        what = f"{name}={text}" if name else text
+    if not text.isdecimal() or len(text) > _DIGITS:
+        what = f"{name}={text[:40]}" if name else text[:40]
         raise NetworkError(f"invalid size {what!r}", remedy="write NAME=NUMBER, such as r=8 or layer=24")
     return int(text)
 

@@ -9,7 +9,7 @@ from time import perf_counter
 from typing import Any
 
 from tnpeft.comparison.table import MEASURES, Comparison, ComparisonRow
-from tnpeft.counting.budgets import BY, budget
+from tnpeft.counting.budgets import BY, budget, refuse_unknown
 from tnpeft.counting.cuts import rank_bound
 from tnpeft.counting.dof import dof_on
 from tnpeft.families import get as family_called
@@ -75,6 +75,7 @@ def compare(
         raise NetworkError("nothing to compare", remedy='pass such as ["lora", "cp"]')
     if model is None:
         model, sizes = bare(sizes), {name: size for name, size in sizes.items() if name not in SIZES}
+    refuse_unknown([f for _, f in members], sizes, ratios or {}, model)
     its, rows = card(model), whole_tokens(tokens)
     selected = sites(its, targets)
     goal = _goal(parameters, selected, by)

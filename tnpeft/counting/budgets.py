@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 from numbers import Integral
 
 from tnpeft._text import Table, block
@@ -16,7 +16,7 @@ from tnpeft.counting.parameters import with_sizes
 from tnpeft.layout import layout, stack_sizes
 from tnpeft.models.cards import Model, Targets, sites
 from tnpeft.networks import Factorization, Network, NetworkError, Site, network
-from tnpeft.networks.sizes import Size, Sizes, integers
+from tnpeft.networks.sizes import Size, Sizes, integers, joined
 
 BY = ("parameters", "dof")
 LONGEST = 64  # rungs of a ladder that are listed
@@ -130,12 +130,8 @@ def budget(
     """
     listed = [families] if isinstance(families, str | Network | Factorization) else families
     chosen = [_factorization(each) for each in listed]
-    known = {rank for f in chosen for rank in f.ranks}
-    for rank in ratios or {}:
-        if rank not in known:
-            raise NetworkError(f"no family has the rank {rank!r}", remedy=f"the ranks are {', '.join(sorted(known))}")
-    given = {**(sizes or {}), **more}
-    _refuse_unknown(chosen, given, model)
+    given = joined(sizes, more)
+    refuse_unknown(chosen, given, ratios or {}, model)
     if by not in BY:
         raise NetworkError(f"unknown budget by={by!r}", remedy=f"choose from {', '.join(BY)}")
     on = _Ground(None if model is None else sites(model, targets), given, by)
@@ -156,8 +152,22 @@ def budget(
     )
 
 
-def _refuse_unknown(chosen: Sequence[Factorization], given: Mapping[str, Size], model: Model) -> None:
-    """Refuse a size that no family uses, or that the model decides."""
+def refuse_unknown(
+    chosen: Sequence[Factorization], given: Mapping[str, Size], ratios: Mapping[str, float], model: Model
+) -> None:
+    """Raise at a size or a ratio that no family uses or that is unfit, and at a size that the model decides.
+
+    Raises:
+        NetworkError: there is one.
+
+    >>> refuse_unknown([Factorization.of("A[out inp] -> out inp")], {"out": 8, "inp": 8}, {}, None)
+    """
+    ranks = {rank for f in chosen for rank in f.ranks}
+    for rank, ratio in ratios.items():
+        if rank not in ranks:
+            raise NetworkError(f"no family has the rank {rank!r}", remedy=f"the ranks are {', '.join(sorted(ranks))}")
+        if not isinstance(ratio, int | float) or not 0 < ratio < inf:
+            raise NetworkError(f"the ratio of {rank!r} is {ratio!r}", remedy="pass a positive number")
     nets = [rule.network for f in chosen for rule in f.lines]
     known = {index for net in nets for index in net.indices} | {"task", "replica"}
     for name in given:

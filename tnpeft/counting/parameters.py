@@ -9,7 +9,7 @@ from typing import Any
 from tnpeft.layout import Layout, Shape, layout, stack_sizes
 from tnpeft.models.cards import Model, Targets, sites
 from tnpeft.networks import Factor, Factorization, Network, NetworkError
-from tnpeft.networks.sizes import Size, Sizes, bind, check_size, product, require_network
+from tnpeft.networks.sizes import Size, Sizes, bind, check_size, joined, product, require_network
 
 MIB = 1024 * 1024
 
@@ -113,7 +113,7 @@ def parameter_step(
     if rank not in network.indices:
         remedy = f"the indices are {', '.join(network.indices)}"
         raise NetworkError(f"unknown index {rank!r}", line=str(network), remedy=remedy)
-    given = {**(sizes or {}), **more}
+    given = joined(sizes, more)
     size = given.get(rank, net.ranks.get(rank, 1) if isinstance(net, Factorization) else 1)
 
     def count(value: Size) -> Any:
@@ -185,7 +185,7 @@ def layout_on(
     >>> layout_on(vera, r=256, model="roberta-base").count()
     24576
     """
-    given = {**(sizes or {}), **more}
+    given = joined(sizes, more)
     f = with_sizes(net, given, more)
     return layout(f, sites(model, targets), stack=stack_sizes(f, given))
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from tnpeft.networks import Factorization, Network, Term, network
 from tnpeft.networks.factor import Group, Kind
-from tnpeft.networks.sizes import Size, bind
+from tnpeft.networks.sizes import Size, bind, require_network
 
 Drawable = Network | Factorization | str
 Side = Literal["rows", "cols", "stack", ""]
@@ -105,6 +105,8 @@ def lines_of(net: Drawable, sizes: Mapping[str, Any] | None) -> Iterator[tuple[s
     if isinstance(net, Network):
         yield "", net, bind(net, sizes, {})
         return
+    if not isinstance(net, Factorization):
+        require_network(net)
     for line in net.lines:
         yield (
             line.sites if len(net.lines) > 1 else "",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from difflib import get_close_matches
-from typing import TypeVar
+from functools import wraps
+from inspect import Signature, signature
+from typing import Any, TypeVar, cast
 
-from tnpeft.networks import Factorization, NetworkError
+from tnpeft.networks import Factorization, NetworkError, TnpeftError
 
 Family = Callable[..., Factorization]
 F = TypeVar("F", bound=Family)
@@ -15,20 +17,40 @@ FAMILIES: dict[str, Family] = {}
 
 
 def family(declare: F) -> F:
-    """The declaration itself, entered in the catalogue under its own name.
+    """The declaration, entered in the catalogue under its own name; an argument that it cannot use is refused.
 
     Raises:
         NetworkError: another family has that name.
 
-    >>> lora = family(lambda rank=8: Factorization.of("A[out inp] -> out inp"))
-    >>> lora is FAMILIES.pop("<lambda>")
-    True
+    >>> half = family(lambda rank=8: Factorization.of("A[out inp] -> out inp", ranks={"r": rank // 2}))
+    >>> FAMILIES.pop("<lambda>")("two")
+    Traceback (most recent call last):
+    tnpeft.networks.errors.NetworkError: <lambda>('two') has an unfit argument: unsupported operand type(s) for //...
+    call it as <lambda>(rank=8)
     """
     name = declare.__name__
     if name in FAMILIES and FAMILIES[name].__module__ != declare.__module__:
         raise NetworkError(f"a family is already called {name!r}", remedy="choose another name")
-    FAMILIES[name] = declare
-    return declare
+    known = signature(declare)
+
+    @wraps(declare)
+    def declared(*args: Any, **kwargs: Any) -> Factorization:
+        try:
+            for option, value in known.bind(*args, **kwargs).arguments.items():
+                if isinstance(known.parameters[option].default, bool) and not isinstance(value, bool):
+                    raise TypeError(f"{option} is True or False")
+            return declare(*args, **kwargs)
+        except TnpeftError:
+            raise
+        except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            options = [its.replace(annotation=its.empty) for its in known.parameters.values()]
+            given = ", ".join([*map(repr, args), *(f"{key}={value!r}" for key, value in kwargs.items())])
+            raise NetworkError(
+                f"{name}({given}) has an unfit argument: {error}", remedy=f"call it as {name}{Signature(options)}"
+            ) from error
+
+    FAMILIES[name] = declared
+    return cast("F", declared)
 
 
 def names() -> tuple[str, ...]:

@@ -6,13 +6,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from sys import float_info
 from typing import Any
 
 from tnpeft.networks.display import factorization_html, svg
 from tnpeft.networks.errors import NetworkError
 from tnpeft.networks.network import Network
 from tnpeft.networks.notation import network
-from tnpeft.networks.sizes import Size, Sizes, bind, check_size, evaluate, folded, split
+from tnpeft.networks.sizes import Size, Sizes, bind, check_size, evaluate, folded, joined, split
 
 STACK = ("layer", "proj", "expert", "task", "replica")  # the stack indices that have a meaning in a model
 
@@ -147,6 +148,8 @@ class Factorization:
         for what in ("ranks", "splits", "init", "lr_multiplier"):
             if not isinstance(getattr(self, what), Mapping):
                 raise NetworkError(f"{what} is {getattr(self, what)!r}", remedy=f"pass a map, {what}={{name: value}}")
+        if isinstance(self.scale, int | float) and not abs(self.scale) <= float_info.max:
+            raise NetworkError(f"scale is {self.scale!r}", remedy="pass a finite number")
         if isinstance(self.unit_norm, str) or not isinstance(self.unit_norm, Sequence):
             raise NetworkError(f"unit_norm is {self.unit_norm!r}", remedy="pass a list of factors' names")
         for what in ("ranks", "init", "lr_multiplier"):
@@ -279,7 +282,7 @@ class Factorization:
         """:func:`bind` with this factorization's ranks and splits filling what is not given."""
         net = self.network
         bind(net, sizes, keywords, extra=("out", "inp", "heads"))
-        return bind(net, self.sizes({**(sizes or {}), **keywords}), {})
+        return bind(net, self.sizes(joined(sizes, keywords)), {})
 
 
 _FEATURES = {"out": ("rows", "output features"), "inp": ("columns", "input features")}

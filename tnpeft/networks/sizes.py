@@ -73,7 +73,7 @@ def bind(net: Network, sizes: Sizes | None, keywords: Sizes, extra: Iterable[str
                 line=str(net),
                 remedy=f"the indices are {', '.join(known)}",
             )
-    given, line = {**folded(sizes or {}), **keywords}, str(net)
+    given, line = joined(sizes, keywords), str(net)
     bound = {name: check_size(name, given[name], line) for name in known if name in given}
     shapes: dict[str, tuple[Size, ...]] = {}
     for factor in net.uses():
@@ -92,6 +92,22 @@ def bind(net: Network, sizes: Sizes | None, keywords: Sizes, extra: Iterable[str
                     remedy="a factor that stands twice has one shape: give its indices equal sizes",
                 )
     return bound
+
+
+def joined(sizes: Sizes | None, keywords: Sizes) -> dict[str, Size]:
+    """Sizes from a mapping and from keywords, which come first.
+
+    Raises:
+        NetworkError: ``sizes`` is not a mapping.
+
+    >>> joined({"r": 2, "out": 4}, {"r": 8})
+    {'r': 8, 'out': 4}
+    """
+    if not isinstance(sizes, Mapping | None):
+        raise NetworkError(
+            f"the sizes are {str(sizes)[:60]!r}", remedy='pass a mapping, such as {"r": 8}, or keywords'
+        )
+    return {**folded(sizes or {}), **keywords}
 
 
 def folded(given: Mapping[str, Any]) -> Mapping[str, Any]:

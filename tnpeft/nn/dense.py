@@ -76,6 +76,8 @@ def _compiled(net: Network, dims: tuple[tuple[str, int], ...], training: bool) -
 def _checked(net: Network, factors: Mapping[str, Array]) -> dict[str, Array]:
     """The arrays by label, all numpy or all torch and then of one dtype."""
     labels = [net.label(factor) for factor in net.factors]
+    if not isinstance(factors, Mapping):
+        raise NetworkError(f"the factors are {str(factors)[:60]!r}", remedy="pass them by name, such as {'A': array}")
     for name in factors:
         if name not in labels:
             known = ", ".join(labels)

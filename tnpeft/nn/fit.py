@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from tnpeft.networks import Factorization, Network, NetworkError
-from tnpeft.networks.sizes import Sizes, bind, integers, require_network
+from tnpeft.networks.sizes import Sizes, bind, integers, joined, require_network
 from tnpeft.nn.dense import dense
 from tnpeft.nn.init.philox import normal
 from tnpeft.nn.least_squares import FactorLeastSquares, term_network
 from tnpeft.nn.refine import polish
 
+_MOST = 2**32  # entries of a factor: 32 GiB
 _SQUARABLE = 400  # binary exponent up to which the square of a norm is a float64
 
 
@@ -89,6 +90,11 @@ def fit(
     require_network(line)
     target = target if isinstance(target, Tensor) else np.asarray(target)
     dims = _sizes(net, line, tuple(target.shape), sizes, more)
+    for name, value in (("restarts", restarts), ("sweeps", sweeps)):
+        if not isinstance(value, int):
+            raise NetworkError(f"{name} is {value!r}", remedy="pass a whole number")
+    if not isinstance(tolerance, int | float):
+        raise NetworkError(f"tolerance is {tolerance!r}", remedy="pass a number, such as 1e-6")
     wanted, exponent = _scaled(_real(target))
     if not torch.isfinite(wanted).all() or not wanted.any():
         raise NetworkError("the target is zero or not finite", remedy="pass a tensor of finite numbers, not all zero")
@@ -278,7 +284,7 @@ def _sizes(
         )
     if isinstance(net, Factorization):
         groups = {group[0]: size for group, size in zip(line.output[:-2], shape, strict=False) if len(group) == 1}
-        given = net.bind({**groups, "out": shape[-2], "inp": shape[-1], **(sizes or {})}, more)
+        given = net.bind(joined({**groups, "out": shape[-2], "inp": shape[-1]}, joined(sizes, {})), more)
     else:
         given = bind(line, sizes, more)
     for group, size in zip(line.output, shape, strict=True):
@@ -292,7 +298,13 @@ def _sizes(
                 line=str(line),
                 remedy="pass sizes whose product is the target's",
             )
-    return integers(line, bind(line, given, {}))
+    dims = integers(line, bind(line, given, {}))
+    for factor in line.factors:
+        if (count := prod(dims[index] for index in factor.indices)) > _MOST:
+            raise NetworkError(
+                f"factor {factor.name!r} has {count:,} entries", remedy=f"fit one of at most {_MOST:,}"
+            )
+    return dims
 
 
 def _fixed(net: Network, dims: Mapping[str, int], given: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from tnpeft.adapters.layer.bank import FactorBank
+from tnpeft.adapters.layer.bank import find_bank
 from tnpeft.adapters.state import arrays, bank_of
 from tnpeft.layout import Layout, ParameterSpec
 from tnpeft.networks import NetworkError, Site
@@ -56,8 +57,11 @@ def parameter_groups(
     >>> [(group["name"], group["lr"]) for group in parameter_groups(model, lr=0.001)]
     [('B', 0.016), ('A', 0.001)]
     """
+    for option, value in (("lr", lr), ("relative_step", relative_step)):
+        if value is not None and not (isinstance(value, int | float) and 0 <= value < math.inf):
+            raise NetworkError(f"{option} is {value!r}", remedy=f"pass {option}= a finite number from 0 on")
     rates: dict[int, tuple[str, float]] = {}
-    bank = next((module for module in model.modules() if isinstance(module, FactorBank)), None)
+    bank = find_bank(model)
     for its in [] if bank is None else [name for name in bank.layouts if adapter in (None, name)]:
         step = relative_step
         if step is None and lr is None:

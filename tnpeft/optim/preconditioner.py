@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tnpeft.adapters.layer.bank import FactorBank
+from tnpeft.adapters.layer.bank import find_bank
 from tnpeft.adapters.state import arrays, bank_of
 from tnpeft.layout import Layout, ParameterSpec
 from tnpeft.networks import REPLICA, NetworkError
@@ -67,7 +67,7 @@ def precondition(optimizer: O, model: nn.Module, damping: float = 1e-2, *, invar
         )
     if not damping >= 0:
         raise NetworkError(f"damping is {damping!r}", remedy="pass a number from 0 on")
-    bank = next((module for module in model.modules() if isinstance(module, FactorBank)), None)
+    bank = find_bank(model)
     names = [*bank.layouts] if bank is not None else [bank_of(model)]  # raises without a bank
     made = [_Adapter(model, str(name), damping, invariant) for name in names]
     hooks = _Hooks([adapter for adapter in made if adapter.trained], invariant)

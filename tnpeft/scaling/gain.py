@@ -11,7 +11,7 @@ from tnpeft.families import get as get_family
 from tnpeft.layout import Layout, ParameterSpec, SiteLayout
 from tnpeft.models.cards import Model, Targets
 from tnpeft.networks import Factorization, Network, NetworkError, Site, network
-from tnpeft.networks.sizes import Size, Sizes, bind, require_network
+from tnpeft.networks.sizes import Size, Sizes, bind, joined, require_network
 from tnpeft.scaling import starts
 from tnpeft.scaling.moments import Entry, first_step
 
@@ -111,7 +111,7 @@ class OpenSizes(dict[str, Size]):
 
 def open_sizes(f: Factorization, sizes: Sizes | None, open_ranks: bool, more: Sizes) -> OpenSizes:
     """Return the known sizes of the first line's indices, ranks and splits filled in unless ranks are open."""
-    net, given = f.network, {**(sizes or {}), **more}
+    net, given = f.network, joined(sizes, more)
     if not open_ranks:
         return OpenSizes(f.bind(sizes, more))
     bind(net, sizes, more, extra=("out", "inp", "heads"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from sys import float_info
 from typing import Any, Literal, Protocol
 
 from tnpeft.networks import Factorization, Network, NetworkError
@@ -169,5 +170,5 @@ def by_structure(net: Network, sizes: Mapping[str, int], plan: Steps, relative_s
 
 
 def _positive(name: str, value: float) -> None:
-    if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+    if not (isinstance(value, int | float) and 0 < value <= float_info.max):
         raise NetworkError(f"{name} is {value!r}", remedy=f"pass {name}= a positive number, such as 1e-3")

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from tnpeft.layout import Layout, ParameterSpec
-from tnpeft.networks import NetworkError
+from tnpeft.networks import ConfigError, NetworkError
 
 BANK = "factor_bank"  # the bank's name in the model: without the prefix, or deleting an adapter would pass it over
 
@@ -208,6 +208,23 @@ class FactorBank(nn.Module, TensorNetworkLayer):
     def forward(self, x: Any) -> Any:
         """The input as it is: an ``nn.Sequential`` calls all its children, and the bank is the last of them."""
         return x
+
+
+def find_bank(model: Any) -> FactorBank | None:
+    """The bank of a model, None if it has no adapter of this package.
+
+    Raises:
+        ConfigError: it is no model of torch.
+
+    >>> find_bank(nn.Linear(2, 2)) is None
+    True
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"the model is {str(model)[:60]!r}",
+            remedy="pass a torch.nn.Module with an adapter, such as what peft.get_peft_model returns",
+        )
+    return next((module for module in model.modules() if isinstance(module, FactorBank)), None)
 
 
 class _NotTheBank(type):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tnpeft._text import Table, block
-from tnpeft.adapters.layer.bank import FactorBank
+from tnpeft.adapters.layer.bank import find_bank
 from tnpeft.adapters.layer.merging import DenseLinear
 from tnpeft.adapters.sites.selection import described
 from tnpeft.networks import ConfigError
@@ -79,14 +79,12 @@ def explain(model: nn.Module) -> Explanation:
     >>> [(row.layer, row.factors, row.path, row.reason) for row in explain(model).rows]
     [('base_model.model.0', {'B': (8, 2), 'A': (2, 4)}, 'plain', 'DoRA rescales the output')]
     """
-    rows = tuple(row for name, layer in _layers(model) for row in _paths(name, layer))
-    banks = [module for module in model.modules() if isinstance(module, FactorBank)]
-    if not banks:
+    bank = find_bank(model)
+    if bank is None:
         raise ConfigError("the model has no adapter of tnpeft", remedy="attach one with peft.get_peft_model first")
+    rows = tuple(row for name, layer in _layers(model) for row in _paths(name, layer))
     raw = [f"{name.rpartition('.')[0]}.{layer.weight_name}" for name, layer in _layers(model)]
-    unmatched = {
-        adapter: _unmatched(config.target_modules, rows, raw) for adapter, config in banks[0].configs.items()
-    }
+    unmatched = {adapter: _unmatched(config.target_modules, rows, raw) for adapter, config in bank.configs.items()}
     return Explanation(rows, unmatched)
 
 

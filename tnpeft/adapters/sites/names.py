@@ -29,10 +29,11 @@ def check_name(adapter: str, layout: Layout, bank: Any) -> None:
     choose another adapter name
     """
     others = bank.keys if isinstance(bank, FactorBank) else {}
-    if not adapter or "." in adapter or PREFIX in adapter or hasattr(_CONTAINERS, adapter):
+    printed = adapter != "" and adapter.isprintable()
+    if not printed or "." in adapter or PREFIX in adapter or hasattr(_CONTAINERS, adapter):
         raise NetworkError(
             f"no adapter can be called {adapter!r}: its name is part of the names of its factors",
-            remedy=f"choose a name without a dot or {PREFIX!r}, and not that of a module's method",
+            remedy=f"choose a printable name without a dot or {PREFIX!r}, and not that of a module's method",
         )
     if adapter in _MEANT:
         raise NetworkError(f"{adapter!r} means something else to PEFT", remedy="choose another adapter name")

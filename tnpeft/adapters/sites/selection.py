@@ -46,9 +46,9 @@ def select(model: nn.Module, /, **values: int | Tensor | Sequence[int] | None) -
     >>> model(torch.ones(2, 4)).shape
     torch.Size([2, 8])
     """
-    from tnpeft.adapters.layer.bank import FactorBank
+    from tnpeft.adapters.layer.bank import find_bank
 
-    bank = next((module for module in model.modules() if isinstance(module, FactorBank)), None)
+    bank = find_bank(model)
     sizes: dict[str, list[int]] = {}
     for config in () if bank is None else bank.configs.values():
         for index, size in (config.stack or {}).items():

@@ -63,7 +63,7 @@ def entries(tensors: Mapping[str, Any], where: str) -> Stored:
         if not isinstance(tensor, Tensor) or tensor.dtype not in known:
             kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise AdapterFileError(f"{name} in {where} is of type {kind}", remedy=AGAIN)
-        if tensor.dtype in _FLOATS and not tensor.isfinite().all():
+        if tensor.dtype in _FLOATS and not (tensor.float() if known is _FLOATS else tensor).isfinite().all():
             raise AdapterFileError(f"{name} in {where} is not finite", remedy=AGAIN)
         found[name] = Entry(tuple(tensor.shape), tensor.dtype in _FLOATS)
     return found

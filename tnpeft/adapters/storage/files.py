@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from tnpeft.adapters.storage.contents import AGAIN, Stored, check_contents, contents, entries, unprefixed
@@ -117,10 +117,9 @@ def hotswap(model: Any, folder: str, adapter: str = "default") -> None:
     from tnpeft.adapters.state import bank_of
 
     path = Path(folder) / SAFETENSORS_WEIGHTS_NAME
-    if not path.is_file():
-        raise AdapterFileError(
-            f"no {SAFETENSORS_WEIGHTS_NAME} in {folder!r}", remedy="pass a folder that save_pretrained wrote"
-        )
+    for file in (path, path.with_name(CONFIG_NAME)):
+        if not file.is_file():
+            raise AdapterFileError(f"no {file.name} in {folder!r}", remedy="pass a folder that save_pretrained wrote")
     own = model.peft_config[adapter]
     new = type(own).from_pretrained(folder)
     if not isinstance(new, type(own)):

@@ -21,7 +21,6 @@ from tnpeft.adapters.constants import PREFIX
 from tnpeft.adapters.experts.module import TensorNetworkExperts, experts_at, stacks
 from tnpeft.adapters.experts.weight import ExpertWeight
 from tnpeft.adapters.layer.bank import BANK, FactorBank, TensorNetworkLayer, find_bank
-from tnpeft.adapters.layer.bases import excluded_weights, site_weight, weights_of
 from tnpeft.adapters.layer.binding import update
 from tnpeft.adapters.layer.checkpointing import watch
 from tnpeft.adapters.layer.merging import DenseLinear
@@ -31,6 +30,7 @@ from tnpeft.adapters.owners import check_owner, fused, keep_unfused
 from tnpeft.adapters.placement import base_constants, build_layout, start_values
 from tnpeft.adapters.replicas.batch import check_blocks, expect_blocks
 from tnpeft.adapters.rollback import Parked, Snapshot, layers, or_as_before, outside, walk
+from tnpeft.adapters.sites.bases import excluded_weights, site_weight, weights_of
 from tnpeft.adapters.sites.kinds import check_kind, wrapped
 from tnpeft.adapters.sites.names import check_name
 from tnpeft.adapters.sites.parameter import check_one_for_all, raw_at

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters.experts.fused import FusedWeight, check_local, fused_weights, is_eager, matrices
-from tnpeft.adapters.experts.weight import ExpertWeight, refuse_merged
+from tnpeft.adapters.experts.weight import ExpertWeight
 from tnpeft.adapters.layer.bank import FactorBank
 from tnpeft.adapters.layer.checkpointing import check_recomputation, refuse_reentrant, selection_seen
 from tnpeft.nn.executor.groups import Groups
@@ -57,11 +57,11 @@ class TensorNetworkExperts(nn.Module):
         self, hidden_states: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
     ) -> Tensor:
         """The experts' output for every token, ``[tokens, hidden]``, with the updates of the active adapters."""
-        adapters = self.weights()[0].active_adapters if adapter_names is None else adapter_names
-        wanted = {*adapters} & {adapter for weight in self.weights() for adapter in weight.updates}
-        if adapter_names is not None and not self.weights()[0].disable_adapters:
-            refuse_merged(self.weights()[0])
-        if not wanted or self.weights()[0].idle():
+        first, second = self.weights()
+        if adapter_names is not None:
+            first.settled(adapter_names)  # it may be none
+        wanted = {*(first.active_adapters if adapter_names is None else adapter_names)}
+        if wanted.isdisjoint({*first.updates, *second.updates}) or first.idle():
             result: Tensor = self.base_layer(hidden_states, *args, **kwargs)
             return result
         return self._adapted(adapter_names, hidden_states, *args, **kwargs)

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from tnpeft.adapters.experts.fused import FusedWeight, is_eager
 from tnpeft.adapters.layer.bank import FactorBank
 from tnpeft.adapters.layer.binding import Update
-from tnpeft.adapters.layer.fast_path import Route
 from tnpeft.adapters.layer.merging import HeldWeight, rescaling, wide
 from tnpeft.adapters.layer.mixed_batch import BASE
-from tnpeft.networks import NetworkError, Site
+from tnpeft.adapters.layer.protocol import Route
+from tnpeft.networks import Site
 from tnpeft.nn.executor.eligibility import autocast_active, can_use_custom_backward
 from tnpeft.nn.executor.grouped import Part, grouped_linear
 from tnpeft.nn.executor.groups import Groups
@@ -93,7 +93,7 @@ class ExpertWeight(HeldWeight):
             names: the adapter of each row, for a batch of several.
         """
         weight, own = self._oriented(), self._bias()
-        active = [] if names is not None or self.idle() else [a for a in self.active_adapters if a in self.updates]
+        active = self.active_here if self.settled(names) is None else []
         inside = [adapter for adapter in active if not self._why_apart(adapter, source)]
         if prepare is not None and len(inside) < len(active):
             source, prepare = prepare(source), None
@@ -227,29 +227,9 @@ class ExpertWeight(HeldWeight):
         rows = torch.arange(0, len(x), -(-len(x) // most), device=x.device)
         return x[rows], groups.subset(rows)
 
-    def route(self, x: Tensor, adapter_names: Sequence[str] | None = None) -> Route:
-        """The path that a call with rows such as ``x`` takes: base, merged, mixed, fused or plain; and why."""
-        if self.disable_adapters:
-            return Route("base", "the adapters are switched off")
-        if self.merged:
-            return Route("merged", "the adapters are merged into the weights")
-        if adapter_names is not None:
-            return Route("mixed", "every row has its own adapter")
-        active = [adapter for adapter in self.active_adapters if adapter in self.updates]
-        if not active:
-            return Route("base", "no active adapter has an update of this layer")
-        reason = self._why_apart(active[0], x)
+    def updated(self, x: Tensor) -> Route:
+        """The path of a call with rows such as ``x`` and updates: fused or plain, and why."""
+        reason = self._why_apart(self.active_here[0], x)
         if not reason and not can_use_custom_backward(x):
             reason = "gradients are disabled" if not torch.is_grad_enabled() else "a transform sees every operation"
-            return Route("plain", reason)
         return Route("plain", reason) if reason else Route("fused", "rows are grouped by expert")
-
-
-def refuse_merged(weight: ExpertWeight) -> None:
-    """Raise in a mixed batch if adapters are merged.
-
-    Raises:
-        NetworkError: they are.
-    """
-    if weight.merged:
-        raise NetworkError("the adapters are merged into the weights", remedy="call unmerge_adapter() first")

@@ -1,4 +1,4 @@
-"""Remembered paths of a linear with one adapter: in training one operation, in inference two narrow products.
+"""What is remembered of a linear's active adapter: its factors' places, and in inference its two narrow matrices.
 
 The checks of a call (active adapter, hooks, dtype, modes) cost as much as the linear of one token, so their outcome
 is remembered and revalidated by identity and version counters. Factors are fetched at every call.
@@ -7,7 +7,7 @@ is remembered and revalidated by identity and version counters. Factors are fetc
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -18,13 +18,6 @@ from tnpeft.nn.executor.eligibility import why_not_fused
 
 if TYPE_CHECKING:
     from tnpeft.adapters.layer.protocol import AdaptedLinear
-
-
-class Route(NamedTuple):
-    """The path that a call takes: base, merged, cached, shared, fused, plain or mixed; and why not a faster one."""
-
-    kind: str
-    reason: str
 
 
 _Tables = tuple[tuple[dict[str, Tensor | None], str], ...]
@@ -44,28 +37,34 @@ def _noted(active: str | list[str]) -> str | list[str]:
 
 
 @dataclass(frozen=True, eq=False)
-class TrainingFastPath:
-    """One adapter of a linear that can be one operation with it, and where its factors are kept.
+class ActiveAdapter:
+    """The active adapter of a linear, the first if there are several; ``""`` if none has an update of it.
 
-    If it can at a call, and the factors then, says the linear's ``fusable``.
+    ``apart`` says why its update is never one operation with the linear, ``tables`` where its factors are kept; there
+    are none if some are chosen or computed at each call. What it depends on besides ``active`` is fixed.
     """
 
-    adapter: str
     active: str | list[str]
+    adapter: str
     item: Update
+    apart: str
     tables: _Tables
 
     @staticmethod
-    def of(layer: AdaptedLinear) -> TrainingFastPath | None:
-        """Return the path of a linear's one active adapter; None if there are several, or it is not that simple."""
-        active = [adapter for adapter in layer.active_adapters if adapter in layer.updates]
-        if len(active) != 1 or active[0] in layer.tnpeft_magnitude or layer.updates[active[0]][0].side:
-            return None
+    def of(layer: AdaptedLinear, compiling: bool = False) -> ActiveAdapter:
+        """Return that of a linear; a compiler looks up factors itself."""
+        active, noted = layer.active_here, _noted(layer._active_adapter)
+        if not active:
+            return ActiveAdapter(noted, "", None, "", ())  # type: ignore[arg-type]
         item = layer.updates[active[0]][0]
-        if item.stack:  # its factors are chosen at each call
-            return None
-        tables = _tables(layer, active[0], item)
-        return None if tables is None else TrainingFastPath(active[0], _noted(layer._active_adapter), item, tables)
+        if len(active) > 1:
+            apart = "several adapters are active"
+        elif item.side:
+            apart = "the update is of slices of the layer"
+        else:
+            apart = "DoRA rescales the output" if active[0] in layer.tnpeft_magnitude else ""
+        tables = None if compiling or item.stack else _tables(layer, active[0], item)
+        return ActiveAdapter(noted, active[0], item, apart, tables or ())
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,9 +17,10 @@ from tnpeft.adapters.layer.checkpointing import (
     saving_hooks,
     selection_seen,
 )
-from tnpeft.adapters.layer.fast_path import InferenceFastPath, Route, TrainingFastPath
+from tnpeft.adapters.layer.fast_path import ActiveAdapter, InferenceFastPath
 from tnpeft.adapters.layer.merging import DenseLinear, rescaling, wide
 from tnpeft.adapters.layer.mixed_batch import block_rows, group_by_network, update_blocks
+from tnpeft.adapters.layer.protocol import FUSED, Route
 from tnpeft.adapters.layer.weight_cache import WeightCache, is_cacheable
 from tnpeft.adapters.sites.selection import check_rows, chosen_rows
 from tnpeft.layout import ParameterSpec
@@ -146,7 +147,8 @@ class TensorNetworkLinear(DenseLinear):
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
         """The base linear's output plus the updates of the active adapters, or of each row's own adapter."""
-        if adapter_names is None and not args and not kwargs and not torch.compiler.is_compiling():
+        plain = not args and not kwargs
+        if plain and adapter_names is None and not torch.compiler.is_compiling():
             grads = torch.is_grad_enabled()
             # in_checkpoint, without the call
             if saving_hooks(True) is not None or backward_task() != -1 or (self.training and not grads):
@@ -154,121 +156,91 @@ class TensorNetworkLinear(DenseLinear):
                 if self.bank.selected and (seen := selection_seen(self, self.bank)) is not None:
                     with self.bank.selecting(seen):
                         return self.forward(x)
-            if not grads:
-                if self._cache.inference is not None and (result := self._cache.inference(self, x)) is not None:
-                    return result  # type: ignore[no-any-return]
-            elif (able := self.fusable(x)) is not None:
-                path, factors = able
-                group = self.siblings.get(path.adapter)
-                if group is not None and (shared := group.forward(self, path, x, factors)) is not None:
-                    return shared
-                own = self._modules["base_layer"]._parameters
-                return path.item.run.with_linear(x, factors, own["weight"], own["bias"], path.item.scale)
-        plain = not args and not kwargs
-        route = self._route(x, adapter_names, plain)
+            if not grads and (path := self._cache.inference) is not None and (result := path(self, x)) is not None:
+                return result  # type: ignore[no-any-return]
+        route, known, factors = self.path(x, adapter_names, plain)
+        if route is FUSED:
+            item = known.item
+            if factors is None:
+                factors, base = self.operands(known.adapter, item, x), self.base_layer
+                return self._program(item, x).with_linear(x, factors, base.weight, base.bias, item.scale)
+            group = self.siblings.get(known.adapter)
+            if group is not None and (shared := group.forward(self, known, x, factors)) is not None:
+                return shared
+            own = self._modules["base_layer"]._parameters
+            return item.run.with_linear(x, factors, own["weight"], own["bias"], item.scale)
         if route.kind in ("base", "merged"):
             return self.base_layer(x, *args, **kwargs)
         refuse_reentrant(self.bank)
-        active = [adapter for adapter in self.active_adapters if adapter in self.updates]
-        if route.kind in ("fused", "shared"):
-            item = self.updates[active[0]][0]
-            weight, bias = self.base_layer.weight, self.base_layer.bias
-            run = self._program(item, x)
-            return run.with_linear(x, self.operands(active[0], item, x), weight, bias, item.scale)
-        if route.kind == "cached" and plain and len(active) == 1:
+        if route.kind == "cached" and plain and len(active := self.active_here) == 1:
             self._cache.inference = path = InferenceFastPath.of(self, active[0], x)
             if path is not None and (result := path(self, x)) is not None:
                 return result
         result = base = self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             return self._mixed(x, base, adapter_names)
-        for adapter in active:
+        for adapter in self.active_here:
             result = self._adapted(adapter, x, result, base)
         return result
 
     def route(self, x: Tensor, adapter_names: Sequence[str] | None = None) -> Route:
-        """Return the path that a call with ``x`` takes, and why it is not a faster one.
-
-        The paths are ``base`` (no adapter), ``merged``, ``mixed`` (an adapter for each row), ``shared`` and ``fused``
-        (one operation with the base layer; several layers may share their first product), ``cached`` (inference with
-        results kept from call to call) and ``plain``.
-        """
-        route = self._route(x, adapter_names, plain=True)
-        if route.kind == "fused" and not torch.compiler.is_compiling():
-            able = self.fusable(x)
-            group = None if able is None else self.siblings.get(able[0].adapter)
-            if group is not None and group.worthwhile(x) and len(ready := group.ready(x)) > 1 and self in ready:
-                return Route("shared", "")
+        """The path of a call with ``x``, see :class:`Route`; shared if other layers take their first product too."""
+        route, known, factors = self.path(x, adapter_names)
+        group = None if factors is None else self.siblings.get(known.adapter)
+        if group is not None and group.worthwhile(x) and len(ready := group.ready(x)) > 1 and self in ready:
+            return Route("shared", "")
         return route
 
-    def _route(self, x: Tensor, adapter_names: Sequence[str] | None, plain: bool) -> Route:
-        if self.disable_adapters:
-            return Route("base", "the adapters are switched off")
-        if self.merged:
-            if adapter_names is None:
-                return Route("merged", "the adapters are merged into the weights")
-            raise NetworkError("the adapters are merged into the weights", remedy="call unmerge_adapter() first")
-        if adapter_names is not None:
-            return Route("mixed", "every row has its own adapter")
-        active = [adapter for adapter in self.active_adapters if adapter in self.updates]
-        if not active:
-            return Route("base", "no active adapter has an update of this layer")
-        reason = self._why_not_fused(active, x) if plain else "the base layer is called with further arguments"
-        if not reason:
-            return Route("fused", "")
-        if self._cacheable(active[0], x):
-            return Route("cached", reason)
-        return Route("plain", reason)
+    def path(
+        self, x: Tensor, adapter_names: Sequence[str] | None = None, plain: bool = True
+    ) -> tuple[Route, Any, list[Tensor] | None]:
+        """Return the path of a call, what is known of its active adapter, and factors that are at hand as they are.
 
-    def _cacheable(self, adapter: str, x: Tensor) -> bool:
-        """Return True if results computed from factors alone, or which these are, may be kept from call to call."""
-        if self.training or torch.compiler.is_compiling():
-            return False
-        item = self.updates[adapter][0]
-        if item.stack:
-            return False
-        return (
-            is_cacheable(self._arrays(adapter, item), x.device.type) if item.keeps or item.run.is_low_rank else False
-        )
-
-    def _why_not_fused(self, active: Sequence[str], x: Tensor) -> str:
-        """Return why the base linear and the update cannot be one operation; empty if they can."""
-        adapter = active[0]
-        if len(active) > 1:
-            return "several adapters are active"
-        if self.updates[adapter][0].side:
-            return "the update is of slices of the layer"
-        if adapter in self.tnpeft_magnitude:
-            return "DoRA rescales the output"
-        if self.training and self.dropouts[adapter]:
-            return "dropout in training"
-        reason = why_not_fused(self.base_layer, x)
-        if not reason and x.dtype != self._compute_dtype(adapter, x):
-            return "the factors are wider than the input"
-        return reason
-
-    def fusable(self, x: Tensor) -> tuple[TrainingFastPath, list[Tensor]] | None:
-        """Return what is remembered of the one active adapter, and its factors, if all is one operation on ``x``."""
-        path: TrainingFastPath | None = self._cache.training
-        if path is None or path.active != self._active_adapter:
-            self._cache.training = path = TrainingFastPath.of(self)
-        base: Any = self._modules["base_layer"]
+        ``plain``: the base layer is called with ``x`` alone. Factors are those of a fused path in eager mode; None if
+        they are to be cast, moved, selected, gathered or computed, or the weight of the base layer is.
+        """
         if (
-            path is None
+            adapter_names is not None
             or self._disable_adapters
             or self.merged_adapters
             or self._bank[0].merged_adapters
-            or (self.training and self.dropouts[path.adapter])
-            or base._parameters.get("weight") is None  # it is computed, or kept elsewhere
-            or why_not_fused(base, x)
         ):
-            return None
-        factors: list[Any] = [table.get(key) for table, key in path.tables]
-        dtype, device = x.dtype, x.device
-        for array in factors:
-            if type(array) not in (nn.Parameter, Tensor) or array.dtype != dtype or array.device != device:
-                return None
-        return path, factors
+            return self.settled(adapter_names), None, None  # type: ignore[return-value]
+        compiling = torch.compiler.is_compiling()
+        known: ActiveAdapter | None = None if compiling else self._cache.active
+        if known is None or known.active != self._active_adapter:
+            known = ActiveAdapter.of(self, compiling)
+            if not compiling:
+                self._cache.active = known
+        if not known.adapter:
+            return self.settled(None), None, None  # type: ignore[return-value]
+        own: Any = self._modules["base_layer"]
+        reason = known.apart
+        if not reason and not plain:
+            reason = "the base layer is called with further arguments"
+        if not reason and self.training and self.dropouts[known.adapter]:
+            reason = "dropout in training"
+        reason = reason or why_not_fused(own, x)
+        if not reason:
+            factors = [table.get(key) for table, key in known.tables]
+            dtype, device = x.dtype, x.device
+            for array in factors:
+                if type(array) not in (nn.Parameter, Tensor) or array.dtype != dtype or array.device != device:  # type: ignore[union-attr]
+                    break
+            else:
+                if factors and own._parameters.get("weight") is not None:  # else it is computed, or kept elsewhere
+                    return FUSED, known, factors  # type: ignore[return-value]
+            if dtype == self._compute_dtype(known.adapter, x):
+                return FUSED, known, None
+            reason = "the factors are wider than the input"
+        return Route("cached" if self._cacheable(known, x) else "plain", reason), known, None
+
+    def _cacheable(self, known: ActiveAdapter, x: Tensor) -> bool:
+        """Return True if results computed from factors alone, or which these are, may be kept from call to call."""
+        item = known.item
+        if self.training or item.stack or not (item.keeps or item.run.is_low_rank):
+            return False
+        return is_cacheable(self._arrays(known.adapter, item), x.device.type)
 
     def _mixed(self, x: Tensor, base: Tensor, names: Sequence[str]) -> Tensor:
         """``base`` with the update of every row's own adapter added."""

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tnpeft.adapters.layer.bank import FactorBank, TensorNetworkLayer
 from tnpeft.adapters.layer.binding import Operand, Update, as_base_factor, part
+from tnpeft.adapters.layer.protocol import Route
 from tnpeft.adapters.layer.snapshot import WeightSnapshot
 from tnpeft.adapters.sites.selection import choose, chosen_rows
 from tnpeft.adapters.targets import features
@@ -22,7 +23,6 @@ from tnpeft.networks import REPLICA, NetworkError
 from tnpeft.nn.executor.eligibility import autocast_active
 
 if TYPE_CHECKING:
-    from tnpeft.adapters.layer.fast_path import Route
     from tnpeft.adapters.layer.shared_input import SharedInputGroup
 
 
@@ -180,8 +180,33 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
             whole.narrow(0 if item.side == "out" else 1, item.start, item.length).add_(delta)
         return whole
 
+    @property
+    def active_here(self) -> list[str]:
+        """The active adapters that have an update of this layer."""
+        return [adapter for adapter in self.active_adapters if adapter in self.updates]
+
     def route(self, x: Tensor, adapter_names: Sequence[str] | None = None) -> Route:
         """Return the path that a call with ``x`` takes, and why it is not a faster one."""
+        return self.settled(adapter_names) or self.updated(x)
+
+    def settled(self, adapter_names: Sequence[str] | None = None) -> Route | None:
+        """Return the path of a call if it adds no update of an active adapter; None if it does.
+
+        Raises:
+            NetworkError: every row has its own adapter, and adapters are merged.
+        """
+        if self.disable_adapters:
+            return Route("base", "the adapters are switched off")
+        if self.merged:
+            if adapter_names is None:
+                return Route("merged", "the adapters are merged into the weights")
+            raise NetworkError("the adapters are merged into the weights", remedy="call unmerge_adapter() first")
+        if adapter_names is not None:
+            return Route("mixed", "every row has its own adapter")
+        return None if self.active_here else Route("base", "no active adapter has an update of this layer")
+
+    def updated(self, x: Tensor) -> Route:
+        """Return the path of a call that adds the updates of active adapters."""
         raise NotImplementedError
 
     def prepare(self, adapter: str) -> None:

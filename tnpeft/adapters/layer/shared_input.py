@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tnpeft.adapters.layer.fast_path import TrainingFastPath
+from tnpeft.adapters.layer.fast_path import ActiveAdapter
 from tnpeft.adapters.layer.weight_cache import steps_taken
 from tnpeft.nn.executor.shared_projection import Link, ProjectionGroup
 
@@ -103,7 +103,7 @@ class SharedInputGroup:
         return x.numel() >= MIN_ELEMENTS and type(x) is Tensor
 
     def forward(
-        self, linear: AdaptedLinear, path: TrainingFastPath, x: Tensor, factors: Sequence[Tensor]
+        self, linear: AdaptedLinear, path: ActiveAdapter, x: Tensor, factors: Sequence[Tensor]
     ) -> Tensor | None:
         """Return the linear's output with its update; None if no other one can share its first product.
 
@@ -130,17 +130,17 @@ class SharedInputGroup:
         result = item.run.after_prefix(narrow, factors, rows, weight, bias, item.scale, link)
         return result.reshape(*x.shape[:-1], item.run.rows)
 
-    def ready(self, x: Tensor) -> dict[AdaptedLinear, tuple[TrainingFastPath, Sequence[Tensor]]]:
+    def ready(self, x: Tensor) -> dict[AdaptedLinear, tuple[ActiveAdapter, Sequence[Tensor]]]:
         """Return the linears that could share their first products on ``x``, with their factors."""
         found = {}
         for linear in self.linears:
-            own = linear.fusable(x)
-            if own is not None and own[0].adapter == self.adapter and _whole(own[1], own[0].item):
-                found[linear] = own
+            _, known, factors = linear.path(x)
+            if factors is not None and known.adapter == self.adapter and _whole(factors, known.item):
+                found[linear] = known, factors
         return found
 
     def _begin(
-        self, linear: AdaptedLinear, path: TrainingFastPath, x: Tensor, factors: Sequence[Tensor]
+        self, linear: AdaptedLinear, path: ActiveAdapter, x: Tensor, factors: Sequence[Tensor]
     ) -> PendingProjection | None:
         """Compute the first products of all linears that are ready."""
         ready = self.ready(x)
@@ -156,7 +156,7 @@ class SharedInputGroup:
         self._pending = weakref.ref(pending)
         return pending
 
-    def _group(self, ready: dict[AdaptedLinear, tuple[TrainingFastPath, Sequence[Tensor]]]) -> ProjectionGroup:
+    def _group(self, ready: dict[AdaptedLinear, tuple[ActiveAdapter, Sequence[Tensor]]]) -> ProjectionGroup:
         """Return their projection; two matrices are the same if they are made of the same arrays in the same way."""
         key = [(path, [id(factor) for factor in own]) for path, own in ready.values()]
         if self._projection is None or self._projection[0] != key:

@@ -69,7 +69,7 @@ class VersionStamp:
 class WeightCache:
     """Results by key, each with stamps of the tensors that it was computed from. A copy of it is empty.
 
-    ``inference`` and ``training`` are the remembered paths of a linear with one active adapter, see
+    ``active`` and ``inference`` are what is remembered of a linear's active adapter, see
     :mod:`tnpeft.adapters.layer.fast_path`.
 
     >>> kept, factor = WeightCache(), torch.ones(1)
@@ -81,8 +81,8 @@ class WeightCache:
 
     def __init__(self) -> None:
         self._entries: dict[Hashable, tuple[VersionStamp, _Values]] = {}
+        self.active: Any = None
         self.inference: Any = None
-        self.training: Any = None
 
     def __reduce__(self) -> tuple[type[WeightCache], tuple[()]]:
         return WeightCache, ()
@@ -97,7 +97,7 @@ class WeightCache:
     def clear(self) -> None:
         """Forget everything."""
         self._entries.clear()
-        self.inference = self.training = None
+        self.active = self.inference = None
 
 
 def is_cacheable(sources: Sequence[Tensor], device: str) -> bool:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tnpeft.adapters.layer.binding import Update
 from tnpeft.adapters.layer.checkpointing import check_recomputation, refuse_reentrant, selection_seen
-from tnpeft.adapters.layer.fast_path import Route
 from tnpeft.adapters.layer.merging import DenseLinear
+from tnpeft.adapters.layer.protocol import Route
 from tnpeft.adapters.sites.selection import chosen_rows
 from tnpeft.networks import REPLICA, Network, NetworkError
 from tnpeft.nn.executor.kernels import normalize_columns
@@ -66,25 +66,13 @@ class CalledLayer(DenseLinear):
         if adapter_names is not None:
             return self._mixed(x, base, adapter_names)
         result = base
-        for adapter in self.active_adapters:
-            if adapter in self.updates:
-                result = result + self.change(adapter, x, base).to(base.dtype)
+        for adapter in self.active_here:
+            result = result + self.change(adapter, x, base).to(base.dtype)
         return result
 
-    def route(self, x: Tensor, adapter_names: Sequence[str] | None = None) -> Route:
-        """The path that a call takes: base, merged, mixed or plain; and how the update is applied."""
-        if self.disable_adapters:
-            return Route("base", "the adapters are switched off")
-        if self.merged:
-            if adapter_names is None:
-                return Route("merged", "the adapters are merged into the weights")
-            raise NetworkError("the adapters are merged into the weights", remedy="call unmerge_adapter() first")
-        if adapter_names is not None:
-            return Route("mixed", "every row has its own adapter")
-        active = [adapter for adapter in self.active_adapters if adapter in self.updates]
-        if not active:
-            return Route("base", "no active adapter has an update of this layer")
-        return Route("plain", self.how(active[0]))
+    def updated(self, x: Tensor) -> Route:
+        """The path of a call with updates, and how they are applied."""
+        return Route("plain", self.how(self.active_here[0]))
 
     def change(self, adapter: str, x: Tensor, base: Tensor) -> Tensor:
         """What an adapter adds to ``base``, the output of the base layer alone."""

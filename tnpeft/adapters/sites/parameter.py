@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from tnpeft.adapters.layer.bank import FactorBank
 from tnpeft.adapters.layer.checkpointing import check_recomputation, refuse_reentrant, selection_seen
-from tnpeft.adapters.layer.fast_path import Route
 from tnpeft.adapters.layer.merging import HeldWeight, rescaling, wide
+from tnpeft.adapters.layer.protocol import Route
 from tnpeft.adapters.sites.raw import RawWeight, raw_weights
 from tnpeft.networks import NetworkError
 
@@ -77,9 +77,8 @@ class TensorNetworkParameter(HeldWeight):
                     return self._formed()
         refuse_reentrant(self.bank)
         total = wide(self.weight)
-        for adapter in self.active_adapters:
-            if adapter in self.updates:
-                total = total + self._with_gradients(adapter)
+        for adapter in self.active_here:
+            total = total + self._with_gradients(adapter)
         return total.to(self.weight.dtype)
 
     def _with_gradients(self, adapter: str) -> Tensor:
@@ -91,14 +90,8 @@ class TensorNetworkParameter(HeldWeight):
         ratio = rescaling(wide(self.tnpeft_magnitude[adapter]), updated.detach().norm(dim=-1))
         return updated * ratio[:, None] - base
 
-    def route(self, x: Tensor, adapter_names: Sequence[str] | None = None) -> Route:
-        """The path that a read takes: base, merged or plain, which forms the adapted weight."""
-        if self.disable_adapters:
-            return Route("base", "the adapters are switched off")
-        if self.merged:
-            return Route("merged", "the adapters are merged into the weights")
-        if not any(adapter in self.updates for adapter in self.active_adapters):
-            return Route("base", "no active adapter has an update of this layer")
+    def updated(self, x: Tensor) -> Route:
+        """The path of a read with updates, which forms the adapted weight."""
         return Route("plain", _FORMED)
 
     def unload_and_optionally_merge_module(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import peft
 import pytest
@@ -14,7 +15,9 @@ from torch import nn
 
 import tnpeft
 from tnpeft import families
+from tnpeft.adapters.state import arrays, bank_of
 from tnpeft.networks import NetworkError
+from tnpeft.optim.grams import groups, inner_product
 
 
 class Tiny(nn.Module):
@@ -119,6 +122,58 @@ def test_adam_is_invariant_too_where_asked(name, seed):
             optimizer.step()
     one, other = map(updates, models)
     assert (one - other).abs().max() < 1e-6 * one.abs().max()
+
+
+def _run(f, values, steps=12):
+    """Updates along an invariant run from given values, at rates by rule."""
+    model, found = attached(f), []
+    tnpeft.set_factors(model, values)
+    optimizer = torch.optim.AdamW(tnpeft.parameter_groups(model, relative_step=3e-2), weight_decay=0.0)
+    tnpeft.optim.precondition(optimizer, model, invariant=True)
+    for step in range(steps):
+        optimizer.zero_grad()
+        backward(model, seed=step)
+        optimizer.step()
+        found.append(updates(model))
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("zero", [True, False])
+def test_lines_that_span_the_same_updates_train_alike(zero):
+    """Whole runs, not first steps: what a third factor could do as well is not done twice."""
+    generator = torch.Generator().manual_seed(5)
+    B, M, N, A = (torch.randn(2, 2, *s, generator=generator).double() for s in ((8, 4), (4, 4), (2, 2), (4, 8)))
+    M, N = (torch.linalg.qr(x)[0] for x in (M, N))
+    B, blocks = B * (0 if zero else 0.1), torch.stack([N, -N.mT], 2)
+    diagonal = torch.zeros(2, 2, 4, 4).double()
+    diagonal[..., :2, :2], diagonal[..., 2:, 2:] = N, -N.mT
+    per_block = {"U1": B.unflatten(-1, (2, 2)).movedim(-2, 2), "U2": A.mT.unflatten(-1, (2, 2)).movedim(-2, 2)}
+    start = {"init": {"U1": "zeros"}}
+    lora = families.lora(rank=4)
+    pairs = {
+        "moslora": (families.moslora(4), {"B": B, "M": M, "A": A}, M @ A),
+        "tucker": (replace(families.tucker(ranks=4), **start), {"U1": B, "G": M, "U2": A.mT}, M @ A),
+        "block_term": (
+            replace(families.block_term(ranks=2, blocks=2), **start),
+            {"G": blocks, **per_block},
+            diagonal @ A,
+        ),
+    }
+    for name, (other, values, right) in pairs.items():
+        one, two = _run(lora, {"B": B, "A": right}), _run(other, values)
+        way = (one[-1] - one[0]).norm()
+        assert way > 0.1 * one[0].norm(), name
+        assert (one[-1] - two[-1]).norm() < 1e-5 * way, name
+
+
+@pytest.mark.parametrize("name", sorted({*FAMILIES, "cp", "loha", "vera"}))
+def test_inner_products_are_those_of_dense_updates(name):
+    models = [attached(FAMILIES.get(name) or getattr(families, name)(rank=3), seed) for seed in (1, 2)]
+    layout = bank_of(models[0]).layouts["default"]
+    one, other = (arrays(model, bank_of(model), "default") for model in models)
+    found = inner_product(groups(layout), one, other, torch.float64) * layout.factorization.scale**2
+    expected = (updates(models[0]) * updates(models[1])).sum()
+    assert torch.allclose(found, expected, rtol=1e-10)
 
 
 def test_without_preconditioning_the_gauge_matters():
@@ -244,9 +299,6 @@ def test_refusals():
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_grams_are_those_of_the_jacobian(name):
     """Undamped, the update moves by the gradient projected on what each factor reaches, added up."""
-    from tnpeft.adapters.state import arrays, bank_of
-    from tnpeft.optim.grams import groups
-
     model = attached(FAMILIES[name])
     bank = bank_of(model)
     layout, held = bank.layouts["default"], arrays(model, bank, "default")
@@ -269,7 +321,7 @@ def test_grams_are_those_of_the_jacobian(name):
             total += jacobian.T @ jacobian
         gradient = torch.randn(array.shape).double()
         adapter = tnpeft.optim.preconditioner._Adapter(model, "default", 0.0, False)
-        (found,) = adapter.directions({param: [gradient]})[param]
+        found = adapter.directions({param: gradient})[0][param]
         expected = torch.linalg.solve(total, gradient.flatten()).reshape(array.shape)
         assert torch.allclose(found, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max())), label
         assert stacked[label].shape[-1] == array.shape[-1]

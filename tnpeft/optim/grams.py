@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import product
 from math import prod
 
 import torch
@@ -18,7 +19,7 @@ from tnpeft.networks import Factor, Network, Term
 from tnpeft.nn.dense import evaluator
 from tnpeft.planning.planner import planned
 
-_SITE, _COPY = "site__", "__copy"
+SITE, COPY = "site__", "__copy"
 
 Values = Mapping[ParameterSpec, Tensor]
 
@@ -80,7 +81,7 @@ class Group:
         found = {}
         for label in self.sites[0].parameters:
             params = [site.parameters[label] for site in self.sites]
-            each = [values[param].detach().to(dtype) for param in (params if label in self.varying else params[:1])]
+            each = [values[param].to(dtype) for param in (params if label in self.varying else params[:1])]
             array = torch.stack(each) if label in self.varying else each[0]
             if axes := self.unit.get(label, ()):
                 shift = label in self.varying
@@ -91,19 +92,20 @@ class Group:
 
     def gram(self, block: Block, arrays: Mapping[str, Tensor]) -> Tensor:
         """The Gram matrix of a block: ``[sites or 1, *batch, bonds, bonds]``."""
-        sizes = {**self.sites[0].sizes, _SITE: len(self.sites)}
+        sizes = {**self.sites[0].sizes, SITE: len(self.sites)}
         total: Tensor | None = None
         for net in block.networks:
-            value = self._run(net, arrays, sizes) / prod(sizes[i] for i in block.averaged if i in net.indices)
+            value = self.run(net, arrays, sizes) / prod(sizes[i] for i in block.averaged if i in net.indices)
             total = value if total is None else total + value
         n = prod(sizes[i] for i in block.bonds)
         assert total is not None
         total = total * len(self.sites) if block.repeated else total
         return total.reshape(len(self.sites) if block.by_site else 1, *(sizes[i] for i in block.batch), n, n)
 
-    def _run(self, net: Network, arrays: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Tensor:
+    def run(self, net: Network, arrays: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Tensor:
+        """Contract a network of factors and copies of factors."""
         if net not in self._plans:
-            dims = tuple((i, sizes[i.removesuffix(_COPY)]) for i in net.indices)
+            dims = tuple((i, sizes[i.removesuffix(COPY)]) for i in net.indices)
             plan = planned(net, dims, None, "time", False)
             names = [factor.name for factor in net.factors]
             value = evaluator(plan)
@@ -137,6 +139,35 @@ def groups(layout: Layout) -> tuple[Group, ...]:
     joint = frozenset(param.label for param, where in uses.items() if len(where) > 1)
     unit = layout.factorization.unit_norm
     return tuple(Group(tuple(members), _columns(members[0], unit), joint) for members in found.values())
+
+
+def inner_product(parts: Iterable[Group], one: Values, other: Values, dtype: torch.dtype) -> Tensor:
+    """Return the inner product of the updates of two sets of factors, summed over all sites: no update is formed.
+
+    >>> from tnpeft.layout import layout
+    >>> from tnpeft.networks import Factorization, Site
+    >>> its = layout(Factorization.of("B[out r] A[r inp] -> out inp", ranks={"r": 1}), [Site(0, "q", 2, 3)])
+    >>> values = {param: torch.ones(param.shape) for param in its.parameters}
+    >>> float(inner_product(groups(its), values, values, torch.float32))
+    6.0
+    """
+    total = next(iter(one.values())).new_zeros((), dtype=dtype)
+    for group in parts:
+        twins = {label + COPY: array for label, array in group.stacked(other, dtype).items()}
+        arrays, sizes = {**group.stacked(one, dtype), **twins}, {**group.sites[0].sizes, SITE: len(group.sites)}
+        for left, right in product(group.network.terms, repeat=2):
+            factors = tuple(_at(group, f, end) for end, term in (("", left), (COPY, right)) for f in term.factors)
+            net = Network((Term(factors, left.sign * right.sign),), ())
+            missing = prod(sizes[i] for i in (SITE, *group.network.outer) if i not in net.indices)
+            total = total + group.run(net, arrays, sizes) * missing
+    return total
+
+
+def _at(group: Group, factor: Factor, end: str) -> Factor:
+    """A factor of the line or of its copy, which share the outer indices."""
+    label = group.network.label(factor)
+    indices = tuple(i if i in group.network.outer else i + end for i in factor.indices)
+    return Factor(label.replace("~", "twin__") + end, (SITE,) * (label in group.varying) + indices, factor.kind)
 
 
 def products(net: Network, half: Sequence[Factor], bonds: tuple[str, ...], varying: Iterable[str]) -> Block:
@@ -222,13 +253,13 @@ def _block(
         factors = []
         for side, copied in ((left, False), (right, True)):
             for f in side:
-                indices = tuple(i + _COPY if copied and i not in net.outer else i for i in f.indices)
+                indices = tuple(i + COPY if copied and i not in net.outer else i for i in f.indices)
                 name = f"twin__{f.name}" if net.label(f).startswith("~") else f.name
-                factors.append(Factor(name, (*([_SITE] if net.label(f) in varying else []), *indices), f.kind))
-        opened = [*([_SITE] if by_site else []), *batch, *bonds, *(i + _COPY for i in bonds)]
+                factors.append(Factor(name, (*([SITE] if net.label(f) in varying else []), *indices), f.kind))
+        opened = [*([SITE] if by_site else []), *batch, *bonds, *(i + COPY for i in bonds)]
         networks.append(Network((Term(tuple(factors) or (_ONE,), sign),), tuple((i,) for i in opened)))
     return Block(tuple(networks), batch, bonds, by_site, tuple(sorted(traced)))
 
 
 def _original(name: str) -> str:
-    return "~" + name.removeprefix("twin__") if name.startswith("twin__") else name
+    return name.replace("twin__", "~", 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from math import sqrt
 from typing import Any, TypeVar
@@ -16,10 +16,12 @@ from tnpeft.adapters.layer.bank import find_bank
 from tnpeft.adapters.state import arrays, bank_of
 from tnpeft.layout import Layout, ParameterSpec
 from tnpeft.networks import REPLICA, NetworkError
-from tnpeft.optim.grams import Environment, Group, groups
+from tnpeft.optim.grams import Environment, Group, groups, inner_product
 from tnpeft.scaling.gain import squares_on
 
 O = TypeVar("O", bound=Optimizer)  # noqa: E741
+_Arrays = Mapping[ParameterSpec, Tensor]
+_EXACT = 1e-5  # damping, relative to the mean eigenvalue, that still inverts in single precision
 
 
 def precondition(optimizer: O, model: nn.Module, damping: float = 1e-2, *, invariant: bool = False) -> O:
@@ -34,11 +36,15 @@ def precondition(optimizer: O, model: nn.Module, damping: float = 1e-2, *, invar
     invertible matrix on a bond) takes the same step. Damping, which a factor needs whose environment is zero at the
     start, breaks this in proportion to its size; so does an optimizer with a second moment for every entry, as Adam.
 
-    With ``invariant=True`` damping is relative, ``damping`` times the mean eigenvalue, and optimizers with ``betas``
-    leave the factors to this rule: the first moment is of the gradient, the second one is one number for all factors
-    that share sites, the squared length of the update's step; the step is as long as the first signed step at the
-    groups' rates (:func:`tnpeft.gain`), in every gauge and for every line. Only damping then depends on the gauge.
-    Weight decay is decoupled.
+    With ``invariant=True`` the step is one of the update, not of its factors. Factors move one after the other, in
+    the order of their gains (:func:`tnpeft.gain`), each along what those before it leave of the update's gradient: a
+    sweep of least squares, exact where the factors' parts of the update are orthogonal, as in LoRA, Tucker and block
+    terms. Lines that span the same updates then train alike, whatever their number of factors. Damping is relative,
+    ``damping`` times the mean eigenvalue, and optimizers with ``betas`` leave the factors to this rule: the first
+    moment is of what is left of each gradient, the second one is one number for all factors that share sites, the
+    squared length of the update's step; the step is as long as the first signed step at the groups' rates. Only
+    damping then depends on the gauge (but not on rotations), and weight decay, which is decoupled, on the factors. Do
+    not clip gradients by their norm, which depends on the gauge and on the number of factors.
 
     The optimizer keeps its class, state, groups, schedulers and hooks; gradients are restored after a step.
 
@@ -101,15 +107,54 @@ class _Adapter:
             squares = squares_on(self.layout)
             self.gains: dict[int, dict[str, list[float]]] = {}
             self.entries: dict[int, int] = {}
+            totals: dict[str, float] = {}
             for site in self.layout.site_layouts:
                 live = [param for param in site.parameters.values() if param.kind == "trainable"]
                 component = self.component[live[0]]
                 self.entries[component] = self.entries.get(component, 0) + site.site.out * site.site.inp
                 for label, square in squares[site.site].items():
                     self.gains.setdefault(component, {}).setdefault(label, []).append(float(square))
+                    totals[label] = totals.get(label, 0.0) + float(square)
+            labels = dict.fromkeys(param.label for param in self.trained)
+            self.order = sorted(labels, key=lambda label: -totals.get(label, 0.0))
 
-    def directions(self, gradients: Mapping[ParameterSpec, list[Tensor]]) -> dict[ParameterSpec, list[Tensor]]:
-        """Gradients (several of each factor) times the inverse Gram matrices."""
+    def directions(
+        self, gradients: _Arrays, mean: Callable[[ParameterSpec, Tensor], Tensor] = lambda _, gradient: gradient
+    ) -> tuple[_Arrays, _Arrays]:
+        """Return gradients times the inverse Gram matrices, and the lengths of the steps along them.
+
+        Invariant ones one factor after the other, in the order of their gains: each of what the ones before it leave
+        of the gradient of the update, so that no part of it is stepped along twice. What is left is found without
+        damping, so that damping leaves nothing to others.
+
+        Args:
+            gradients: of the factors.
+            mean: takes a factor and what is left of its gradient, and returns what the step is of.
+        """
+        if not self.invariant:
+            given = {param: [mean(param, gradient)] for param, gradient in gradients.items()}
+            return {param: step for param, (step,) in self._solved(given, (self.damping,)).items()}, {}
+        steps: dict[ParameterSpec, Tensor] = {}
+        spent: dict[ParameterSpec, Tensor] = {}
+        energies: dict[ParameterSpec, Tensor] = {}
+        overlap: _Overlap | None = None
+        for label in self.order:
+            own = {param: gradient for param, gradient in gradients.items() if param.label == label}
+            if spent and own:
+                overlap = overlap or _Overlap(self)
+                taken = overlap(spent, own)
+                own = {param: gradient - taken[param] for param, gradient in own.items()}
+            both = {param: [gradient, mean(param, gradient)] for param, gradient in own.items()}
+            for param, (exact, step) in self._solved(both, (min(self.damping, _EXACT), self.damping)).items():
+                spent[param], steps[param] = exact, step
+                energy = own[param] * exact
+                energies[param] = energy.flatten(1).sum(1) if self.replicas else energy.sum()
+        return steps, energies
+
+    def _solved(
+        self, gradients: Mapping[ParameterSpec, list[Tensor]], dampings: tuple[float, ...]
+    ) -> dict[ParameterSpec, list[Tensor]]:
+        """Several gradients of each factor, times the inverse Gram matrices of its environment at their dampings."""
         found: dict[ParameterSpec, list[Tensor]] = {}
         sums: dict[ParameterSpec, Tensor] = {}
         batches: dict[ParameterSpec, tuple[str, ...]] = {}
@@ -139,14 +184,15 @@ class _Adapter:
                 stack = torch.stack([torch.stack(gradients[unique[k]]) for k in kept], 1).to(dtype)
                 for block, gram in zip(environment.blocks, grams, strict=True):
                     chosen = gram if len(gram) == 1 else gram[kept]
-                    stack = self._solve(stack, chosen, unique[0].indices, block.batch, block.bonds)
+                    stack = self._solve(stack, dampings, chosen, unique[0].indices, block.batch, block.bonds)
                 for place, k in enumerate(kept):
                     found[unique[k]] = list(stack[:, place])
         for param, gram in sums.items():
             if param in gradients:
                 bonds = tuple(i for i in param.indices if i not in self._outer)
                 stack = torch.stack(gradients[param])[:, None].to(gram.dtype)
-                found[param] = list(self._solve(stack, gram[None], param.indices, batches[param], bonds)[:, 0])
+                solved = self._solve(stack, dampings, gram[None], param.indices, batches[param], bonds)
+                found[param] = list(solved[:, 0])
         return found
 
     @property
@@ -169,28 +215,54 @@ class _Adapter:
         return gram / (flat[:, :, None] * flat[:, None, :]).clamp_min(torch.finfo(gram.dtype).tiny)
 
     def _solve(
-        self, stack: Tensor, gram: Tensor, indices: tuple[str, ...], batch: tuple[str, ...], bonds: tuple[str, ...]
+        self,
+        stack: Tensor,
+        dampings: tuple[float, ...],
+        gram: Tensor,
+        indices: tuple[str, ...],
+        batch: tuple[str, ...],
+        bonds: tuple[str, ...],
     ) -> Tensor:
-        """``[several, params, *indices]`` times the inverse of ``[params or 1, *batch, bonds, bonds]``."""
-        rest = [i for i in indices if i not in batch and i not in bonds]
-        axes = {i: 2 + k for k, i in enumerate(indices)}
-        moved = stack.permute(1, *(axes[i] for i in (*batch, *bonds)), 0, *(axes[i] for i in rest))
-        shape = moved.shape
-        n = gram.shape[-1]
-        flat = moved.reshape(*shape[: 1 + len(batch)], n, -1)
-        eye = torch.eye(n, dtype=gram.dtype, device=gram.device)
-        size = 1.0
-        if self.invariant:
-            mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-            size = torch.where(mean > 0, mean, 1.0)
-        solved, info = torch.linalg.solve_ex(gram + self.damping * size * eye, flat)
+        """``[several, params, *indices]`` times the damped inverses of ``[params or 1, *batch, bonds, bonds]``."""
+        order = [*batch, *bonds, *(i for i in indices if i not in batch and i not in bonds)]
+        moved = stack.permute(0, 1, *(2 + indices.index(i) for i in order))
+        flat = moved.reshape(*moved.shape[: 2 + len(batch)], gram.shape[-1], -1)
+        mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+        size = torch.where(mean > 0, mean, 1.0) if self.invariant else torch.ones_like(mean)
+        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        damped = torch.stack([gram + damping * size * eye for damping in dampings])
+        solved, info = torch.linalg.solve_ex(damped, flat)
         if bool((info != 0).any()) or not bool(solved.isfinite().all()):
-            solved = torch.linalg.pinv(gram + self.damping * size * eye, hermitian=True) @ flat
-        back = solved.reshape(shape)
-        place = [1 + len(batch) + len(bonds), 0]
-        where = {i: 1 + k for k, i in enumerate((*batch, *bonds))}
-        where |= {i: 2 + len(batch) + len(bonds) + k for k, i in enumerate(rest)}
-        return back.permute(*place, *(where[i] for i in indices))
+            solved = torch.linalg.pinv(damped, hermitian=True) @ flat
+        return solved.reshape(moved.shape).permute(0, 1, *(2 + order.index(i) for i in indices))
+
+
+class _Overlap:
+    """For steps of some factors, the gradients of others with respect to the change of the update.
+
+    The inner product of the updates of two sets of factors is a closed network, the line times its copy; its mixed
+    second derivative takes steps of the copy's factors to gradients of the line's.
+    """
+
+    def __init__(self, adapter: _Adapter) -> None:
+        wide = torch.promote_types(next(iter(adapter.trained.values())).dtype, torch.float32)
+        with torch.enable_grad():
+            fixed = {p: a.detach().to(wide) for p, a in adapter.values.items()}
+            self.here = {p: fixed[p].clone().requires_grad_() for p in adapter.trained}
+            there = {p: fixed[p].clone().requires_grad_() for p in adapter.trained}
+            product = inner_product(adapter.groups, {**fixed, **self.here}, {**fixed, **there}, wide)
+            slopes = torch.autograd.grad(product * adapter.factor, [*there.values()], create_graph=True)
+        self.slopes = dict(zip(there, slopes, strict=True))
+
+    def __call__(
+        self, step: Mapping[ParameterSpec, Tensor], others: Iterable[ParameterSpec]
+    ) -> dict[ParameterSpec, Tensor]:
+        """The gradients of ``others`` for a step of the factors in ``step``."""
+        wanted = [*others]
+        with torch.enable_grad():
+            along = sum((self.slopes[p] * change).sum() for p, change in step.items())
+        found = torch.autograd.grad(along, [self.here[p] for p in wanted], retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
+        return {p: torch.zeros_like(self.here[p]) if g is None else g for p, g in zip(wanted, found, strict=True)}
 
 
 class _Hooks:
@@ -237,10 +309,11 @@ class _Hooks:
             live = {p: a for p, a in adapter.trained.items() if a.grad is not None and id(a) in owner}
             own = {p: a for p, a in live.items() if self.invariant and "betas" in owner[id(a)]}
             plain = {p: a for p, a in live.items() if p not in own}
-            directions = adapter.directions({p: [a.grad] for p, a in plain.items()})  # type: ignore[list-item]
+            given = {p: a.grad for p, a in plain.items() if a.grad is not None}
+            steps, _ = adapter.directions(given)
             for param, array in plain.items():
                 self.kept.append((array, array.grad))  # type: ignore[arg-type]
-                array.grad = directions[param][0].to(array.dtype).contiguous()
+                array.grad = steps[param].to(array.dtype).contiguous()
             if own:
                 gradients = {p: a.grad for p, a in own.items() if a.grad is not None}
                 self.moves.append(partial(_invariant_step, adapter, own, gradients, optimizer, owner))
@@ -261,28 +334,28 @@ def _invariant_step(
 
     Replicas have second moments of their own.
     """
-    both, corrected = {}, {}
-    for param, array in live.items():
-        state, (beta1, beta2) = optimizer.state[array], owner[id(array)]["betas"]
+
+    def mean(param: ParameterSpec, gradient: Tensor) -> Tensor:
+        """The corrected mean, over steps, of what is left to a factor."""
+        state, beta1 = optimizer.state[live[param]], owner[id(live[param])]["betas"][0]
+        moment: Tensor = state["tnpeft_moment"].lerp_(gradient.to(state["tnpeft_moment"].dtype), 1 - beta1)
+        return moment / (1 - beta1 ** float(state["step"]))
+
+    for array in live.values():
+        state = optimizer.state[array]
         if "tnpeft_moment" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
             wide = torch.promote_types(array.dtype, torch.float32)
+            state["step"] = torch.zeros((), dtype=torch.float32)
             state["tnpeft_moment"] = torch.zeros_like(array, dtype=wide)
             state["tnpeft_length"] = array.new_zeros(array.shape[:1] if adapter.replicas else (), dtype=wide)
         state["step"] += 1
-        moment = state["tnpeft_moment"]
-        gradient = gradients[param].to(moment.dtype)
-        both[param] = [gradient, moment.lerp_(gradient, 1 - beta1) / (1 - beta1 ** float(state["step"]))]
-        corrected[param] = 1 - beta2 ** float(state["step"])
-    directions = adapter.directions(both)
+    steps, energies = adapter.directions(gradients, mean)
     lengths: dict[int, Tensor] = {}
     for param, array in live.items():
         state, beta2 = optimizer.state[array], owner[id(array)]["betas"][1]
-        energy = both[param][0] * directions[param][0]
-        energy = energy.flatten(1).sum(1) if adapter.replicas else energy.sum()
-        state["tnpeft_length"].lerp_(energy.to(state["tnpeft_length"].dtype), 1 - beta2)
+        state["tnpeft_length"].lerp_(energies[param].to(state["tnpeft_length"].dtype), 1 - beta2)
         component = adapter.component[param]
-        length = state["tnpeft_length"] / corrected[param]
+        length = state["tnpeft_length"] / (1 - beta2 ** float(state["step"]))
         lengths[component] = lengths[component] + length if component in lengths else length
     moves: dict[int, float] = {}
     for component in lengths:
@@ -295,7 +368,7 @@ def _invariant_step(
         length = lengths[component].sqrt() + group.get("eps", 1e-8) * 1e-8
         size = moves[component] * sqrt(adapter.entries[component]) / length
         size = size.reshape(-1, *[1] * (array.ndim - 1)) if adapter.replicas else size
-        array.sub_((size * directions[param][1]).to(array.dtype))
+        array.sub_((size * steps[param]).to(array.dtype))
 
 
 def _components(layout: Layout) -> dict[ParameterSpec, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate, combinations, pairwise, product
-from math import ceil, dist, hypot, sqrt
+from math import ceil, dist, hypot, inf, sqrt
 from random import Random
 from typing import TypeVar
 
@@ -138,20 +138,23 @@ class _Grid:
         return near, nearer
 
     def _crossings(self, line: int) -> _Memo[int, bool]:
-        return _Memo(lambda other: self._cross(line, other))
+        """Of every other line, whether the two cross, each at a point within."""
+        where, size = self.where, self.size
+        (ax, ay), (bx, by) = where[line // size], where[line % size]
+        ux, uy = bx - ax, by - ay
+
+        def crosses(other: int) -> bool:
+            (cx, cy), (dx, dy) = where[other // size], where[other % size]
+            if (ux * (cy - ay) - uy * (cx - ax)) * (ux * (dy - ay) - uy * (dx - ax)) >= 0:
+                return False
+            vx, vy = dx - cx, dy - cy
+            return (vx * (ay - cy) - vy * (ax - cx)) * (vx * (by - cy) - vy * (bx - cx)) < 0
+
+        return _Memo(crosses)
 
     def _passing(self, key: tuple[bool, int]) -> _Memo[int, int]:
         dot, at = key
         return _Memo(lambda line: self.passed[line][dot] >> at & 1)
-
-    def _cross(self, one: int, two: int) -> bool:
-        """True if two lines cross, each at a point within."""
-        (ax, ay), (bx, by) = self._vector(one)
-        (cx, cy), (dx, dy) = self._vector(two)
-        ux, uy, vx, vy = bx - ax, by - ay, dx - cx, dy - cy
-        if (ux * (cy - ay) - uy * (cx - ax)) * (ux * (dy - ay) - uy * (dx - ax)) >= 0:
-            return False
-        return (vx * (ay - cy) - vy * (ax - cx)) * (vx * (by - cy) - vy * (bx - cx)) < 0
 
     def _narrow(self, key: tuple[int, int, int]) -> bool:
         """True if two lines leave a point in almost the same direction."""
@@ -165,7 +168,7 @@ class _Placement:
 
     def __init__(self, grid: _Grid, random: Callable[[], float]) -> None:
         self.grid = grid
-        self._set(self._start(random))
+        self.points = self._start(random)
 
     def _start(self, random: Callable[[], float]) -> list[int]:
         """Every node near the middle of its neighbours, the legs at random along their sides, in their order."""
@@ -185,101 +188,97 @@ class _Placement:
             points.append(min(cells, key=lambda at: (at in points, abs(complex(*grid.where[at]) - spot))))
         return points
 
-    def _set(self, points: Sequence[int]) -> None:
-        grid = self.grid
-        self.points = [*points]
-        self.lines = [points[i] * grid.size + points[j] for i, j in grid.ends]
-        self.dots = sum([1 << at for at, dot in zip(points, grid.dot, strict=True) if dot])
-        self.solid = sum([1 << at for at, dot in zip(points, grid.dot, strict=True) if not dot])
-        self.legs = sum([1 << at for at, leg in zip(points, grid.leg, strict=True) if leg])
-
     def polished(self) -> _Placement:
         """The placement after every single move or swap that helps, the best one of a node at a time."""
         better = True
         while better:
             better = False
             for node in range(self.grid.count):
-                change, points = self._best(node)
-                self._set(points)
+                change, self.points = self._best(node)
                 better |= change < -1e-9
         return self
 
     def _best(self, node: int) -> tuple[float, list[int]]:
         """The best move of a node, what stands at its target going where it came from."""
         grid, points = self.grid, self.points
-        source, alone = points[node], self._local([node])
+        source, alone = points[node], self._local([node], points)
         best, chosen = -1e-9, points
         for target in grid.nearby[node, source]:
             guest = points.index(target) if target in points else None
             if guest is not None and source not in grid.allowed[guest]:
                 continue
             nodes = [node] if guest is None else [node, guest]
-            before = alone if guest is None else self._local(nodes)
+            before = alone if guest is None else self._local(nodes, points)
             trial = points[:]
             trial[node] = target
             if guest is not None:
                 trial[guest] = source
-            self._set(trial)
-            change = self._local(nodes) - before
+            change = self._local(nodes, trial, before + best) - before
             if change < best:
                 best, chosen = change, trial
-            self._set(points)
         return best, chosen
 
     def closed_up(self) -> _Placement:
         """The placement without empty rows or columns of cells."""
         xs, ys = (_closed_up([self.grid.where[at][axis] for at in self.points]) for axis in (0, 1))
-        self._set([self.grid.at(x, y) for x, y in zip(xs, ys, strict=True)])
+        self.points = [self.grid.at(x, y) for x, y in zip(xs, ys, strict=True)]
         return self
 
     def cost(self) -> float:
         """The cost of the placement."""
-        return self._local(range(self.grid.count))
+        return self._local(range(self.grid.count), self.points)
 
-    def _local(self, nodes: Sequence[int]) -> float:
-        """The costs that some nodes and their edges take part in, and the spread."""
-        grid, points, lines = self.grid, self.points, self.lines
-        lengths, passed, crossed, dots, solid = grid.lengths, grid.passed, grid.crossings, self.dots, self.solid
-        own: Iterable[int] = grid.edges[nodes[0]] if len(nodes) == 1 else {e for n in nodes for e in grid.edges[n]}
+    def _local(self, nodes: Sequence[int], points: Sequence[int], most: float = inf) -> float:
+        """The costs that some nodes and their edges take part in, and the spread; infinite if above ``most``."""
+        grid, size = self.grid, self.grid.size
+        lengths, angles = grid.lengths, grid.narrow
+        own: Iterable[int] = grid.edges[nodes[0]]
+        forks, order = grid.forks[nodes[0]], grid.order[nodes[0]]
+        if len(nodes) > 1:
+            own = {e for node in nodes for e in grid.edges[node]}
+            forks = tuple({fork for node in nodes for fork in grid.forks[node]})
+            order = tuple({pair for node in nodes for pair in grid.order[node]})
+        mine = [points[i] * size + points[j] for i, j in [grid.ends[e] for e in own]]
         total: float = 0.0
-        crossings = hidden = tight = seen = 0
-        for e in own:
-            line = lines[e]
+        for e, line in zip(own, mine, strict=True):
             length, slant = lengths[line]
             total += length + grid.slant[e] * slant
-            near, nearer = passed[line]
+        if total > most:
+            return inf
+        for one, two, downwards in order:
+            late = points[two] // grid.row > points[one] // grid.row if downwards else points[two] < points[one]
+            total += _ORDER * late
+        total += _NARROW * sum([angles[points[c], points[i], points[j]] for c, i, j in forks])
+        if total > most:  # many trials end here, before anything is compared with all lines
+            return inf
+        lines = [points[i] * size + points[j] for i, j in grid.ends]
+        dots = sum([1 << at for at, dot in zip(points, grid.dot, strict=True) if dot])
+        solid = sum([1 << at for at, dot in zip(points, grid.dot, strict=True) if not dot])
+        crossings = hidden = tight = seen = 0
+        for line in mine:
+            near, nearer = grid.passed[line]
             hidden += (near & solid | nearer & dots).bit_count()
-            crossings += sum(map(crossed[line].__getitem__, lines))
-        mine: list[int] = []  # several nodes' own lines would be counted twice
+            crossings += sum(map(grid.crossings[line].__getitem__, lines))
+            if len(nodes) == 1 and total + _CROSSING * crossings + _HIDDEN * hidden > most:
+                return inf
         if len(nodes) > 1:
-            mine = [lines[e] for e in own]
-            crossings -= sum(crossed[one][two] for one, two in combinations(mine, 2))
+            crossings -= sum(grid.crossings[one][two] for one, two in combinations(mine, 2))
+        else:
+            mine = []  # only several nodes' own lines were counted twice
         for node in nodes:
             at = points[node]
             passing = grid.passing[grid.dot[node], at].__getitem__
             hidden += sum(map(passing, lines)) - sum(map(passing, mine))
             close = grid.close[at] & (solid | dots)
             if grid.leg[node]:
-                close |= grid.close_legs[at] & self.legs
+                legs = sum([1 << at for at, leg in zip(points, grid.leg, strict=True) if leg])
+                close |= grid.close_legs[at] & legs
             tight += (close & ~seen).bit_count()
             seen |= 1 << at
-        forks, order = grid.forks[nodes[0]], grid.order[nodes[0]]
-        if len(nodes) > 1:
-            forks = tuple({fork for node in nodes for fork in grid.forks[node]})
-            order = tuple({pair for node in nodes for pair in grid.order[node]})
-        late = sum(
-            [
-                points[two] // grid.row > points[one] // grid.row if downwards else points[two] < points[one]
-                for one, two, downwards in order
-            ]
-        )
-        angles = grid.narrow
-        narrow = sum([angles[points[c], points[i], points[j]] for c, i, j in forks])
-        where = grid.where
-        xs, ys = zip(*[where[at] for at in points], strict=True)
+        xs, ys = zip(*[grid.where[at] for at in points], strict=True)
         squares = sum([x * x for x in xs]) + sum([y * y for y in ys])
         total += _SPREAD / 4 * (squares - (sum(xs) ** 2 + sum(ys) ** 2) / len(points))
-        return total + _CROSSING * crossings + _HIDDEN * hidden + _TIGHT * tight + _NARROW * narrow + _ORDER * late
+        return total + _CROSSING * crossings + _HIDDEN * hidden + _TIGHT * tight
 
 
 _NEIGHBOURS = [step for step in product(range(-2, 3), repeat=2) if step != (0, 0)]

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
-from math import prod
 from typing import Any
 
 from tnpeft._extras import needed
@@ -77,7 +76,7 @@ class _Table:
         self.operands, self.weights = operands, weights
         self.bit = {index: 1 << k for k, index in enumerate(sizes)}
         self.sizes = list(sizes.values())
-        self.volumes: dict[int, int] = {}
+        self.volumes: dict[int, int] = {0: 1}
         self.output = self._bits(output)
 
     def _bits(self, indices: frozenset[str]) -> int:
@@ -87,11 +86,12 @@ class _Table:
         """The product of the sizes of a set of indices."""
         found = self.volumes.get(bits)
         if found is None:
-            found = self.volumes[bits] = prod(size for k, size in enumerate(self.sizes) if bits >> k & 1)
+            top = bits.bit_length() - 1
+            found = self.volumes[bits] = self.sizes[top] * self.volume(bits ^ 1 << top)
         return found
 
     def best(self) -> Path:
-        """The cheapest path, by dynamic programming over subsets: every split of every subset is with_costs once."""
+        """The cheapest path, by dynamic programming over subsets: every split of every subset is looked at once."""
         count = len(self.operands)
         full = (1 << count) - 1
         union = [0] * (full + 1)

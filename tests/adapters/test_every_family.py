@@ -11,7 +11,7 @@ import torch
 from expert_models import KeepDouble
 from torch import Tensor, nn
 from torch.func import functional_call
-from weight_kinds import CALLED, EXPERTS, KINDS, Kind, replaced, shake
+from weight_kinds import BY_EXPERT, CALLED, KINDS, LISTED, Kind, replaced, shake
 
 import tnpeft
 from tnpeft.adapters.state import arrays, bank_of
@@ -59,14 +59,15 @@ SITES = {
 
 def refusal(family: str, kind: str) -> tuple[str, str] | None:
     """What is said, and what to do, where a family has no meaning on a kind of weight; None where it has."""
-    if family in OVER_EXPERTS and kind not in EXPERTS:
+    if family in OVER_EXPERTS and kind not in BY_EXPERT:
         site = SITES.get(kind, "conv (16 x 16)")
         problem = f"the index 'expert' has no meaning on {site}: it is one matrix, not one for every expert"
         return problem, "leave 'expert' out of the line, or target weights that hold one matrix for every expert"
-    if family in OF_THE_WEIGHT and kind in EXPERTS:
+    if family in OF_THE_WEIGHT and kind in BY_EXPERT:
         what = OF_THE_WEIGHT[family]
         if isinstance(what, str):
-            problem = f"the base weight {what} of experts_gate_up_proj/out:0 is 4 matrices, one for every expert"
+            site = "w1" if kind in LISTED else "experts_gate_up_proj/out:0"
+            problem = f"the base weight {what} of {site} is 4 matrices, one for every expert"
             return problem, f"let it carry the index 'expert', as in ^{what}[layer proj expert out inp]"
         problem = f"factor {what[0]!r} serves 4 experts and cannot start as {what[1]!r}"
         return problem, "the base weight differs from expert to expert: let the factor carry expert"
@@ -75,7 +76,8 @@ def refusal(family: str, kind: str) -> tuple[str, str] | None:
     return None
 
 
-CASES = [(f, kind) for f in FAMILIES for kind in KINDS] + [(f"own_{name}", kind) for name in OWN for kind in EXPERTS]
+CASES = [(f, kind) for f in FAMILIES for kind in KINDS]
+CASES += [(f"own_{name}", kind) for name in OWN for kind in BY_EXPERT]
 
 
 def adapted(f: Factorization, kind: Kind) -> tuple[nn.Module, peft.PeftModel]:

@@ -89,6 +89,50 @@ class Kernels(nn.Module):
         return first.back(second(first(x)).tanh()) + x @ second.kernel
 
 
+class Gated(nn.Module):
+    """An expert of three linears."""
+
+    def __init__(self, inp: int, width: int) -> None:
+        super().__init__()
+        self.w1, self.w3 = nn.Linear(inp, width, bias=False), nn.Linear(inp, width)
+        self.w2 = nn.Linear(width, inp, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(nn.functional.silu(self.w1(x)) * self.w3(x))
+
+
+class Mixture(nn.Module):
+    """A router and its experts in a list, two of which each token meets, as in mixtures before transformers 5."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(16, 4, bias=False)
+        self.experts = nn.ModuleList(Gated(16, 16) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        shares, chosen = self.gate(rows).softmax(-1).topk(2, -1)
+        result = torch.zeros_like(rows)
+        for number, expert in enumerate(self.experts):
+            row, place = torch.where(chosen == number)
+            if len(row):
+                result = result.index_add(0, row, expert(rows[row]) * shares[row, place, None])
+        return result.reshape(x.shape)
+
+
+class Mixtures(nn.Module):
+    """Two layers of mixtures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({"moe": Mixture()}) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer["moe"](x)
+        return x
+
+
 def image(dims: int = 2, groups: int = 1) -> Tensor:
     return torch.randn(3, 4 * groups, *(5 + k for k in range(dims)), dtype=torch.float64)
 
@@ -150,7 +194,9 @@ RAW = {
     "parameter": Kind(Kernels, sequence, ("mix.kernel",), spread=0.2),
 }
 EXPERTS = {name: _experts(name) for name in CONFIGS if name != "qwen2_moe"}  # which is stored as qwen3_moe
-KINDS = {**CALLED, **RAW, **EXPERTS}
+LISTED = {"list of experts": Kind(Mixtures, sequence, ("experts",))}
+KINDS = {**CALLED, **RAW, **EXPERTS, **LISTED}
+BY_EXPERT = {**EXPERTS, **LISTED}
 
 
 def shake(model: nn.Module, size: float = 0.5) -> None:
@@ -206,11 +252,11 @@ def region(kind: Kind, site: Site, weight: Tensor) -> tuple[Tensor, Tensor]:
     return rows[:, None], cols[None]
 
 
-def stored_name(base: nn.Module, site: Site) -> str:
-    """The name of the Parameter that holds a site's weight."""
-    known, path = {name for name, _ in base.named_parameters()}, site.module
-    names = (path, f"{path}.weight", f"{path}_weight", path.removesuffix("_weight"))
-    return next(name for name in names if name in known)
+def stored_names(base: nn.Module, site: Site) -> list[str]:
+    """The names of the Parameters that hold a site's weight: one, or one for every expert."""
+    known = {name for name, _ in base.named_parameters()}
+    each = ((path, f"{path}.weight", f"{path}_weight", path.removesuffix("_weight")) for path in site.paths)
+    return [next(name for name in names if name in known) for names in each]
 
 
 def replaced(
@@ -219,14 +265,17 @@ def replaced(
     """Every adapted Parameter of the base model with the updates of its sites added."""
     changes: dict[str, Tensor] = {}
     for place in bank_of(model).layouts["default"].site_layouts:
-        name = stored_name(base, place.site)
-        weight = kind.matrix(base.get_parameter(name).detach())
+        names = stored_names(base, place.site)
+        stored = [kind.matrix(base.get_parameter(name).detach()) for name in names]
+        weight = torch.stack(stored) if place.site.listed else stored[0]
         rows, cols = region(kind, place.site, weight)
         part = weight[..., rows, cols]
         update = dense(place, values, f, part).expand(part.shape)
         zero = torch.zeros_like(weight)
         index = (torch.arange(len(weight))[:, None, None], rows, cols) if weight.dim() == 3 else (rows, cols)
-        changes[name] = changes.get(name, zero) + zero.index_put(index, update)
+        whole = zero.index_put(index, update)
+        for name, change in zip(names, whole if place.site.listed else [whole], strict=True):
+            changes[name] = changes.get(name, 0) + change
     found = {}
     for name, change in changes.items():
         stored = base.get_parameter(name).detach()

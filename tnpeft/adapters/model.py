@@ -30,7 +30,7 @@ from tnpeft.adapters.owners import check_owner, fused, keep_unfused
 from tnpeft.adapters.placement import base_constants, build_layout, start_values
 from tnpeft.adapters.replicas.batch import check_blocks, expect_blocks
 from tnpeft.adapters.rollback import Parked, Snapshot, layers, or_as_before, outside, walk
-from tnpeft.adapters.sites.bases import excluded_weights, site_weight, weights_of
+from tnpeft.adapters.sites.bases import excluded_weights, site_weight, take_listed, weights_of
 from tnpeft.adapters.sites.kinds import check_kind, wrapped
 from tnpeft.adapters.sites.names import check_name
 from tnpeft.adapters.sites.parameter import check_one_for_all, raw_at
@@ -150,9 +150,13 @@ class TensorNetworkModel(BaseTuner):
             for name, module in outside(self.model)
             if name and self._check_target_module_exists(config, name)
         }
-        for name in modules:
+        meant = partial(check_target_module_exists, config)
+        by_expert = any("expert" in rule.network.indices for rule in config.factorization.lines)
+        listed = take_listed(self.model, modules, quantised, meant, by_expert)
+        for name in (*modules, *(path.replace("*", "0") for path in listed)):
             check_owner(self.model, name)
-        modules, bases = weights_of(modules, quantised, partial(check_target_module_exists, config))
+        modules, bases = weights_of(modules, quantised, meant)
+        modules, bases = modules | listed, bases | listed
         for name, base in bases.items():
             check_kind(name, base, config)
         layout = build_layout(self.model, bases, config)
@@ -170,11 +174,12 @@ class TensorNetworkModel(BaseTuner):
             adapter, {param: value for param, value in values.items() if not param.home}, config.save_frozen
         )
         bank._move_adapter_to_device_of_base_layer(adapter)
-        site_layouts: dict[str, list[SiteLayout]] = {}
+        site_layouts: dict[tuple[str, int], list[SiteLayout]] = {}
         for site_layout in layout.site_layouts:
-            site_layouts.setdefault(site_layout.site.module, []).append(site_layout)
-        for name, its in site_layouts.items():
-            self._attach_layer(name, bank, adapter, config, values, its)
+            for expert, path in enumerate(site_layout.site.paths):
+                site_layouts.setdefault((path, expert), []).append(site_layout)
+        for (name, expert), its in site_layouts.items():
+            self._attach_layer(name, expert, bank, adapter, config, values, its)
         for names in shared_input_groups(self.model, [site_layout.site for site_layout in layout.site_layouts]):
             join(adapter, map(self.model.get_submodule, names))
 
@@ -195,6 +200,7 @@ class TensorNetworkModel(BaseTuner):
     def _attach_layer(
         self,
         name: str,
+        expert: int,
         bank: FactorBank,
         adapter: str,
         config: TensorNetworkConfig,
@@ -220,7 +226,8 @@ class TensorNetworkModel(BaseTuner):
         site_layouts = sorted(site_layouts, key=lambda p: p.site.start)
         constants = base_constants(f)
         target.updates[adapter] = tuple(
-            update(site_layout, f.unit_norm, constants, float(f.scale), config.tokens) for site_layout in site_layouts
+            update(site_layout, f.unit_norm, constants, float(f.scale), config.tokens, expert)
+            for site_layout in site_layouts
         )
         target.dropouts[adapter] = config.dropout
         target.prepare(adapter)

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters.layer.bank import FactorBank, TensorNetworkLayer, find_bank
+from tnpeft.adapters.layer.binding import Update
 from tnpeft.adapters.layer.linear import TensorNetworkLinear
 from tnpeft.adapters.layer.merging import DenseLinear
 from tnpeft.layout import Layout, ParameterSpec
-from tnpeft.networks import NetworkError
+from tnpeft.networks import NetworkError, Site
 
 
 def bank_of(model: nn.Module, adapter: str = "default") -> FactorBank:
@@ -137,21 +138,20 @@ def arrays(
     model: nn.Module, bank: FactorBank, adapter: str, kinds: tuple[str, ...] = ("trainable", "frozen", "constant")
 ) -> dict[ParameterSpec, Tensor]:
     """The array of every param, as it stands in the model."""
-    linears = {
-        item.site_layout.site: (module, item)
-        for module in model.modules()
-        if isinstance(module, DenseLinear)
-        for item in module.updates.get(adapter, ())
-    }
+    linears: dict[Site, list[tuple[DenseLinear, Update]]] = {}
+    for module in model.modules():
+        for item in module.updates.get(adapter, ()) if isinstance(module, DenseLinear) else ():
+            linears.setdefault(item.site_layout.site, []).append((module, item))
     found: dict[ParameterSpec, Tensor] = {}
     for site_layout in bank.layouts[adapter].site_layouts:
-        linear, item = linears[site_layout.site]
+        linear, item = (its := linears[site_layout.site])[0]
         for label, param in site_layout.parameters.items():
             if param.kind not in kinds or param in found:
                 continue
             owner: TensorNetworkLayer = linear if param.home else bank
             if label in item.constants:
-                found[param] = linear.constant(item, label)
+                every = [linear.constant(item, label) for linear, item in its]  # of experts in a list one in each
+                found[param] = torch.stack(every, param.indices.index("expert")) if len(every) > 1 else every[0]
             else:
                 found[param] = owner.tnpeft_factors[adapter].get(param.key)
     return found

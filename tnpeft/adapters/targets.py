@@ -13,6 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tnpeft.adapters.experts.fused import FusedWeight, fused_weights
+from tnpeft.adapters.experts.listed import ListedWeight, lists
 from tnpeft.adapters.sites.raw import RawWeight, raw_names
 from tnpeft.layout import sorted_projs
 from tnpeft.models import cards
@@ -78,7 +79,7 @@ def resolve(model: nn.Module, targets: Sequence[str]) -> tuple[list[str], list[s
     card = card_of(model)
     modules = [*model.named_modules()]
     fused = [f"{name}.{weight.name}" for name, module in modules for weight in fused_weights(module)]
-    paths = [name for name, module in modules if hasattr(module, "weight")] + fused
+    paths = [name for name, module in modules if hasattr(module, "weight")] + fused + [*lists(model)]
     others = [name for name, _ in modules] + fused
     others += [f"{name}.{its}" for name, module in modules for its in raw_names(module)]
     found: list[str] = []
@@ -210,21 +211,25 @@ def _known(card: cards.Card | None, name: str, module: Any, keep: set[str]) -> l
 
 
 def _by_pattern(model: nn.Module, modules: Mapping[str, Any], keep: set[str]) -> list[_Place]:
-    names = names_by_path(modules)
+    names = names_by_path(name.replace(".*", "") for name in modules)
     found = []
     for name, module in modules.items():
         place = _Place(
-            *names[name],
+            *names[name.replace(".*", "")],
             *features(module),
             module.heads if isinstance(module, RawWeight) else _heads(model, name.rpartition(".")[2], module),
             name,
             kernel=kernel(module),
         )
-        found += _of_experts(module, place, keep) if isinstance(module, FusedWeight | RawWeight) else [place]
+        found += (
+            _of_experts(module, place, keep)
+            if isinstance(module, FusedWeight | ListedWeight | RawWeight)
+            else [place]
+        )
     return found
 
 
-def _of_experts(weight: FusedWeight | RawWeight, place: _Place, keep: set[str]) -> list[_Place]:
+def _of_experts(weight: FusedWeight | ListedWeight | RawWeight, place: _Place, keep: set[str]) -> list[_Place]:
     """The projections that a fused weight or raw Parameter holds; the whole if that is what ``keep`` names."""
     place = replace(place, experts=weight.experts)
     if weight.slices == 1 or place.proj in keep:

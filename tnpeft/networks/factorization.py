@@ -26,7 +26,8 @@ class Site:
     its place, ``fc1/out:0``); ``out`` and ``inp`` are its numbers of features; ``heads`` its number of attention
     heads (of k and v: the grouped ones), 0 if unknown; ``module`` the linear's dotted path; ``experts`` the number
     of experts of a weight that holds one matrix for each, 0 for a linear; ``kernel`` the sizes of a convolution's
-    kernel, whose taps are columns beside its input channels.
+    kernel, whose taps are columns beside its input channels. Where each expert is a module of its own, ``module``
+    has ``*`` in the place of its number.
 
     >>> Site(0, "fc1", 3072, 768).squares()[1]
     Site(layer=0, proj='fc1/out:1', out=768, inp=768, heads=0, module='', start=768, experts=0, kernel=())
@@ -41,6 +42,22 @@ class Site:
     start: int = 0
     experts: int = 0
     kernel: tuple[int, ...] = ()
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths of the linears that hold the site's weight: one, or that of every expert in a list of modules.
+
+        >>> Site(0, "w1", 8, 4, module="experts.*.w1", experts=2).paths
+        ('experts.0.w1', 'experts.1.w1')
+        """
+        if not self.listed:
+            return (self.module,)
+        return tuple(self.module.replace("*", str(k)) for k in range(self.experts))
+
+    @property
+    def listed(self) -> bool:
+        """True if every expert is a module of its own."""
+        return "*" in self.module
 
     @property
     def taps(self) -> dict[str, int]:

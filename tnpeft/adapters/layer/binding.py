@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
-from tnpeft.adapters.sites.selection import RESERVED, Axes, one_value, rowwise
+from tnpeft.adapters.sites.selection import Axes, Selected, one_value, rowwise
 from tnpeft.layout import ParameterSpec, SiteLayout
 from tnpeft.networks import REPLICA
 from tnpeft.nn.executor.grouped import grouped_program
 from tnpeft.nn.executor.kernels import normalize_columns
 from tnpeft.nn.executor.program import Program, program
+from tnpeft.nn.init.initializer import without_experts
 from tnpeft.nn.init.patterns import base as as_factor
 
 Source = Literal["site", "bank", "base"]
@@ -39,7 +41,8 @@ class Update:
     ``side`` is the side of the linear that the site is a slice of, from ``start`` on, or ``""`` for the whole;
     ``keeps`` says that something is computed from the adapter's own factors alone, ``data`` that it has constants
     besides the base weight. The program normalises the operands that are to be; it is that of one value of each
-    named stack index, ``stack``, and :meth:`by_rows` that of one value for each row.
+    named stack index, ``stack``, and :meth:`by_rows` that of one value for each row. ``fixed`` are values that are
+    nobody's to choose: the expert of a linear that is one of a list.
     Copies and pickles hold the site_layout and build the program anew.
     """
 
@@ -48,6 +51,7 @@ class Update:
     constants: tuple[str, ...]
     scale: float
     tokens: int
+    expert: int
     run: Any = field(compare=False, repr=False)
     operands: tuple[Operand, ...]
     side: Literal["", "out", "inp"]
@@ -56,10 +60,11 @@ class Update:
     keeps: bool
     data: bool
     stack: tuple[str, ...] = ()
+    fixed: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
     _made: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return update, (self.site_layout, self.unit_norm, self.constants, self.scale, self.tokens)
+        return update, (self.site_layout, self.unit_norm, self.constants, self.scale, self.tokens, self.expert)
 
     def cached(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """Return what ``make`` made for the key at the first call; a copy of the update makes it anew."""
@@ -70,6 +75,10 @@ class Update:
     def delta(self, operands: list[Tensor]) -> Tensor:
         """The scaled update of this site, ``[out, inp]``."""
         return self.run.delta(operands, self.scale)
+
+    def chosen(self, selected: Selected) -> Selected:
+        """The values of all its stack indices: the chosen ones, and those that are fixed."""
+        return {**selected, **self.fixed} if self.fixed else selected
 
     def by_rows(self, rows: tuple[str, ...], count: int) -> Program:
         """Return the program of ``count`` values of the stack indices ``rows``, one for each row of a batch."""
@@ -93,9 +102,16 @@ class Update:
 
 
 def update(
-    site_layout: SiteLayout, unit_norm: tuple[str, ...], constants: tuple[str, ...], scale: float, tokens: int
+    site_layout: SiteLayout,
+    unit_norm: tuple[str, ...],
+    constants: tuple[str, ...],
+    scale: float,
+    tokens: int,
+    expert: int = 0,
 ) -> Update:
     """The update of the site_layout's site; ``constants`` are the factors that are the base weight itself.
+
+    Where each expert is a linear of its own, it is that of ``expert``.
 
     >>> from tnpeft.layout import layout
     >>> from tnpeft.networks import Factorization, Site
@@ -104,19 +120,21 @@ def update(
     >>> [(operand.source, operand.key) for operand in update(place, (), (), 1.0, 64).operands]
     [('site', 'B'), ('bank', 'A')]
     """
-    net, sizes, stack = one_value(site_layout.network, site_layout.sizes)
     site = site_layout.site
-    make = grouped_program if site.experts else program
+    fixed = {"expert": torch.tensor(expert)} if "expert" in site_layout.network.stack and site.listed else {}
+    net, sizes, stack = one_value(site_layout.network, site_layout.sizes, fixed)
+    make = grouped_program if site.experts and not site.listed else program
     run = make(net, sizes, tokens=tokens, unit_norm=unit_norm)
     last = site.proj.rpartition("/")[2]
     side: Literal["", "out", "inp"] = "out" if last.startswith("out:") else "inp" if last.startswith("inp:") else ""
-    operands = tuple(_operand(site_layout, label, unit_norm, constants) for label in run.labels)
+    operands = tuple(_operand(site_layout, label, unit_norm, constants, stack) for label in run.labels)
     return Update(
         site_layout,
         unit_norm,
         constants,
         scale,
         tokens,
+        expert,
         run,
         operands,
         side,
@@ -125,6 +143,7 @@ def update(
         run.has_weight_steps and not constants,
         any(param.kind == "constant" and label not in constants for label, param in site_layout.parameters.items()),
         stack,
+        fixed,
     )
 
 
@@ -139,7 +158,10 @@ def as_base_factor(item: Update, label: str, weight: Tensor) -> Tensor:
     >>> as_base_factor(item, "W", torch.ones(2, 3)).shape
     torch.Size([2, 3])
     """
-    return as_factor(item.site_layout.parameters[label], item.site_layout, weight)
+    place = item.site_layout
+    if item.fixed:
+        place = without_experts(replace(place, site=replace(place.site, experts=0)))
+    return as_factor(place.parameters[label], place, weight)
 
 
 def part(weight: Tensor, item: Update) -> Tensor:
@@ -158,18 +180,22 @@ def part(weight: Tensor, item: Update) -> Tensor:
     return weight.narrow(0 if item.side == "out" else 1, item.start, item.length)
 
 
-def _operand(site_layout: SiteLayout, label: str, unit_norm: tuple[str, ...], constants: tuple[str, ...]) -> Operand:
+def _operand(
+    site_layout: SiteLayout,
+    label: str,
+    unit_norm: tuple[str, ...],
+    constants: tuple[str, ...],
+    named: tuple[str, ...],
+) -> Operand:
     param = site_layout.parameters[label]
     if label in constants:
         return Operand("base", label)
-    named = {*site_layout.network.stack}.difference(RESERVED)
     stack = tuple((axis, index) for axis, index in enumerate(param.indices) if index in named)
-    norm = _columns(param, site_layout) if label in unit_norm else ()
+    norm = _columns(param, site_layout, named) if label in unit_norm else ()
     return Operand("site" if param.home else "bank", param.key, norm, stack)
 
 
-def _columns(param: ParameterSpec, site_layout: SiteLayout) -> tuple[int, ...]:
+def _columns(param: ParameterSpec, site_layout: SiteLayout, named: tuple[str, ...]) -> tuple[int, ...]:
     features = {*site_layout.network.rows, *site_layout.network.cols}
-    named = {*site_layout.network.stack}.difference(RESERVED)
     kept = [index for index in param.indices if index not in named]
     return tuple(axis for axis, index in enumerate(kept) if index in features)

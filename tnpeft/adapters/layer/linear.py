@@ -64,7 +64,7 @@ class TensorNetworkLinear(DenseLinear):
         """The program of a call with ``x``: of one value of each named stack index, or of one for each row."""
         if not item.stack:
             return item.run
-        rows, count = chosen_rows(item.stack, item.site_layout.sizes, self.bank.selected)
+        rows, count = chosen_rows(item.stack, item.site_layout.sizes, item.chosen(self.bank.selected))
         if rows:
             check_rows(x.shape, count)
         return item.by_rows(rows, count)

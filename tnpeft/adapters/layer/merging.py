@@ -132,7 +132,7 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
         ]
         if not item.stack:
             return found
-        selected = self.bank.selected
+        selected = item.chosen(self.bank.selected)
         chosen_rows(item.stack, item.site_layout.sizes, selected)
         return [choose(a, operand.stack, selected) for a, operand in zip(found, item.operands, strict=True)]
 
@@ -219,7 +219,9 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
                 f"{adapter!r} is several replicas, not one update",
                 remedy="take one out with tnpeft.replicas.attach(model, k, name), then use that",
             )
-        if item.stack and (rows := chosen_rows(item.stack, item.site_layout.sizes, self.bank.selected)[0]):
+        if item.stack and (
+            rows := chosen_rows(item.stack, item.site_layout.sizes, item.chosen(self.bank.selected))[0]
+        ):
             raise NetworkError(
                 f"{adapter!r} has a value of {rows[0]!r} for each row, not one update",
                 remedy=f"choose one value first: tnpeft.select(model, {rows[0]}=0)",
@@ -227,7 +229,9 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
 
     def _refuse_by_row(self, adapter: str) -> None:
         item = self.updates[adapter][0]
-        if item.stack and (rows := chosen_rows(item.stack, item.site_layout.sizes, self.bank.selected)[0]):
+        if item.stack and (
+            rows := chosen_rows(item.stack, item.site_layout.sizes, item.chosen(self.bank.selected))[0]
+        ):
             raise NetworkError(
                 f"rows cannot have both an adapter and a value of {rows[0]!r} of their own",
                 remedy=f"choose one value for all, tnpeft.select(model, {rows[0]}=0), or leave out adapter_names",

@@ -105,14 +105,16 @@ def _paths(name: str, layer: DenseLinear) -> Iterator[LayerPath]:
             shapes = {label: tuple(param.shape) for label, param in item.site_layout.parameters.items()}
             site = item.site_layout.site
             reason = route.reason if active else "the adapter is not active"
-            reason = "; ".join(filter(None, [reason, described(item.stack, layer.bank.selected)]))
+            reason = "; ".join(filter(None, [reason, described(item.stack, item.chosen(layer.bank.selected))]))
             path = route.kind if active else "base"
             yield LayerPath(name, adapter, active, site.proj, site.out, site.inp, shapes, path, reason, site.experts)
 
 
 def _unmatched(targets: object, rows: tuple[LayerPath, ...], more: Collection[str] = ()) -> tuple[str, ...]:
     names = {*more, *(row.layer for row in rows)}
-    names |= {row.layer.rpartition(".")[0] for row in rows if row.experts}  # targets name a module of experts, too
+    of_experts = [row.layer for row in rows if row.experts]
+    names |= {name.rpartition(".")[0] for name in of_experts}  # targets name a module of experts, too
+    names |= {re.sub(r"\.\d+(\.\D[^.]*)+$", "", name) for name in of_experts}  # or a list of them
     if isinstance(targets, str):
         found = targets == "all-linear" or any(re.search(f"(^|\\.)(?:{targets})$", name) for name in names)
         return () if found else (targets,)

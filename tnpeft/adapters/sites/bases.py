@@ -5,19 +5,25 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import _ExcludedModule
 from torch import Tensor, nn
 
 from tnpeft.adapters.experts.fused import FusedWeight, check_experts
+from tnpeft.adapters.experts.listed import ListedWeight, is_list, listed_weight, starred
 from tnpeft.adapters.experts.module import weights_in
 from tnpeft.adapters.experts.weight import ExpertWeight
 from tnpeft.adapters.layer.bank import FactorBank
+from tnpeft.adapters.layer.linear import TensorNetworkLinear
 from tnpeft.adapters.layer.merging import DenseLinear
+from tnpeft.adapters.rollback import outside
 from tnpeft.adapters.sites.kinds import kind, wrapped
 from tnpeft.adapters.sites.parameter import TensorNetworkParameter
 from tnpeft.adapters.sites.raw import RawWeight, raw_weights
+from tnpeft.adapters.targets import features
 from tnpeft.networks import NetworkError, Site
 
 
@@ -43,7 +49,7 @@ def weights_of(
     """The targeted modules and, by the same paths, what they adapt: linears, and in place of experts fused weights.
 
     Args:
-        modules: targeted modules by path.
+        modules: targeted modules by path, without those in lists of experts.
         quantised: PEFT's options for finding a back end.
         meant: PEFT's answer for the path of a weight: true if it is a target itself, an ``_ExcludedModule`` if it
             is excluded.
@@ -76,6 +82,41 @@ def _named(owner: str, raw: RawWeight, meant: Callable[[str], Any]) -> bool:
     return any(answers) and not any(isinstance(answer, _ExcludedModule) for answer in answers)
 
 
+def take_listed(
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    quantised: dict[str, Any],
+    meant: Callable[[str], Any],
+    by_expert: bool,
+) -> dict[str, ListedWeight]:
+    """Take the lists of experts out of the targeted modules, and give the weights that their linears are.
+
+    If the lines are ``by_expert``, so are targeted linears inside such lists.
+
+    Raises:
+        NetworkError: the experts of a list differ, or hold no linears.
+    """
+    targeted = [name for name, module in modules.items() if is_list(name, module)]
+    for name in targeted:
+        del modules[name]
+    groups: dict[str, dict[str, nn.Module]] = {}
+    for path, module in outside(model) if targeted or by_expert else ():
+        inside = any(path.startswith(f"{name}.") for name in targeted)
+        base = module.get_base_layer() if isinstance(module, DenseLinear) else module
+        if not (inside or (by_expert and path in modules)) or kind(base, quantised) is not TensorNetworkLinear:
+            continue
+        if (star := starred(model, path)) and not isinstance(meant(path), _ExcludedModule):
+            groups.setdefault(star, {})[path] = base
+            modules.pop(path, None)
+    for name in targeted:
+        if not any(star.startswith(f"{name}.") for star in groups):
+            raise NetworkError(f"the experts of {name} hold no linears", remedy="leave it out of target_modules")
+    return {
+        star: listed_weight(star, own, {path: features(base) for path, base in own.items()})
+        for star, own in groups.items()
+    }
+
+
 @contextmanager
 def excluded_weights(held: Mapping[str, Sequence[str]], meant: Callable[[str], Any]) -> Iterator[None]:
     """Keep PEFT, which sees modules only, from saying that nothing is excluded where a weight of one is."""
@@ -92,6 +133,9 @@ def site_weight(modules: dict[str, Any], quantised: dict[str, Any], site: Site) 
     if isinstance(module, FusedWeight | ExpertWeight):
         weight = ExpertWeight(module, FactorBank()) if isinstance(module, FusedWeight) else module
         return weight.site_matrices(site)
+    if isinstance(module, ListedWeight):
+        one = replace(site, module="", experts=0)
+        return torch.stack([site_weight({"": linear}, quantised, one) for linear in module.linears])
     if not isinstance(module, DenseLinear | RawWeight):
         module = wrapped(module, FactorBank(), quantised)
     rows = slice(site.start, site.start + site.out) if "/out:" in site.proj else slice(None)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tnpeft.adapters.layer.bank import FactorBank
 from tnpeft.adapters.layer.checkpointing import check_recomputation, refuse_reentrant, selection_seen
-from tnpeft.adapters.layer.merging import HeldWeight, rescaling, wide
+from tnpeft.adapters.layer.merging import DenseLinear, HeldWeight, rescaling, wide
 from tnpeft.adapters.layer.protocol import Route
 from tnpeft.adapters.sites.raw import RawWeight, raw_weights
 from tnpeft.networks import NetworkError
@@ -197,14 +197,17 @@ def check_parameter(name: str, config: Any) -> None:
 
 
 def check_one_for_all(model: nn.Module, names: Sequence[str]) -> None:
-    """Raise in a batch of several adapters if a raw Parameter has an update: all rows read one weight.
+    """Raise in a batch of several adapters if a layer that does not see the batch's rows has an update.
 
     Raises:
-        NetworkError: one has.
+        NetworkError: it is a raw Parameter, which all rows read, or of an expert in a list, which is given tokens.
     """
     for path, layer in model.named_modules():
-        if isinstance(layer, TensorNetworkParameter) and {*names, *layer.active_adapters} & {*layer.updates}:
-            raise NetworkError(
-                f"{path} is read by its module itself, once for all rows of a batch",
-                remedy="use set_adapter with one adapter at a time",
-            )
+        if not isinstance(layer, DenseLinear) or not {*names, *layer.active_adapters} & {*layer.updates}:
+            continue
+        problem = "is read by its module itself, once for all rows of a batch"
+        if any(item.site_layout.site.listed for items in layer.updates.values() for item in items):
+            problem = "is given the tokens of one expert, not the rows of a batch"
+        elif not isinstance(layer, TensorNetworkParameter):
+            continue
+        raise NetworkError(f"{path} {problem}", remedy="use set_adapter with one adapter at a time")

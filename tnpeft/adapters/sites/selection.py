@@ -228,15 +228,17 @@ def rowwise(net: Network, stack: Collection[str], rows: Collection[str]) -> Netw
     return Network(terms, (*many, *(group for group in kept if group), *net.output[-2:]))
 
 
-def one_value(net: Network, sizes: Mapping[str, int]) -> tuple[Network, Mapping[str, int], tuple[str, ...]]:
-    """The network of one value of every named stack index, its sizes, and these indices.
+def one_value(
+    net: Network, sizes: Mapping[str, int], fixed: Collection[str] = ()
+) -> tuple[Network, Mapping[str, int], tuple[str, ...]]:
+    """The network of one value of every named stack index, and of those that are ``fixed``; its sizes; these indices.
 
     >>> from tnpeft.networks import network
     >>> net, sizes, stack = one_value(network("S[scene a] B[a out inp] -> scene out inp"), {"scene": 3, "a": 2})
     >>> print(net, sizes, stack)
     S[a] B[a out inp] -> out inp {'a': 2} ('scene',)
     """
-    stack = tuple(index for index in net.stack if index not in RESERVED)
+    stack = tuple(index for index in net.stack if index not in RESERVED or index in fixed)
     if not stack:
         return net, sizes, ()
     net = rowwise(net, stack, ())

@@ -106,7 +106,9 @@ def factor_shapes(
             site = site_layout.site
             out = max(rows.get(site.module, (0,))[-1], site.start + site.out)
             rows[site.module] = (site.experts, (widths or {}).get(site.module, out)) if site.experts else (out,)
-        shapes |= {f"{module}.{PREFIX}magnitude": shape for module, shape in rows.items()}
+        for site in (site_layout.site for site_layout in found.site_layouts):
+            own = rows[site.module][1:] if site.listed else rows[site.module]
+            shapes |= {f"{path}.{PREFIX}magnitude": own for path in site.paths}
     return shapes
 
 
@@ -127,7 +129,9 @@ def contents(model: nn.Module, config: PeftConfig, found: Layout) -> Contents:
         its.required |= {f"{path}.{name}": _entry(value) for name, value in module.state_dict().items()}
     for path, (shape, tied) in _token_rows(model, config).items():
         (its.optional if tied else its.required)[f"{path}.token_adapter.trainable_tokens_delta"] = Entry(shape)
-    _add_biases(its, model, config, {site_layout.site.module for site_layout in found.site_layouts}, whole)
+    _add_biases(
+        its, model, config, {path for site_layout in found.site_layouts for path in site_layout.site.paths}, whole
+    )
     declared = {*(config.embeddings or ())}
     its.optional |= {name: entry for name, entry in embeddings(model).items() if name in declared}
     return its

@@ -1,0 +1,214 @@
+"""Experts in lists of modules, as in mixtures before transformers 5: the index ``expert`` runs over the list."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from expert_models import CONFIGS
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig
+from weight_kinds import Gated, Mixtures, sequence, shake
+
+import tnpeft
+from tnpeft.networks import NetworkError
+
+HIRA = {
+    "network": "^W[layer proj expert out inp] B[layer proj expert out r] A[proj r inp] -> layer proj expert out inp",
+    "ranks": {"r": 2},
+    "init": {"W": "base"},
+}
+NETWORKS: dict[str, dict[str, Any]] = {
+    "shared_outer": {"network": tnpeft.families.shared_outer_lora(rank=2)},
+    "cp": {"network": tnpeft.families.expert_cp(3)},
+    "lora": {"network": tnpeft.families.lora(2)},  # the same update in all experts
+    "hira": HIRA,
+}
+
+
+def adapted(key: str = "shared_outer", **options: Any) -> tuple[nn.Module, peft.PeftModel]:
+    torch.manual_seed(0)
+    base = Mixtures().double()
+    config = tnpeft.TensorNetworkConfig(**{"target_modules": ["experts"], **NETWORKS[key], **options})
+    model = peft.get_peft_model(copy.deepcopy(base), config).double()
+    shake(model)
+    return base, model
+
+
+@pytest.mark.filterwarnings("ignore:Already following adapters were merged")
+@pytest.mark.parametrize("key", NETWORKS)
+def test_a_tuners_life(key: str, tmp_path: Path) -> None:
+    base, model = adapted(key)
+    x = sequence()
+    wanted = model(x).detach()
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert torch.equal(again(x), wanted)
+    factors = tnpeft.factors(model)
+    held = {name: value for name, value in factors.items() if name != "W"}
+    tnpeft.set_factors(again, {name: torch.zeros_like(value) for name, value in held.items()})
+    assert not torch.equal(again(x), wanted)
+    tnpeft.set_factors(again, held)
+    assert torch.equal(again(x), wanted)
+    with torch.no_grad():  # inference keeps what it may, and forgets it when factors change
+        model.eval()
+        for _ in range(2):
+            assert torch.allclose(model(x), wanted, rtol=0, atol=1e-12)
+        name = next(iter(held))
+        tnpeft.set_factors(model, {name: 2 * held[name]})
+        assert not torch.allclose(model(x), wanted, rtol=0, atol=1e-3)
+        tnpeft.set_factors(model, {name: held[name]})
+        assert torch.allclose(model(x), wanted, rtol=0, atol=1e-12)
+    model.train()
+    assert tnpeft.explain(model).unmatched == {"default": ()}
+    assert {row.experts for row in tnpeft.explain(model).rows} == {4}
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    groups = tnpeft.parameter_groups(model, relative_step=0.1)
+    assert sum(p.numel() for group in groups for p in group["params"]) == count
+    model.add_adapter("second", tnpeft.TensorNetworkConfig(network="expert_lora", target_modules=["w1", "w2"]))
+    model.double().set_adapter("second")
+    shake(model)
+    assert not torch.allclose(model(x), wanted, rtol=0, atol=1e-3)
+    model.delete_adapter("second")
+    model.set_adapter("default")
+    with model.disable_adapter():
+        assert torch.equal(model(x), base(x))
+    shake(model)
+    model.merge_adapter()
+    assert torch.allclose(model(x), wanted, rtol=0, atol=1e-10)
+    model.unmerge_adapter()
+    for name, weight in base.named_parameters():
+        own = dict(model.get_base_model().named_parameters())
+        path, _, last = name.rpartition(".")
+        assert torch.equal(own.get(name, own.get(f"{path}.base_layer.{last}")), weight)
+    assert torch.equal(model(x), wanted)
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    assert torch.equal(copied(x), wanted)
+    merged = copied.merge_and_unload()
+    assert torch.allclose(merged(x), wanted, rtol=0, atol=1e-10)
+    assert [name for name, _ in merged.named_parameters()] == [name for name, _ in base.named_parameters()]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing(reentrant: bool) -> None:
+    _, model = adapted()
+    x = sequence().requires_grad_()
+
+    def gradients(run: Any) -> list[Tensor]:
+        model.zero_grad()
+        run(x).square().mean().backward()
+        return [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+    again = gradients(lambda y: checkpoint(model, y, use_reentrant=reentrant))
+    assert all(torch.allclose(a, b, rtol=1e-12, atol=0) for a, b in zip(gradients(model), again, strict=True))
+
+
+def test_dropout_and_dora(tmp_path: Path) -> None:
+    x = sequence()
+    _, model = adapted(dropout=0.5)
+    assert not torch.equal(model.train()(x), model(x))
+    assert torch.equal(model.eval()(x), model(x))
+    base, model = adapted(dora=True)
+    wanted = model(x).detach()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)(x), wanted)
+    model.merge_adapter()
+    assert torch.allclose(model(x), wanted, rtol=0, atol=1e-10)
+
+
+def test_exported_as_lora(tmp_path: Path) -> None:
+    base, model = adapted("cp")
+    report = tnpeft.export_lora(model, tmp_path)
+    assert len(report.rows) == 2 * 4 * 3
+    assert {(row.rank, row.error) for row in report.rows} == {(3, 0.0)}
+    other = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    x = sequence()
+    assert torch.allclose(other(x), model(x), rtol=0, atol=1e-4)
+
+
+def test_what_targets_mean() -> None:
+    def sites(network: Any, targets: Any, **options: Any) -> list[tuple[str, int]]:
+        config = tnpeft.TensorNetworkConfig(network=network, target_modules=targets, **options)
+        model = peft.get_peft_model(Mixtures(), config)
+        return [*dict.fromkeys((row.site, row.experts) for row in tnpeft.explain(model).rows)]
+
+    whole = [("w1", 4), ("w3", 4), ("w2", 4)]
+    assert sites("expert_cp", ["experts"]) == sites("expert_cp", r".*\.w\d") == whole
+    assert sites("lora", ["experts"]) == whole
+    assert sites("expert_cp", ["w3"]) == [("w3", 4)]
+    assert sites("expert_cp", ["experts"], exclude_modules=["w3"]) == [("w1", 4), ("w2", 4)]
+    assert len(sites("lora", ["w1"])) == 4  # without the index, linears by name are sites of their own
+    with pytest.raises(NetworkError, match="layers is a ModuleList, not a linear"):
+        sites("lora", ["layers"])
+    with pytest.raises(NetworkError, match="'expert' has no meaning on gate"):
+        sites("expert_cp", ["gate", "w1"])
+
+
+def test_experts_that_differ_are_refused() -> None:
+    base = Mixtures()
+    base.layers[1].moe.experts[2] = Gated(16, 8)
+    names = [name for name, _ in base.named_modules()]
+    with pytest.raises(NetworkError, match=r"the experts of layers.1.moe.experts.\*.w1 differ: 8 x 16 and 16 x 16"):
+        peft.get_peft_model(base, tnpeft.TensorNetworkConfig(network="expert_cp", target_modules=["experts"]))
+    assert names == [name for name, _ in base.named_modules()]
+
+
+def test_a_batch_of_several_adapters_is_refused() -> None:
+    _, model = adapted()
+    with pytest.raises(NetworkError, match="w1 is given the tokens of one expert, not the rows of a batch"):
+        model.eval()(sequence(), adapter_names=["default", "__base__"])
+
+
+def test_a_named_stack_over_a_list() -> None:
+    line = "B[layer proj scene expert out r] A[layer proj r inp] -> layer proj scene expert out inp"
+    _, model = adapted(network=line, ranks={"r": 2}, stack={"scene": 2})
+    x, outputs = sequence(), []
+    for scene in (0, 1):
+        tnpeft.select(model, scene=scene)
+        outputs.append(model(x))
+    assert (outputs[0] - outputs[1]).abs().max() > 1e-3
+    with pytest.raises(NetworkError, match="its rows are sorted by expert"):
+        tnpeft.select(model, scene=[0, 1])
+
+
+def test_a_start_from_the_weight_of_every_expert() -> None:
+    line = "U[layer proj expert out r] V[layer proj expert r inp] -> layer proj expert out inp"
+    torch.manual_seed(0)
+    base = Mixtures()
+    f = tnpeft.Factorization.of(line, ranks={"r": "min(out, inp)"}, init=dict.fromkeys("UV", "svd"))
+    model = peft.get_peft_model(base, tnpeft.TensorNetworkConfig(network=f, target_modules=["experts"]))
+    for layer in (module for module in model.modules() if hasattr(module, "updates")):
+        assert torch.allclose(layer.get_delta_weight("default"), layer.get_base_layer().weight, atol=1e-5)
+
+
+def test_an_architecture_whose_card_knows_fused_experts() -> None:
+    class Old(nn.Module):
+        """DeepSeek-V3 as its own code has it, with a dense layer and a shared expert."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = AutoConfig.for_model("deepseek_v3", **CONFIGS["deepseek_v3"])
+            self.model = nn.Module()
+            dense, moe = nn.Module(), nn.Module()
+            dense.mlp, moe.mlp = self.mlp(48), nn.Module()
+            moe.mlp.experts = nn.ModuleList(self.mlp(16) for _ in range(4))
+            moe.mlp.shared_experts = self.mlp(16)
+            self.model.layers = nn.ModuleList([dense, moe])
+
+        @staticmethod
+        def mlp(width: int) -> nn.Module:
+            sizes = {"gate_proj": (32, width), "up_proj": (32, width), "down_proj": (width, 32)}
+            return nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()})
+
+    config = tnpeft.TensorNetworkConfig(network="shared_outer_lora", target_modules=["experts"])
+    model = peft.get_peft_model(Old(), config)
+    assert {(row.site, row.experts) for row in tnpeft.explain(model).rows} == {
+        (name, 4) for name in ("gate_proj", "up_proj", "down_proj")
+    }
+    assert {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad} == {"default"}

@@ -1,0 +1,88 @@
+"""Experts that are modules of their own, in a list: the linears of one name in all of them are one weight."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from tnpeft.networks import NetworkError
+
+_INSIDE = re.compile(r"(?P<list>.*)\.(?P<number>\d+)\.(?P<rest>\D.*)")
+
+
+@dataclass(frozen=True)
+class ListedWeight:
+    """The linears of one name in a list of experts: ``[expert, out, inp]``, a matrix in each."""
+
+    linears: tuple[Any, ...]
+    out_features: int
+    in_features: int
+    slices: int = 1
+
+    @property
+    def module(self) -> nn.Module:
+        """The linear of the first expert."""
+        return self.linears[0]  # type: ignore[no-any-return]
+
+    @property
+    def experts(self) -> int:
+        """The number of experts."""
+        return len(self.linears)
+
+
+def is_list(name: str, module: nn.Module) -> bool:
+    """True for a list of modules that is called one of experts, and holds several.
+
+    >>> is_list("mlp.experts", nn.ModuleList([nn.Linear(2, 2)])), is_list("layers", nn.ModuleList())
+    (True, False)
+    """
+    return isinstance(module, nn.ModuleList) and "expert" in name.rpartition(".")[2] and len(module) > 0
+
+
+def starred(model: nn.Module, path: str) -> str:
+    """The path of a linear of an expert in a list with ``*`` in the place of the expert's number; else ``""``.
+
+    >>> starred(nn.ModuleDict({"experts": nn.ModuleList([nn.ModuleDict({"w": nn.Linear(2, 2)})])}), "experts.0.w")
+    'experts.*.w'
+    """
+    match = _INSIDE.fullmatch(path)
+    if match is None or not is_list(match["list"], model.get_submodule(match["list"])):
+        return ""
+    return f"{match['list']}.*.{match['rest']}"
+
+
+def listed_weight(path: str, linears: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]) -> ListedWeight:
+    """The weight of a path with ``*``, of the linears of all experts by their paths, in order.
+
+    Raises:
+        NetworkError: an expert lacks the linear, or has one of another shape.
+
+    >>> one = nn.Linear(2, 3)
+    >>> listed_weight("experts.*.w", {"experts.1.w": one}, {"experts.1.w": (3, 2)})
+    Traceback (most recent call last):
+    tnpeft.networks.errors.NetworkError: the experts of experts.*.w differ: experts.0.w is not among them
+    target linears that all experts of the list have, of one shape in each
+    """
+    wanted = [path.replace("*", str(k)) for k in range(len(linears))]
+    problem = next((f"{name} is not among them" for name in wanted if name not in linears), "")
+    if not problem and len({*shapes.values()}) > 1:
+        problem = " and ".join(f"{out} x {inp}" for out, inp in sorted({*shapes.values()}))
+    if problem:
+        raise NetworkError(
+            f"the experts of {path} differ: {problem}",
+            remedy="target linears that all experts of the list have, of one shape in each",
+        )
+    return ListedWeight(tuple(linears[name] for name in wanted), *shapes[wanted[0]])
+
+
+def lists(model: nn.Module) -> Iterator[str]:
+    """The paths of the lists of experts in a model.
+
+    >>> [*lists(nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(2, 2)])}))]
+    ['experts']
+    """
+    return (name for name, module in model.named_modules() if is_list(name, module))

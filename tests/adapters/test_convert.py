@@ -315,6 +315,9 @@ HOSTILE = {
     "broken pattern": lambda f: change_config(f, rank_pattern={"(": 4}),
     "pattern is a list": lambda f: change_config(f, rank_pattern=[1]),
     "trained biases": lambda f: change_config(f, bias="all"),
+    "parameters of a number": lambda f: change_config(f, target_parameters=5),
+    "a model's name beyond what files have": lambda f: change_config(f, base_model_name_or_path="x" * 5000, r=0),
+    "eight bits": lambda f: change_tensors(f, lambda t: t.update({first(t): t[first(t)].to(torch.float8_e4m3fn)})),
     "moved base": lambda f: change_config(f, init_lora_weights="pissa_niter_4"),
     "not finite": lambda f: change_tensors(f, lambda t: t[first(t)].fill_(float("nan"))),
     "integers": lambda f: change_tensors(f, lambda t: t.update({first(t): t[first(t)].int()})),
@@ -337,6 +340,17 @@ def test_hostile_files_are_refused_and_nothing_is_written(how: str, to: str, ada
         tnpeft.convert(adapter, adapter.parent / "new", to=to)
     assert folders(adapter.parent) == before
     assert {path.name for path in adapter.parent.iterdir()} == {"a"}
+
+
+@pytest.mark.parametrize("how", ["foreign array", "eight bits", "not finite", "lost side"])
+@pytest.mark.parametrize("to", ["tnpeft", "peft"])
+def test_hostile_folders_of_this_package_are_refused_as_well(how: str, to: str, adapter: Path) -> None:
+    """What PEFT would read into the base model passes through no conversion."""
+    own = adapter.parent / "own"
+    tnpeft.convert(adapter, own)
+    HOSTILE[how](own)
+    with pytest.raises((AdapterFileError, ConfigError)):
+        tnpeft.convert(own, adapter.parent / "new", to=to)
 
 
 @pytest.mark.parametrize("to", ["tnpeft", "peft", "kohya"])

@@ -119,3 +119,11 @@ def test_at_the_shell(tmp_path: Path) -> None:
     bad = CliRunner().invoke(app, ["explain", str(tmp_path / "no")])
     assert bad.exit_code == 2
     assert bad.stderr.startswith("error: no adapter_config.json")
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "x" * 5000, "a\0b", "/"])
+def test_a_recorded_name_is_read_only_where_it_is_a_configuration(name: str, tmp_path: Path) -> None:
+    saved(tmp_path, tnpeft.families.vera(rank=2))
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": name}))
+    assert explain_folder(tmp_path).places

@@ -6,6 +6,7 @@ import json
 import time
 from contextlib import nullcontext
 from threading import Event
+from typing import Any
 
 import pytest
 
@@ -255,16 +256,41 @@ def test_errors_name_the_input_and_the_remedy(tmp_path, monkeypatch) -> None:
         sites("opt-125m", [])
 
 
+MIXTURE = {"model_type": "mixtral", "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 2}
+MIXTURE |= {"intermediate_size": 8, "num_local_experts": 2, "num_experts_per_tok": 1}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((key, value) for key in ("hidden_size", "num_hidden_layers", "num_key_value_heads", "intermediate_size")
+          for value in (-1, 1.5, "8", [8], True, 10**12, 10**400, float("nan"))),
+        ("num_local_experts", {}), ("num_attention_heads", 9), ("mlp_only_layers", 3), ("decoder_sparse_step", "2"),
+    ],
+    ids=lambda value: str(value)[:9],
+)  # fmt: skip
+def test_a_configuration_with_absurd_sizes_is_refused(key: str, value: Any) -> None:
+    assert card(MIXTURE).sizes["experts"] == 2
+    with pytest.raises(NetworkError, match=rf"has (no )?{key}"):
+        card({**MIXTURE, key: value})
+
+
+def test_a_name_that_no_file_can_have_is_unknown() -> None:
+    for name in ("x" * 5000, "a\0b"):
+        with pytest.raises(NetworkError, match="no card"):
+            card(name)
+
+
 def test_an_unknown_name_is_answered_at_once_where_the_hub_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
     """No retries: the connection is tried once, for a second."""
     from huggingface_hub import constants
 
-    from tnpeft.models import cards
+    from tnpeft.models import hub
 
     released = Event()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(cards, "getproxies", dict)
-    monkeypatch.setattr(cards, "create_connection", lambda *_, **__: nullcontext(released.wait(20)))
+    monkeypatch.setattr(hub, "getproxies", dict)
+    monkeypatch.setattr(hub, "create_connection", lambda *_, **__: nullcontext(released.wait(20)))
     started = time.monotonic()
     with pytest.raises(NetworkError, match="the hub cannot be reached") as caught:
         card("facebook/opt-1.3c")

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import lru_cache
 from importlib.resources import files
-from os import PathLike
 from pathlib import Path
-from socket import create_connection
-from threading import Event, Thread
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
+from tnpeft.models import hub
 from tnpeft.networks import NetworkError, Site
 from tnpeft.networks.sizes import evaluate
 
@@ -25,6 +21,7 @@ Model = Any  # a name, a path, a configuration (mapping or object) or a Card
 Targets = str | Sequence[str] | None
 
 _FEED_FORWARD = ("gate", "up", "down")
+_MOST, _MOST_LAYERS = 2**31, 10**5  # of a size in a configuration: more is a slip or a hostile file
 
 
 @dataclass(frozen=True)
@@ -239,14 +236,19 @@ def card(model: Model) -> Card:
     if known:
         architecture, name = known
         return _build(name, architecture, _data()["models"][architecture][name], {})
-    if not isinstance(model, str | PathLike) or not str(model).strip():
+    if not isinstance(model, str | os.PathLike) or not str(model).strip():
         raise NetworkError(
             f"expected a model, got {model!r}", remedy="pass a name, a folder with a config.json, or a configuration"
         )
     path = Path(model)
-    if path.exists():
+    if os.path.exists(path):  # Path.exists fails at a name that is too long
         return _from_config(_read(path / "config.json" if path.is_dir() else path), str(model))
     return _from_config(_download(str(model)), str(model))
+
+
+def at_hand(name: str) -> bool:
+    """True for a known name, and for a configuration's file or folder on this machine; the hub is not asked."""
+    return name.lower() in _known() or any(map(os.path.isfile, (name, os.path.join(name, "config.json"))))
 
 
 @lru_cache(maxsize=1)
@@ -312,9 +314,16 @@ def _build(name: str, architecture: str, given: Mapping[str, Any], switches: Map
     )
 
 
+def _absurd(name: str, key: str, value: Any) -> NetworkError:
+    return NetworkError(f"the configuration of {name} has {key}={str(value)[:60]}", remedy="check its config.json")
+
+
 def _dense(layers: int, first: int, config: Mapping[str, Any]) -> tuple[int, ...]:
     """The layers of a mixture of experts that have none: the first, those listed, and those between sparse steps."""
     listed, step = config.get("mlp_only_layers") or (), config.get("decoder_sparse_step") or 1
+    for key, value, kind in (("mlp_only_layers", listed, list | tuple), ("decoder_sparse_step", step, int)):
+        if not isinstance(value, kind):
+            raise _absurd("the model", key, value)
     return tuple(k for k in range(layers) if k < first or k in listed or (k + 1) % step)
 
 
@@ -323,13 +332,19 @@ def _from_config(config: Mapping[str, Any], name: str) -> Card:
     for architecture, its in _data()["architectures"].items():
         if kind in its["model_types"]:
             keys = _data()["config"]
-            given = {
+            given: dict[str, Any] = {
                 size: next((config[k] for k in options if config.get(k)), None) for size, options in keys.items()
             }
             needed = ("layers", "hidden", "heads", *its.get("needs", ()))
             missing = [keys[size][0] for size in needed if not given[size]]
             if missing:
                 raise NetworkError(f"the configuration of {name} has no {missing[0]}", remedy="check its config.json")
+            for size, value in given.items():
+                most = _MOST_LAYERS if size == "layers" else _MOST
+                if value is not None and (type(value) is not int or not 0 < value <= most):
+                    raise _absurd(name, next(k for k in keys[size] if config.get(k)), value)
+            if given["heads"] > given["hidden"]:
+                raise _absurd(name, keys["heads"][0], given["heads"])
             return _build(name, architecture, given, config)
     served = ", ".join(kind for its in _data()["architectures"].values() for kind in its["model_types"])
     raise NetworkError(
@@ -341,7 +356,7 @@ def _from_config(config: Mapping[str, Any], name: str) -> Card:
 def _read(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise NetworkError(f"{path} cannot be read: {error}", remedy="pass a folder with a config.json") from None
 
 
@@ -349,7 +364,7 @@ def _download(name: str) -> dict[str, Any]:
     close = get_close_matches(name.lower(), _known(), n=3)
     hint = f"did you mean {', '.join(close)}? Else " if close else ""
     reason = "the hub cannot be reached"
-    if _cached(name) or _hub_answers():
+    if hub.cached(name) or hub.answers():
         try:
             from transformers import AutoConfig
 
@@ -360,35 +375,3 @@ def _download(name: str) -> dict[str, Any]:
         f"no card for the model {name!r}, and its configuration cannot be fetched ({reason})",
         remedy=f"{hint}pass a folder with a config.json; `tnpeft models` lists the models that are known by name",
     )
-
-
-def _cached(name: str) -> bool:
-    """True if the configuration of a model of the hub lies on this machine."""
-    try:
-        from huggingface_hub import try_to_load_from_cache
-
-        return isinstance(try_to_load_from_cache(name, "config.json"), str)
-    except (ImportError, ValueError):  # HFValidationError is a ValueError
-        return False
-
-
-def _hub_answers() -> bool:
-    """True if the hub takes a connection within a second; asking one that does not takes half a minute of retries."""
-    try:
-        from huggingface_hub import constants
-    except ImportError:
-        return False
-    if constants.HF_HUB_OFFLINE:
-        return False
-    if getproxies():
-        return True
-    place = urlsplit(constants.ENDPOINT)
-    address = place.hostname or "", place.port or {"http": 80}.get(place.scheme, 443)
-    answered = Event()
-
-    def ask() -> None:  # in a thread, since looking up a name takes as long as it likes
-        with suppress(OSError), create_connection(address, timeout=1):
-            answered.set()
-
-    Thread(target=ask, daemon=True).start()
-    return answered.wait(1)

@@ -236,6 +236,7 @@ def read_folder(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, 
         "trained tokens": config.trainable_token_indices is not None,
         "columns of unit norm": bool(f.unit_norm),
         "square slices": f.square,
+        "resized embeddings": bool(config.embeddings),
     }
     for what, there in refused.items():
         if there:
@@ -243,6 +244,9 @@ def read_folder(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, 
                 f"an adapter with {what} is not converted", remedy="use tnpeft.export_lora(model, path) instead"
             )
     homes, bank, magnitudes, others = _stored(tensors)
+    for name in others:
+        if not any(f".{part}." in f".{name}." for part in config.modules_to_save or ()):
+            raise AdapterFileError(f"{name} is not part of an adapter that can be converted", remedy="take it out")
     ranks, scales = _note(path)
     names = _match(list(homes), config)
     found, updates = [], []

@@ -17,6 +17,7 @@ from torch import Tensor
 from tnpeft.adapters.convert import formats
 from tnpeft.adapters.convert.formats import Array, Packing
 from tnpeft.adapters.convert.lines import AdapterLines, SiteAdapter, parse, sizes_of, unpack
+from tnpeft.adapters.storage.contents import FLOATS
 from tnpeft.networks import AdapterFileError, ConfigError
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -79,7 +80,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise AdapterFileError(f"{path.name} is missing or damaged: {error}", remedy=_AGAIN) from None
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not tensor.isfinite().all() or not tensor.numel():
+        if tensor.dtype not in FLOATS or not tensor.isfinite().all() or not tensor.numel():
             raise AdapterFileError(f"{name} in {path.name} is not made of finite numbers", remedy=_AGAIN)
     if not tensors:
         raise AdapterFileError(f"{path.name} holds no tensors", remedy=_AGAIN)
@@ -121,7 +122,9 @@ def read_peft(
     _tokens = [name for name in others if "token_adapter" in name]
     if _tokens:
         raise ConfigError(f"{_tokens[0]} holds trained tokens", remedy="convert an adapter without them")
-    targets = [str(name) for name in config.get("target_parameters") or ()]
+    targets = config.get("target_parameters") or []
+    if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
+        raise AdapterFileError(f"target_parameters is {targets!r}", remedy=_AGAIN)
     found, updates = [], []
     for module, stored in sites.items():
         magnitude = next((stored.pop(name) for name in MAGNITUDE if name in stored), None)

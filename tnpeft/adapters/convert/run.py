@@ -208,7 +208,7 @@ def _card(model: Any, lines: AdapterLines) -> Card | None:
         if model is None:
             return None
     name = model if model is not None else lines.about.get("base_model_name_or_path")
-    if name is None or (model is None and not _known(str(name))):
+    if name is None or (model is None and not cards.at_hand(str(name))):
         return None
     try:
         return cards.card(name)
@@ -216,8 +216,3 @@ def _card(model: Any, lines: AdapterLines) -> Card | None:
         if model is None:
             return None
         raise
-
-
-def _known(name: str) -> bool:
-    known = {each.lower() for full in cards.names() for each in (full, full.rpartition("/")[2])}
-    return name.lower() in known or (Path(name) / "config.json").is_file()

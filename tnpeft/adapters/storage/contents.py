@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 PEFT_PREFIX = "base_model.model."  # of every name in a file
 AGAIN = "copy the adapter's folder again from where it was saved"
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 _SHOWN = 3  # names that an error lists
 _INSIDE = (BANK, f"{PREFIX}factors", f"{PREFIX}magnitude", "base_layer")  # modules that an attachment brings
@@ -59,13 +59,13 @@ def entries(tensors: Mapping[str, Any], where: str) -> Stored:
     """
     found = {}
     for name, tensor in tensors.items():
-        known = _FLOATS if f".{PREFIX}" in f".{name}" else (*_FLOATS, *_WHOLE)
+        known = FLOATS if f".{PREFIX}" in f".{name}" else (*FLOATS, *_WHOLE)
         if not isinstance(tensor, Tensor) or tensor.dtype not in known:
             kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise AdapterFileError(f"{name} in {where} is of type {kind}", remedy=AGAIN)
-        if tensor.dtype in _FLOATS and not (tensor.float() if known is _FLOATS else tensor).isfinite().all():
+        if tensor.dtype in FLOATS and not (tensor.float() if known is FLOATS else tensor).isfinite().all():
             raise AdapterFileError(f"{name} in {where} is not finite", remedy=AGAIN)
-        found[name] = Entry(tuple(tensor.shape), tensor.dtype in _FLOATS)
+        found[name] = Entry(tuple(tensor.shape), tensor.dtype in FLOATS)
     return found
 
 
@@ -211,7 +211,7 @@ def _entry(value: Any) -> Entry:
     if not isinstance(value, Tensor):
         return Entry(None)
     floating = value.is_floating_point()
-    return Entry(tuple(value.shape) if value.numel() and value.dtype in (*_FLOATS, torch.int64) else None, floating)
+    return Entry(tuple(value.shape) if value.numel() and value.dtype in (*FLOATS, torch.int64) else None, floating)
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:

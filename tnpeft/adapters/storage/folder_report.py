@@ -18,7 +18,7 @@ from tnpeft.adapters.layer.bank import BANK
 from tnpeft.adapters.storage.contents import Stored
 from tnpeft.adapters.storage.files import fetch
 from tnpeft.counting.cuts import rank_bound
-from tnpeft.models.cards import Model, card
+from tnpeft.models.cards import Model, at_hand, card
 from tnpeft.networks import AdapterFileError, Factorization, Network, NetworkError, Site
 from tnpeft.networks.sizes import integers
 from tnpeft.planning.planner import plan
@@ -172,23 +172,14 @@ def explain_folder(folder: str | Path, *, model: Model = None) -> FolderReport:
 
 def _card_sites(model: Model, named: bool) -> dict[str, tuple[int, int, int]]:
     """Features and heads of the model's projections; none where a recorded name tells nothing on this machine."""
-    if named and (not model or not _at_hand(model)):
+    if named and not at_hand(model):
         return {}
-    return {p.name: (p.out, p.inp, p.heads) for p in card(model).projections}
-
-
-def _at_hand(model: str) -> bool:
-    """True if a recorded name has a card, without asking the hub."""
-    from tnpeft.models.cards import names
-
-    known = {name.lower() for name in names()}
-    if Path(model).exists():
-        try:
-            card(model)
-        except NetworkError:
-            return False
-        return True
-    return model.lower() in known
+    try:
+        return {p.name: (p.out, p.inp, p.heads) for p in card(model).projections}
+    except NetworkError:
+        if not named:
+            raise
+        return {}
 
 
 def _nets(f: Factorization) -> list[Network]:

@@ -12,7 +12,8 @@ from tnpeft.adapters.layer.bank import find_bank
 from tnpeft.adapters.state import arrays, bank_of
 from tnpeft.layout import Layout, ParameterSpec
 from tnpeft.networks import NetworkError, Site
-from tnpeft.optim.coordinate import base_sizes, measured_rates, sites
+from tnpeft.optim.coordinate import base_sizes, measured_rates
+from tnpeft.optim.observed import adapted_weights
 from tnpeft.planning import plan as best_plan
 from tnpeft.scaling import starts
 from tnpeft.scaling.gain import least_variances, squares_on, stacked_sizes
@@ -93,7 +94,7 @@ def _rates(
         rate = lr if by_rule is None else by_rule[param]
         if rate is not None:
             found[id(array)] = param.label, rate * multiplier.get(param.label, 1.0)
-    for linear in sites(model):
+    for linear in adapted_weights(model):
         if step is not None and adapter in linear.tnpeft_magnitude:
             magnitude = linear.tnpeft_magnitude[adapter]
             found[id(magnitude)] = "magnitude", step * float(magnitude.detach().float().square().mean().sqrt())

@@ -14,6 +14,7 @@ from tnpeft.adapters.layer.merging import rescaling, wide
 from tnpeft.adapters.sites.call import CalledLayer, network_of
 from tnpeft.networks import NetworkError
 from tnpeft.nn.dense import evaluator
+from tnpeft.nn.executor.groups import Groups
 from tnpeft.nn.lowrank import compiled_sides, cut_rank
 from tnpeft.planning.planner import planned
 
@@ -119,6 +120,23 @@ class TensorNetworkConvolution(CalledLayer):
         else:
             plain = base.to(dtype) if module.bias is None else base.to(dtype) - self._channels(module.bias.to(dtype))
         return (ratio - 1) * plain + ratio * update
+
+    def patches(self, x: Tensor, most: int) -> tuple[Tensor, Groups]:
+        """Some of the patches of ``x`` that the matrix is multiplied with, ``[patches, inp]``, and their groups."""
+        base: Any = self.get_base_layer()
+        taps = base.weight.shape[2:]
+        x = x if x.dim() == len(taps) + 2 else x[None]
+        mode = "constant" if base.padding_mode == "zeros" else base.padding_mode
+        x = nn.functional.pad(x, base._reversed_padding_repeated_twice, mode=mode)
+        for axis, (size, step, gap) in enumerate(zip(taps, base.stride, base.dilation, strict=True), start=2):
+            x = x.unfold(axis, gap * (size - 1) + 1, step)[..., ::gap]
+        x = x.unflatten(1, (base.groups, -1)).movedim(2, 2 + len(taps))  # [batch, group, *places, channels, *taps]
+        x = x.movedim(1, 0)
+        places = x.shape[1 : 2 + len(taps)]
+        chosen = torch.arange(0, prod(places), -(-prod(places) * base.groups // most), device=x.device)
+        x = x[:, *torch.unravel_index(chosen, places)].flatten(2)
+        ids = torch.arange(base.groups, device=x.device).repeat_interleave(len(chosen))
+        return x.flatten(0, 1), Groups(ids, base.groups)
 
     def _channels(self, values: Tensor) -> Tensor:
         module: Any = self.get_base_layer()

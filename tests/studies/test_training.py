@@ -404,16 +404,22 @@ def test_rates_by_rule_reach_the_optimizer(tiny: Path) -> None:
     """The relative step is the protocol's, or the number that is swept; PEFT's methods have none."""
     import tnpeft
 
+    def loss(model: torch.nn.Module) -> torch.Tensor:
+        return model(torch.tensor([[2, 3, 4]])).logits[..., 5].mean()
+
     for method in ({"family": "cp", "args": {"rank": 2}}, {"peft": "lora", "args": {"r": 1}}):
         model = methods.attach(backbone(tiny)[0], method, PROTOCOL.targets, classifier=False, seed=0)
-        for change, step in (({"relative_step": 2e-3}, 2e-3), ({"rate_rule": "relative_step"}, 1e-3)):
+        changes = ({"relative_step": 2e-3}, {"rate_rule": "relative_step"}, {"rate_rule": "structure"})
+        for change in (*changes, {"rate_rule": "measured"}):
             protocol = Protocol.of({"targets": ["q_proj", "v_proj"], **change})
             if "peft" in method:
                 with pytest.raises(StudyError, match="are for networks"):
                     training.optimizer(model, protocol, 1e-3)
                 continue
-            groups = training.optimizer(model, protocol, 1e-3).param_groups
-            wanted = tnpeft.parameter_groups(model, relative_step=step)
+            groups = training.optimizer(model, protocol, 1e-3, loss).param_groups
+            rule = {"structure": "structure", "measured": "measured"}.get(change.get("rate_rule"), "gain")
+            step = change.get("relative_step", 1e-3)
+            wanted = tnpeft.parameter_groups(model, relative_step=step, rule=rule, batch=loss)
             assert [group["lr"] for group in groups] == [group["lr"] for group in wanted]
             assert len({group["lr"] for group in groups}) > 1
 

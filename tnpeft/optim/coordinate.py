@@ -82,7 +82,8 @@ def coordinate_check(model: nn.Module, batch: Any, adapter: str = "default") -> 
 
     Args:
         model: a model with an adapter, not merged.
-        batch: what the model is called with: a mapping of keywords, a tuple, or one tensor.
+        batch: what the model is called with: a mapping of keywords, a tuple, or one tensor; or a function of the
+            model that returns a loss.
         adapter: the adapter's name.
 
     Raises:

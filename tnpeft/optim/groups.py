@@ -46,7 +46,7 @@ def parameter_groups(
         adapter: the adapter whose factors are meant, None for all that are trainable.
         relative_step: the size of a step relative to the base weight's.
         rule: gain, structure or measured.
-        batch: for ``rule="measured"`` what the model is called with.
+        batch: for ``rule="measured"`` what the model is called with, or a function of the model that returns a loss.
         common: further options of every group, such as ``weight_decay``.
 
     Raises:

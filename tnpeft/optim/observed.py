@@ -181,14 +181,16 @@ def gradients(model: nn.Module, batch: Any, held: Mapping[ParameterSpec, Tensor]
     """The gradients of the model's loss on a batch, without a trace in the model."""
     trained = {param: array for param, array in held.items() if array.requires_grad}
     with _evaluating(model), torch.enable_grad():
-        if isinstance(batch, Mapping):
+        if callable(batch):
+            out = batch(model)
+        elif isinstance(batch, Mapping):
             out = model(**batch)
         else:
             out = model(*batch) if isinstance(batch, tuple | list) else model(batch)
         loss = getattr(out, "loss", None)
         if loss is None:
             value = out if isinstance(out, Tensor) else next(v for v in _tensors(out) if v.is_floating_point())
-            loss = value.float().square().mean()
+            loss = value.float().square().mean() if value.ndim else value
         if not loss.requires_grad:
             return {param: torch.zeros_like(array) for param, array in trained.items()}
         grads = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)

@@ -14,7 +14,11 @@ _TEXTS = ("name", "title", "source", "backbone", "tokenizer", "data", "cache", "
 _GRIDS = ("learning_rates", "relative_steps")
 _RULES = ("start", "rates")
 OURS = ("relative_steps", *_RULES)  # settings of a study that a run has in another form
-_CHOICES = {"choose": ("loss", "metric"), "start": ("published", "rule"), "rates": ("one", "rule")}
+_CHOICES = {
+    "choose": ("loss", "metric"),
+    "start": ("published", "rule"),
+    "rates": ("one", "rule", "structure", "measured"),
+}
 _CALLED = {str: "string", int: "integer", float | int: "number", Mapping: "table", object: "value", bool: "switch"}
 _CALLED |= {str | Mapping: "names or table"}  # in lists
 STUDY_KINDS = dict.fromkeys(_TEXTS, str) | {

@@ -15,7 +15,7 @@ _CHOICES = {
     "dtype": ("float32", "bfloat16", "float16"),
     "best_by": ("metric", "loss"),
     "checkpoint": ("last", "best"),
-    "rate_rule": ("rate", "relative_step"),
+    "rate_rule": ("rate", "relative_step", "structure", "measured"),
 }
 _LATER = ("by_length", "epochs", "head_lr", "relative_step", "precondition")  # off by default
 
@@ -33,7 +33,8 @@ class Protocol:
         head_lr: the learning rate of a new classification head; 0: the adapter's.
         relative_step: size of a first step relative to the base weight, from which the rates of the adapter's
             factors follow (see :func:`tnpeft.parameter_groups`); 0: they learn at the learning rate.
-        rate_rule: ``rate``, or ``relative_step``: the numbers in learning_rates are relative steps.
+        rate_rule: ``rate``, or the numbers in learning_rates are relative steps, and the rates follow from them by
+            gain (``relative_step``), or by the rule ``structure`` or ``measured`` of :func:`tnpeft.parameter_groups`.
         precondition: gauge-invariant steps (see :func:`tnpeft.optim.precondition`).
         tune_seeds: seeds (the first ones) with which the grid is swept; the rest runs at the best rate alone.
         schedule, warmup: shape of the learning rate; warm-up as a fraction of the steps.

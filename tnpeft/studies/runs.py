@@ -111,7 +111,10 @@ def _kind(run: Run) -> str:
     if not (adapter and words and fixed):
         return ""
     shared = {k: v for k, v in run.identity.items() if k not in ("lr", "seed", "method")}
-    by_rule = run.protocol.get("relative_step") or run.protocol.get("rate_rule") == "relative_step"
+    rule = run.protocol.get("rate_rule", "rate")
+    if rule == "measured":
+        return ""
+    by_rule = run.protocol.get("relative_step") or rule != "rate"
     method = run.method if by_rule else str(common(methods.factorization(run.method)))  # a rule depends on the ranks
     return canonical([shared, dict(run.places), method])
 

@@ -27,8 +27,8 @@ class Study:
     seeds on the tuning backbones, by dev loss; what is reported are the other seeds on the other backbones. A grid
     grows by up to ``extend`` values at each end until its best value is inside. A relative step is one rate for all
     factors (``rates = "one"``: the step over the :func:`tnpeft.gain` of the line), or gives each factor the rate of
-    :func:`tnpeft.learning_rates` (``rates = "rule"``). ``start = "rule"`` replaces published initial values by the
-    variance rule.
+    :func:`tnpeft.learning_rates` (``rates = "rule"``; ``"structure"`` and ``"measured"`` are its other rules).
+    ``start = "rule"`` replaces published initial values by the variance rule.
 
     Attributes:
         table: the file's content, with what it extends.
@@ -114,8 +114,8 @@ class Study:
         settings.pop("start", None)
         if grid is not None:
             settings["learning_rates"] = list(map(float, grid))
-            if rates == "rule":
-                settings["rate_rule"] = "relative_step"
+            if rates != "one":
+                settings["rate_rule"] = "relative_step" if rates == "rule" else rates
         return Protocol.of(settings)
 
     def _settings(self, cell: Cell, its: Task) -> dict[str, Any]:

@@ -105,7 +105,8 @@ def fit(
         check_rows(model, scorer, rows)
     transformers.set_seed(seeds[0])  # dropout of a run alone
     top, runs = max(lrs), len(splits)
-    chosen = optimizer(model, protocol, top)
+    first = scorer.collate(train[0][: protocol.batch])
+    chosen = optimizer(model, protocol, top, lambda its: scorer.losses(its, first).mean())
     rates = [group["lr"] for group in chosen.param_groups]
     if runs > 1:
         tnpeft.replicas.learning_rates(chosen, model, [lr / top for lr in lrs])
@@ -232,19 +233,27 @@ def schedule(protocol: Protocol, step: int) -> float:
     return 1.0 - gone if protocol.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * gone))
 
 
-def optimizer(model: torch.nn.Module, protocol: Protocol, lr: float) -> torch.optim.Optimizer:
+def optimizer(
+    model: torch.nn.Module,
+    protocol: Protocol,
+    lr: float,
+    loss: Callable[[torch.nn.Module], torch.Tensor] | None = None,
+) -> torch.optim.Optimizer:
     """Return a fused AdamW whose groups learn at the rates that the protocol asks for.
+
+    ``loss`` is that of a batch, for rates that are measured.
 
     Raises:
         StudyError: the protocol asks for rates by rule, or preconditioned steps, which this adapter does not have.
     """
-    relative = protocol.relative_step or (lr if protocol.rate_rule == "relative_step" else 0.0)
+    relative = protocol.relative_step or (lr if protocol.rate_rule != "rate" else 0.0)
+    rule = protocol.rate_rule if protocol.rate_rule in ("structure", "measured") else "gain"
     ours = any(hasattr(config, "lr_multiplier") for config in getattr(model, "peft_config", {}).values())
     groups: Any = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": lr}]
     if (relative or protocol.precondition) and not ours:
         raise StudyError("relative_step and precondition are for networks", remedy="train a family or a line")
     if ours:
-        groups = tnpeft.parameter_groups(model, lr=lr, relative_step=relative or None)
+        groups = tnpeft.parameter_groups(model, lr=lr, relative_step=relative or None, rule=rule, batch=loss)
     if protocol.head_lr:
         head = {id(p): p for name, p in model.named_parameters() if p.requires_grad and methods.of_head(name)}
         groups = [{**group, "params": [p for p in group["params"] if id(p) not in head]} for group in groups]

@@ -1,7 +1,8 @@
-"""The examples of docstrings as code: Markdown by itself takes ``>>>`` for a quotation."""
+"""Docstrings as Markdown: examples as code, where it would take ``>>>`` for a quotation, and no roles of Sphinx."""
 
 from __future__ import annotations
 
+import re
 import textwrap
 from typing import Any
 
@@ -9,12 +10,12 @@ import griffe
 
 
 class Examples(griffe.Extension):
-    """Puts every example of a docstring into a fence before the pages are made."""
+    """Changes every docstring before the pages are made."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Called once for each object that is read."""
         if obj.docstring:
-            obj.docstring.value = fenced(obj.docstring.value)
+            obj.docstring.value = fenced(re.sub(r":[a-z]+:`~?([^`]+)`", r"`\1`", obj.docstring.value))
 
 
 def fenced(text: str) -> str:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import inspect
 import re
 import tempfile
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 import tnpeft
 from tnpeft.networks import TnpeftError
 
 ROOT = Path(__file__).parents[2]
+PACKAGES = ("networks", "families", "models", "counting", "scaling", "planning", "comparison", "drawing", "nn")
+PACKAGES += ("adapters", "adapters.convert", "adapters.replicas", "optim", "testing", "studies")
 MODELS = {"facebook/opt-1.3b": ["q_proj", "v_proj"], "meta-llama/Llama-3.1-8B": ["q_proj", "v_proj"]}
 
 
@@ -29,8 +33,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Links out of ``docs/``: the pages of ``paper/`` lie inside the site, a test is named by its path."""
+    if page.file.src_uri == "features.md":  # long remarks, which a phone would set a word to a line
+        markdown += "\n<style>.md-typeset td:nth-child(3) { min-width: 16rem; }</style>\n"
     markdown = re.sub(r"\]\(((?:\.\./)*)\.\./paper/", r"](\1paper/", markdown)
     return re.sub(r"\[([^]]*)\]\((?:\.\./)+(tests/[^)]*)\)", r"\1: `\2`", markdown)
 
@@ -38,26 +44,33 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 def family_pages() -> dict[str, str | bytes]:
     """A page and a picture for each family, and the table of all."""
     pages: dict[str, str | bytes] = {}
-    rows = ["| family | line | parameters |", "| --- | --- | --- |"]
+    rows: list[str] = []
     for name in tnpeft.families.names():
         declare = tnpeft.families.get(name)
         f = declare()
         lines = "\n".join(str(rule.network) for rule in f.lines)
         formulas = [str(tnpeft.parameters(rule.network)) for rule in f.lines]
-        rows.append(f"| [{name}]({name}.md) | `{str(f.network).partition(' -> ')[0]}` | `{formulas[0]}` |")
         pages[f"families/{name}.svg"] = picture(f.network)
         summary, _, rest = inspect.getdoc(declare).partition("\n\n")  # type: ignore[union-attr]
+        rows.append(f"- [{name}]({name}.md): {summary.replace(chr(10), ' ')} `{formulas[0]}`")
         text = rest.split(">>>")[0].strip()
         counts = "\n".join(count_row(f, model, targets) for model, targets in MODELS.items())
         pages[f"families/{name}.md"] = (
-            f"# {name}\n\n{summary}\n\n```text\n{lines}\n```\n\n![the network of {name}]({name}.svg)\n\n{text}\n\n"
+            f"# {name}\n\n{summary}\n\n```einsum\n{lines}\n```\n\n![the network of {name}]({name}.svg)\n\n{text}\n\n"
             f"[Open it in the live page](../live/index.html#line={name}).\n\n"
-            f"```python\ntnpeft.families.{name}{inspect.signature(declare)}\n```\n\n"
+            f"```python\ntnpeft.families.{name}{signature(declare)}\n```\n\n"
             "| model | sites | parameters at the defaults |\n| --- | --- | ---: |\n" + counts + "\n"
         )
-    head = "# Families\n\nEvery factorization that is built in, at its default ranks; a page for each.\n\n"
+    head = "# Families\n\nEvery factorization that is built in, with the parameters of its first line.\n\n"
     pages["families/index.md"] = head + "\n".join(rows) + "\n"
     return pages
+
+
+def signature(declare: Any) -> inspect.Signature:
+    """The names of a family's arguments and their defaults."""
+    given = inspect.signature(declare)
+    bare = [each.replace(annotation=each.empty) for each in given.parameters.values()]
+    return given.replace(parameters=bare, return_annotation=given.empty)
 
 
 def picture(net: tnpeft.Network) -> bytes:
@@ -78,21 +91,45 @@ def count_row(f: tnpeft.Factorization, model: str, targets: list[str]) -> str:
 
 
 def reference_pages() -> dict[str, str | bytes]:
-    """A page for each public name, and the table of all."""
+    """A page for each public name of ``tnpeft``, one for each package with the rest of its names, and the table."""
     pages: dict[str, str | bytes] = {}
-    rows = ["| name | |", "| --- | --- |"]
+    rows: list[str] = []
+    places = {
+        f"tnpeft.studies.{where}": f"study_files.md#tnpeft.studies.{where}" for where in STUDY_FILES
+    }  # of a path
     for name in sorted(set(tnpeft.__all__) - {"__version__"}, key=str.lower):
         found: Any = getattr(tnpeft, name)
-        path = found.__name__ if inspect.ismodule(found) else f"{found.__module__}.{found.__qualname__}"
-        summary = (inspect.getdoc(found) or "").splitlines()[0].replace("|", "\\|")
-        rows.append(f"| [`{name}`]({name}.md) | {summary} |")
+        if inspect.ismodule(found):
+            continue
+        path = f"{found.__module__}.{found.__name__}"
+        places[path] = f"{name}.md"
+        summary = (inspect.getdoc(found) or "").splitlines()[0]
+        rows.append(f"- [`{name}`]({name}.md): {summary}")
         pages[f"reference/{name}.md"] = f"::: {path}\n"
+    rows.append("\n## Packages\n")
+    for package in PACKAGES:
+        module = import_module(f"tnpeft.{package}")
+        links: list[str] = []
+        described: list[str] = []
+        for name in module.__all__:
+            found = getattr(module, name)
+            if not (inspect.isclass(found) or inspect.isroutine(found)):
+                links += [] if inspect.ismodule(found) else [f"`{name}`"]
+                continue
+            path = f"{found.__module__}.{found.__name__}"
+            if path not in places:
+                places[path] = f"{package}.md#{path}"
+                described.append(f"::: {path}\n    options:\n      heading_level: 2\n")
+            links.append(f"[`{name}`]({places[path]})")
+        listed = ", ".join(links)
+        head = f"# tnpeft.{package}\n\n{inspect.getdoc(module)}\n\n{listed}\n\n"
+        pages[f"reference/{package}.md"] = head + "\n".join(described)
+        rows.append(f"- [`tnpeft.{package}`]({package}.md): {listed}")
     pages["reference/index.md"] = "# Reference\n\nEvery public name of `tnpeft`.\n\n" + "\n".join(rows) + "\n"
     pages["reference/study_files.md"] = (
         "# Study files\n\nA study is a TOML file: the keys of the study at the top, in `[protocol]` those of the "
         "protocol, and each `[[tasks]]` table those of a task.\n\n"
-        + "\n\n".join(f"::: tnpeft.studies.{where}" for where in STUDY_FILES)
-        + "\n"
+        + "".join(f"::: tnpeft.studies.{where}\n    options:\n      heading_level: 2\n\n" for where in STUDY_FILES)
     )
     return pages
 

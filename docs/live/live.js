@@ -116,7 +116,7 @@ const show = {
   },
   picture(a) { $("picture").innerHTML = a.svg ?? ""; },
   ladder(a) {
-    if (a.error) { text("nearest", a.error); text("intervals", ""); return $("ladder").replaceChildren(); }
+    if (a.error) { text("nearest", a.error); return $("ladder").replaceChildren(); }
     const ranks = (rung) => Object.entries(rung.ranks).map(([r, size]) => `${r}=${size}`).join(", ") || "no free rank";
     text("nearest", a.nearest ? `nearest ${number(a.nearest.count)} (${ranks(a.nearest)})${a.below ? `; within ${number(a.below.count)} (${ranks(a.below)})` : ""}` : "");
     $("ladder").replaceChildren(...a.ladder.map((rung) => {
@@ -126,8 +126,8 @@ const show = {
       button.onclick = () => { Object.assign(sizes, rung.ranks); ask(); };
       return button;
     }));
-    text("intervals", a.intervals.map(([start, form]) => `from ${number(start)} tokens: ${form}`).join("; "));
   },
+  intervals(a) { text("intervals", a.error ? "" : a.intervals.map(([start, form]) => `from ${number(start)} tokens: ${form}`).join("; ")); },
   formula(a) { text("formula", a.error ?? a.formula + (a.gain_formula ? `\ngain  ${a.gain_formula}` : "")); },
 };
 

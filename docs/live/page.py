@@ -116,12 +116,18 @@ def step(subject: Subject, rank: str, count: int) -> int:
 
 def plan(asked: Mapping[str, Any]) -> dict[str, Any]:
     """The program of one site's step at a number of tokens, and the numbers of tokens where another is better."""
-    shapes = Subject(asked).layout.shapes()
-    shape = shapes[min(asked.get("shape", 0), len(shapes) - 1)]
+    shape = chosen_shape(asked)
     best = tnpeft.plan(shape.network, shape.sizes, tokens=asked["tokens"])
     rows = [[str(s), s.macs, s.backward_macs, s.written, s.saved] for s in best.steps]
     total = ["total", best.macs, best.backward_macs, best.written, best.saved]
-    return {"form": best.form, "steps": [*rows, total], "sizes": dict(best.dims)}
+    form = best.form if best.exact else f"{best.form}, by a greedy search: too many operands for an exact one"
+    return {"form": form, "steps": [*rows, total], "sizes": dict(best.dims)}
+
+
+def chosen_shape(asked: Mapping[str, Any]) -> Any:
+    """The kind of site that the plan is for."""
+    shapes = Subject(asked).layout.shapes()
+    return shapes[min(asked.get("shape", 0), len(shapes) - 1)]
 
 
 def picture(asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,7 +139,7 @@ def picture(asked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def ladder(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """The budgets that the free ranks can meet, and the nearest one; from which tokens on which program is best."""
+    """The budgets that the free ranks can meet, and the nearest one."""
     subject = Subject(asked)
     found = subject.layout
     [row] = tnpeft.budget(
@@ -143,15 +149,18 @@ def ladder(asked: Mapping[str, Any]) -> dict[str, Any]:
         model=subject.model,
         targets=subject.targets,
     )
-    shapes = found.shapes()
-    shape = shapes[min(asked.get("shape", 0), len(shapes) - 1)]
-    table = tnpeft.plan_table(shape.network, shape.sizes)
     rung = {"nearest": row.nearest, "below": row.below}
     return {
         **{name: its and {"ranks": dict(its.ranks), "count": its.count} for name, its in rung.items()},
         "ladder": [{"ranks": dict(its.ranks), "count": its.count} for its in row.ladder],
-        "intervals": [[start, best.form] for start, best in zip(table.starts, table.plans, strict=True)],
     }
+
+
+def intervals(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """From which number of tokens on which program is best."""
+    shape = chosen_shape(asked)
+    table = tnpeft.plan_table(shape.network, shape.sizes)
+    return {"intervals": [[start, best.form] for start, best in zip(table.starts, table.plans, strict=True)]}
 
 
 def formula(asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -193,4 +202,4 @@ def literal(value: Any) -> str:
     return json.dumps(value).replace("null", "None")
 
 
-STAGES = {"numbers": numbers, "plan": plan, "picture": picture, "ladder": ladder, "formula": formula}
+STAGES = {each.__name__: each for each in (numbers, plan, picture, ladder, formula, intervals)}

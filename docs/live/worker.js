@@ -1,7 +1,7 @@
 // tnpeft in Pyodide, off the page's thread. A question is answered stage by stage; a newer one ends an older one.
 import { loadPyodide } from "./vendor/pyodide.mjs";
 
-const STAGES = ["numbers", "plan", "picture", "ladder", "formula"];
+const STAGES = ["numbers", "plan", "picture", "ladder", "formula", "intervals"];
 let latest = 0;
 
 const fetched = (name) => fetch(new URL(`./vendor/${name}`, import.meta.url)).then((reply) => {

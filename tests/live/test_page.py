@@ -53,8 +53,18 @@ def test_steps_plan_ladder_formula_and_picture() -> None:
     assert row.nearest is not None
     assert ladder["nearest"] == {"ranks": row.nearest.ranks, "count": row.nearest.count}
     assert [rung["count"] for rung in ladder["ladder"]] == [rung.count for rung in row.ladder]
-    assert [start for start, _ in ladder["intervals"]] == list(tnpeft.plan_table(f, **on).starts)
+    assert [start for start, _ in answered("intervals", "cp")["intervals"]] == list(tnpeft.plan_table(f, **on).starts)
     assert answered("picture", "cp")["svg"] == tnpeft.drawing.svg(f, {"layer": 24, "proj": 2})
+
+
+def test_a_line_of_more_operands_than_an_exact_search_takes_has_a_plan_that_says_so() -> None:
+    cores = " ".join(f"G{k}[a{k} a{k + 1}]" for k in range(13))
+    line = f"{cores} B[layer proj out a0] A[layer proj a13 inp] -> layer proj out inp"
+    plan = answered("plan", line)
+    assert plan["form"].endswith("by a greedy search: too many operands for an exact one")
+    assert len(plan["steps"]) >= 15
+    assert answered("numbers", line)["macs"] > 0
+    assert "greedy" not in answered("plan", LORA)["form"]
 
 
 @pytest.mark.parametrize("line", ["cp", LORA, "A[scene out r] B[r o2 inp] -> scene (out o2) inp", "lora:4"])

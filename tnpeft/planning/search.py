@@ -4,15 +4,18 @@ Up to :data:`EXACT` operands the search is a dynamic program over all subsets of
 hyper-indices included: exact for any cost that adds up over steps, so also for costs no path optimiser knows (the
 backward pass given what is trainable, what autograd keeps). Path optimisers solve operands without a common index
 apart, which multiplies a scalar factor in at the wrong place; here they are one problem. Beyond :data:`EXACT`
-cotengra's greedy search proposes a path.
+cotengra's greedy search proposes a path, and a plainer one where cotengra is not installed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import combinations
+from math import prod
 from typing import Any
 
 from tnpeft._extras import needed
@@ -153,16 +156,46 @@ def _path(choice: list[int], count: int) -> Path:
 
 
 def _proposed(operands: tuple[Operand, ...], output: frozenset[str], sizes: dict[str, int]) -> Path:
-    """A path of cotengra's greedy search, which takes networks of any size."""
-    needed("cotengra", "planning", f"a plan of {len(operands)} operands, more than {EXACT},")
-    from cotengra import GreedyOptimizer, RandomGreedyOptimizer
-
+    """A path of a greedy search, which takes networks of any size."""
+    try:
+        import cotengra
+    except ModuleNotFoundError:
+        return _greedy(operands, output, sizes)
     inputs = [tuple(sorted(operand.indices)) for operand in operands]
     if len(inputs) <= _COMPARED:
-        optimizer = RandomGreedyOptimizer(max_repeats=min(_REPEATS, _SHARE // len(inputs)), seed=0, parallel=False)
+        optimizer = cotengra.RandomGreedyOptimizer(
+            max_repeats=min(_REPEATS, _SHARE // len(inputs)), seed=0, parallel=False
+        )
     else:
-        optimizer = GreedyOptimizer()
+        optimizer = cotengra.GreedyOptimizer()
     return _pairs(optimizer.ssa_path(inputs, tuple(sorted(output)), sizes), len(inputs))
+
+
+def _greedy(operands: tuple[Operand, ...], output: frozenset[str], sizes: dict[str, int]) -> Path:
+    """Always the pair whose product adds least to what is held; pairs without a common index last."""
+    left = {k: operand.indices for k, operand in enumerate(operands)}
+    held = Counter(index for indices in left.values() for index in indices) + Counter(output)
+    pairs: list[tuple[int, int]] = []
+
+    def volume(indices: Iterable[str]) -> int:
+        return prod(sizes[index] for index in indices)
+
+    def product(one: frozenset[str], two: frozenset[str]) -> frozenset[str]:
+        return frozenset(index for index in one | two if held[index] > (index in one) + (index in two))
+
+    def price(pair: tuple[int, int]) -> tuple[int, int]:
+        one, two = (left[k] for k in pair)
+        return volume(product(one, two)) - volume(one) - volume(two), volume(one | two)
+
+    while len(left) > 1:
+        joined = [pair for pair in combinations(left, 2) if not left[pair[0]].isdisjoint(left[pair[1]])]
+        pair = min(joined or combinations(left, 2), key=price)
+        one, two = left.pop(pair[0]), left.pop(pair[1])
+        made = left[len(operands) + len(pairs)] = product(one, two)
+        held += Counter(made)
+        held -= Counter(one) + Counter(two)
+        pairs.append(pair)
+    return tuple(pairs)
 
 
 def requested(optimize: Any, operands: Sequence[Operand], output: frozenset[str], sizes: Mapping[str, int]) -> Path:

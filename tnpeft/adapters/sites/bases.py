@@ -37,7 +37,9 @@ def linear(name: str, module: nn.Module, quantised: dict[str, Any]) -> nn.Module
     if kind(base, quantised) is None:
         raise NetworkError(
             f"{name} is a {type(base).__name__}, not a linear, an embedding or a convolution",
-            remedy="target nn.Linear, Conv1D, quantised linears, nn.Embedding or nn.Conv1d to nn.Conv3d; "
+            remedy="target its in_proj, which holds the weights of query, key and value"
+            if isinstance(base, nn.MultiheadAttention)
+            else "target nn.Linear, Conv1D, quantised linears, nn.Embedding or nn.Conv1d to nn.Conv3d; "
             "exclude_modules leaves others out",
         )
     return base

@@ -11,7 +11,7 @@ import torch
 from expert_models import KeepDouble
 from torch import Tensor, nn
 from torch.func import functional_call
-from weight_kinds import BY_EXPERT, CALLED, KINDS, LISTED, Kind, replaced, shake
+from weight_kinds import BY_EXPERT, CALLED, KINDS, LISTED, RAW, Kind, replaced, shake
 
 import tnpeft
 from tnpeft.adapters.state import arrays, bank_of
@@ -52,7 +52,8 @@ OF_THE_WEIGHT = {  # in constants or starts that all experts would share
     **dict.fromkeys(("lora_xs", "svft"), ("U", "svd")),
 }
 SITES = {
-    **{"embedding": "embed (16 x 48)", "parameter": "kernel_weight (16 x 16)"},
+    "embedding": "embed (16 x 48)",
+    **dict.fromkeys(("parameter", "parameter turned"), "kernel_weight (16 x 16)"),
     **{"attention": "in_proj/out:0 (16 x 16)", "attention apart": "q_proj (16 x 16)"},
 }
 
@@ -66,7 +67,7 @@ def refusal(family: str, kind: str) -> tuple[str, str] | None:
     if family in OF_THE_WEIGHT and kind in BY_EXPERT:
         what = OF_THE_WEIGHT[family]
         if isinstance(what, str):
-            site = "w1" if kind in LISTED else "experts_gate_up_proj/out:0"
+            site = "w1" if kind in LISTED else "kernel_weight" if kind in RAW else "experts_gate_up_proj/out:0"
             problem = f"the base weight {what} of {site} is 4 matrices, one for every expert"
             return problem, f"let it carry the index 'expert', as in ^{what}[layer proj expert out inp]"
         problem = f"factor {what[0]!r} serves 4 experts and cannot start as {what[1]!r}"
@@ -83,7 +84,8 @@ CASES += [(f"own_{name}", kind) for name in OWN for kind in BY_EXPERT]
 def adapted(f: Factorization, kind: Kind) -> tuple[nn.Module, peft.PeftModel]:
     torch.manual_seed(0)
     base = kind.make().double().eval()
-    config = tnpeft.TensorNetworkConfig(network=f, target_modules=[*kind.targets], stack=STACKS.get(f.name, {}))
+    options = {"stack": STACKS.get(f.name), "axes": dict(kind.axes)}
+    config = tnpeft.TensorNetworkConfig(network=f, target_modules=[*kind.targets], **options)
     model = peft.get_peft_model(copy.deepcopy(base), config).double().eval()
     if f.name in STACKS:
         tnpeft.select(model, **dict.fromkeys(STACKS[f.name], 0))

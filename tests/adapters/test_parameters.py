@@ -33,7 +33,8 @@ CP = {
 def adapted(kind: str = "attention", **options: Any) -> tuple[nn.Module, peft.PeftModel]:
     torch.manual_seed(0)
     base = KINDS[kind].make().double()
-    config = tnpeft.TensorNetworkConfig(**{**LORA, "target_modules": [*KINDS[kind].targets], **options})
+    its = {"target_modules": [*KINDS[kind].targets], "axes": dict(KINDS[kind].axes)}
+    config = tnpeft.TensorNetworkConfig(**{**LORA, **its, **options})
     return base, peft.get_peft_model(copy.deepcopy(base), config).double()
 
 
@@ -90,8 +91,10 @@ def test_a_tuners_life(kind: str, tmp_path: Path) -> None:
         "the module reads the weight itself: it is formed at every call"
     }
     assert explained.unmatched == {"default": ()}
-    targets = {"attention": ["in_proj_weight"], "attention apart": ["q_proj"], "parameter": ["kernel"]}[kind]
-    model.add_adapter("second", tnpeft.TensorNetworkConfig(**CP, target_modules=targets))
+    targets = {"attention": ["in_proj_weight"], "attention apart": ["q_proj"], "parameter": ["kernel"]}.get(
+        kind, ["kernel"]
+    )
+    model.add_adapter("second", tnpeft.TensorNetworkConfig(**CP, target_modules=targets, axes=dict(KINDS[kind].axes)))
     model.double()
     shake(model, 0.2)
     model.set_adapter("second")
@@ -219,3 +222,42 @@ def test_a_batch_of_several_adapters_is_refused() -> None:
     model.eval()
     with pytest.raises(NetworkError, match="once for all rows of a batch"):
         model(sequence(), adapter_names=["default", "__base__"])
+
+
+class Mixed(nn.Module):
+    """Two Parameters of several matrices, and a module that says itself which axis is its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(4, 16, 8)), nn.Parameter(torch.randn(4, 8, 16))
+        self.told = nn.Module()
+        self.told.weight = nn.Parameter(torch.randn(4, 16, 8))
+        self.told.in_features, self.told.out_features = 16, 8
+
+    def forward(self, x: Tensor) -> Tensor:
+        for matrices in (self.up, self.down, self.told.weight):
+            x = torch.einsum("...i,eio->...o", x, matrices)
+        return x
+
+
+def test_axes_of_several_matrices_are_declared_or_told_by_the_module() -> None:
+    def shapes(targets: list[str], **options: Any) -> dict[str, tuple[int, int, int]]:
+        config = tnpeft.TensorNetworkConfig(network="expert_lora", target_modules=targets, **options)
+        model = peft.get_peft_model(nn.Sequential(Mixed()), config)
+        return {row.site: (row.experts, row.out, row.inp) for row in tnpeft.explain(model).rows}
+
+    axes = {"up": "expert inp out", "0.down": "expert out inp"}
+    assert shapes(["up", "down"], axes=axes) == {"up_weight": (4, 8, 16), "down_weight": (4, 8, 16)}
+    assert shapes(["told.weight"]) == {"weight_weight": (4, 8, 16)}
+    with pytest.raises(NetworkError, match=r"0.up holds 4 matrices of 16 x 8, and nothing says which axis") as caught:
+        shapes(["up"])
+    assert caught.value.remedy == 'declare it: axes={"up": "expert out inp"}, or "expert inp out"'
+    with pytest.raises(NetworkError, match=r"the axes of 0.up are 'inp out'"):
+        shapes(["up"], axes={"up": "inp out"})
+    with pytest.raises(NetworkError, match="axes names 'wp', and no targeted Parameter is called so"):
+        shapes(["up"], axes={"up": "expert inp out", "wp": "expert inp out"})
+    with pytest.raises(NetworkError, match="0 is a Mixed, whose weights of several matrices have an unknown layout"):
+        shapes(["0"])
+    _, model = adapted("parameter turned")
+    with pytest.raises(NetworkError, match=r"another adapter declares other axes of layers.0.mix.kernel"):
+        model.add_adapter("second", tnpeft.TensorNetworkConfig(**LORA, target_modules=["kernel"]))

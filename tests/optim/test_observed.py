@@ -27,7 +27,7 @@ LINES: dict[str, dict[str, Any]] = {
 
 def adapted(kind: Kind, **options: Any) -> peft.PeftModel:
     torch.manual_seed(0)
-    config = tnpeft.TensorNetworkConfig(target_modules=[*kind.targets], **options)
+    config = tnpeft.TensorNetworkConfig(target_modules=[*kind.targets], axes=dict(kind.axes), **options)
     return peft.get_peft_model(copy.deepcopy(kind.make().double()), config).double().eval()
 
 

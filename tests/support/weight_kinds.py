@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import oracles
@@ -89,6 +89,30 @@ class Kernels(nn.Module):
         return first.back(second(first(x)).tanh()) + x @ second.kernel
 
 
+class Batched(nn.Module):
+    """Experts in one Parameter ``[expert, inp, out]``, all of which each row meets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(4, 16, 16) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("...i,eio,...e->...o", x, self.kernel, x[..., :4].softmax(-1))
+
+
+class Batches(nn.Module):
+    """Two layers of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({"mix": Batched()}) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer["mix"](x) + x
+        return x
+
+
 class Gated(nn.Module):
     """An expert of three linears."""
 
@@ -159,6 +183,7 @@ class Kind:
     back: Callable[[Tensor, Tensor], Tensor] = lambda matrix, stored: matrix
     spread: float = 0.5
     experts: str = ""
+    axes: Mapping[str, str] = field(default_factory=dict)
 
 
 def _turned(matrix: Tensor, stored: Tensor | None = None) -> Tensor:
@@ -192,11 +217,15 @@ RAW = {
     "attention": Kind(Attention, sequence, ("in_proj",), spread=0.2),
     "attention apart": Kind(lambda: Attention(True), sequence, ("q_proj_weight", "v_proj"), spread=0.2),
     "parameter": Kind(Kernels, sequence, ("mix.kernel",), spread=0.2),
+    "parameter turned": Kind(Kernels, sequence, ("kernel",), _turned, _turned, 0.2, axes={"kernel": "inp out"}),
+    "parameter of experts": Kind(
+        Batches, sequence, ("kernel",), _turned, _turned, 0.2, axes={"mix.kernel": "expert inp out"}
+    ),
 }
 EXPERTS = {name: _experts(name) for name in CONFIGS if name != "qwen2_moe"}  # which is stored as qwen3_moe
 LISTED = {"list of experts": Kind(Mixtures, sequence, ("experts",))}
 KINDS = {**CALLED, **RAW, **EXPERTS, **LISTED}
-BY_EXPERT = {**EXPERTS, **LISTED}
+BY_EXPERT = {**EXPERTS, **LISTED, "parameter of experts": RAW["parameter of experts"]}
 
 
 def shake(model: nn.Module, size: float = 0.5) -> None:

@@ -38,6 +38,9 @@ class TensorNetworkConfig(PeftConfig):
         dropout: probability with which entries of an adapter's input are dropped in training.
         stack: sizes of further stack indices of the line, ``{"scene": 24}``: :func:`tnpeft.select` chooses the value
             that a call, or each row of it, uses.
+        axes: what the axes of Parameters mean that modules read themselves, by their names: ``{"kernel": "inp out"}``
+            for a matrix that is not ``out inp``; several matrices in one are ``"expert out inp"`` or
+            ``"expert inp out"``.
         seed: of the start values and of the frozen random factors.
         replicas: adapters that train side by side in one pass, see :mod:`tnpeft.adapters.replicas.api`.
         replica_seeds: the seed of each; None for seed, seed + 1, and so on.
@@ -80,6 +83,7 @@ class TensorNetworkConfig(PeftConfig):
     bias: str = "none"
     dropout: float = 0.0
     stack: dict[str, int] | None = None
+    axes: dict[str, str] | None = None
     seed: int = 0
     replicas: int = 1
     replica_seeds: list[int] | None = None

@@ -200,6 +200,12 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: value is None or (_ranks(value) and all(name.isidentifier() for name in value)),
         'pass a map from stack indices to their sizes, {"scene": 24}, or None',
     ),
+    "axes": (
+        lambda value: (
+            value is None or (isinstance(value, Mapping) and all(isinstance(a, str) for a in value.values()))
+        ),
+        'pass a map from names of Parameters to their axes, {"kernel": "expert inp out"}, or None',
+    ),
     "seed": (_whole, "pass a whole number from 0 on, below 2**63"),
     "tokens": (lambda value: _whole(value, 1), "pass a whole number from 1 on, below 2**63"),
     "replicas": (

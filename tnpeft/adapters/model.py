@@ -33,8 +33,8 @@ from tnpeft.adapters.rollback import Parked, Snapshot, layers, or_as_before, out
 from tnpeft.adapters.sites.bases import excluded_weights, site_weight, take_listed, weights_of
 from tnpeft.adapters.sites.kinds import check_kind, wrapped
 from tnpeft.adapters.sites.names import check_name
-from tnpeft.adapters.sites.parameter import check_one_for_all, raw_at
-from tnpeft.adapters.sites.raw import raw_names
+from tnpeft.adapters.sites.parameter import adapted_parameter, check_one_for_all
+from tnpeft.adapters.sites.raw import RawWeight, raw_names
 from tnpeft.adapters.storage.contents import AGAIN, check_modules
 from tnpeft.adapters.storage.expressions import check_expression
 from tnpeft.adapters.storage.files import check_state, translated
@@ -151,13 +151,11 @@ class TensorNetworkModel(BaseTuner):
             if name and self._check_target_module_exists(config, name)
         }
         meant = partial(check_target_module_exists, config)
-        by_expert = any("expert" in rule.network.indices for rule in config.factorization.lines)
-        listed = take_listed(self.model, modules, quantised, meant, by_expert)
-        for name in (*modules, *(path.replace("*", "0") for path in listed)):
-            check_owner(self.model, name)
-        modules, bases = weights_of(modules, quantised, meant)
-        modules, bases = modules | listed, bases | listed
+        listed = take_listed(self.model, modules, quantised, meant, config.factorization)
+        modules, bases = weights_of(modules, quantised, meant, config.axes, listed)
         for name, base in bases.items():
+            if not isinstance(base, RawWeight):
+                check_owner(self.model, name.replace("*", "0"))
             check_kind(name, base, config)
         layout = build_layout(self.model, bases, config)
         check_name(adapter, layout, getattr(self.model, BANK, None))
@@ -179,7 +177,7 @@ class TensorNetworkModel(BaseTuner):
             for expert, path in enumerate(site_layout.site.paths):
                 site_layouts.setdefault((path, expert), []).append(site_layout)
         for (name, expert), its in site_layouts.items():
-            self._attach_layer(name, expert, bank, adapter, config, values, its)
+            self._attach_layer(name, bases.get(name), expert, bank, adapter, config, values, its)
         for names in shared_input_groups(self.model, [site_layout.site for site_layout in layout.site_layouts]):
             join(adapter, map(self.model.get_submodule, names))
 
@@ -200,6 +198,7 @@ class TensorNetworkModel(BaseTuner):
     def _attach_layer(
         self,
         name: str,
+        base: Any,
         expert: int,
         bank: FactorBank,
         adapter: str,
@@ -210,9 +209,11 @@ class TensorNetworkModel(BaseTuner):
         """Give one layer or fused weight the adapter's updates and the arrays that only it uses."""
         target: Any
         path, _, weight = name.rpartition(".")
-        if path in self._stacks:
+        if isinstance(base, RawWeight):
+            target = adapted_parameter(base, bank)
+        elif path in self._stacks:
             target = experts_at(self.model, path, bank).get_submodule(weight)
-        elif (target := raw_at(self.model, name, bank)) is None:
+        else:
             parent, target, child = _get_submodules(self.model, name)
         if not isinstance(target, DenseLinear):
             new = wrapped(target, bank, get_quantization_kwargs(self.model))

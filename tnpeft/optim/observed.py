@@ -161,7 +161,8 @@ def _add(
             continue
         sign = choose(grads[param].sign().double(), operands[label].stack, its)
         _, change = torch.func.jvp(lambda array, label=label: moved(label, array), (values[label],), (sign,))
-        seen.changes[label] = seen.changes.get(label, 0.0) + item.scale**2 * float(change.square().sum())
+        square = item.scale**2 * float(change.square().mean())
+        seen.changes[label] = seen.changes.get(label, 0.0) + square * output.numel()
 
 
 def _own(result: Tensor, groups: Groups | None, item: Update) -> Tensor:

@@ -392,6 +392,6 @@ def test_experts_that_cannot_be_adapted_are_refused_by_name() -> None:
     refused(r"layers.1.mlp.experts holds only some of the experts")
     experts._is_expert_parallel = False
     del experts.is_transposed
-    refused("layers.1.mlp.experts is a MixtralExperts, whose weights of several matrices have an unknown layout")
+    refused("layers.1.mlp.experts.gate_up_proj holds 4 matrices of 32 x 32, and nothing says which axis is")
     experts.down_proj = nn.Parameter(experts.down_proj.to(torch.float8_e4m3fn), requires_grad=False)
     refused("layers.1.mlp.experts is a MixtralExperts, whose experts are quantised")

@@ -81,12 +81,28 @@ def matrices(module: nn.Module) -> dict[str, Tensor]:
     return {name: array for name, array in held.items() if array is not None and array.dim() == 3}
 
 
+def check_floating(name: str, module: nn.Module) -> None:
+    """Raise if a module holds several matrices in one array of few bits.
+
+    Raises:
+        NetworkError: it does.
+
+    >>> check_floating("mlp", nn.Linear(2, 2))
+    """
+    kind = type(module).__name__
+    held = {} if kind in vars(nn) else matrices(module)
+    if any(array.dtype.itemsize < 2 or not array.is_floating_point() for array in held.values()):
+        raise NetworkError(
+            f"{name} is a {kind}, whose experts are quantised, and no back end can give their weights",
+            remedy="load the model without quantised experts, or leave them out with exclude_modules",
+        )
+
+
 def check_experts(name: str, module: nn.Module) -> None:
     """Raise if a module holds experts that cannot be adapted.
 
     Raises:
-        NetworkError: the layout of its class is unknown, the weights are quantised, or each process holds some of the
-            experts.
+        NetworkError: the layout of its class is unknown, or each process holds some of the experts.
 
     >>> class Experts(nn.Module): ...
     >>> experts = Experts()
@@ -97,16 +113,11 @@ def check_experts(name: str, module: nn.Module) -> None:
     """
     kind = type(module).__name__
     held = {} if kind in vars(nn) else matrices(module)
-    if any(array.dtype.itemsize < 2 or not array.is_floating_point() for array in held.values()):
-        raise NetworkError(
-            f"{name} is a {kind}, whose experts are quantised, and no back end can give their weights",
-            remedy="load the model without quantised experts, or leave them out with exclude_modules",
-        )
     if held and not fused_weights(module):
         raise NetworkError(
             f"{name} is a {kind}, whose weights of several matrices have an unknown layout",
-            remedy="only experts of transformers' experts interface and linears are adapted; exclude_modules leaves "
-            "others out",
+            remedy=f"name a Parameter and its axes, target_modules=[{min(held)!r}] with axes={{{min(held)!r}: "
+            "'expert out inp'}, or leave it out with exclude_modules",
         )
     if getattr(module, "_is_expert_parallel", False):
         raise NetworkError(

@@ -165,7 +165,7 @@ def as_base_factor(item: Update, label: str, weight: Tensor) -> Tensor:
 
 
 def part(weight: Tensor, item: Update) -> Tensor:
-    """The slice of a linear's ``[out, inp]`` matrix that belongs to the site.
+    """The slice of a linear's ``[out, inp]`` matrix, or of one for every expert, that belongs to the site.
 
     >>> from tnpeft.layout import layout
     >>> from tnpeft.networks import Factorization, Site
@@ -177,7 +177,7 @@ def part(weight: Tensor, item: Update) -> Tensor:
     """
     if not item.side:
         return weight
-    return weight.narrow(0 if item.side == "out" else 1, item.start, item.length)
+    return weight.narrow(-2 if item.side == "out" else -1, item.start, item.length)
 
 
 def _operand(

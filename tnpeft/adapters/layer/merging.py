@@ -35,6 +35,8 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
     adapter_layer_names = ("tnpeft_factors", "tnpeft_magnitude")
     other_param_names = ("updates", "dropouts", "siblings")
     weight_name = "weight"
+    experts = 0  # one matrix, not one for each of several
+    transposed = False
 
     def __init__(self, base_layer: nn.Module, bank: FactorBank, **kwargs: Any) -> None:
         super().__init__()
@@ -173,11 +175,12 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
         items = self.updates[adapter]
         with torch.autocast(self.home_device().type, enabled=False):
             deltas = [item.delta(self.operands(adapter, item)) for item in items]
+        shape = (*((self.experts,) if self.experts else ()), self.out_features, self.in_features)
         if not items[0].side:
-            return deltas[0]
-        whole = deltas[0].new_zeros((self.out_features, self.in_features))
+            return deltas[0].expand(shape)
+        whole = deltas[0].new_zeros(shape)
         for item, delta in zip(items, deltas, strict=True):
-            whole.narrow(0 if item.side == "out" else 1, item.start, item.length).add_(delta)
+            part(whole, item).add_(delta)
         return whole
 
     @property

@@ -12,7 +12,7 @@ import torch
 from peft.tuners.tuners_utils import _ExcludedModule
 from torch import Tensor, nn
 
-from tnpeft.adapters.experts.fused import FusedWeight, check_experts
+from tnpeft.adapters.experts.fused import FusedWeight, check_experts, check_floating
 from tnpeft.adapters.experts.listed import ListedWeight, is_list, listed_weight, starred
 from tnpeft.adapters.experts.module import weights_in
 from tnpeft.adapters.experts.weight import ExpertWeight
@@ -24,7 +24,7 @@ from tnpeft.adapters.sites.kinds import kind, wrapped
 from tnpeft.adapters.sites.parameter import TensorNetworkParameter
 from tnpeft.adapters.sites.raw import RawWeight, raw_weights
 from tnpeft.adapters.targets import features
-from tnpeft.networks import NetworkError, Site
+from tnpeft.networks import ConfigError, Factorization, NetworkError, Site
 
 
 def linear(name: str, module: nn.Module, quantised: dict[str, Any]) -> nn.Module:
@@ -46,7 +46,11 @@ def linear(name: str, module: nn.Module, quantised: dict[str, Any]) -> nn.Module
 
 
 def weights_of(
-    modules: Mapping[str, nn.Module], quantised: dict[str, Any], meant: Callable[[str], Any]
+    modules: Mapping[str, nn.Module],
+    quantised: dict[str, Any],
+    meant: Callable[[str], Any],
+    axes: Mapping[str, str] | None = None,
+    listed: Mapping[str, ListedWeight] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The targeted modules and, by the same paths, what they adapt: linears, and in place of experts fused weights.
 
@@ -55,16 +59,25 @@ def weights_of(
         quantised: PEFT's options for finding a back end.
         meant: PEFT's answer for the path of a weight: true if it is a target itself, an ``_ExcludedModule`` if it
             is excluded.
+        axes: the declared axes of raw Parameters, by the ends of their paths.
+        listed: what :func:`take_listed` has taken, which is among what is returned.
 
     Raises:
-        NetworkError: a module is something else.
+        NetworkError: a module is something else, or axes are missing, or are of nothing.
     """
-    found: dict[str, Any] = {}
-    bases: dict[str, Any] = {}
+    found: dict[str, Any] = {**(listed or {})}
+    bases: dict[str, Any] = {**(listed or {})}
+    axes, unused = axes or {}, {*(axes or {})}
     for name, module in modules.items():
         if isinstance(module, TensorNetworkParameter):
             module, name = module.get_base_layer(), name.rpartition(".")[0]
-        raws = {f"{name}.{raw.child}".lstrip("."): raw for raw in raw_weights(module) if _named(name, raw, meant)}
+        check_floating(name, module)
+        raws = {}
+        for raw in (raw for raw in raw_weights(module) if _named(name, raw, meant)):
+            path = f"{name}.{raw.name}".lstrip(".")
+            mine = [own for own in axes if f".{path}".endswith(f".{own}")]
+            raws[f"{name}.{raw.child}".lstrip(".")] = raw.with_axes(path, axes[mine[0]] if mine else None)
+            unused -= {*mine}
         if raws:
             found, bases = found | raws, bases | raws
             continue
@@ -76,6 +89,11 @@ def weights_of(
                 found[path] = bases[path] = weight
         if not weights:
             found[name], bases[name] = module, linear(name, module, quantised)
+    if unused:
+        raise ConfigError(
+            f"axes names {min(unused)!r}, and no targeted Parameter is called so",
+            remedy="name Parameters that modules read themselves, as in target_modules",
+        )
     return found, bases
 
 
@@ -89,15 +107,16 @@ def take_listed(
     modules: dict[str, nn.Module],
     quantised: dict[str, Any],
     meant: Callable[[str], Any],
-    by_expert: bool,
+    f: Factorization,
 ) -> dict[str, ListedWeight]:
     """Take the lists of experts out of the targeted modules, and give the weights that their linears are.
 
-    If the lines are ``by_expert``, so are targeted linears inside such lists.
+    If a line has the index ``expert``, so are targeted linears inside such lists.
 
     Raises:
         NetworkError: the experts of a list differ, or hold no linears.
     """
+    by_expert = any("expert" in rule.network.indices for rule in f.lines)
     targeted = [name for name, module in modules.items() if is_list(name, module)]
     for name in targeted:
         del modules[name]
@@ -142,4 +161,4 @@ def site_weight(modules: dict[str, Any], quantised: dict[str, Any], site: Site) 
         module = wrapped(module, FactorBank(), quantised)
     rows = slice(site.start, site.start + site.out) if "/out:" in site.proj else slice(None)
     cols = slice(site.start, site.start + site.inp) if "/inp:" in site.proj else slice(None)
-    return (module.matrix() if isinstance(module, RawWeight) else module.base_matrix())[rows, cols]
+    return (module.matrix() if isinstance(module, RawWeight) else module.base_matrix())[..., rows, cols]

@@ -17,7 +17,7 @@ from tnpeft.adapters.layer.bank import FactorBank
 from tnpeft.adapters.layer.checkpointing import check_recomputation, refuse_reentrant, selection_seen
 from tnpeft.adapters.layer.merging import DenseLinear, HeldWeight, rescaling, wide
 from tnpeft.adapters.layer.protocol import Route
-from tnpeft.adapters.sites.raw import RawWeight, raw_weights
+from tnpeft.adapters.sites.raw import RawWeight
 from tnpeft.networks import NetworkError
 
 _FORMED = "the module reads the weight itself: it is formed at every call"
@@ -33,6 +33,7 @@ class TensorNetworkParameter(HeldWeight):
         self.quantization_backend = None
         self.begin(bank)
         self.out_features, self.in_features = raw.out_features, raw.in_features
+        self.experts, self.transposed = raw.experts, raw.transposed
         self._call: dict[bool, Tensor] | None = None
 
     def get_base_layer(self) -> nn.Module:
@@ -47,7 +48,7 @@ class TensorNetworkParameter(HeldWeight):
         return value
 
     def _stored(self, matrix: Tensor) -> Tensor:
-        return matrix
+        return matrix.mT if self.transposed else matrix
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """PEFT's conversion makes LoRAs of linears alone."""
@@ -78,17 +79,17 @@ class TensorNetworkParameter(HeldWeight):
         refuse_reentrant(self.bank)
         total = wide(self.weight)
         for adapter in self.active_here:
-            total = total + self._with_gradients(adapter)
+            total = total + self._stored(self._with_gradients(adapter))
         return total.to(self.weight.dtype)
 
     def _with_gradients(self, adapter: str) -> Tensor:
         delta = wide(self._delta(adapter))
         if adapter not in self.tnpeft_magnitude:
             return delta
-        base = wide(self.weight)
+        base = self._matrix(wide(self.weight))
         updated = base + delta
         ratio = rescaling(wide(self.tnpeft_magnitude[adapter]), updated.detach().norm(dim=-1))
-        return updated * ratio[:, None] - base
+        return updated * ratio[..., None] - base
 
     def updated(self, x: Tensor) -> Route:
         """The path of a read with updates, which forms the adapted weight."""
@@ -106,22 +107,15 @@ class TensorNetworkParameter(HeldWeight):
 # ---- the module's class
 
 
-def raw_at(model: nn.Module, path: str, bank: FactorBank) -> TensorNetworkParameter | None:
-    """The adapted Parameter at a path, made if there is none; None if the path is not that of a raw Parameter."""
-    parent, _, child = path.rpartition(".")
-    try:
-        owner = model.get_submodule(parent)
-    except AttributeError:
-        return None
-    raw = next((raw for raw in raw_weights(owner) if raw.child == child), None)
-    if raw is None:
-        return None
-    found = owner._modules.get(child)
+def adapted_parameter(raw: RawWeight, bank: FactorBank) -> TensorNetworkParameter:
+    """The adapted Parameter of a raw one, made if there is none."""
+    owner = raw.module
+    found = owner._modules.get(raw.child)
     if not isinstance(found, TensorNetworkParameter):
         found = TensorNetworkParameter(raw, bank).train(owner.training)
         found._disable_adapters = bank.disable_adapters
-        owner.add_module(child, found)
-        _with_properties(owner, raw.name, child)
+        owner.add_module(raw.child, found)
+        _with_properties(owner, raw.name, raw.child)
     return found
 
 

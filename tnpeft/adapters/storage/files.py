@@ -27,7 +27,7 @@ LOADING: ContextVar[bool] = ContextVar("LOADING", default=False)  # of a folder,
 _CARD = "README.md"
 _MARK = "## Tensor-network adapter"
 _FIXED = ("network", "dora", "bias", "layers", "projections", "save_frozen", "frozen", "trainable_token_indices")
-_FIXED += ("stack", "replicas", "replica_ranks", "replica_scales")
+_FIXED += ("stack", "axes", "replicas", "replica_ranks", "replica_scales")
 
 
 def fetch(name: str, subfolder: str | None = None, **hub: Any) -> Path:

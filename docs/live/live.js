@@ -84,7 +84,9 @@ function rows(table, head, body) {
 const show = {
   numbers(a) {
     $("error").hidden = !a.error;
-    text("error", a.error ?? "");
+    $("error").replaceChildren(...(a.error ?? "").split(/(?<=\n)/).map((line) => { // the quoted line and its caret stay together
+      const span = document.createElement("span"); span.className = line.startsWith("  ") ? "quoted" : ""; span.textContent = line; return span;
+    }));
     document.querySelectorAll("section").forEach((each) => each.classList.toggle("stale", Boolean(a.error)));
     $("state").value = a.error ? "not a network" : `answered in ${Math.round(performance.now() - started)} ms`;
     if (a.error) return;
@@ -127,7 +129,13 @@ const show = {
       return button;
     }));
   },
-  intervals(a) { text("intervals", a.error ? "" : a.intervals.map(([start, form]) => `from ${number(start)} tokens: ${form}`).join("; ")); },
+  intervals(a) {
+    const runs = []; // one for each stretch of intervals of one form
+    for (const [start, form] of a.intervals ?? []) {
+      if (runs.at(-1)?.form === form) runs.at(-1).others.push(number(start)); else runs.push({ form, start: number(start), others: [] });
+    }
+    text("intervals", runs.map(({ form, start, others }) => `${form} from ${start} tokens${others.length ? ` (in another order from ${others.join(", ")})` : ""}`).join("; "));
+  },
   formula(a) { text("formula", a.error ?? a.formula + (a.gain_formula ? `\ngain  ${a.gain_formula}` : "")); },
 };
 

@@ -39,6 +39,10 @@ def test_count_of_a_line_and_of_a_family() -> None:
     assert family["one_more_rank"] == {"r": 9264}
     assert list(family["rank_bound"].values()) == [21]
     assert family["biases_not_counted"] == 24 * 2 * 2048
+    assert family["splits"] == {"q_proj 2048 x 2048": "o1=32 o2=64 i1=32 i2=64"}
+    chosen = answer("count", "tensor_train", "-s", "o1=16", *OPT)
+    assert chosen["splits"] == {"q_proj 2048 x 2048": "o1=16 o2=128 i1=32 i2=64"}
+    assert answer("count", "lora", *OPT)["splits"] == {}
 
 
 def test_a_line_on_a_model_and_a_bare_formula() -> None:

@@ -515,12 +515,19 @@ def test_lines_are_what_peft_computes(method: str, out: int, inp: int) -> None:
     np.testing.assert_allclose(theirs, ours, rtol=0, atol=inp * np.finfo(np.float32).eps * np.abs(ours).max())
 
 
+def test_a_misspelt_argument_gets_the_nearest_one() -> None:
+    with pytest.raises(NetworkError, match=r"lora has no argument 'rnak'\ndid you mean 'rank'\? call it as lora\("):
+        families.get("lora")(rnak=2)
+    with pytest.raises(NetworkError, match=r"cp has no argument 'zzz'\ncall it as cp\("):
+        families.get("cp")(zzz=2)
+
+
 @pytest.mark.parametrize(
     ("name", "given"),
     [
         ("cp", {"out": 32}), ("cp", {"modes": 3}), ("gralora", {"k": 0}), ("bd_lora", {"blocks": 0}),
         ("abba", {"rank": None}), ("lorta", {"rank": 0}), ("tucker", {"ranks": 2.5}), ("loretta", {"bottleneck": 3}),
-        ("tenslora", {"construction": 1}), ("lora", {"alpha": 10**400}), ("lora", {"rnak": 2}),
+        ("tenslora", {"construction": 1}), ("lora", {"alpha": 10**400}),
         ("lora", {"rslora": "no"}), ("cp", {"unit_norm": 1}), ("tt_lora", {"zero": None}),
     ],
 )  # fmt: skip

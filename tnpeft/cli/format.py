@@ -41,8 +41,21 @@ def counted(
     if model is not None:
         groups = counting.groups(counting.sites(model, targets))
         data["sites"] = [str(group) for group in groups] if len(groups) > 1 else str(groups[0])
+        data["splits"] = _splits(net, sizes, where)
         data["biases_not_counted"] = counting.biases(model, targets)
     return data | {"gain": _gain(net, given, where)} | _reach(net, given, model, targets)
+
+
+def _splits(net: Network | Factorization, sizes: Mapping[str, int], where: Mapping[str, Any]) -> dict[str, Any]:
+    """The sizes of the indices inside rows and columns, those that were not given too, by kind of site."""
+    from tnpeft.counting import site_shapes
+
+    found: dict[str, Any] = {}
+    for shape in site_shapes(net, **where, **sizes):
+        groups = [group for group in (shape.network.rows, shape.network.cols) if len(group) > 1]
+        if groups:
+            found[str(shape)] = " ".join(f"{index}={shape.sizes[index]}" for group in groups for index in group)
+    return found
 
 
 def _gain(net: Network | Factorization, given: Mapping[str, Any], where: Mapping[str, Any]) -> Any:

@@ -39,8 +39,10 @@ def _table(text: str, option: str) -> dict[str, Any]:
 
 @app.command()
 def train(
-    family: Annotated[str, typer.Argument(help="A family (tnpeft families lists them), or a line of einsum.")],
-    model: Annotated[str, typer.Option(help="Hub id, folder, random:facebook/opt-125m, or digits.")],
+    family: Annotated[
+        str, typer.Argument(help="A family (tnpeft families), also with its rank (lora:8), or a line.")
+    ],
+    model: Annotated[str, typer.Option(help="Hub id, folder, random:facebook/opt-125m, digits, or smollm2.")],
     task: Annotated[str, typer.Option(help="sst2, rte, boolq, mrpc, cola, digits_shifted, or a .toml file.")],
     out: Out,
     data: Data = "",
@@ -63,9 +65,10 @@ def train(
     from tnpeft.studies.running.finetune import train as make
 
     with _resumable():
-        method: dict[str, Any] = {"line" if "->" in family else "family": family}
-        if args:
-            method["args"] = _table(args, "--args")
+        name, _, rank = (family, "", "") if "->" in family else family.partition(":")
+        method: dict[str, Any] = {"line" if "->" in family else "family": name}
+        if args or rank:
+            method["args"] = _table("; ".join(filter(None, (f"rank={rank}" if rank else "", args))), "--args")
         more = _table(settings, "--settings")
         result = make(
             out,

@@ -169,9 +169,11 @@ def refuse_unknown(
         if not isinstance(ratio, int | float) or not 0 < ratio < inf:
             raise NetworkError(f"the ratio of {rank!r} is {ratio!r}", remedy="pass a positive number")
     nets = [rule.network for f in chosen for rule in f.lines]
-    known = {index for net in nets for index in net.indices} | {"task", "replica"}
+    known = {index for net in nets for index in net.indices}
     for name in given:
-        if name not in known | (set() if model is not None else {"out", "inp", "heads", "layer", "proj", "expert"}):
+        if name not in known | {"task", "replica"} | (
+            set() if model is not None else {"out", "inp", "heads", "layer", "proj", "expert"}
+        ):
             remedy = f"the indices are {', '.join(sorted(known))}"
             raise NetworkError(f"unknown index {name!r}: no family has it", remedy=remedy)
         if model is not None and name in ("layer", "proj", "expert", "out", "inp"):

@@ -27,6 +27,10 @@ def family(declare: F) -> F:
     Traceback (most recent call last):
     tnpeft.networks.errors.NetworkError: <lambda>('two') has an unfit argument: unsupported operand type(s) for //...
     call it as <lambda>(rank=8)
+    >>> FAMILIES["lora"](rankk=3)
+    Traceback (most recent call last):
+    tnpeft.networks.errors.NetworkError: lora has no argument 'rankk'
+    did you mean 'rank'? call it as lora(rank=8, alpha=None, rslora=False)
     """
     name = declare.__name__
     if name in FAMILIES and FAMILIES[name].__module__ != declare.__module__:
@@ -45,9 +49,13 @@ def family(declare: F) -> F:
         except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
             options = [its.replace(annotation=its.empty) for its in known.parameters.values()]
             given = ", ".join([*map(repr, args), *(f"{key}={value!r}" for key, value in kwargs.items())])
-            raise NetworkError(
-                f"{name}({given}) has an unfit argument: {error}", remedy=f"call it as {name}{Signature(options)}"
-            ) from error
+            remedy = f"call it as {name}{Signature(options)}"
+            unknown = next((key for key in kwargs if key not in known.parameters), None)
+            if unknown is None:
+                raise NetworkError(f"{name}({given}) has an unfit argument: {error}", remedy=remedy) from error
+            near = get_close_matches(unknown, known.parameters, n=1)
+            remedy = f"did you mean {near[0]!r}? {remedy}" if near else remedy
+            raise NetworkError(f"{name} has no argument {unknown!r}", remedy=remedy) from error
 
     FAMILIES[name] = declared
     return cast("F", declared)

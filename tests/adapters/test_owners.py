@@ -47,6 +47,42 @@ def test_owners_that_read_weights(owner: str, children: set[str]) -> None:
     assert children or not {"wo", "wi_0", "dense_4h_to_h", "q_proj", "o_proj"} & found
 
 
+class Reader(nn.Module):
+    """Reads the weights of linears that it calls, too, by whatever path."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("own", "alias", "called"):
+            setattr(self, name, nn.Linear(4, 4))
+        self.inner = nn.ModuleDict({"deep": nn.Linear(4, 4), "called": nn.Linear(4, 4)})
+        self.listed = nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])
+        self.looped = nn.ModuleList([nn.ModuleDict({"up": nn.Linear(4, 4), "down": nn.Linear(4, 4)})])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        alias = self.alias
+        x = self.called(x.to(self.called.weight.dtype)) @ self.own.weight + x @ alias.weight.t()
+        x = self.inner["called"](x) @ self.inner.deep.weight @ self.listed[1].weight
+        for block in self.looped:
+            x = block.down(x) @ block.up.weight
+        return x
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("own", True), ("alias", True), ("inner.deep", True), ("listed.1", True), ("looped.0.up", True),
+        ("called", False), ("inner.called", False), ("listed.0", False), ("looped.0.down", False),
+    ],
+)  # fmt: skip
+def test_a_weight_is_read_by_whatever_path(name: str, read: bool) -> None:
+    model = nn.Sequential(nn.Identity(), Reader())
+    if read:
+        with pytest.raises(NetworkError, match=f"1.{name} cannot be adapted: Reader reads its weight"):
+            peft.get_peft_model(model, config(f"1.{name}"))
+    else:
+        assert peft.get_peft_model(model, config(f"1.{name}")).peft_config
+
+
 @pytest.mark.parametrize("train", [False, True])
 def test_the_fused_encoder_layer_calls_what_is_adapted(train: bool) -> None:
     torch.manual_seed(0)

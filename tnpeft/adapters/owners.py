@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -35,13 +36,16 @@ _SETUP = {
     "_reset_parameters",
     "tie_weights",
     "extra_repr",
+    "initialize_weights",
+    "resize_position_embeddings",
+    "set_output_embeddings",
 }
 # Read in a branch that a model of transformers does not enter: tensor-parallel pretraining, and a second query.
 _UNREACHED = {"BloomAttention": {"dense"}, "BloomMLP": {"dense_4h_to_h"}, "DisentangledSelfAttention": {"in_proj"}}
 
 
 def check_owner(model: nn.Module, name: str) -> None:
-    """Raise if the module that holds a linear reads the linear's weight itself.
+    """Raise if a module that holds a linear, at any depth, reads the linear's weight itself.
 
     Raises:
         NetworkError: it does.
@@ -51,13 +55,18 @@ def check_owner(model: nn.Module, name: str) -> None:
     tnpeft.networks.errors.NetworkError: attn.out_proj cannot be adapted: MultiheadAttention reads its weight...
     leave it out of target_modules, or name it in exclude_modules
     """
-    path, _, child = name.rpartition(".")
-    owner = model.get_submodule(path)
-    if not fused(owner) and child in read_weights(type(owner)):
-        raise NetworkError(
-            f"{name} cannot be adapted: {type(owner).__name__} reads its weight without calling it",
-            remedy="leave it out of target_modules, or name it in exclude_modules",
-        )
+    parts = name.split(".")
+    for depth in range(len(parts)):
+        owner, inside = model.get_submodule(".".join(parts[:depth])), parts[depth:]
+        if not fused(owner) and any(_same(inside, path.split(".")) for path in read_weights(type(owner))):
+            raise NetworkError(
+                f"{name} cannot be adapted: {type(owner).__name__} reads its weight without calling it",
+                remedy="leave it out of target_modules, or name it in exclude_modules",
+            )
+
+
+def _same(inside: list[str], path: list[str]) -> bool:
+    return len(inside) == len(path) and all(its in ("*", part) for part, its in zip(inside, path, strict=True))
 
 
 def fused(owner: nn.Module) -> bool:
@@ -66,7 +75,7 @@ def fused(owner: nn.Module) -> bool:
     >>> fused(nn.TransformerEncoderLayer(4, 2))
     True
     """
-    return isinstance(owner, nn.TransformerEncoderLayer)
+    return isinstance(owner, nn.TransformerEncoderLayer | nn.TransformerEncoder)
 
 
 def keep_unfused(module: nn.Module, args: Any) -> None:
@@ -75,7 +84,7 @@ def keep_unfused(module: nn.Module, args: Any) -> None:
 
 @lru_cache(maxsize=1024)
 def read_weights(owner: type[nn.Module]) -> frozenset[str]:
-    """Children of which a class reads the weight's numbers in any of its methods.
+    """Modules inside a class, by path, of which it reads the weight's numbers in any of its methods.
 
     >>> sorted(read_weights(nn.MultiheadAttention))
     ['out_proj']
@@ -102,19 +111,38 @@ def _methods(cls: type) -> dict[str, set[str]]:
 
 
 def _reads(function: ast.FunctionDef) -> set[str]:
-    """``x`` of every ``self.x.weight`` whose numbers are used."""
+    """``x.y`` of every ``self.x.y.weight`` whose numbers are used, ``*`` for an item of a list or a loop."""
     above = {child: node for node in ast.walk(function) for child in ast.iter_child_nodes(node)}
+    means: dict[str, str] = {"self": ""}  # paths of local names
+    for node in sorted(above, key=lambda node: getattr(node, "lineno", 0)):
+        if isinstance(node, ast.Assign | ast.For):
+            target = node.target if isinstance(node, ast.For) else node.targets[0]
+            path = _path(node.iter if isinstance(node, ast.For) else node.value, means)
+            if isinstance(target, ast.Name) and target.id != "self":
+                means.pop(target.id, None)
+                means |= {} if path is None else {target.id: f"{path}.*" if isinstance(node, ast.For) else path}
     found = set()
-    for node in ast.walk(function):
-        if not (isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.value, ast.Attribute)):
+    for node in above:
+        if not (isinstance(node, ast.Attribute) and node.attr == "weight"):
             continue
-        holder, user = node.value.value, above[node]
+        path, user = _path(node.value, means), above[node]
         about = isinstance(user, ast.Attribute) and user.attr in _ABOUT
         asked = (
             isinstance(user, ast.Call)
             and isinstance(user.func, ast.Name)
             and user.func.id in ("isinstance", "hasattr")
         )
-        if isinstance(holder, ast.Name) and holder.id == "self" and not (about or asked):
-            found.add(node.value.attr)
+        if path and not (about or asked):
+            found.add(path.lstrip("."))
     return found
+
+
+def _path(node: ast.AST, means: Mapping[str, str]) -> str | None:
+    """The path of the module that an expression stands for, None if it is none below ``self``."""
+    if isinstance(node, ast.Name):
+        return means.get(node.id)
+    if not isinstance(node, ast.Attribute | ast.Subscript) or (path := _path(node.value, means)) is None:
+        return None
+    if isinstance(node, ast.Attribute):
+        return f"{path}.{node.attr}"
+    return f"{path}.{node.slice.value if isinstance(node.slice, ast.Constant) else '*'}"

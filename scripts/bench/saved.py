@@ -60,7 +60,7 @@ def kept(config: Any, width: int, tokens: int) -> dict[str, Any]:
     row: dict[str, Any] = {"saved": meters.saved_bytes(model, partial(model, x))}
     for module in model.modules():
         for item in getattr(module, "updates", {}).get("default", ()):
-            row["width"] = inner_width(item.run)
+            row["width"] = inner_width(item.program)
             row["factors"] = BYTES * sum(param.size for param in item.site_layout.parameters.values())
     return row
 

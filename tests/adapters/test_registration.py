@@ -5,21 +5,42 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import pytest
-
 CHECK = "import peft.mapping as m; assert m.PEFT_TYPE_TO_TUNER_MAPPING['TENSOR_NETWORK'].prefix == 'tnpeft_'"
+WAYS_IN = [
+    f"import tnpeft, peft; {CHECK}",
+    f"import peft, tnpeft; {CHECK}",
+    f"import tnpeft, importlib.util; importlib.util.find_spec('peft'); import peft; {CHECK}",
+    f"from tnpeft.adapters.state import factors; {CHECK}",
+]
+# What peft imports is there already; each way in is a process of its own, which has neither peft nor tnpeft.
+APART = """
+import os, sys, torch, transformers, accelerate
+ways = {ways!r}
+assert not {{"peft", "tnpeft"}} & {{*sys.modules}}
+for way in ways:
+    if not (child := os.fork()):
+        exec(way, {{}})
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, way
+print(len(ways))
+"""
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        f"import tnpeft, peft; {CHECK}",
-        f"import peft, tnpeft; {CHECK}",
-        f"import tnpeft, importlib.util; importlib.util.find_spec('peft'); import peft; {CHECK}",
-        f"from tnpeft.adapters.state import factors; {CHECK}",
-        "import tnpeft, sys; tnpeft.parameters; assert not {'torch', 'peft', 'transformers'} & set(sys.modules)",
-    ],
-)
-def test_fresh_process(code: str) -> None:
+def fresh(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_way_in_registers() -> None:
+    assert fresh(APART.format(ways=WAYS_IN)) == f"{len(WAYS_IN)}\n"
+
+
+def test_a_way_in_that_fails_would_be_seen() -> None:
+    code = APART.format(ways=["import os; os._exit(1)"]).replace(", torch, transformers, accelerate", "")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+
+
+def test_counting_alone_imports_no_torch() -> None:
+    fresh("import tnpeft, sys; tnpeft.parameters; assert not {'torch', 'peft', 'transformers'} & set(sys.modules)")

@@ -100,7 +100,7 @@ def outcome(
     net = attached()
     if apart:
         for layer in three(net):
-            layer.siblings.clear()
+            layer.input_groups.clear()
     x = torch.linspace(-1, 1, 6 * 12, dtype=torch.float64).reshape(6, 12).clone()
     x = x if leaf else (x.requires_grad_() * 1.0)
     outputs = []

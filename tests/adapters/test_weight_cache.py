@@ -73,7 +73,7 @@ def plain(net: Any) -> Tensor:
 @torch.no_grad()
 def test_the_second_forward_prepares_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     net = model()
-    run = layer(net).updates["default"][0].run
+    run = layer(net).updates["default"][0].program
     first, calls = net(X), []
     monkeypatch.setattr(type(run), "prepare", lambda *args: calls.append(args))
     assert torch.equal(net(X), first)

@@ -62,32 +62,40 @@ def test_the_command_line_names_its_extra() -> None:
     assert done.stderr == "tnpeft: the command line needs typer; pip install 'tnpeft[cli]'\n"
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (
-            "tnpeft.draw('A[out inp] -> out inp', 'a.png')",
-            "a picture as .png needs matplotlib; pip install 'tnpeft[plots]'",
-        ),
-        (
-            "tnpeft.compare('lora', model='facebook/opt-1.3b').plot('a.svg')",
-            "the picture of a comparison needs matplotlib; pip install 'tnpeft[plots]'",
-        ),
-        (
-            "tnpeft.plan(tnpeft.network('A[out inp] -> out inp'), out=4, inp=4, tokens=2, optimize='greedy')",
-            "optimize='greedy' needs opt_einsum; pip install 'tnpeft[planning]'",
-        ),
-        ("tnpeft.testing.networks()", "tnpeft.testing needs numpy; pip install 'tnpeft[testing]'"),
-    ],
-)
-def test_a_question_names_its_extra(call: str, message: str) -> None:
-    done = run(f"import tnpeft\n{call}")
-    assert done.stderr.rstrip().splitlines()[-1] == f"ModuleNotFoundError: {message}"
+QUESTIONS = [
+    (
+        "tnpeft.draw('A[out inp] -> out inp', 'a.png')",
+        "a picture as .png needs matplotlib; pip install 'tnpeft[plots]'",
+    ),
+    (
+        "tnpeft.compare('lora', model='facebook/opt-1.3b').plot('a.svg')",
+        "the picture of a comparison needs matplotlib; pip install 'tnpeft[plots]'",
+    ),
+    (
+        "tnpeft.plan(tnpeft.network('A[out inp] -> out inp'), out=4, inp=4, tokens=2, optimize='greedy')",
+        "optimize='greedy' needs opt_einsum; pip install 'tnpeft[planning]'",
+    ),
+    ("tnpeft.testing.networks()", "tnpeft.testing needs numpy; pip install 'tnpeft[testing]'"),
+    *(
+        (f"tnpeft.{name}", f"tnpeft.{name} needs {library}; pip install 'tnpeft[{extra}]'")
+        for name, library, extra in (
+            ("fit", "numpy", "torch"),
+            ("TensorNetworkConfig", "peft", "peft"),
+            ("factors", "peft", "peft"),
+        )
+    ),
+]
 
 
-@pytest.mark.parametrize(("name", "extra"), [("fit", "torch"), ("TensorNetworkConfig", "peft"), ("factors", "peft")])
-def test_the_error_names_the_extra(name: str, extra: str) -> None:
-    done = run(f"import tnpeft\ntnpeft.{name}")
-    assert "ModuleNotFoundError" in done.stderr
-    assert f"pip install 'tnpeft[{extra}]'" in done.stderr
-    assert f"tnpeft.{name}" in done.stderr
+def test_questions_name_their_extras() -> None:
+    code = f"""
+import tnpeft
+for call in {[call for call, _ in QUESTIONS]!r}:
+    try:
+        exec(call)
+    except ModuleNotFoundError as error:
+        print(error)
+"""
+    done = run(code)
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == [message for _, message in QUESTIONS]

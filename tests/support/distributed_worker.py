@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -52,6 +52,7 @@ def loss(model: Any, ids: Tensor) -> Tensor:
     return model(input_ids=ids, labels=ids).loss
 
 
+@cache
 def reference(key: str) -> dict[str, Tensor]:
     model = build(key, "none")
     loss(model, IDS).backward()
@@ -92,7 +93,7 @@ def sharded(key: str, checkpointing: str, rank: int, each: bool = False) -> str:
     """With ``each`` linear a unit of its own, whose factors are not there while another one's forward runs."""
     model = build(key, checkpointing)
     for layer in model.base_model.model.model.decoder.layers:
-        for linear in [module for module in layer.modules() if hasattr(module, "siblings")] if each else ():
+        for linear in [module for module in layer.modules() if hasattr(module, "input_groups")] if each else ():
             fully_shard(linear)
         fully_shard(layer)
     fully_shard(model)

@@ -36,13 +36,13 @@ class Exported:
 
     @property
     def exact(self) -> bool:
-        """Whether nothing but rounding was lost."""
+        """True if nothing but rounding was lost."""
         return 0 < self.cut <= self.rank
 
 
 @dataclass(frozen=True)
 class Export:
-    """What an export wrote, one row per linear; prints as a table, grouped by rank, cut and error."""
+    """The result of an export, one row per linear; prints as a table, grouped by rank, cut and error."""
 
     path: Path
     rows: tuple[Exported, ...]
@@ -75,7 +75,7 @@ class Export:
 
 
 def export_lora(model: nn.Module, path: str | Path, adapter: str = "default", *, rank: int | None = None) -> Export:
-    """What was written: the adapter as a folder that ``peft.PeftModel.from_pretrained`` loads as a LoRA.
+    """Write the adapter as a folder that ``peft.PeftModel.from_pretrained`` loads as a LoRA.
 
     Where the smallest cut between rows and columns is at most ``rank``, the two sides are contracted into LoRA's two
     factors, exactly (a LoRA gives its own factors back). Elsewhere, and for DoRA, the update is cut to ``rank`` by
@@ -147,7 +147,7 @@ def _linear(
     rows, cols = linear.out_features, linear.in_features
     most = min(limit or max(1, rows * cols // (rows + cols)), rows, cols)
     items = linear.updates[adapter]
-    found = sum(cut_rank(item.run.plan.network, item.site_layout.sizes) for item in items)
+    found = sum(cut_rank(item.program.plan.network, item.site_layout.sizes) for item in items)
     if adapter in linear.tnpeft_magnitude or found >= min(rows, cols):
         delta = linear.get_delta_weight(adapter)
         delta = delta.T if isinstance(linear.get_base_layer(), Conv1D) else delta
@@ -165,7 +165,7 @@ def _experts(name: str, weight: ExpertWeight, adapter: str, limit: int | None) -
     """The LoRAs of all experts as PEFT packs them: rows of A count experts slowest, columns of B fastest."""
     rows, cols = weight.out_features, weight.in_features
     most = min(limit or max(1, rows * cols // (rows + cols)), rows, cols)
-    networks = ((item.run.plan.network, item.site_layout.sizes) for item in weight.updates[adapter])
+    networks = ((item.program.plan.network, item.site_layout.sizes) for item in weight.updates[adapter])
     found = sum(cut_rank(net.select(*net.stack), sizes) for net, sizes in networks)
     errors = [0.0]
     if adapter in weight.tnpeft_magnitude or found >= min(rows, cols):
@@ -189,8 +189,8 @@ def _of_expert(weight: ExpertWeight, adapter: str, expert: int) -> tuple[Tensor,
     """Two factors of the update of one expert's whole matrix; those of its slices stand side by side."""
     lefts, rights = [], []
     for item in weight.updates[adapter]:
-        net, (rows, cols) = item.run.plan.network, weight.region(item)
-        operands = dict(zip(item.run.labels, item.normalized(weight.operands(adapter, item)), strict=True))
+        net, (rows, cols) = item.program.plan.network, weight.region(item)
+        operands = dict(zip(item.program.labels, item.normalized(weight.operands(adapter, item)), strict=True))
         own = {
             net.label(factor): value.select(factor.indices.index("expert"), expert)
             if "expert" in factor.indices
@@ -207,7 +207,7 @@ def _of_expert(weight: ExpertWeight, adapter: str, expert: int) -> tuple[Tensor,
 
 
 def _wrapped(name: str, names: Sequence[str]) -> str:
-    """Where PEFT keeps the factors of a Parameter: wrappers of one module's Parameters stand one inside the other."""
+    """Return PEFT's places of a Parameter's factors: wrappers of one module's Parameters stand one in the other."""
     owner, _, own = name.rpartition(".")
     inside = sorted(
         (path.rpartition(".")[2] for path in names if path.rpartition(".")[0] == owner), key="down_proj".__eq__
@@ -219,9 +219,9 @@ def _through_cuts(linear: TensorNetworkLinear, adapter: str) -> tuple[Tensor, Te
     """Two factors of the linear's whole update; those of its slices stand side by side."""
     lefts, rights = [], []
     for item in linear.updates[adapter]:
-        operands = dict(zip(item.run.labels, item.normalized(linear.operands(adapter, item)), strict=True))
+        operands = dict(zip(item.program.labels, item.normalized(linear.operands(adapter, item)), strict=True))
         left, right = sides(
-            item.run.plan.network, item.site_layout.sizes, {k: v.float() for k, v in operands.items()}
+            item.program.plan.network, item.site_layout.sizes, {k: v.float() for k, v in operands.items()}
         )
         if item.side == "out":
             left, short = left.new_zeros(linear.out_features, left.shape[1]), left
@@ -244,7 +244,7 @@ def _stored(matrix: Tensor) -> Tensor:
 
 
 def _others(model: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """What the adapter saves besides factors: modules trained in full, such as a classifier."""
+    """Return what the adapter saves besides factors: modules trained in full, such as a classifier."""
     if not isinstance(model, PeftModel):
         return {}
     state: Mapping[str, Tensor] = get_peft_model_state_dict(model, adapter_name=adapter)

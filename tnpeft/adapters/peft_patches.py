@@ -1,4 +1,4 @@
-"""What is set on PEFT's own classes when the tuner registers, where they leave no other place for it.
+"""Patches of PEFT's own classes, set when the tuner registers, where PEFT has no other place for it.
 
 Each is one attribute of one class or module; every other kind of adapter meets what was there before, and a
 configuration that is not JSON, of whatever kind it was, an error that names the file.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters.layer.bank import FactorBank, TensorNetworkLayer, find_bank
-from tnpeft.adapters.layer.binding import Update
+from tnpeft.adapters.layer.binding import SiteUpdate
 from tnpeft.adapters.layer.linear import TensorNetworkLinear
 from tnpeft.adapters.layer.merging import DenseLinear
 from tnpeft.layout import Layout, ParameterSpec
@@ -138,7 +138,7 @@ def arrays(
     model: nn.Module, bank: FactorBank, adapter: str, kinds: tuple[str, ...] = ("trainable", "frozen", "constant")
 ) -> dict[ParameterSpec, Tensor]:
     """The array of every param, as it stands in the model."""
-    linears: dict[Site, list[tuple[DenseLinear, Update]]] = {}
+    linears: dict[Site, list[tuple[DenseLinear, SiteUpdate]]] = {}
     for module in model.modules():
         for item in module.updates.get(adapter, ()) if isinstance(module, DenseLinear) else ():
             linears.setdefault(item.site_layout.site, []).append((module, item))
@@ -192,7 +192,7 @@ def entries(layout: Layout) -> Iterator[tuple[str, list[ParameterSpec], _Grid]]:
 
 
 def _order(param: ParameterSpec, layout: Layout, grid: _Grid) -> list[int]:
-    """Where the axes of a ``[layer, proj, ...]`` stack go, so that they stand as declared."""
+    """Return the permutation of the axes of a ``[layer, proj, ...]`` stack to the declared order."""
     uses = [
         factor.indices
         for line in layout.factorization.lines

@@ -17,7 +17,7 @@ def explain(
     model: ModelOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """What an adapter's folder holds: its line, where it sits and what it costs, without loading the model.
+    """The contents of an adapter's folder: its line, its sites and its costs, without loading the model.
 
     The files pass the checks that loading makes. `--model` names the base model where the folder does not, for shapes
     that the file alone does not tell.

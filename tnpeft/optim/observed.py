@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters.experts.weight import ExpertWeight
-from tnpeft.adapters.layer.binding import Update
+from tnpeft.adapters.layer.binding import SiteUpdate
 from tnpeft.adapters.layer.merging import DenseLinear
 from tnpeft.adapters.sites.convolution import TensorNetworkConvolution
 from tnpeft.adapters.sites.embedding import TensorNetworkEmbedding
@@ -116,7 +116,7 @@ def _rows(module: nn.Module, *args: Any) -> _Rows:
 def _add(
     seen: Seen,
     module: DenseLinear,
-    item: Update,
+    item: SiteUpdate,
     inputs: _Rows,
     held: Mapping[ParameterSpec, Tensor],
     grads: Mapping[ParameterSpec, Tensor],
@@ -136,7 +136,7 @@ def _add(
     seen.outputs += float(output.square().sum())
     place = item.site_layout
     its = item.chosen(module.bank.selected)
-    operands = dict(zip(item.run.labels, item.operands, strict=True))
+    operands = dict(zip(item.program.labels, item.operands, strict=True))
     net, sizes, _ = one_value(place.network, place.sizes, item.fixed)
     values = {
         label: module.constant(item, label).double()
@@ -165,7 +165,7 @@ def _add(
         seen.changes[label] = seen.changes.get(label, 0.0) + square * output.numel()
 
 
-def _own(result: Tensor, groups: Groups | None, item: Update) -> Tensor:
+def _own(result: Tensor, groups: Groups | None, item: SiteUpdate) -> Tensor:
     """Of the outputs that every expert, or group of channels, makes of a row those of the row's own."""
     rows = torch.arange(result.shape[-2], device=result.device)
     if groups is not None and result.dim() > 2:

@@ -266,7 +266,7 @@ class _Overlap:
 
 
 class _Hooks:
-    """What happens before and after a step of the optimizer."""
+    """Hooks before and after a step of the optimizer."""
 
     def __init__(self, adapters: list[_Adapter], invariant: bool) -> None:
         self.adapters, self.invariant = adapters, invariant

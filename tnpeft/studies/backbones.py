@@ -225,7 +225,7 @@ def _configuration(name: str, **more: Any) -> Any:
 
 
 def shape(name: str) -> Any:
-    """What :func:`tnpeft.counting.card` takes for a backbone: no weights are touched.
+    """Return what :func:`tnpeft.counting.card` takes for a backbone: no weights are touched.
 
     >>> shape("random:facebook/opt-125m"), shape("digits")["model_type"]
     ('facebook/opt-125m', 'opt')

@@ -1,4 +1,4 @@
-"""What is trained: a family, a line of your own, one of PEFT's own methods, everything, or nothing."""
+"""Methods of training: a family, a line of your own, one of PEFT's own methods, everything, or nothing."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def trainable(model: Any) -> tuple[int, int]:
 
 
 def of_head(name: str) -> bool:
-    """Whether a parameter's name is that of a new classification head.
+    """Return True if a parameter's name is that of a new classification head.
 
     >>> of_head("score.weight"), of_head("base_model.model.score.modules_to_save.default.weight"), of_head("x.bias")
     (True, True, False)

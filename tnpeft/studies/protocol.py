@@ -1,4 +1,4 @@
-"""How a run trains and is judged, as data with a hash."""
+"""The protocol of training and evaluation of a run, as data with a hash."""
 
 from __future__ import annotations
 

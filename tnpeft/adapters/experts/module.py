@@ -31,7 +31,7 @@ class TensorNetworkExperts(nn.Module):
             self._modules[fused.name] = ExpertWeight(fused, bank)
 
     def __getattr__(self, name: str) -> Any:
-        """What the module of experts says of itself, such as ``num_experts``."""
+        """Return an attribute of the module of experts, such as ``num_experts``."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -59,7 +59,7 @@ class TensorNetworkExperts(nn.Module):
         """The experts' output for every token, ``[tokens, hidden]``, with the updates of the active adapters."""
         first, second = self.weights()
         if adapter_names is not None:
-            first.settled(adapter_names)  # it may be none
+            first.route_by_state(adapter_names)  # it may be none
         wanted = {*(first.active_adapters if adapter_names is None else adapter_names)}
         if wanted.isdisjoint({*first.updates, *second.updates}) or first.idle():
             result: Tensor = self.base_layer(hidden_states, *args, **kwargs)
@@ -108,7 +108,7 @@ class TensorNetworkExperts(nn.Module):
         return result[back].view(tokens, chosen, -1).sum(dim=1).to(hidden_states.dtype)
 
     def gate(self, rows: Tensor) -> Tensor:
-        """What the module makes of the first product: the gated, or just activated, rows."""
+        """Return the module's activation of the first product: the gated, or just activated, rows."""
         apply = self.base_layer._apply_gate if self.base_layer.has_gate else self.base_layer.act_fn
         gated: Tensor = apply(rows)  # type: ignore[operator]
         return gated

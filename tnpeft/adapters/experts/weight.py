@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tnpeft.adapters.experts.fused import FusedWeight, is_eager
 from tnpeft.adapters.layer.bank import FactorBank
-from tnpeft.adapters.layer.binding import Update
+from tnpeft.adapters.layer.binding import SiteUpdate
 from tnpeft.adapters.layer.merging import HeldWeight, rescaling, wide
 from tnpeft.adapters.layer.mixed_batch import BASE
 from tnpeft.adapters.layer.protocol import Route
@@ -45,15 +45,15 @@ class ExpertWeight(HeldWeight):
         """The Parameter."""
         return self._fused.parameter()
 
-    def site_matrix(self, item: Update) -> Tensor:
+    def site_matrix(self, item: SiteUpdate) -> Tensor:
         """The base matrices of a site."""
         return self.site_matrices(item.site_layout.site)
 
-    def site_input(self, item: Update, x: Tensor) -> Tensor:
+    def site_input(self, item: SiteUpdate, x: Tensor) -> Tensor:
         """The part of the rows that a site reads."""
         return x[..., self.region(item)[1]]
 
-    def region(self, item: Update) -> tuple[slice, slice]:
+    def region(self, item: SiteUpdate) -> tuple[slice, slice]:
         """The output and input features of a site."""
         return self._fused.region(item.site_layout.site)
 
@@ -93,7 +93,7 @@ class ExpertWeight(HeldWeight):
             names: the adapter of each row, for a batch of several.
         """
         weight, own = self._oriented(), self._bias()
-        active = self.active_here if self.settled(names) is None else []
+        active = self.active_here if self.route_by_state(names) is None else []
         inside = [adapter for adapter in active if not self._why_apart(adapter, source)]
         if prepare is not None and len(inside) < len(active):
             source, prepare = prepare(source), None
@@ -134,7 +134,7 @@ class ExpertWeight(HeldWeight):
         self._refuse_several(adapter)  # rows of experts are tokens, in an order of their own
         return [
             Part(
-                item.run,
+                item.program,
                 tuple(self.operands(adapter, item, x)),
                 item.scale,
                 *self.region(item),
@@ -167,7 +167,7 @@ class ExpertWeight(HeldWeight):
         return torch.promote_types(x.dtype, arrays[0].dtype) if arrays else x.dtype
 
     def _apart(self, adapter: str, x: Tensor, base: Tensor, groups: Groups) -> Tensor:
-        """What one adapter adds to ``base``, the output of the weight alone, computed by itself."""
+        """Return what one adapter adds to ``base``, the output of the weight alone, computed apart."""
         drop = self.dropouts[adapter] if self.training else 0.0
         rows = x.to(self._compute_dtype(adapter, x))
         if drop:
@@ -181,7 +181,7 @@ class ExpertWeight(HeldWeight):
     def _rescaled(
         self, adapter: str, x: Tensor, base: Tensor, update: Tensor, groups: Groups, dropped: bool
     ) -> Tensor:
-        """What rescaling the rows of each used expert's matrix to the learned magnitudes adds (arXiv 2402.09353)."""
+        """Return what rescaling each used expert's rows to the learned magnitudes adds (arXiv 2402.09353)."""
         magnitude = self.tnpeft_magnitude[adapter].to(x.dtype)
         ratio = groups.gather(rescaling(magnitude, self._lengths(adapter, groups).to(x.dtype)))
         if dropped:
@@ -201,7 +201,7 @@ class ExpertWeight(HeldWeight):
         for expert, _, _ in groups.used():
             matrix = base[expert].clone()
             for item, operands in zip(items, arrays, strict=True):
-                matrix[self.region(item)] += wide(item.run.delta_of(expert, operands, item.scale))
+                matrix[self.region(item)] += wide(item.program.delta_of(expert, operands, item.scale))
             found[expert] = matrix.norm(dim=-1)
         return found
 
@@ -227,7 +227,7 @@ class ExpertWeight(HeldWeight):
         rows = torch.arange(0, len(x), -(-len(x) // most), device=x.device)
         return x[rows], groups.subset(rows)
 
-    def updated(self, x: Tensor) -> Route:
+    def route_of_update(self, x: Tensor) -> Route:
         """The path of a call with rows such as ``x`` and updates: fused or plain, and why."""
         reason = self._why_apart(self.active_here[0], x)
         if not reason and not can_use_custom_backward(x):

@@ -1,4 +1,4 @@
-"""Where factors live: the arrays of one adapter, the bank that owns the shared ones, what every owner does."""
+"""Owners of factors: the arrays of one adapter, the bank of the shared ones, and the base of every owner."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ class FactorStore(nn.Module):
         return value
 
     def table(self, key: str) -> dict[str, Tensor | None]:
-        """Where the module keeps the array, for who looks often: its Parameters or its buffers."""
+        """Return the table that holds the array, for frequent look-ups: the module's Parameters or its buffers."""
         return self._parameters if key in self._parameters else self._buffers
 
 
 class TensorNetworkLayer(BaseTunerLayer):
-    """What the bank and the adapted linears share: the arrays of every adapter, and where they move."""
+    """The base of the bank and of adapted linears: the arrays of every adapter, and their devices."""
 
     adapter_layer_names: tuple[str, ...] = ("tnpeft_factors",)
     cast_input_dtype_enabled = True  # PEFT's helper switches it; inputs and factors are widened in either case
@@ -83,7 +83,7 @@ class TensorNetworkLayer(BaseTunerLayer):
 
     @abstractmethod
     def home_device(self) -> torch.device | None:
-        """Where the arrays belong."""
+        """Return the device of the arrays."""
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters on or off: off unmerges first, on again trains what was trained before."""

@@ -23,7 +23,7 @@ Source = Literal["site", "bank", "base"]
 
 @dataclass(frozen=True)
 class Operand:
-    """Where a factor's array of one site lies, the axes over which it is normalised, and those of named stacks.
+    """The owner and key of a factor's array of one site, its normalised axes, and those of named stacks.
 
     The normalised ones (none: it is not) are counted without those of named stacks.
     """
@@ -35,7 +35,7 @@ class Operand:
 
 
 @dataclass(frozen=True)
-class Update:
+class SiteUpdate:
     """The update of one site: its program, its operands in the program's order, and its part of the linear.
 
     ``side`` is the side of the linear that the site is a slice of, from ``start`` on, or ``""`` for the whole;
@@ -52,7 +52,7 @@ class Update:
     scale: float
     tokens: int
     expert: int
-    run: Any = field(compare=False, repr=False)
+    program: Any = field(compare=False, repr=False)
     operands: tuple[Operand, ...]
     side: Literal["", "out", "inp"]
     start: int
@@ -61,20 +61,20 @@ class Update:
     data: bool
     stack: tuple[str, ...] = ()
     fixed: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
-    _made: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
+    _cached: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __reduce__(self) -> tuple[object, ...]:
         return update, (self.site_layout, self.unit_norm, self.constants, self.scale, self.tokens, self.expert)
 
     def cached(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """Return what ``make`` made for the key at the first call; a copy of the update makes it anew."""
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+        if key not in self._cached:
+            self._cached[key] = make()
+        return self._cached[key]
 
     def delta(self, operands: list[Tensor]) -> Tensor:
         """The scaled update of this site, ``[out, inp]``."""
-        return self.run.delta(operands, self.scale)
+        return self.program.delta(operands, self.scale)
 
     def chosen(self, selected: Selected) -> Selected:
         """The values of all its stack indices: the chosen ones, and those that are fixed."""
@@ -83,7 +83,7 @@ class Update:
     def by_rows(self, rows: tuple[str, ...], count: int) -> Program:
         """Return the program of ``count`` values of the stack indices ``rows``, one for each row of a batch."""
         if not rows:
-            return self.run
+            return self.program
 
         def make() -> Program:
             net = rowwise(self.site_layout.network, self.stack, rows)
@@ -108,7 +108,7 @@ def update(
     scale: float,
     tokens: int,
     expert: int = 0,
-) -> Update:
+) -> SiteUpdate:
     """The update of the site_layout's site; ``constants`` are the factors that are the base weight itself.
 
     Where each expert is a linear of its own, it is that of ``expert``.
@@ -128,7 +128,7 @@ def update(
     last = site.proj.rpartition("/")[2]
     side: Literal["", "out", "inp"] = "out" if last.startswith("out:") else "inp" if last.startswith("inp:") else ""
     operands = tuple(_operand(site_layout, label, unit_norm, constants, stack) for label in run.labels)
-    return Update(
+    return SiteUpdate(
         site_layout,
         unit_norm,
         constants,
@@ -147,7 +147,7 @@ def update(
     )
 
 
-def as_base_factor(item: Update, label: str, weight: Tensor) -> Tensor:
+def as_base_factor(item: SiteUpdate, label: str, weight: Tensor) -> Tensor:
     """A site's base weight, ``[out, inp]`` or ``[expert, out, inp]``, as the constant factor that stands for it.
 
     >>> from tnpeft.layout import layout
@@ -164,7 +164,7 @@ def as_base_factor(item: Update, label: str, weight: Tensor) -> Tensor:
     return as_factor(place.parameters[label], place, weight)
 
 
-def part(weight: Tensor, item: Update) -> Tensor:
+def part(weight: Tensor, item: SiteUpdate) -> Tensor:
     """The slice of a linear's ``[out, inp]`` matrix, or of one for every expert, that belongs to the site.
 
     >>> from tnpeft.layout import layout

@@ -1,4 +1,4 @@
-"""What is remembered of a linear's active adapter: its factors' places, and in inference its two narrow matrices.
+"""Remembered state of a linear's active adapter: its factors' places, and in inference its two matrices.
 
 The checks of a call (active adapter, hooks, dtype, modes) cost as much as the linear of one token, so their outcome
 is remembered and revalidated by identity and version counters. Factors are fetched at every call.
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from tnpeft.adapters.layer.binding import Update
+from tnpeft.adapters.layer.binding import SiteUpdate
 from tnpeft.adapters.layer.weight_cache import VersionStamp, is_cacheable, is_plain_inference
 from tnpeft.nn.executor.eligibility import why_not_fused
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _Tables = tuple[tuple[dict[str, Tensor | None], str], ...]
 
 
-def _tables(layer: AdaptedLinear, adapter: str, item: Update) -> _Tables | None:
+def _tables(layer: AdaptedLinear, adapter: str, item: SiteUpdate) -> _Tables | None:
     """Return where the factors are kept; None if some are computed from the base weight."""
     if any(operand.source == "base" for operand in item.operands):
         return None
@@ -46,7 +46,7 @@ class ActiveAdapter:
 
     active: str | list[str]
     adapter: str
-    item: Update
+    item: SiteUpdate
     apart: str
     tables: _Tables
 
@@ -86,7 +86,12 @@ class InferenceFastPath:
     def of(layer: AdaptedLinear, adapter: str, x: Tensor) -> InferenceFastPath | None:
         """Return the path of an adapter of a linear; None where nothing may be kept, or it is not that simple."""
         item = layer.updates[adapter][0]
-        if not item.run.is_low_rank or item.side or adapter in layer.tnpeft_magnitude or _computed(layer.base_layer):
+        if (
+            not item.program.is_low_rank
+            or item.side
+            or adapter in layer.tnpeft_magnitude
+            or _computed(layer.base_layer)
+        ):
             return None
         tables = _tables(layer, adapter, item)
         if tables is None:
@@ -94,7 +99,7 @@ class InferenceFastPath:
         arrays = [table.get(key) for table, key in tables]
         if not is_cacheable(arrays, x.device.type) or any(a.dtype != x.dtype or a.device != x.device for a in arrays):  # type: ignore[arg-type, union-attr]
             return None
-        first, last, sign = item.run.matrices(layer.values(adapter, item, x))
+        first, last, sign = item.program.matrices(layer.values(adapter, item, x))
         found: tuple[Tensor, ...] = tuple(arrays)  # type: ignore[arg-type]
         active, scale = _noted(layer._active_adapter), sign * item.scale
         return InferenceFastPath(active, tables, found, VersionStamp(found), first.t(), last.t(), scale)

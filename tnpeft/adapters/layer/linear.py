@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters.layer.bank import FactorBank
-from tnpeft.adapters.layer.binding import Update
+from tnpeft.adapters.layer.binding import SiteUpdate
 from tnpeft.adapters.layer.checkpointing import (
     backward_task,
     check_recomputation,
@@ -40,30 +40,30 @@ class TensorNetworkLinear(DenseLinear):
         super().__init__(base_layer, bank, **kwargs)
         self._cache = WeightCache()
 
-    def _ready(self, adapter: str, item: Update, x: Tensor) -> list[Tensor] | None:
-        """What inference keeps of one site's update, computed from factors alone; None where nothing may be kept."""
+    def _ready(self, adapter: str, item: SiteUpdate, x: Tensor) -> list[Tensor] | None:
+        """Return the cached results of one site's update, from factors alone; None where nothing may be cached."""
         keeps = not self.training and item.keeps and not item.stack
         if keeps and is_cacheable(arrays := self._arrays(adapter, item), x.device.type):
             key = adapter, item.start, x.dtype, x.device
-            return self._cache.get(key, arrays, lambda: item.run.prepare(self.operands(adapter, item, x)))
+            return self._cache.get(key, arrays, lambda: item.program.prepare(self.operands(adapter, item, x)))
         return None
 
-    def values(self, adapter: str, item: Update, x: Tensor) -> list[Tensor]:
+    def values(self, adapter: str, item: SiteUpdate, x: Tensor) -> list[Tensor]:
         """All but ``x`` that one site's update needs."""
         kept = self._ready(adapter, item, x)
-        return item.run.prepare(self.operands(adapter, item, x)) if kept is None else kept
+        return item.program.prepare(self.operands(adapter, item, x)) if kept is None else kept
 
-    def _run(self, adapter: str, item: Update, x: Tensor, result: Tensor | None) -> Tensor:
+    def _run(self, adapter: str, item: SiteUpdate, x: Tensor, result: Tensor | None) -> Tensor:
         """``result`` plus one site's update of ``x``."""
         kept = self._ready(adapter, item, x)
         if kept is None:
             return self._program(item, x)(x, self.operands(adapter, item, x), result, item.scale)
-        return item.run.apply(x, kept, result, item.scale)
+        return item.program.apply(x, kept, result, item.scale)
 
-    def _program(self, item: Update, x: Tensor) -> Program:
+    def _program(self, item: SiteUpdate, x: Tensor) -> Program:
         """The program of a call with ``x``: of one value of each named stack index, or of one for each row."""
         if not item.stack:
-            return item.run
+            return item.program
         rows, count = chosen_rows(item.stack, item.site_layout.sizes, item.chosen(self.bank.selected))
         if rows:
             check_rows(x.shape, count)
@@ -129,7 +129,7 @@ class TensorNetworkLinear(DenseLinear):
         return result + self._update(adapter, x.to(dtype), None).to(result.dtype)
 
     def _dora(self, adapter: str, x: Tensor, base: Tensor, dropped: bool) -> Tensor:
-        """What rescaling the weight's rows to the learned magnitudes adds to ``base`` (arXiv 2402.09353, 4.3)."""
+        """Return what rescaling the rows to the learned magnitudes adds to ``base`` (arXiv 2402.09353, 4.3)."""
         dtype = self._compute_dtype(adapter, x)
         magnitude = self.tnpeft_magnitude[adapter].to(dtype)
         with torch.no_grad():
@@ -164,11 +164,11 @@ class TensorNetworkLinear(DenseLinear):
             if factors is None:
                 factors, base = self.operands(known.adapter, item, x), self.base_layer
                 return self._program(item, x).with_linear(x, factors, base.weight, base.bias, item.scale)
-            group = self.siblings.get(known.adapter)
+            group = self.input_groups.get(known.adapter)
             if group is not None and (shared := group.forward(self, known, x, factors)) is not None:
                 return shared
             own = self._modules["base_layer"]._parameters
-            return item.run.with_linear(x, factors, own["weight"], own["bias"], item.scale)
+            return item.program.with_linear(x, factors, own["weight"], own["bias"], item.scale)
         if route.kind in ("base", "merged"):
             return self.base_layer(x, *args, **kwargs)
         refuse_reentrant(self.bank)
@@ -186,7 +186,7 @@ class TensorNetworkLinear(DenseLinear):
     def route(self, x: Tensor, adapter_names: Sequence[str] | None = None) -> Route:
         """The path of a call with ``x``, see :class:`Route`; shared if other layers take their first product too."""
         route, known, factors = self.path(x, adapter_names)
-        group = None if factors is None else self.siblings.get(known.adapter)
+        group = None if factors is None else self.input_groups.get(known.adapter)
         if group is not None and group.worthwhile(x) and len(ready := group.ready(x)) > 1 and self in ready:
             return Route("shared", "")
         return route
@@ -205,7 +205,7 @@ class TensorNetworkLinear(DenseLinear):
             or self.merged_adapters
             or self._bank[0].merged_adapters
         ):
-            return self.settled(adapter_names), None, None  # type: ignore[return-value]
+            return self.route_by_state(adapter_names), None, None  # type: ignore[return-value]
         compiling = torch.compiler.is_compiling()
         known: ActiveAdapter | None = None if compiling else self._cache.active
         if known is None or known.active != self._active_adapter:
@@ -213,7 +213,7 @@ class TensorNetworkLinear(DenseLinear):
             if not compiling:
                 self._cache.active = known
         if not known.adapter:
-            return self.settled(None), None, None  # type: ignore[return-value]
+            return self.route_by_state(None), None, None  # type: ignore[return-value]
         own: Any = self._modules["base_layer"]
         reason = known.apart
         if not reason and not plain:
@@ -238,7 +238,7 @@ class TensorNetworkLinear(DenseLinear):
     def _cacheable(self, known: ActiveAdapter, x: Tensor) -> bool:
         """Return True if results computed from factors alone, or which these are, may be kept from call to call."""
         item = known.item
-        if self.training or item.stack or not (item.keeps or item.run.is_low_rank):
+        if self.training or item.stack or not (item.keeps or item.program.is_low_rank):
             return False
         return is_cacheable(self._arrays(known.adapter, item), x.device.type)
 
@@ -252,14 +252,14 @@ class TensorNetworkLinear(DenseLinear):
         for name in {*names} & {*self.updates}:
             self._refuse_by_row(name)
         result = base.clone()
-        for lot in group_by_network(
+        for group in group_by_network(
             self, [adapter for adapter in dict.fromkeys(names) if adapter in self.updates], x
         ):
-            rows, own = (torch.tensor(places, device=x.device) for places in block_rows(lot, names))
+            rows, own = (torch.tensor(places, device=x.device) for places in block_rows(group, names))
             given = base[rows]
-            if len(lot) == 1:
-                adapted = self._adapted(lot[0], x[rows], given, given)
+            if len(group) == 1:
+                adapted = self._adapted(group[0], x[rows], given, given)
             else:
-                adapted = update_blocks(self, lot, x[rows], given)
+                adapted = update_blocks(self, group, x[rows], given)
             result[rows[own]] = adapted[own]
         return result

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tnpeft.adapters.layer.bank import FactorBank, TensorNetworkLayer
-from tnpeft.adapters.layer.binding import Operand, Update, as_base_factor, part
+from tnpeft.adapters.layer.binding import Operand, SiteUpdate, as_base_factor, part
 from tnpeft.adapters.layer.protocol import Route
 from tnpeft.adapters.layer.snapshot import WeightSnapshot
 from tnpeft.adapters.sites.selection import choose, chosen_rows
@@ -33,7 +33,7 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
     """
 
     adapter_layer_names = ("tnpeft_factors", "tnpeft_magnitude")
-    other_param_names = ("updates", "dropouts", "siblings")
+    other_param_names = ("updates", "dropouts", "input_groups")
     weight_name = "weight"
     experts = 0  # one matrix, not one for each of several
     transposed = False
@@ -49,9 +49,9 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
         """Hold no adapter yet."""
         self.tnpeft_factors = nn.ModuleDict()
         self.tnpeft_magnitude = nn.ParameterDict()
-        self.updates: dict[str, tuple[Update, ...]] = {}
+        self.updates: dict[str, tuple[SiteUpdate, ...]] = {}
         self.dropouts: dict[str, float] = {}
-        self.siblings: dict[str, SharedInputGroup] = {}
+        self.input_groups: dict[str, SharedInputGroup] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._trained, self._paused = set(), None
@@ -112,7 +112,7 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
 
     # ---- the update
 
-    def operands(self, adapter: str, item: Update, like: Tensor | None = None) -> list[Tensor]:
+    def operands(self, adapter: str, item: SiteUpdate, like: Tensor | None = None) -> list[Tensor]:
         """Return the arrays of one site's update in the program's order, on the device and in the dtype of ``like``.
 
         Columns that are to be normalised are so by the program.
@@ -124,7 +124,7 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
         """Who owns an operand's array: this linear or the bank."""
         return self if operand.source == "site" else self.bank
 
-    def _arrays(self, adapter: str, item: Update) -> list[Tensor]:
+    def _arrays(self, adapter: str, item: SiteUpdate) -> list[Tensor]:
         own, shared = self.tnpeft_factors[adapter], self.bank.tnpeft_factors[adapter]
         found = [
             self.constant(item, operand.key)
@@ -138,15 +138,15 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
         chosen_rows(item.stack, item.site_layout.sizes, selected)
         return [choose(a, operand.stack, selected) for a, operand in zip(found, item.operands, strict=True)]
 
-    def constant(self, item: Update, label: str) -> Tensor:
+    def constant(self, item: SiteUpdate, label: str) -> Tensor:
         """The part of the base weight that a constant factor stands for."""
         return as_base_factor(item, label, self.site_matrix(item))
 
-    def site_matrix(self, item: Update) -> Tensor:
+    def site_matrix(self, item: SiteUpdate) -> Tensor:
         """The base weight of a site before any merge, fp32 or wider: ``[out, inp]``, with experts before."""
         return part(self.base_matrix(), item)
 
-    def site_input(self, item: Update, x: Tensor) -> Tensor:
+    def site_input(self, item: SiteUpdate, x: Tensor) -> Tensor:
         """The part of an input that a site reads."""
         return x.narrow(-1, item.start, item.length) if item.side == "inp" else x
 
@@ -190,9 +190,9 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
 
     def route(self, x: Tensor, adapter_names: Sequence[str] | None = None) -> Route:
         """Return the path that a call with ``x`` takes, and why it is not a faster one."""
-        return self.settled(adapter_names) or self.updated(x)
+        return self.route_by_state(adapter_names) or self.route_of_update(x)
 
-    def settled(self, adapter_names: Sequence[str] | None = None) -> Route | None:
+    def route_by_state(self, adapter_names: Sequence[str] | None = None) -> Route | None:
         """Return the path of a call if it adds no update of an active adapter; None if it does.
 
         Raises:
@@ -208,7 +208,7 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
             return Route("mixed", "every row has its own adapter")
         return None if self.active_here else Route("base", "no active adapter has an update of this layer")
 
-    def updated(self, x: Tensor) -> Route:
+    def route_of_update(self, x: Tensor) -> Route:
         """Return the path of a call that adds the updates of active adapters."""
         raise NotImplementedError
 
@@ -242,7 +242,7 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """What the adapter adds to the base weight, in the factors' dtype and the base weight's layout.
+        """Return the adapter's change of the base weight, in the factors' dtype and the base weight's layout.
 
         Raises:
             NetworkError: the adapter is unknown.
@@ -252,7 +252,7 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
         return self._stored(self._change(adapter))
 
     def _change(self, adapter: str) -> Tensor:
-        """What the adapter adds to the base weight, ``[out, inp]``: its update, with the magnitude if it has one."""
+        """Return the adapter's change of the base weight, ``[out, inp]``: its update, perhaps rescaled."""
         delta = self._delta(adapter)
         if adapter not in self.tnpeft_magnitude:
             return delta

@@ -103,7 +103,7 @@ def rows_for_each(options: Mapping[str, Any], model: nn.Module) -> int:
 
 
 def group_by_network(layer: AdaptedLinear, adapters: Sequence[str], x: Tensor) -> list[list[str]]:
-    """The adapters in lots of one network at this linear, which can be one contraction of ``x``; any other is alone.
+    """The adapters in groups of one network here, each of which can be one contraction of ``x``; any other is alone.
 
     It takes one update of the whole linear, factors of one dtype, and no constants but the base weight.
     """
@@ -117,32 +117,32 @@ def _kind(layer: AdaptedLinear, adapter: str, x: Tensor) -> Hashable:
     item = layer.updates[adapter][0]
     if item.side or item.data or item.stack or adapter in layer.tnpeft_magnitude:
         return adapter
-    return item.run, item.unit_norm, item.constants, item.scale, layer._compute_dtype(adapter, x)
+    return item.program, item.unit_norm, item.constants, item.scale, layer._compute_dtype(adapter, x)
 
 
-def block_rows(lot: Sequence[str], names: Sequence[str]) -> tuple[list[int], list[int]]:
-    """The rows of every adapter of the lot, block by block; a shorter block repeats its first row.
+def block_rows(group: Sequence[str], names: Sequence[str]) -> tuple[list[int], list[int]]:
+    """The rows of every adapter of the group, block by block; a shorter block repeats its first row.
 
     The second list has the places of the blocks' own rows in the first: every row once.
 
     >>> block_rows(["b", "a"], ["a", "b", "c", "a"])
     ([1, 1, 0, 3], [0, 2, 3])
     """
-    blocks = [[row for row, name in enumerate(names) if name == adapter] for adapter in lot]
+    blocks = [[row for row, name in enumerate(names) if name == adapter] for adapter in group]
     longest = max(map(len, blocks))
     rows = [row for block in blocks for row in block + block[:1] * (longest - len(block))]
     return rows, [k * longest + place for k, block in enumerate(blocks) for place in range(len(block))]
 
 
-def update_blocks(layer: AdaptedLinear, lot: Sequence[str], x: Tensor, result: Tensor) -> Tensor:
-    """``result`` plus the updates of a lot's adapters, each of its own block of the rows of ``x``."""
-    items = [layer.updates[adapter][0] for adapter in lot]
+def update_blocks(layer: AdaptedLinear, group: Sequence[str], x: Tensor, result: Tensor) -> Tensor:
+    """``result`` plus the updates of a group's adapters, each of its own block of the rows of ``x``."""
+    items = [layer.updates[adapter][0] for adapter in group]
     first = items[0]
-    run = _beside(first.run, len(lot))
-    rows = x.to(layer._compute_dtype(lot[0], x))
+    run = _beside(first.program, len(group))
+    rows = x.to(layer._compute_dtype(group[0], x))
 
     def values() -> list[Tensor]:
-        own = [layer.operands(adapter, item, rows) for adapter, item in zip(lot, items, strict=True)]
+        own = [layer.operands(adapter, item, rows) for adapter, item in zip(group, items, strict=True)]
         stacked = [
             arrays[0] if operand.source == "base" else torch.stack(arrays)
             for operand, arrays in zip(first.operands, zip(*own, strict=True), strict=True)
@@ -151,9 +151,9 @@ def update_blocks(layer: AdaptedLinear, lot: Sequence[str], x: Tensor, result: T
 
     prepared = None
     if not layer.training and not first.constants:
-        arrays = [array for adapter, item in zip(lot, items, strict=True) for array in layer._arrays(adapter, item)]
+        arrays = [array for adapter, item in zip(group, items, strict=True) for array in layer._arrays(adapter, item)]
         if is_cacheable(arrays, x.device.type):
-            prepared = layer._cache.get((tuple(lot), rows.dtype, x.device), arrays, values)
+            prepared = layer._cache.get((tuple(group), rows.dtype, x.device), arrays, values)
     prepared = values() if prepared is None else prepared
     if rows.dtype == result.dtype:
         return run.apply(rows, prepared, result, first.scale)

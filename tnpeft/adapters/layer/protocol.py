@@ -34,7 +34,7 @@ class AdaptedLinear(Protocol):
     updates: Mapping[str, Any]
     dropouts: Mapping[str, Any]
     tnpeft_magnitude: Mapping[str, Tensor]
-    siblings: Any
+    input_groups: Any
     owner: Any
     values: Any
     operands: Any

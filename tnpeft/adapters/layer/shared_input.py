@@ -18,13 +18,13 @@ from tnpeft.adapters.layer.weight_cache import steps_taken
 from tnpeft.nn.executor.shared_projection import Link, ProjectionGroup
 
 if TYPE_CHECKING:
-    from tnpeft.adapters.layer.binding import Update
+    from tnpeft.adapters.layer.binding import SiteUpdate
     from tnpeft.adapters.layer.protocol import AdaptedLinear
 
 MIN_ELEMENTS = 2**17  # of an input, from which on reading it once takes less time than arranging for that
 
 
-def can_share(item: Update) -> bool:
+def can_share(item: SiteUpdate) -> bool:
     """Return True if the first product of an update can be shared.
 
     >>> from tnpeft.adapters.layer.binding import update
@@ -35,7 +35,7 @@ def can_share(item: Update) -> bool:
     True
     """
     return (
-        item.run.can_share
+        item.program.can_share
         and not item.side
         and not item.stack
         and all(operand.source != "base" for operand in item.operands)
@@ -50,7 +50,7 @@ def join(adapter: str, linears: Iterable[Any]) -> None:
     able = [linear for linear in linears if can_share(linear.updates[adapter][0])]
     group = SharedInputGroup(adapter, able)
     for linear in able if len(able) > 1 else ():
-        linear.siblings[adapter] = group
+        linear.input_groups[adapter] = group
 
 
 _Mark = tuple[Any, ...]
@@ -127,8 +127,8 @@ class SharedInputGroup:
         own, item = linear._modules["base_layer"]._parameters, path.item  # type: ignore[union-attr]
         weight, bias = own["weight"], own["bias"]
         assert weight is not None  # the path holds
-        result = item.run.after_prefix(narrow, factors, rows, weight, bias, item.scale, link)
-        return result.reshape(*x.shape[:-1], item.run.rows)
+        result = item.program.after_prefix(narrow, factors, rows, weight, bias, item.scale, link)
+        return result.reshape(*x.shape[:-1], item.program.rows)
 
     def ready(self, x: Tensor) -> dict[AdaptedLinear, tuple[ActiveAdapter, Sequence[Tensor]]]:
         """Return the linears that could share their first products on ``x``, with their factors."""
@@ -162,7 +162,7 @@ class SharedInputGroup:
         if self._projection is None or self._projection[0] != key:
             prefixes, same = [], []
             for path, own in ready.values():
-                item, prefix = path.item, path.item.run.prefix
+                item, prefix = path.item, path.item.program.prefix
                 assert prefix is not None  # it can share
                 prefixes.append(prefix)
                 same.append((prefix, tuple((id(own[k]), item.operands[k].norm) for k in prefix.factors)))
@@ -170,11 +170,11 @@ class SharedInputGroup:
         return self._projection[1]
 
 
-def _whole(factors: Sequence[Tensor], item: Update) -> bool:
+def _whole(factors: Sequence[Tensor], item: SiteUpdate) -> bool:
     """Return True if no factor is sharded just now."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return True
     return all(
         factor.shape == item.site_layout.parameters[label].shape and factor.untyped_storage().nbytes() > 0
-        for label, factor in zip(item.run.labels, factors, strict=True)
+        for label, factor in zip(item.program.labels, factors, strict=True)
     )

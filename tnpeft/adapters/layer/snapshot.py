@@ -23,7 +23,7 @@ class WeightSnapshot:
 
     @staticmethod
     def of(module: nn.Module, name: str = "") -> WeightSnapshot:
-        """What the module holds now, or its one Parameter of a ``name``, without copying any array.
+        """Return a snapshot of the module, or of its one Parameter of a ``name``, without copying any array.
 
         >>> linear = nn.Linear(2, 2)
         >>> kept = WeightSnapshot.of(linear)

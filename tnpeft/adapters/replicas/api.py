@@ -114,7 +114,7 @@ def learning_rates(
 
 
 class LearningRates:
-    """What :func:`learning_rates` puts on an optimizer; :meth:`remove` takes it off again."""
+    """A hook that :func:`learning_rates` puts on an optimizer; :meth:`remove` takes it off again."""
 
     def __init__(self, optimizer: Optimizer, arrays: Sequence[Tensor], rates: Sequence[float]) -> None:
         self.rates = [float(rate) for rate in rates]

@@ -63,7 +63,7 @@ def _replicas(bank: Any) -> int:
 
 
 def _restarts(kwargs: Mapping[str, Any]) -> bool:
-    """Whether positions begin anew between two tokens that are both attended."""
+    """Return True if positions begin again between two tokens that are both attended."""
     positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
     if not isinstance(positions, Tensor) or positions.dim() != 2:
         return False

@@ -1,1 +1,1 @@
-"""What an adapter can be a part of: values of named stacks, and the kinds of weights."""
+"""Kinds of weights that an adapter can be attached to, and the values of named stacks."""

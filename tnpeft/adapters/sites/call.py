@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnpeft.adapters.layer.binding import Update
+from tnpeft.adapters.layer.binding import SiteUpdate
 from tnpeft.adapters.layer.checkpointing import check_recomputation, refuse_reentrant, selection_seen
 from tnpeft.adapters.layer.merging import DenseLinear
 from tnpeft.adapters.layer.protocol import Route
@@ -20,17 +20,17 @@ from tnpeft.nn.executor.kernels import normalize_columns
 
 
 class CalledLayer(DenseLinear):
-    """What embeddings and convolutions have in common. A kind says how it applies one site's update to an input.
+    """The base of embeddings and convolutions. A kind says how it applies one site's update to an input.
 
     Adapters of several values (replicas, or values of a named stack by row) meet a batch block by block.
     """
 
     @abstractmethod
-    def compiled(self, item: Update) -> Any:
-        """What is computed once from the network of one site's update, :func:`network_of`."""
+    def compiled(self, item: SiteUpdate) -> Any:
+        """Return what is computed once from the network of one site's update, :func:`network_of`."""
 
     @abstractmethod
-    def apply_update(self, item: Update, x: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
+    def apply_update(self, item: SiteUpdate, x: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
         """The update of ``x`` by one site, not scaled; ``arrays`` are its factors by label."""
 
     @abstractmethod
@@ -39,7 +39,7 @@ class CalledLayer(DenseLinear):
 
     @abstractmethod
     def how(self, adapter: str) -> str:
-        """How an adapter's update is applied, in words."""
+        """Return how an adapter's update is applied, in words."""
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """PEFT's conversion makes LoRAs of linears alone."""
@@ -70,12 +70,12 @@ class CalledLayer(DenseLinear):
             result = result + self.change(adapter, x, base).to(base.dtype)
         return result
 
-    def updated(self, x: Tensor) -> Route:
+    def route_of_update(self, x: Tensor) -> Route:
         """The path of a call with updates, and how they are applied."""
         return Route("plain", self.how(self.active_here[0]))
 
     def change(self, adapter: str, x: Tensor, base: Tensor) -> Tensor:
-        """What an adapter adds to ``base``, the output of the base layer alone."""
+        """Return what an adapter adds to ``base``, the output of the base layer alone."""
         return self.update_of(adapter, x)
 
     def update_of(self, adapter: str, x: Tensor) -> Tensor:
@@ -88,25 +88,25 @@ class CalledLayer(DenseLinear):
             ]
         )
 
-    def joined(self, parts: Sequence[tuple[Update, Tensor]]) -> Tensor:
+    def joined(self, parts: Sequence[tuple[SiteUpdate, Tensor]]) -> Tensor:
         """The updates of all sites of the layer, as one: there is one site, of the whole layer."""
         [(item, update)] = parts
         return update * item.scale
 
-    def _labelled(self, adapter: str, item: Update, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    def _labelled(self, adapter: str, item: SiteUpdate, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         arrays = self.operands(adapter, item)
-        return {label: array.to(x.device, dtype) for label, array in zip(item.run.labels, arrays, strict=True)}
+        return {label: array.to(x.device, dtype) for label, array in zip(item.program.labels, arrays, strict=True)}
 
-    def _by_block(self, item: Update, x: Tensor, arrays: dict[str, Tensor]) -> Tensor:
+    def _by_block(self, item: SiteUpdate, x: Tensor, arrays: dict[str, Tensor]) -> Tensor:
         net, params = item.cached("network", lambda: network_of(item)), item.site_layout.parameters
         own: set[str] = set()
         count = 1
         if item.stack:
             rows, count = chosen_rows(item.stack, item.site_layout.sizes, self.bank.selected)
-            both = zip(item.run.labels, item.operands, strict=True)
+            both = zip(item.program.labels, item.operands, strict=True)
             own = {label for label, operand in both if any(index in rows for _, index in operand.stack)}
-        elif item.run.replicas > 1:
-            count = item.run.replicas
+        elif item.program.replicas > 1:
+            count = item.program.replicas
             own = {label for label in arrays if REPLICA in params[label].indices}
         if not own:
             return self.apply_update(item, x, _normalized(item, net, arrays))
@@ -137,13 +137,13 @@ class CalledLayer(DenseLinear):
         return result
 
 
-def network_of(item: Update) -> Network:
+def network_of(item: SiteUpdate) -> Network:
     """The network of one update: of one replica, and of one value of each named stack index."""
-    net = item.run.plan.network
+    net = item.program.plan.network
     return net.select(REPLICA) if REPLICA in net.stack else net
 
 
-def _normalized(item: Update, net: Network, arrays: dict[str, Tensor]) -> dict[str, Tensor]:
+def _normalized(item: SiteUpdate, net: Network, arrays: dict[str, Tensor]) -> dict[str, Tensor]:
     for label in item.unit_norm:
         if label in arrays:
             indices = net.factor(label).indices

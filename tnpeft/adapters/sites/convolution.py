@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tnpeft.adapters.layer.binding import Update
+from tnpeft.adapters.layer.binding import SiteUpdate
 from tnpeft.adapters.layer.merging import rescaling, wide
 from tnpeft.adapters.sites.call import CalledLayer, network_of
 from tnpeft.networks import NetworkError
@@ -42,7 +42,7 @@ class TensorNetworkConvolution(CalledLayer):
         return self._compute_dtype(adapter, x)
 
     def how(self, adapter: str) -> str:
-        """How an adapter's update is applied, in words."""
+        """Return how an adapter's update is applied, in words."""
         item = self.updates[adapter][0]
         if item.side:
             return "the update is formed: it is of slices of the layer"
@@ -51,14 +51,14 @@ class TensorNetworkConvolution(CalledLayer):
             return "the update is formed: no cut of its network is narrower"
         return f"a kernel of {width} channels, then one tap"
 
-    def compiled(self, item: Update) -> tuple[int, Any]:
+    def compiled(self, item: SiteUpdate) -> tuple[int, Any]:
         """The channels between the two kernels of an update, and the function of the factors that gives these.
 
         0 channels if forming the update takes fewer multiply-adds: the function gives its matrix then.
         """
         return item.cached("sides", lambda: self._sides(item))  # type: ignore[no-any-return]
 
-    def _sides(self, item: Update) -> tuple[int, Any]:
+    def _sides(self, item: SiteUpdate) -> tuple[int, Any]:
         base: Any = self.get_base_layer()
         net, sizes = network_of(item), item.site_layout.sizes
         cut = 0 if item.side else cut_rank(net, sizes)
@@ -68,7 +68,7 @@ class TensorNetworkConvolution(CalledLayer):
         form = evaluator(planned(net, tuple((index, sizes[index]) for index in net.indices), None))
         return 0, lambda arrays: form(arrays).reshape(shape)
 
-    def apply_update(self, item: Update, x: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
+    def apply_update(self, item: SiteUpdate, x: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
         """The update of ``x [batch, channels, *places]``."""
         base: Any = self.get_base_layer()
         taps = base.weight.shape[2:]
@@ -83,7 +83,7 @@ class TensorNetworkConvolution(CalledLayer):
             result = self._convolved(batched, self._stored(self._whole(item, form(arrays))))
         return result if batched is x else result[0]
 
-    def _whole(self, item: Update, matrix: Tensor) -> Tensor:
+    def _whole(self, item: SiteUpdate, matrix: Tensor) -> Tensor:
         """The matrix of one site's update, zero outside the site's slice."""
         if not item.side:
             return matrix
@@ -91,7 +91,7 @@ class TensorNetworkConvolution(CalledLayer):
         whole.narrow(0 if item.side == "out" else 1, item.start, item.length).copy_(matrix)
         return whole
 
-    def joined(self, parts: Sequence[tuple[Update, Tensor]]) -> Tensor:
+    def joined(self, parts: Sequence[tuple[SiteUpdate, Tensor]]) -> Tensor:
         """The sum of the updates of all slices."""
         total = parts[0][1] * parts[0][0].scale
         for item, update in parts[1:]:
@@ -103,7 +103,7 @@ class TensorNetworkConvolution(CalledLayer):
         return module._conv_forward(x, kernel, None)  # type: ignore[no-any-return]  # its stride, padding and groups
 
     def change(self, adapter: str, x: Tensor, base: Tensor) -> Tensor:
-        """What an adapter adds to ``base``, the output of the base layer alone."""
+        """Return what an adapter adds to ``base``, the output of the base layer alone."""
         drop, dtype = self.dropouts[adapter], self.compute_dtype(adapter, x)
         dropped = bool(drop) and self.training
         x = nn.functional.dropout(x, drop).to(dtype) if dropped else x.to(dtype)

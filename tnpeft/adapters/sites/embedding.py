@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tnpeft.adapters.layer.binding import Update
+from tnpeft.adapters.layer.binding import SiteUpdate
 from tnpeft.adapters.sites.call import CalledLayer, network_of
 from tnpeft.adapters.sites.lookup import Lookup
 from tnpeft.networks import NetworkError
@@ -47,14 +47,14 @@ class TensorNetworkEmbedding(CalledLayer):
         return self._compute_dtype(adapter, module.weight)
 
     def how(self, adapter: str) -> str:
-        """How an adapter's update is applied, in words."""
+        """Return how an adapter's update is applied, in words."""
         return "tokens are looked up in the factors"
 
-    def compiled(self, item: Update) -> Lookup:
+    def compiled(self, item: SiteUpdate) -> Lookup:
         """The lookup of one site's network."""
         return item.cached("lookup", lambda: Lookup(network_of(item), item.site_layout.sizes))  # type: ignore[no-any-return]
 
-    def apply_update(self, item: Update, x: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
+    def apply_update(self, item: SiteUpdate, x: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
         """The update of tokens ``x [...]``: ``[..., out]``; zero for tokens outside a slice."""
         look = self.compiled(item)
         if item.side != "inp":
@@ -62,7 +62,7 @@ class TensorNetworkEmbedding(CalledLayer):
         inside = (x >= item.start) & (x < item.start + item.length)
         return look((x - item.start).clamp(0, item.length - 1), arrays) * inside[..., None]
 
-    def joined(self, parts: Sequence[tuple[Update, Tensor]]) -> Tensor:
+    def joined(self, parts: Sequence[tuple[SiteUpdate, Tensor]]) -> Tensor:
         """The updates of all slices, each added to its features."""
         (item, update), *more = parts
         if not item.side:
@@ -74,7 +74,7 @@ class TensorNetworkEmbedding(CalledLayer):
         return whole
 
     def change(self, adapter: str, x: Tensor, base: Tensor) -> Tensor:
-        """What an adapter adds to ``base``, the output of the base layer alone."""
+        """Return what an adapter adds to ``base``, the output of the base layer alone."""
         module: Any = self.get_base_layer()
         found = self.update_of(adapter, x)
         if module.padding_idx is not None:

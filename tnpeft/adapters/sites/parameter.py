@@ -91,7 +91,7 @@ class TensorNetworkParameter(HeldWeight):
         ratio = rescaling(wide(self.tnpeft_magnitude[adapter]), updated.detach().norm(dim=-1))
         return updated * ratio[..., None] - base
 
-    def updated(self, x: Tensor) -> Route:
+    def route_of_update(self, x: Tensor) -> Route:
         """The path of a read with updates, which forms the adapted weight."""
         return Route("plain", _FORMED)
 

@@ -31,7 +31,7 @@ _FIXED += ("stack", "axes", "replicas", "replica_ranks", "replica_scales")
 
 
 def fetch(name: str, subfolder: str | None = None, **hub: Any) -> Path:
-    """Where the file of factors lies that belongs to a folder or to a repository of the hub.
+    """Return the path of the file of factors of a folder or of a repository of the hub.
 
     Args:
         name: the folder, or the repository: then the file is taken from the cache, or downloaded into it.

@@ -111,21 +111,41 @@ class _Compiler:
         kernel = Linear(self.layouts[X], self.layouts[WEIGHT], self.layouts[Y], self.sizes)
         self.out.append(Instruction(kernel, (X, weight, BIAS), Y))
 
-    def _contract(self, step: Step, last: bool) -> None:
+    def _einsum(self, step: Step, out: Layout | None) -> tuple[Kernel, tuple[int, ...], Layout, Group]:
+        """The kernel of a product, its operands, where activations come first, its layout and what it sums."""
+        token, stack, order = self.plan.activation, self.plan.network.stack, self._order(step)
         left, right = self._operand(step, 0), self._operand(step, 1)
-        stack, order = self.plan.network.stack, self.wanted[step.result]
         rows = [index for index in order if index not in stack]
-        if self.plan.activation not in flat(left[1]) and rows and rows[0] not in flat(left[1]):
+        if token in flat(right[1]) if token in order else bool(rows) and rows[0] not in flat(left[1]):
             left, right = right, left
         a, b = flat(left[1]), flat(right[1])
-        summed = tuple(index for index in b if index in a and index not in order)
-        batch = tuple(index for index in order if index in a and index in b)
-        layout = singly(order)
-        if summed and not last and batch in ((), stack):
-            sides = (tuple(i for i in order if i in own and i not in batch) for own in (a, b))
-            layout = (*singly(batch), *(side for side in sides if side))
-        kernel = Einsum2(left[1], right[1], layout, self.sizes)
-        self._emit(step.result, kernel, (left[0], right[0]), layout, summed)
+        kept = order if out is None else flat(out)
+        summed = tuple(index for index in b if index in a and index not in kept)
+        if out is None:
+            out = singly(order)
+            batch = tuple(index for index in order if index in a and index in b)
+            if summed and batch in ((), stack):
+                alone = self._alone(order, batch)
+                sides = (tuple(i for i in order if i in own and i not in alone) for own in (a, b))
+                out = (*singly(alone), *(side for side in sides if side))
+        kernel, operands = self._kernel(left, right, out)
+        return kernel, operands, out, summed
+
+    def _order(self, step: Step) -> Group:
+        return self.wanted[step.result]
+
+    def _alone(self, order: Group, batch: Group) -> Group:
+        """The indices of a result that have axes of their own where its sides are fused."""
+        return batch
+
+    def _kernel(
+        self, left: tuple[int, Layout], right: tuple[int, Layout], out: Layout
+    ) -> tuple[Kernel, tuple[int, ...]]:
+        return Einsum2(left[1], right[1], out, self.sizes), (left[0], right[0])
+
+    def _contract(self, step: Step, last: bool) -> None:
+        kernel, operands, layout, summed = self._einsum(step, singly(self._order(step)) if last else None)
+        self._emit(step.result, kernel, operands, layout, summed)
 
     def _add(self, step: Step, last: bool) -> None:
         """A sum of weights; one with the base weight begins with that and scales the others."""
@@ -145,11 +165,10 @@ class _Compiler:
 
     def _accumulate(self, step: Step, sign: int) -> None:
         """Add the product of two operands to the output."""
-        left, right = self._operand(step, 0), self._operand(step, 1)
         if step.frozen and self.linear:
-            return self._linear(right[0])
-        kernel = Einsum2(left[1], right[1], self.layouts[Y], self.sizes)
-        self.out.append(Instruction(kernel, (left[0], right[0]), Y, sign < 0, True))
+            return self._linear(self._operand(step, 1)[0])
+        kernel, operands, _, _ = self._einsum(step, self.layouts[Y])
+        self.out.append(Instruction(kernel, operands, Y, sign < 0, True))
         return None
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from math import prod
 from typing import Any
 
 import torch
@@ -18,11 +17,12 @@ from torch import Tensor
 from tnpeft.networks import Network, NetworkError
 from tnpeft.networks.factor import Group
 from tnpeft.networks.sizes import Size, bind, integers
-from tnpeft.nn.executor.compile import _Compiler, compile_plan
+from tnpeft.nn.executor.compile import _Compiler
 from tnpeft.nn.executor.eligibility import can_use_custom_backward
 from tnpeft.nn.executor.groups import GroupedEinsum2, Groups
-from tnpeft.nn.executor.kernels import Einsum2, Instruction, Kernel, Layout, flat, run, singly
-from tnpeft.nn.executor.listing import FACTORS, WIDE, Code, Listing, X, Y, _marked
+from tnpeft.nn.executor.kernels import Instruction, Kernel, Layout, flat, run
+from tnpeft.nn.executor.listing import FACTORS, WIDE, Code, X, Y, _marked
+from tnpeft.nn.executor.program import SiteProgram
 from tnpeft.planning.planner import planned
 from tnpeft.planning.steps import Plan, Step
 
@@ -65,7 +65,7 @@ def _grouped(
     return GroupedProgram(planned(net, dims, each), planned(net, dims, None), unit_norm)
 
 
-class GroupedProgram:
+class GroupedProgram(SiteProgram):
     """One weight's update over experts, compiled from a plan; what a :class:`Program` is for a linear.
 
     ``plan`` is for equal groups, which rows at run time need not be; ``replicas`` is the number of matrices.
@@ -74,13 +74,8 @@ class GroupedProgram:
     is_low_rank = False
 
     def __init__(self, plan: Plan, dense: Plan, unit_norm: frozenset[str]) -> None:
-        net, sizes = plan.network, plan.sizes
-        self.plan = self.fused_plan = plan
-        self.unit_norm = unit_norm
-        self.replicas = int(sizes[EXPERT]) if net.stack else 1
-        self.labels = tuple(net.label(factor) for factor in net.factors)
-        self.rows, self.cols = (prod(sizes[index] for index in side) for side in (net.rows, net.cols))
-        self._dense_plan = dense
+        super().__init__(plan, dense, unit_norm)
+        self.fused_plan = plan
         self.listing = _GroupedCompiler(plan, self.labels, unit_norm).listing()
         self.has_weight_steps = bool(self.listing.weight_steps)
         self._codes: dict[tuple[bool, ...], Code] = {}
@@ -106,15 +101,6 @@ class GroupedProgram:
         part = Part(self, tuple(operands), scale, ALL, ALL)
         return grouped_linear(x, groups, [part], width=self.rows)
 
-    def delta(self, operands: Sequence[Tensor], scale: float = 1.0) -> Tensor:
-        """Return ``scale * dW``, ``[expert, rows, cols]``, or ``[rows, cols]`` if all experts share it."""
-        listing = self._dense
-        values = listing.registers(operands)
-        run(listing.forward, values)
-        shape = (self.replicas, self.rows, self.cols) if self.plan.network.stack else (self.rows, self.cols)
-        matrix: Tensor = values[listing.output].reshape(shape)
-        return matrix if scale == 1.0 else matrix * scale
-
     def delta_of(self, expert: int, operands: Sequence[Tensor], scale: float = 1.0) -> Tensor:
         """Return ``scale * dW`` of one expert, ``[rows, cols]``."""
         net = self.plan.network
@@ -128,10 +114,6 @@ class GroupedProgram:
         one = net.select(EXPERT)
         sizes = tuple((index, int(size)) for index, size in self.plan.sizes.items() if index in one.indices)
         return _grouped(one, sizes, 1, self.unit_norm).delta(own, scale)
-
-    @cached_property
-    def _dense(self) -> Listing:
-        return compile_plan(self._dense_plan, self.labels, self.unit_norm)
 
 
 # ---- the compiler
@@ -149,39 +131,18 @@ class _GroupedCompiler(_Compiler):
         self.layouts[X], self.layouts[Y] = (token, net.cols), (token, net.rows)
 
     def _order(self, step: Step) -> Group:
-        order = self.wanted[step.result]
+        order = super()._order(step)
         return tuple(index for index in order if index != EXPERT) if self.plan.activation in order else order
 
-    def _einsum(self, step: Step, out: Layout | None) -> tuple[Kernel, tuple[int, ...], Layout, Group]:
-        """The kernel of a product, its operands, where activations come first, its layout and what it sums."""
-        token, order = self.plan.activation, self._order(step)
-        left, right = self._operand(step, 0), self._operand(step, 1)
-        rows = [index for index in order if index != EXPERT]
-        later = token in flat(right[1]) if token in order else bool(rows) and rows[0] not in flat(left[1])
-        if later:
-            left, right = right, left
-        a, b = flat(left[1]), flat(right[1])
-        grouped = token in a and EXPERT in b
-        kept = flat(out) if out is not None else order
-        summed = tuple(index for index in b if index in a and index not in kept)
-        if out is None:
-            out = singly(order)
-            batch = tuple(index for index in order if index in a and index in b)
-            if summed and batch in ((), (EXPERT,)):  # fused sides, but for the axes that are sliced
-                sides = (tuple(i for i in order if i in own and i not in (EXPERT, token)) for own in (a, b))
-                out = (*singly(tuple(i for i in order if i in (EXPERT, token))), *(side for side in sides if side))
-        if grouped:
-            kernel: Kernel = GroupedEinsum2(left[1], right[1], out, self.sizes, EXPERT)
-            return kernel, (left[0], right[0], WIDE), out, summed
-        return Einsum2(left[1], right[1], out, self.sizes), (left[0], right[0]), out, summed
+    def _alone(self, order: Group, batch: Group) -> Group:
+        return tuple(index for index in order if index in (EXPERT, self.plan.activation))  # what is sliced
 
-    def _contract(self, step: Step, last: bool) -> None:
-        kernel, operands, layout, summed = self._einsum(step, singly(self._order(step)) if last else None)
-        self._emit(step.result, kernel, operands, layout, summed)
-
-    def _accumulate(self, step: Step, sign: int) -> None:
-        kernel, operands, _, _ = self._einsum(step, self.layouts[Y])
-        self.out.append(Instruction(kernel, operands, Y, sign < 0, True))
+    def _kernel(
+        self, left: tuple[int, Layout], right: tuple[int, Layout], out: Layout
+    ) -> tuple[Kernel, tuple[int, ...]]:
+        if self.plan.activation in flat(left[1]) and EXPERT in flat(right[1]):
+            return GroupedEinsum2(left[1], right[1], out, self.sizes, EXPERT), (left[0], right[0], WIDE)
+        return super()._kernel(left, right, out)
 
 
 # ---- one operation for the frozen product and all updates

@@ -29,7 +29,7 @@ class Groups:
 
     @cached_property
     def bounds(self) -> list[int]:
-        """Where each group begins, and where the last ends."""
+        """The first row of each group, and the number of rows."""
         return [0, *torch.bincount(self.ids, minlength=self.count).cumsum(0).tolist()]
 
     def used(self) -> Iterator[tuple[int, int, int]]:

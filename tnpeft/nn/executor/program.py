@@ -73,10 +73,38 @@ def _program(
     return Program(update, fused, planned(net, dims, None, minimize, training), unit_norm)
 
 
-class Program:
+class SiteProgram:
+    """The plan of one site's update, and the update as a matrix: the base of all programs.
+
+    ``labels`` is the order in which the factors' tensors are passed, ``replicas`` the size of the open stack index.
+    """
+
+    def __init__(self, plan: Plan, dense: Plan, unit_norm: frozenset[str]) -> None:
+        net, sizes = plan.network, plan.sizes
+        self.plan, self.unit_norm = plan, unit_norm
+        self.replicas = int(sizes[net.stack[0]]) if net.stack else 1
+        self.labels = tuple(net.label(factor) for factor in net.factors)
+        self.rows, self.cols = (prod(sizes[index] for index in side) for side in (net.rows, net.cols))
+        self._dense_plan = dense
+
+    @cached_property
+    def _dense(self) -> Listing:
+        return compile_plan(self._dense_plan, self.labels, self.unit_norm)
+
+    def delta(self, operands: Sequence[Tensor], scale: float = 1.0) -> Tensor:
+        """Return ``scale * dW``, ``[rows, cols]``; with an open stack index ``[replica or expert, rows, cols]``."""
+        values = self._dense.registers(operands)
+        run(self._dense.forward, values)
+        matrix: Tensor = values[self._dense.output]
+        stack = (self.replicas,) if self.plan.network.stack else ()
+        matrix = matrix.expand(*stack, *matrix.shape[len(stack) :]).reshape(*stack, self.rows, self.cols)
+        return matrix if scale == 1.0 else matrix * scale
+
+
+class Program(SiteProgram):
     """One site's update of its output, compiled from a plan.
 
-    ``labels`` is the order in which the factors' tensors are passed. ``plan`` is that of the update alone,
+    ``plan`` is that of the update alone,
     ``fused_plan`` the one that has the base weight as an operand; it runs where the two are one operation and the
     weight can take the update, which half precision cannot. ``recomputed`` names the steps that the backward pass
     computes again, ``has_weight_steps`` says that some need no activations, and ``prefix`` is the first product if it
@@ -96,13 +124,8 @@ class Program:
     """
 
     def __init__(self, plan: Plan, fused_plan: Plan, dense: Plan, unit_norm: frozenset[str]) -> None:
-        net, sizes = plan.network, plan.sizes
-        self.plan, self.fused_plan, self.unit_norm = plan, fused_plan, unit_norm
-        self.replicas = int(sizes.get(REPLICA, 1)) if net.stack else 1
-        self.labels = tuple(net.label(factor) for factor in net.factors)
-        self.rows = prod(sizes[index] for index in net.rows)
-        self.cols = prod(sizes[index] for index in net.cols)
-        self._dense_plan = dense
+        super().__init__(plan, dense, unit_norm)
+        self.fused_plan = fused_plan
         self.update = compile_plan(plan, self.labels, unit_norm)
         self.fused = compile_plan(plan, self.labels, unit_norm, linear=True)
         self.merged = (
@@ -229,21 +252,6 @@ class Program:
         (one, see_one), (two, see_two) = self._pair
         first, last = see(see_one, prepared[one.operands[1]]), see(see_two, prepared[two.operands[1]])
         return first, last, -1.0 if one.negative != two.negative else 1.0
-
-    @cached_property
-    def _dense(self) -> Listing:
-        return compile_plan(self._dense_plan, self.labels, self.unit_norm)
-
-    def delta(self, operands: Sequence[Tensor], scale: float = 1.0) -> Tensor:
-        """Return ``scale * dW``, ``[rows, cols]``; with replicas ``[replica, rows, cols]``."""
-        stack = len(self.plan.network.stack)
-        values = self._dense.registers(operands)
-        run(self._dense.forward, values)
-        matrix: Tensor = values[self._dense.output]
-        if stack:
-            matrix = matrix.expand(self.replicas, *matrix.shape[1:])
-        matrix = matrix.reshape(*matrix.shape[:stack], self.rows, self.cols)
-        return matrix if scale == 1.0 else matrix * scale
 
     def _rows_of(self, x: Tensor) -> Tensor:
         """Return the activations as rows."""

@@ -199,7 +199,7 @@ class Initializer:
         return array.clone(memory_format=torch.contiguous_format)
 
     def _position(self, index: str, param: ParameterSpec) -> tuple[int, int] | None:
-        """Where the param stands on a layer or proj axis, and the axis's length; None for any other index."""
+        """Return the param's place on a layer or proj axis, and the axis's length; None for any other index."""
         if index == "layer" and param.layer is not None:
             return self.layout.layers.index(param.layer), len(self.layout.layers)
         if index == "proj" and param.proj is not None:
@@ -229,7 +229,7 @@ class Initializer:
         return torch.stack([self._of_matrix(spec, own, one, k) for k in every], param.indices.index("expert"))
 
     def _of_matrix(self, spec: Spec, param: ParameterSpec, site_layout: SiteLayout, expert: int) -> Tensor:
-        """What a decomposition of a site's base matrix, or that of one of its experts, gives a factor."""
+        """Return a factor's part of a decomposition of a site's base matrix, or of that of one of its experts."""
         if spec.name == "tt_svd":
             return self._cores(site_layout, expert)[param.label]
         power = spec.numbers[0] if spec.numbers else None

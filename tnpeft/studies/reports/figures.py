@@ -278,7 +278,7 @@ def forest_figure(found: Sequence[Finding], path: Path, *, title: str = "", unit
 
 
 def is_ladder(points: Sequence[Point]) -> bool:
-    """Whether some method has several sizes and all such sizes are numbers: a line may join them."""
+    """Return True if some method has several sizes and all such sizes are numbers: a line may join them."""
     groups: dict[tuple[str, str], list[str]] = {}
     for p in points:
         groups.setdefault((p.task, p.label), []).append(p.size.rpartition("=")[2])

@@ -1,4 +1,4 @@
-"""Where runs are made: in this process, in processes of this machine, or on Ray."""
+"""Pools of workers for runs: this process, processes of this machine, or Ray."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Job = tuple[Run, ...]
 
 @dataclass(frozen=True)
 class Engine:
-    """Where runs are made, and how many at once.
+    """A kind of workers for runs, and their number.
 
     Attributes:
         kind: ``processes`` of this machine, ``serial`` in this process, or ``ray``: a cluster that ``RAY_ADDRESS``

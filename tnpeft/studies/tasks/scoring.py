@@ -178,7 +178,7 @@ def inner(model: Any) -> Any:
 
 
 def _takes(model: Any, name: str) -> bool:
-    """Whether the transformer's forward has that argument."""
+    """Return True if the transformer's forward has that argument."""
     return name in inspect.signature(inner(model).forward).parameters
 
 
@@ -208,7 +208,7 @@ def evaluate(scorer: Scorer, model: torch.nn.Module, rows: Sequence[dict[str, An
 
 @torch.no_grad()
 def judge(scorer: Scorer, model: torch.nn.Module, rows: Sequence[Sequence[dict[str, Any]]]) -> list[Judged]:
-    """What a model guesses for encoded examples, in evaluation mode: each of its replicas for its own rows.
+    """Return a model's predictions for encoded examples, in evaluation mode: each replica's for its own rows.
 
     Raises:
         StudyError: these differ in number.

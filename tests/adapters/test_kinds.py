@@ -52,6 +52,18 @@ def trained(model: nn.Module) -> int:
 
 @pytest.mark.parametrize("line", LINES)
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_without_rows(kind: str, line: str) -> None:
+    base, model = adapted(kind, **LINES[line])
+    shake(model)
+    x = KINDS[kind].example()[:0]
+    y = model(x)
+    assert y.shape == base(x).shape
+    y.sum().backward()
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("line", LINES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_saved_loaded_counted(kind: str, line: str, tmp_path: Path) -> None:
     base, model = adapted(kind, **LINES[line])
     shake(model)

@@ -83,6 +83,39 @@ def test_a_weight_is_read_by_whatever_path(name: str, read: bool) -> None:
         assert peft.get_peft_model(model, config(f"1.{name}")).peft_config
 
 
+class Doubled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+class Pair(nn.Linear):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().forward(x), x
+
+
+class Written(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.T + self.bias
+
+
+@pytest.mark.parametrize("cls", [Doubled, Pair])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_linear_with_a_forward_of_its_own_has_to_be_a_linear(cls: type[nn.Linear], dtype: torch.dtype) -> None:
+    with pytest.raises(NetworkError, match=f"0 is a {cls.__name__}, which does more than a linear"):
+        peft.get_peft_model(nn.Sequential(cls(64, 48, dtype=dtype)), config("0"))
+    model = shaken(peft.get_peft_model(nn.Sequential(Written(64, 48, dtype=dtype)), config("0")))
+    x = torch.randn(3, 64, dtype=dtype)
+    wanted = model(x)
+    model.merge_adapter()
+    assert (model(x) - wanted).norm() < 0.05 * wanted.norm()
+
+
+@pytest.mark.parametrize("layer", [nn.LazyLinear(4), nn.LazyConv2d(4, 3)])
+def test_a_layer_without_a_weight_is_refused(layer: nn.Module) -> None:
+    with pytest.raises(NetworkError, match="0 has no weight yet"):
+        peft.get_peft_model(nn.Sequential(layer), config("0"))
+
+
 @pytest.mark.parametrize("train", [False, True])
 def test_the_fused_encoder_layer_calls_what_is_adapted(train: bool) -> None:
     torch.manual_seed(0)

@@ -156,7 +156,7 @@ class TensorNetworkModel(BaseTuner):
         for name, base in bases.items():
             if not isinstance(base, RawWeight):
                 check_owner(self.model, name.replace("*", "0"))
-            check_kind(name, base, config)
+            check_kind(name, base, config, quantised)
         layout = build_layout(self.model, bases, config)
         check_name(adapter, layout, getattr(self.model, BANK, None))
         values = start_values(config, layout, partial(site_weight, modules, quantised))

@@ -147,15 +147,10 @@ def check_convolution(name: str, module: nn.Module) -> None:
     """Raise if a convolution does more than torch's own.
 
     Raises:
-        NetworkError: its class has a forward of its own, or its weight has no shape yet.
+        NetworkError: its class has a forward of its own.
 
-    >>> check_convolution("conv", nn.LazyConv2d(4, 3))
-    Traceback (most recent call last):
-    tnpeft.networks.errors.NetworkError: conv has no weight yet
-    call the model once before it is adapted
+    >>> check_convolution("conv", nn.Conv2d(4, 4, 3))
     """
-    if isinstance(module.weight, nn.parameter.UninitializedParameter):
-        raise NetworkError(f"{name} has no weight yet", remedy="call the model once before it is adapted")
     torchs = {cls.forward for cls in CONVOLUTIONS}
     if type(module).forward not in torchs:
         raise NetworkError(

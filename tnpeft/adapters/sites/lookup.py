@@ -121,8 +121,8 @@ class Lookup:
         if term.matrix is None:
             parts += [arrays[self.net.label(factor)] for factor in term.others]
             return _einsum(parts, axes, output).reshape(len(flat), self.rows)
-        narrow = _einsum(parts, axes, output).reshape(len(flat), -1)
-        return narrow @ term.matrix(arrays).mT
+        matrix = term.matrix(arrays)
+        return _einsum(parts, axes, output).reshape(len(flat), matrix.shape[-1]) @ matrix.mT
 
 
 def _number(flat: Tensor, digits: tuple[tuple[int, int], ...]) -> Tensor:

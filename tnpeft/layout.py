@@ -32,6 +32,10 @@ class ParameterSpec:
     ``layer`` and ``proj`` say which value of these indices the param belongs to, None where the factor is shared
     over them. ``home`` is the module that owns it, ``""`` for one shared by several sites; ``key`` is unique there.
     What two lines share is one param, however they call its indices.
+
+    >>> f = Factorization.of("B[layer out r] A[r inp] -> layer out inp", ranks={"r": 2})
+    >>> [(p.label, p.shape, p.layer) for p in layout(f, [Site(0, "q", 8, 4), Site(1, "q", 8, 4)]).parameters]
+    [('B', (8, 2), 0), ('A', (2, 4), None), ('B', (8, 2), 1)]
     """
 
     label: str
@@ -51,7 +55,13 @@ class ParameterSpec:
 
 @dataclass(frozen=True)
 class SiteLayout:
-    """A site with its line, the network of this one site, its sizes, and its pieces by factor label."""
+    """A site with its line, the network of this one site, its sizes, and its pieces by factor label.
+
+    >>> f = Factorization.of("B[layer out r] A[r inp] -> layer out inp", ranks={"r": 2})
+    >>> its = layout(f, [Site(0, "q", 8, 4)]).site_layouts[0]
+    >>> str(its.network), its.sizes, [*its.parameters]
+    ('B[out r] A[r inp] -> out inp', {'layer': 1, 'out': 8, 'r': 2, 'inp': 4}, ['B', 'A'])
+    """
 
     site: Site
     line: SiteRule
@@ -81,6 +91,11 @@ class Layout:
     """A factorization over a selection of sites.
 
     ``layers`` and ``projs`` give the order of the layer and proj axes when factors are stacked.
+
+    >>> f = Factorization.of("B[layer out r] A[r inp] -> layer out inp", ranks={"r": 2})
+    >>> its = layout(f, [Site(0, "q", 8, 4), Site(1, "q", 8, 4)])
+    >>> its.layers, its.projs, its.count(), its.by_factor()
+    ((0, 1), ('q',), 40, {'B': 32, 'A': 8})
     """
 
     factorization: Factorization

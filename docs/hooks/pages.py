@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import pkgutil
 import re
 import tempfile
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,6 @@ import tnpeft
 from tnpeft.networks import TnpeftError
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("networks", "families", "models", "counting", "scaling", "planning", "comparison", "drawing", "nn")
-PACKAGES += ("adapters", "adapters.convert", "adapters.replicas", "optim", "testing", "studies")
 MODELS = {"facebook/opt-1.3b": ["q_proj", "v_proj"], "meta-llama/Llama-3.1-8B": ["q_proj", "v_proj"]}
 
 
@@ -107,8 +107,8 @@ def reference_pages() -> dict[str, str | bytes]:
         rows.append(f"- [`{name}`]({name}.md): {summary}")
         pages[f"reference/{name}.md"] = f"::: {path}\n"
     rows.append("\n## Packages\n")
-    for package in PACKAGES:
-        module = import_module(f"tnpeft.{package}")
+    for module in packages():
+        package = module.__name__.partition(".")[2]
         links: list[str] = []
         described: list[str] = []
         for name in module.__all__:
@@ -132,6 +132,14 @@ def reference_pages() -> dict[str, str | bytes]:
         + "".join(f"::: tnpeft.studies.{where}\n    options:\n      heading_level: 2\n\n" for where in STUDY_FILES)
     )
     return pages
+
+
+def packages() -> Iterator[Any]:
+    """Every package below ``tnpeft`` that says what is public, but for the shell's."""
+    for found in pkgutil.walk_packages(tnpeft.__path__, "tnpeft."):
+        module = import_module(found.name) if found.ispkg else None
+        if hasattr(module, "__all__") and found.name != "tnpeft.cli":
+            yield module
 
 
 STUDY_FILES = ("study.Study", "methods.Method", "protocol.Protocol", "tasks.task.Task")

@@ -400,6 +400,24 @@ def test_an_interrupted_command_says_how_to_go_on(
     assert "start the same command to go on" in done.output
 
 
+def test_the_command_takes_a_rank_behind_a_colon(monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from tnpeft.cli import app
+    from tnpeft.studies.running import finetune
+
+    def recorded(*_: Any, method: Any, **__: Any) -> None:
+        asked.append(method)
+        raise KeyboardInterrupt
+
+    asked: list[Any] = []
+    monkeypatch.setattr(finetune, "train", recorded)
+    for words in (["lora:8"], ["lora:8", "--args", "alpha=4"], ["A[out r] B[r inp] -> out inp"]):
+        CliRunner().invoke(app, ["train", *words, "--model", "digits", "--task", "sst2", "--out", "x"])
+    expected = [{"family": "lora", "args": {"rank": 8}}, {"family": "lora", "args": {"rank": 8, "alpha": 4}}]
+    assert asked == [*expected, {"line": "A[out r] B[r inp] -> out inp"}]
+
+
 def test_rates_by_rule_reach_the_optimizer(tiny: Path) -> None:
     """The relative step is the protocol's, or the number that is swept; PEFT's methods have none."""
     import tnpeft

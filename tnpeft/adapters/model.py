@@ -52,13 +52,14 @@ class TensorNetworkModel(BaseTuner):
 
     All linears of an adapter, and the bank, are made when PEFT hands over the first one: earlier, PEFT would take
     the call for a second adapter and leave the base model trainable.
+
+    >>> TensorNetworkModel.prefix
+    'tnpeft_'
     """
 
     prefix: str = PREFIX
     tuner_layer_cls = TensorNetworkLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-
-    # ---- placing an adapter
 
     def _prepare_adapter_config(
         self, peft_config: TensorNetworkConfig, model_config: dict[str, Any]
@@ -254,8 +255,6 @@ class TensorNetworkModel(BaseTuner):
             return
         for layer in found:
             layer.cast(adapter_name, None if autocast_adapter_dtype else dtype)
-
-    # ---- merging and unloading
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters into the base weights; if one linear refuses or fails, all are as before.

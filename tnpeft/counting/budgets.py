@@ -25,7 +25,11 @@ _UNLIMITED = 1 << 40  # a rank beyond every cut, to find the cut
 
 @dataclass(frozen=True)
 class Rung:
-    """One size of a family: its free ranks and its count, of parameters or of degrees of freedom."""
+    """One size of a family: its free ranks and its count, of parameters or of degrees of freedom.
+
+    >>> print(Rung({"r": 21}, 194544))
+    194,544 (r=21)
+    """
 
     ranks: Mapping[str, int]
     count: int
@@ -42,6 +46,10 @@ class BudgetRow:
     ``nearest`` is the size closest to it (the smaller one of two), ``below`` the largest that stays within it, None
     if there is none; ``ladder`` all sizes from rank 1 on to the first above the budget, at most 64. A family that
     does not fit the sites has none of these but the ``problem``.
+
+    >>> row = budget(["cp"], parameters=196608, model="facebook/opt-1.3b")[0]
+    >>> row.family, row.nearest.ranks, row.below.count, [rung.count for rung in row.ladder[:3]]
+    ('cp', {'r': 21}, 194544, [9264, 18528, 27792])
     """
 
     family: str

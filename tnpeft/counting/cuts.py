@@ -19,7 +19,15 @@ _QUOTED = 500  # characters of a line that a warning repeats
 
 
 class RankWarning(UserWarning):
-    """A bond is larger than what it can carry: the surplus costs parameters and adds nothing."""
+    """A bond is larger than what it can carry: the surplus costs parameters and adds nothing.
+
+    >>> import warnings, tnpeft
+    >>> with warnings.catch_warnings(record=True) as caught:
+    ...     warnings.simplefilter("always")
+    ...     bound = tnpeft.rank_bound(tnpeft.network("B[out r] A[r inp] -> out inp"), out=8, inp=8, r=40)
+    >>> bound, caught[0].category.__name__
+    (8, 'RankWarning')
+    """
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,10 @@ class Card:
     ``stem`` is the path of its layers in the base model; ``default`` the targets taken when none are given;
     ``architecture`` its name in transformers, such as ``opt``; ``dense`` the numbers of the layers of a mixture of
     experts that have no experts.
+
+    >>> its = card("facebook/opt-1.3b")
+    >>> its.layers, its.default, [p.name for p in its.projections]
+    (24, ('q_proj', 'v_proj'), ['q_proj', 'k_proj', 'v_proj', 'out_proj', 'fc1', 'fc2'])
     """
 
     name: str
@@ -136,7 +140,11 @@ class Card:
 
 @dataclass(frozen=True)
 class SiteGroup:
-    """Sites of one shape: the projections they belong to, their features and heads, and how many they are."""
+    """Sites of one shape: the projections they belong to, their features and heads, and how many they are.
+
+    >>> [str(group) for group in groups(sites("meta-llama/Llama-3.1-8B", ["q_proj", "v_proj"]))]
+    ['32 sites of 4096 x 4096, 32 heads: q_proj', '32 sites of 1024 x 4096, 8 heads: v_proj']
+    """
 
     projs: tuple[str, ...]
     out: int

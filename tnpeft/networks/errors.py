@@ -6,7 +6,15 @@ _WINDOW = 88  # characters of the line that an error quotes
 
 
 class TnpeftError(ValueError):
-    """Base class of every error that tnpeft raises on bad input."""
+    """Base class of every error that tnpeft raises on bad input.
+
+    >>> from tnpeft import network
+    >>> try:
+    ...     network("A[out")
+    ... except TnpeftError as error:
+    ...     print(type(error).__name__)
+    NetworkError
+    """
 
 
 class NetworkError(TnpeftError):
@@ -39,6 +47,10 @@ class ConfigError(NetworkError):
     """A bad adapter configuration, or one that does not fit the model.
 
     A subclass of `NetworkError`: code that catches only that class keeps catching what a configuration can raise.
+
+    >>> print(ConfigError("dropout is 2.0", remedy="choose a number from 0 to 1"))
+    dropout is 2.0
+    choose a number from 0 to 1
     """
 
 
@@ -46,11 +58,19 @@ class AdapterFileError(NetworkError):
     """An adapter folder or file that is damaged, incomplete or belongs to another model.
 
     A subclass of `NetworkError` for the same reason as `ConfigError`.
+
+    >>> print(AdapterFileError("adapter_config.json is not there", remedy="pass an adapter's folder"))
+    adapter_config.json is not there
+    pass an adapter's folder
     """
 
 
 class StudyError(TnpeftError):
-    """A bad study file, task, record or training setting; the message says where and what to change."""
+    """A bad study file, task, record or training setting; the message says where and what to change.
+
+    >>> print(StudyError("unknown key 'step'", where="mine.toml", remedy="did you mean 'steps'?"))
+    mine.toml: unknown key 'step'; did you mean 'steps'?
+    """
 
     def __init__(self, problem: str, *, where: str = "", remedy: str = "") -> None:
         super().__init__("".join((f"{where}: " if where else "", problem, f"; {remedy}" if remedy else "")))

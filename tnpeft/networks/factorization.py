@@ -95,6 +95,11 @@ class SiteRule:
 
     ``sites`` is ``"*"``, a list of globs on the projection's name (``"fc2|down_proj"``), or a comparison of its
     shape (``"out<inp"``, ``"out>=inp"``).
+
+    >>> from tnpeft.networks import network
+    >>> wide = SiteRule(network("B[out r] A[r inp] -> out inp"), "out<inp")
+    >>> wide.serves(Site(0, "fc2", 8, 32)), wide.serves(Site(0, "fc1", 32, 8))
+    (True, False)
     """
 
     network: Network

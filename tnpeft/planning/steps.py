@@ -62,6 +62,11 @@ class Plan:
     intermediate results once each, Parameters and other factors never) and ``backward_macs`` (of each contraction
     its macs once per operand that leads to something trainable, the activations among them). Without training
     ``saved`` and ``backward_macs`` are 0.
+
+    >>> import tnpeft
+    >>> best = tnpeft.plan(tnpeft.network("B[out r] A[r inp] -> out inp"), out=64, inp=32, r=2, tokens=8)
+    >>> best.form, best.macs, [str(step) for step in best.steps]
+    ('factored', 1536, ['t1[token r] = x[token inp] * A[r inp]', 'y[token out] = t1[token r] * B[out r]'])
     """
 
     network: Network

@@ -17,7 +17,13 @@ _FAR = 1 << 40  # stands for any larger number of tokens
 
 @dataclass(frozen=True)
 class PlanTable:
-    """Plans with the number of tokens from which each is the best, ascending; the first starts at 1."""
+    """Plans with the number of tokens from which each is the best, ascending; the first starts at 1.
+
+    >>> from tnpeft import network
+    >>> table = plan_table(network("B[out r] A[r inp] -> out inp"), out=64, inp=32, r=2, minimize="macs")
+    >>> [(start, best.form) for start, best in zip(table.starts, table.plans)]
+    [(1, 'factored'), (22, 'merged')]
+    """
 
     plans: tuple[Plan, ...]
     starts: tuple[int, ...]

@@ -124,7 +124,11 @@ def _kind(run: Run) -> str:
 
 @dataclass(frozen=True)
 class Store:
-    """A folder of results, ``<key>.json`` for a run that ended well, ``<key>.failed.json`` for one that did not."""
+    """A folder of results, ``<key>.json`` for a run that ended well, ``<key>.failed.json`` for one that did not.
+
+    >>> print(Store(Path("nowhere")).result("0123456789abcdef"))
+    None
+    """
 
     folder: Path
 

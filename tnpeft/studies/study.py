@@ -33,6 +33,14 @@ class Study:
     Attributes:
         table: the file's content, with what it extends.
         places: model, tokenizer, data and cache, as given or relative to the file.
+
+    >>> study = Study.of({
+    ...     "backbone": "digits:0", "tasks": ["digits_upright"], "seeds": [0],
+    ...     "protocol": {"targets": ["q_proj"], "steps": 1, "train": 8, "dev": 8, "learning_rates": [1e-2]},
+    ...     "methods": [{"family": "lora", "args": {"rank": 1}}],
+    ... }, Path("."))
+    >>> study.name, [its.name for its in study.tasks], study.protocol.steps
+    ('study', ['digits_upright'], 1)
     """
 
     table: Mapping[str, Any]

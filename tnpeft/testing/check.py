@@ -20,7 +20,11 @@ Tried = TypeVar("Tried")
 
 @dataclass(frozen=True)
 class Finding:
-    """One property: whether it holds, None where it cannot be asked, and the numbers behind the answer."""
+    """One property: whether it holds, None where it cannot be asked, and the numbers behind the answer.
+
+    >>> check("B[out r] A[r inp] -> out inp").findings[0].passed
+    True
+    """
 
     name: str
     passed: bool | None
@@ -29,7 +33,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """The result of :func:`check`. Prints as a table; true if nothing failed."""
+    """The result of :func:`check`. Prints as a table; true if nothing failed.
+
+    >>> report = check("B[out r] A[r inp] -> out inp")
+    >>> report.passed, sorted(report.as_dict())
+    (True, ['findings', 'passed', 'subject'])
+    """
 
     subject: str
     findings: tuple[Finding, ...]

@@ -29,6 +29,19 @@ def report(study: Study, folder: str | Path, out: str | Path, reference: str = "
 
     Raises:
         StudyError: there are results of no method yet, or the reference is unknown.
+
+    >>> import tempfile
+    >>> from tnpeft.studies import Engine, sweep
+    >>> study = Study.of({
+    ...     "backbone": "digits:0", "tasks": ["digits_upright"], "seeds": [0],
+    ...     "protocol": {"targets": ["q_proj"], "steps": 1, "train": 8, "dev": 8, "learning_rates": [1e-2]},
+    ...     "methods": [{"family": "lora", "args": {"rank": 1}}],
+    ... }, Path("."))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     summary = sweep(study, folder, Engine("serial"), say=lambda line: None)
+    ...     points = report(study, folder, f"{folder}/report")
+    >>> [(point.label, len(point.scores)) for point in points]
+    [('lora', 1)]
     """
     store, out = Store(Path(folder)), Path(out)
     points = collect(study, store)

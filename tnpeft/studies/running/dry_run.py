@@ -43,6 +43,15 @@ def trial(study: Study, *, steps: int = 2, batch: int = 2) -> Iterator[Row]:
 
     Raises:
         StudyError: no task has data, or ``steps`` or ``batch`` is below 1.
+
+    >>> from pathlib import Path
+    >>> study = Study.of({
+    ...     "backbone": "digits:0", "tasks": ["digits_upright"], "seeds": [0],
+    ...     "protocol": {"targets": ["q_proj"], "learning_rates": [1e-2]},
+    ...     "methods": [{"family": "lora", "args": {"rank": 1}}],
+    ... }, Path("."))
+    >>> [(row["method"], row["steps"], row["outcome"]) for row in trial(study, steps=1)]
+    [('lora', 1, 'losses finite')]
     """
     if min(steps, batch) < 1:
         raise StudyError(f"steps = {steps}, batch = {batch}", where="trial", remedy="give at least 1 of each")

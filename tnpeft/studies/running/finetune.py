@@ -52,6 +52,13 @@ def train(
 
     Raises:
         StudyError: data or settings are wrong (nothing has been trained then), or ``out`` holds another run.
+
+    >>> import tempfile
+    >>> lora = {"family": "lora", "args": {"rank": 1}}
+    >>> with tempfile.TemporaryDirectory() as out:
+    ...     result = train(out, model="digits:0", task="digits_upright", method=lora, steps=1, train=8, dev=8, eval=8)
+    >>> result["steps"], result["parameters"] > 0
+    (1, True)
     """
     one_process()
     check(method)

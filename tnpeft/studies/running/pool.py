@@ -35,6 +35,9 @@ class Engine:
         pack: runs that differ in seed, learning rate, ranks and scale alone and are trained in one pass (see
             :func:`tnpeft.studies.runs.packs`): faster where a step's fixed costs count, and equal to rounding only.
         gpus: of each run on Ray, if the cluster has any; 0.5 lets two share one.
+
+    >>> Engine("serial").width, Engine(workers=4).width
+    (1, 4)
     """
 
     kind: str = "processes"

@@ -44,6 +44,18 @@ def sweep(study: Study, folder: str | Path, engine: Engine | None = None, say: S
     Raises:
         StudyError: data, backbone or a method of the study cannot be had (nothing has run then), a result is damaged,
             or ``torchrun`` started the sweep.
+
+    >>> import tempfile
+    >>> from tnpeft.studies import Study
+    >>> study = Study.of({
+    ...     "backbone": "digits:0", "tasks": ["digits_upright"], "seeds": [0],
+    ...     "protocol": {"targets": ["q_proj"], "steps": 1, "train": 8, "dev": 8, "learning_rates": [1e-2]},
+    ...     "methods": [{"family": "lora", "args": {"rank": 1}}],
+    ... }, Path("."))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     summary = sweep(study, folder, Engine("serial"), say=lambda line: None)
+    >>> print(summary)
+    1 done, 0 kept from before
     """
     one_process()
     engine, store, summary = engine or Engine(), Store(Path(folder)), SweepSummary()

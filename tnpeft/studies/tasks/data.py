@@ -31,7 +31,13 @@ class Splits:
 
 @dataclass(frozen=True)
 class Data:
-    """All examples of a task; ``digest`` is the hash of every prompt and label in it."""
+    """All examples of a task; ``digest`` is the hash of every prompt and label in it.
+
+    >>> from tnpeft.studies.tasks.task import task
+    >>> splits = load(task("digits_upright")).splits(seed=0, train=64, dev=32)
+    >>> len(splits.train), len(splits.dev), len(splits.eval)
+    (64, 32, 797)
+    """
 
     task: Task
     train: tuple[Example, ...]

@@ -30,6 +30,12 @@ class Scorer:
         tokenizer: a Hugging Face tokenizer.
         head: ``"words"`` or ``"classifier"``.
         max_length: tokens of a prompt with its word; what is longer loses its beginning.
+
+    >>> from tnpeft.studies.backbones import byte_tokenizer
+    >>> from tnpeft.studies.tasks.task import task
+    >>> scorer = Scorer(task("sst2"), byte_tokenizer())
+    >>> [len(row["ids"]) for row in scorer.encode([Example("fine. It was", "fine.", 1)])]
+    [12]
     """
 
     def __init__(self, task: Task, tokenizer: Any, head: str = "words", max_length: int = 256) -> None:

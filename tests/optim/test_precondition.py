@@ -290,8 +290,14 @@ def test_refusals():
         tnpeft.optim.precondition(tnpeft.optim.precondition(torch.optim.SGD(groups), model), model)
     with pytest.raises(NetworkError, match="several times"):
         tnpeft.optim.precondition(torch.optim.LBFGS([p for p in model.parameters() if p.requires_grad]), model)
-    with pytest.raises(NetworkError, match="damping is -1"):
-        tnpeft.optim.precondition(torch.optim.SGD(groups), model, damping=-1)
+    for damping in (-1, float("nan"), float("inf"), None, "1e-2"):
+        with pytest.raises(NetworkError, match=f"damping is '?{damping}"):
+            tnpeft.optim.precondition(torch.optim.SGD(groups), model, damping=damping)
+    with pytest.raises(NetworkError, match="the optimizer is a PeftModel"):
+        tnpeft.optim.precondition(model, torch.optim.SGD(groups))
+    other = attached(families.lora(rank=3))
+    with pytest.raises(NetworkError, match="no trained parameter of the model"):
+        tnpeft.optim.precondition(torch.optim.SGD(groups), other)
     with pytest.raises(NetworkError, match="no tensor-network adapter"):
         tnpeft.optim.precondition(torch.optim.SGD(groups), nn.Linear(2, 2))
 

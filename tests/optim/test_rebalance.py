@@ -121,3 +121,15 @@ def test_what_is_no_model_is_said_so(bad: Any) -> None:
 def test_rates_that_are_no_rates_are_refused(option: str, bad: Any) -> None:
     with pytest.raises(NetworkError, match=f"{option} is "):
         tnpeft.parameter_groups(nn.Linear(2, 2), **{option: bad})
+
+
+def test_rates_of_an_unknown_adapter_or_of_a_zero_weight_are_refused() -> None:
+    config = tnpeft.TensorNetworkConfig(network="lora", target_modules=["0"])
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(4, 8)), config)
+    with pytest.raises(NetworkError, match="unknown adapter 'other'"):
+        tnpeft.parameter_groups(model, lr=1e-3, adapter="other")
+    with torch.no_grad():
+        model.base_model.model[0].base_layer.weight.zero_()
+    with pytest.raises(NetworkError, match="the base weight of 0 has the RMS"):
+        tnpeft.parameter_groups(model, relative_step=1e-3)
+    assert [group["lr"] for group in tnpeft.parameter_groups(model, lr=1e-3)] == [1e-3, 1e-3]

@@ -50,7 +50,8 @@ def parameter_groups(
         common: further options of every group, such as ``weight_decay``.
 
     Raises:
-        NetworkError: neither rate nor step is known, or the rule is unknown or lacks its batch.
+        NetworkError: neither rate nor step is known, the rule is unknown or lacks its batch, the adapter is unknown,
+            or a base weight is zero, so that no step is relative to it.
 
     >>> import peft, tnpeft
     >>> config = tnpeft.TensorNetworkConfig(network="lora", lr_multiplier={"B": 16}, target_modules=["0"])
@@ -62,7 +63,7 @@ def parameter_groups(
         if value is not None and not (isinstance(value, int | float) and 0 <= value < math.inf):
             raise NetworkError(f"{option} is {value!r}", remedy=f"pass {option}= a finite number from 0 on")
     rates: dict[int, tuple[str, float]] = {}
-    bank = find_bank(model)
+    bank = find_bank(model) if adapter is None else bank_of(model, adapter)
     for its in [] if bank is None else [name for name in bank.layouts if adapter in (None, name)]:
         step = relative_step
         if step is None and lr is None:
@@ -128,6 +129,12 @@ def site_rates(
     if rule != "gain":
         raise NetworkError(f"rule={rule!r} is unknown", remedy="use gain, structure or measured")
     bases = base_sizes(model, adapter)
+    for site, rms in bases.items():
+        if not 0 < rms < math.inf:
+            raise NetworkError(
+                f"the base weight of {site.module} has the RMS {rms}, to which no step is relative",
+                remedy="pass lr= instead of relative_step=, or leave that module out of target_modules",
+            )
     squares = squares_on(layout, bases)
     raw = raw_on(layout, bases)
     f = layout.factorization

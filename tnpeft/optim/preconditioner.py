@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from math import sqrt
+from math import inf, sqrt
 from typing import Any, TypeVar
 
 import torch
@@ -56,13 +56,15 @@ def precondition(optimizer: O, model: nn.Module, damping: float = 1e-2, *, invar
 
     Raises:
         NetworkError: the model has no adapter, the optimizer is preconditioned already or needs a closure, or damping
-            is negative.
+            is negative or not finite, or the optimizer is of another model.
 
     >>> import peft, tnpeft
     >>> config = tnpeft.TensorNetworkConfig(network="lora", ranks={"r": 2}, target_modules=["0"])
     >>> model = peft.get_peft_model(nn.Sequential(nn.Linear(4, 8)), config)
     >>> optimizer = precondition(torch.optim.AdamW(tnpeft.parameter_groups(model, lr=1e-2)), model)
     """
+    if not isinstance(optimizer, Optimizer):
+        raise NetworkError(f"the optimizer is a {type(optimizer).__name__}", remedy="pass optimizer, then model")
     if getattr(optimizer, "_tnpeft_preconditioner", None) is not None:
         raise NetworkError("the optimizer is preconditioned already", remedy="call precondition once")
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
@@ -71,11 +73,17 @@ def precondition(optimizer: O, model: nn.Module, damping: float = 1e-2, *, invar
             f"{type(optimizer).__name__} evaluates the loss several times in a step, with other Grams each time",
             remedy="use an optimizer with an optional closure, such as SGD or AdamW",
         )
-    if not damping >= 0:
-        raise NetworkError(f"damping is {damping!r}", remedy="pass a number from 0 on")
+    if not isinstance(damping, int | float) or not 0 <= damping < inf:
+        raise NetworkError(f"damping is {damping!r}", remedy="pass a finite number from 0 on")
     bank = find_bank(model)
     names = [*bank.layouts] if bank is not None else [bank_of(model)]  # raises without a bank
     made = [_Adapter(model, str(name), damping, invariant) for name in names]
+    held = {id(array) for group in optimizer.param_groups for array in group["params"]}
+    if not any(id(array) in held for array in model.parameters() if array.requires_grad):
+        raise NetworkError(
+            "the optimizer holds no trained parameter of the model",
+            remedy="make it of tnpeft.parameter_groups(model)",
+        )
     hooks = _Hooks([adapter for adapter in made if adapter.trained], invariant)
     optimizer.register_step_pre_hook(hooks.before)
     optimizer.register_step_post_hook(hooks.after)

@@ -116,7 +116,7 @@ def _checked(index: str, value: Any, size: int) -> Tensor:
     else:
         try:
             items = [value] if not isinstance(value, list | tuple | range) else [*value]
-            numbers = [operator.index(item) for item in items if not isinstance(item, bool)]
+            numbers = [operator.index(item) for item in items if not isinstance(item, bool) and abs(item) < 2**63]
         except TypeError:
             numbers, items = [], [value]
         if len(numbers) != len(items) or not numbers:

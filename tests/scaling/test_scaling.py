@@ -163,6 +163,17 @@ def test_gain_of_every_family(name):
     assert isclose(tnpeft.gain(f, given), expected, rel_tol=1e-6)
 
 
+def test_gain_of_a_family_whose_factors_stand_twice():
+    f = families.tensor_guide().with_ranks(r=2, n=2, m=1, a=1, b=2)
+    given = {"out": 2, "inp": 2, "layer": 1, "proj": 1}
+    sizes = f.sizes(given)
+    entries = entries_of(f, f.network, sizes)
+    squares = {factor.name: entries[f.network.label(factor)].square for factor in f.network.factors}
+    expected = f.scale * sqrt(brute(f.network, sizes, squares))
+    assert expected > 0
+    assert isclose(tnpeft.gain(f, given), expected, rel_tol=1e-6)
+
+
 def test_known_gains():
     r, inp = sympy.symbols("r inp")
     assert tnpeft.gain("lora") == sympy.sqrt(r / (3 * inp))

@@ -32,8 +32,8 @@ STYLE = {
 
 
 # The order in which families take colours and markers, so that each has its own in every figure.
-FAMILIES = ("LoRA", "CP", "Tucker", "LoTR", "LoRTA", "Tensor train", "VeRA", "MoSLoRA", "Block term")
-FAMILIES += ("LoRA, random gauge", "FacT-TT", "FacT-TK", "TensLoRA QKV-depth", "CaRA", "MetaTT-4D", "LoRETTA")
+FAMILIES = ("LoRA", "CP", "Tucker", "LoTR", "LoRTA", "Tensor train", "VeRA", "TensLoRA QKV-depth")
+FAMILIES += ("MoSLoRA", "Block term", "LoRA, random gauge", "FacT-TT", "FacT-TK", "CaRA", "MetaTT-4D", "LoRETTA")
 FAMILIES += ("Hierarchical Tucker", "TeRA", "IA3", "TensLoRA Att-QKV-depth", "TensLoRA Att", "TensLoRA Depth")
 METRIC = {"accuracy": "Accuracy", "matthews": "Matthews correlation", "f1": "F1 of the second class"}
 LOSS = "Cross-entropy"

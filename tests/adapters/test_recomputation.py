@@ -84,3 +84,20 @@ def test_adapters_that_change_in_between_and_back(line: str, reentrant: bool) ->
         got.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert got[0].keys() == got[1].keys() != set()
     assert all(torch.allclose(got[0][name], got[1][name], atol=1e-5) for name in got[0])
+
+
+@pytest.mark.parametrize(("line", "refused"), [("lora", False), ("B[out r] A[r inp] -> out inp", True)])
+def test_hooks_that_take_parts_of_a_gradient(line: str, refused: bool) -> None:
+    """A hook runs once for each reentrant checkpoint that holds a shared factor, with a part of its gradient."""
+    model, seen = adapted(True, {"network": line, "ranks": {"r": 2}}), []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda its: seen.append(id(its)))
+    x = torch.randn(3, 6, requires_grad=True)
+    if refused:
+        with pytest.raises(NetworkError, match="hooks on gradients"):
+            model(x)
+        model.base_model.model.reentrant = False
+    model(x).sum().backward()
+    assert seen
+    assert len(seen) == len({*seen})

@@ -35,20 +35,23 @@ def watch(model: nn.Module, inputs: Any) -> None:
     """
     if not torch.compiler.is_compiling():
         bank: FactorBank = model.factor_bank  # type: ignore[assignment]
-        exchanged = _data_parallel() and any(p.requires_grad for p in bank.parameters())
-        bank.watching = torch.is_grad_enabled() and (exchanged or _sharded(bank))
+        trained = [parameter for parameter in bank.parameters() if parameter.requires_grad]
+        taken = (_data_parallel() and trained) or any(map(_taken_at_once, trained)) or _sharded(bank)
+        bank.watching = torch.is_grad_enabled() and bool(taken)
 
 
 def refuse_reentrant(bank: FactorBank) -> None:
     """Raise inside a forward that runs without gradients though the model's own runs with them.
 
     Raises:
-        NetworkError: reentrant checkpointing with factors in the bank under DistributedDataParallel, FSDP1 or ZeRO.
+        NetworkError: reentrant checkpointing with factors in the bank under DistributedDataParallel, FSDP1 or ZeRO,
+            or with a hook that takes each part of their gradients.
     """
     if not torch.compiler.is_compiling() and bank.watching and not torch.is_grad_enabled():
         bank.watching = False
         raise NetworkError(
-            "factors shared between layers, data parallelism and reentrant checkpointing give wrong gradients",
+            "factors shared between layers, data parallelism (or hooks on gradients) and reentrant checkpointing "
+            "give wrong gradients",
             remedy='use gradient_checkpointing_kwargs={"use_reentrant": False}, or '
             "DistributedDataParallel(..., static_graph=True)",
         )
@@ -109,13 +112,19 @@ def _regions() -> Iterator[tuple[Any, bool]]:
         frame = frame.f_back  # type: ignore[assignment]
 
 
+def _taken_at_once(parameter: nn.Parameter) -> bool:
+    """True if a hook takes a gradient as soon as one checkpoint has added its part, as ZeRO's do.
+
+    ZeRO of stage 3 adds them only when it has gathered its parts of the Parameter.
+    """
+    return bool(getattr(parameter, "_post_accumulate_grad_hooks", None)) or hasattr(parameter, "ds_id")
+
+
 def _sharded(bank: FactorBank) -> bool:
-    """True if FSDP1 has put views in the place of the bank's Parameters, or ZeRO holds them in parts."""
+    """True if FSDP1 has put views in the place of the bank's Parameters."""
     stores = bank.tnpeft_factors.children()
     return any(
-        any(isinstance(value, Tensor) and value.requires_grad for value in vars(store).values())
-        or any(hasattr(array, "ds_id") and array.requires_grad for array in store.parameters())
-        for store in stores
+        isinstance(value, Tensor) and value.requires_grad for store in stores for value in vars(store).values()
     )
 
 

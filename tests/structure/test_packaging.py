@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import tarfile
+import time
 import venv
 import zipfile
 from pathlib import Path
@@ -34,12 +36,19 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the wheel, which is built from the sdist, and the sdist."""
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what the distributions are built from: building writes beside it."""
+    folder = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    shutil.copytree(ROOT / "tnpeft", source / "tnpeft", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / "tnpeft", folder / "tnpeft", ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the wheel, which is built from the sdist, and the sdist."""
+    target = tmp_path_factory.mktemp("dist")
     subprocess.run([sys.executable, "-m", "build", "--outdir", target, source], check=True, capture_output=True)
     return target
 
@@ -55,6 +64,32 @@ def test_the_distributions_hold_every_file_of_the_package(built: Path) -> None:
         assert {name for name in wheel.namelist() if name.startswith("tnpeft/")} == expected
     with tarfile.open(next(built.glob("*.tar.gz"))) as sdist:
         assert expected <= {name.partition("/")[2] for name in sdist.getnames()}
+
+
+def test_the_first_minute(source: Path, tmp_path: Path) -> None:
+    """From nothing to count, plan and picture of a line: ``pip install .`` alone, in seconds of processor and MB.
+
+    An idle machine takes about as long as its processors work; on a busy one only the latter can be told.
+    """
+    wall, worked = time.perf_counter(), processor_seconds()
+    venv.create(tmp_path / "fresh", with_pip=True)
+    site = next((tmp_path / "fresh" / "lib").glob("python*/site-packages"))
+    before = taken(site)
+    python = tmp_path / "fresh" / "bin" / "python"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    for command in (["-m", "pip", "install", "--quiet", str(source)], ["-c", CODE, str(tmp_path / "net.svg")]):
+        subprocess.run([python, *command], check=True, capture_output=True, cwd=tmp_path, env=environment)
+    wall, worked = time.perf_counter() - wall, processor_seconds() - worked
+    print(f"{wall:.0f} s, {worked:.0f} s of processor, {taken(site) - before:.0f} MB")
+    assert (tmp_path / "net.svg").exists()
+    assert worked < 60
+    assert taken(site) - before < MOST
+
+
+def processor_seconds() -> float:
+    """What processes started from here, and ended, have taken."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def test_a_fresh_environment_counts_plans_and_draws(built: Path, tmp_path: Path) -> None:

@@ -309,7 +309,7 @@ def _several_shapes(templates: Iterable[_SiteTemplate]) -> frozenset[str]:
 def _parameter(site: Site, factor: _FactorTemplate, several: bool) -> ParameterSpec:
     layer = site.layer if factor.layer else None
     proj = site.proj if factor.proj else None
-    if layer is not None and proj is not None and not site.listed:  # what several linears share is the bank's
+    if layer is not None and proj is not None and len(site.paths) == 1:  # what several layers share is the bank's
         home, key = site.module or f"{site.layer}/{site.proj}", factor.label
         if "/" in site.proj:
             key += "@" + site.proj.partition("/")[2]

@@ -10,7 +10,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adapter_models import opt
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -369,24 +368,3 @@ def test_a_line_names_the_taps_of_the_kernel() -> None:
     model = peft.get_peft_model(nn.Sequential(nn.Conv2d(8, 16, 3)), config)
     assert trained(model) == 2 * (16 + 72)
     assert "formed" in tnpeft.explain(model).rows[0].reason
-
-
-@pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`")
-def test_a_tied_head_stays_as_it_was() -> None:
-    base = opt(tie_word_embeddings=True)
-    ids = torch.randint(3, 60, (2, 7))
-    before = base(ids).logits.detach()
-    model = peft.get_peft_model(base, tnpeft.TensorNetworkConfig(**LINES["lora"], target_modules=["embed_tokens"]))
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    own = embedding.get_base_layer()
-    assert own.weight is head.weight
-    assert torch.equal(model(ids).logits, before)
-    shake(model)
-    wanted = model(ids).logits.detach()
-    assert (wanted - before).abs().max() > 1e-3
-    weight = head.weight
-    model.merge_adapter()
-    assert head.weight is weight is not own.weight
-    assert torch.allclose(model(ids).logits, wanted, atol=1e-4)
-    model.unmerge_adapter()
-    assert own.weight is head.weight is weight

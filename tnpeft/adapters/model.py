@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
+from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules
@@ -35,6 +35,7 @@ from tnpeft.adapters.sites.kinds import check_kind, wrapped
 from tnpeft.adapters.sites.names import check_name
 from tnpeft.adapters.sites.parameter import adapted_parameter, check_one_for_all
 from tnpeft.adapters.sites.raw import RawWeight, raw_names
+from tnpeft.adapters.sites.tied import TiedTargets, join_tied, note_tied
 from tnpeft.adapters.storage.contents import AGAIN, check_modules
 from tnpeft.adapters.storage.expressions import check_expression
 from tnpeft.adapters.storage.files import check_state, translated
@@ -47,7 +48,7 @@ _UNFIT = (ValueError, TypeError, KeyError, AttributeError)  # of PEFT, whose cau
 _EXACT = {"combination_type": "cat", "svd_full_matrices": True, "majority_sign_method": "total"}  # else None
 
 
-class TensorNetworkModel(BaseTuner):
+class TensorNetworkModel(TiedTargets):
     """A model with tensor-network adapters, as ``peft.get_peft_model`` makes it from a configuration.
 
     All linears of an adapter, and the bank, are made when PEFT hands over the first one: earlier, PEFT would take
@@ -154,9 +155,10 @@ class TensorNetworkModel(BaseTuner):
         meant = partial(check_target_module_exists, config)
         listed = take_listed(self.model, modules, quantised, meant, config.factorization)
         modules, bases = weights_of(modules, quantised, meant, config.axes, listed)
+        join_tied(self.model, modules, bases, meant, config.loaded)
         for name, base in bases.items():
-            if not isinstance(base, RawWeight):
-                check_owner(self.model, name.replace("*", "0"))
+            for path in () if isinstance(base, RawWeight) else name.replace("*", "0").split("="):
+                check_owner(self.model, path)
             check_kind(name, base, config, quantised)
         layout = build_layout(self.model, bases, config)
         check_name(adapter, layout, getattr(self.model, BANK, None))
@@ -227,10 +229,9 @@ class TensorNetworkModel(BaseTuner):
         f = bank.layouts[adapter].factorization
         site_layouts = sorted(site_layouts, key=lambda p: p.site.start)
         constants = base_constants(f)
-        target.updates[adapter] = tuple(
-            update(site_layout, f.unit_norm, constants, float(f.scale), config.tokens, expert)
-            for site_layout in site_layouts
-        )
+        turned = note_tied(target, site_layouts[0].site)
+        args = f.unit_norm, constants, float(f.scale), config.tokens, expert, turned
+        target.updates[adapter] = tuple(update(site_layout, *args) for site_layout in site_layouts)
         target.dropouts[adapter] = config.dropout
         target.prepare(adapter)
         own = {param: values[param] for p in site_layouts for param in p.parameters.values() if param in values}

@@ -274,11 +274,25 @@ def _save_whole(
         raise AdapterFileError(
             "safe_serialization=False would write a pickle, and pickles are not read", remedy="leave it out"
         )
+    if save_embedding_layers == "auto" and not _may_be_resized(self):
+        save_embedding_layers = False  # PEFT would write those that are targets, which only factors have changed
     with written(save_directory, is_main_process) as folder:
         _save(self, folder, True, selected_adapters, save_embedding_layers, is_main_process, *args, **kwargs)
         if is_main_process:
             _declare_embeddings(self, Path(folder))
     return None
+
+
+def _may_be_resized(model: PeftModel) -> bool:
+    """False if the base model was built from a configuration, or has as many tokens as where it was loaded from."""
+    config = getattr(model.get_base_model(), "config", None)
+    name = getattr(config, "_name_or_path", "")
+    if not name or not hasattr(config, "vocab_size"):
+        return False
+    try:
+        return bool(type(config).from_pretrained(name).vocab_size != config.vocab_size)
+    except (OSError, ValueError):
+        return True  # it cannot be found: PEFT decides
 
 
 def _declare_embeddings(model: PeftModel, folder: Path) -> None:

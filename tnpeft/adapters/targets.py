@@ -211,13 +211,13 @@ def _known(card: cards.Card | None, name: str, module: Any, keep: set[str]) -> l
 
 
 def _by_pattern(model: nn.Module, modules: Mapping[str, Any], keep: set[str]) -> list[_Place]:
-    names = names_by_path(name.replace(".*", "") for name in modules)
+    names = names_by_path(map(_one, modules))
     found = []
     for name, module in modules.items():
         place = _Place(
-            *names[name.replace(".*", "")],
+            *names[_one(name)],
             *features(module),
-            module.heads if isinstance(module, RawWeight) else _heads(model, name.rpartition(".")[2], module),
+            module.heads if isinstance(module, RawWeight) else _heads(model, _one(name).rpartition(".")[2], module),
             name,
             kernel=kernel(module),
         )
@@ -227,6 +227,11 @@ def _by_pattern(model: nn.Module, modules: Mapping[str, Any], keep: set[str]) ->
             else [place]
         )
     return found
+
+
+def _one(path: str) -> str:
+    """The path of one of the layers at the path of a site: of no expert in a list, of the first of tied layers."""
+    return path.replace(".*", "").partition("=")[0]
 
 
 def _of_experts(weight: FusedWeight | ListedWeight | RawWeight, place: _Place, keep: set[str]) -> list[_Place]:

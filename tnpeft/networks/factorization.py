@@ -27,7 +27,8 @@ class Site:
     heads (of k and v: the grouped ones), 0 if unknown; ``module`` the linear's dotted path; ``experts`` the number
     of experts of a weight that holds one matrix for each, 0 for a linear; ``kernel`` the sizes of a convolution's
     kernel, whose taps are columns beside its input channels. Where each expert is a module of its own, ``module``
-    has ``*`` in the place of its number.
+    has ``*`` in the place of its number; where several modules hold one Parameter, it is their paths with
+    ``=`` between.
 
     >>> Site(0, "fc1", 3072, 768).squares()[1]
     Site(layer=0, proj='fc1/out:1', out=768, inp=768, heads=0, module='', start=768, experts=0, kernel=())
@@ -45,13 +46,13 @@ class Site:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The paths of the linears that hold the site's weight: one, or that of every expert in a list of modules.
+        """The paths of the layers that hold the site's weight: one, that of every expert in a list, or tied ones.
 
         >>> Site(0, "w1", 8, 4, module="experts.*.w1", experts=2).paths
         ('experts.0.w1', 'experts.1.w1')
         """
         if not self.listed:
-            return (self.module,)
+            return tuple(self.module.split("="))
         return tuple(self.module.replace("*", str(k)) for k in range(self.experts))
 
     @property

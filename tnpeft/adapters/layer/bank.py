@@ -176,6 +176,7 @@ class FactorBank(nn.Module, TensorNetworkLayer):
         self.configs: dict[str, Any] = {}
         self.keys: dict[str, frozenset[str]] = {}
         self.selected: dict[str, Tensor] = {}
+        self.tied: dict[str, list[Any]] = {}  # layers that hold one Parameter, by their site's path
         self.device: torch.device | None = None
         self.watching = False
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tnpeft.adapters.sites.selection import Axes, Selected, one_value, rowwise
 from tnpeft.layout import ParameterSpec, SiteLayout
-from tnpeft.networks import REPLICA
+from tnpeft.networks import REPLICA, Network
 from tnpeft.nn.executor.grouped import grouped_program
 from tnpeft.nn.executor.kernels import normalize_columns
 from tnpeft.nn.executor.program import Program, program
@@ -19,6 +19,8 @@ from tnpeft.nn.init.initializer import without_experts
 from tnpeft.nn.init.patterns import base as as_factor
 
 Source = Literal["site", "bank", "base"]
+Side = Literal["", "out", "inp"]
+_OTHER: dict[Side, Side] = {"": "", "out": "inp", "inp": "out"}
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,10 @@ class SiteUpdate:
     scale: float
     tokens: int
     expert: int
+    turned: bool
     program: Any = field(compare=False, repr=False)
     operands: tuple[Operand, ...]
-    side: Literal["", "out", "inp"]
+    side: Side
     start: int
     length: int
     keeps: bool
@@ -64,7 +67,8 @@ class SiteUpdate:
     _cached: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return update, (self.site_layout, self.unit_norm, self.constants, self.scale, self.tokens, self.expert)
+        place = _turned(self.site_layout) if self.turned else self.site_layout
+        return update, (place, self.unit_norm, self.constants, self.scale, self.tokens, self.expert, self.turned)
 
     def cached(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """Return what ``make`` made for the key at the first call; a copy of the update makes it anew."""
@@ -108,10 +112,12 @@ def update(
     scale: float,
     tokens: int,
     expert: int = 0,
+    turned: bool = False,
 ) -> SiteUpdate:
     """The update of the site_layout's site; ``constants`` are the factors that are the base weight itself.
 
-    Where each expert is a linear of its own, it is that of ``expert``.
+    Where each expert is a linear of its own, it is that of ``expert``. If it is ``turned``, its rows are the site's
+    columns, as in a head that is tied to an embedding.
 
     >>> from tnpeft.layout import layout
     >>> from tnpeft.networks import Factorization, Site
@@ -120,13 +126,13 @@ def update(
     >>> [(operand.source, operand.key) for operand in update(place, (), (), 1.0, 64).operands]
     [('site', 'B'), ('bank', 'A')]
     """
-    site = site_layout.site
+    site, site_layout = site_layout.site, _turned(site_layout) if turned else site_layout
     fixed = {"expert": torch.tensor(expert)} if "expert" in site_layout.network.stack and site.listed else {}
     net, sizes, stack = one_value(site_layout.network, site_layout.sizes, fixed)
     make = grouped_program if site.experts and not site.listed else program
     run = make(net, sizes, tokens=tokens, unit_norm=unit_norm)
     last = site.proj.rpartition("/")[2]
-    side: Literal["", "out", "inp"] = "out" if last.startswith("out:") else "inp" if last.startswith("inp:") else ""
+    side: Side = "out" if last.startswith("out:") else "inp" if last.startswith("inp:") else ""
     operands = tuple(_operand(site_layout, label, unit_norm, constants, stack) for label in run.labels)
     return SiteUpdate(
         site_layout,
@@ -135,9 +141,10 @@ def update(
         scale,
         tokens,
         expert,
+        turned,
         run,
         operands,
-        side,
+        side if not turned else _OTHER[side],
         site.start,
         site.inp if side == "inp" else site.out,
         run.has_weight_steps and not constants,
@@ -145,6 +152,12 @@ def update(
         stack,
         fixed,
     )
+
+
+def _turned(place: SiteLayout) -> SiteLayout:
+    """The same site as the transposed matrix."""
+    *stack, rows, cols = place.network.output
+    return replace(place, network=Network(place.network.terms, (*stack, cols, rows)))
 
 
 def as_base_factor(item: SiteUpdate, label: str, weight: Tensor) -> Tensor:

@@ -57,6 +57,7 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
         self._trained, self._paused = set(), None
         self._bank = (bank,)
         self._kept: WeightSnapshot | None = None
+        self.tied: list[DenseLinear] = []
 
     @property
     def bank(self) -> FactorBank:
@@ -291,7 +292,9 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
             self.set_base_weight(merged)
         else:  # a Parameter of its own: the one that was there may be another module's as well
             own: Any = base._parameters[self.weight_name]
-            setattr(base, self.weight_name, nn.Parameter(merged, requires_grad=own.requires_grad))
+            tied = next((its for its in self.tied if its is not self and its.merged_adapters == names), None)
+            new = nn.Parameter(merged, requires_grad=own.requires_grad)
+            setattr(base, self.weight_name, new if tied is None else tied.get_base_layer()._parameters["weight"])
         self._kept = kept
         self.merged_adapters[:] = names
 

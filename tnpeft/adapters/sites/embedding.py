@@ -83,7 +83,7 @@ class TensorNetworkEmbedding(CalledLayer):
         if drop and self.training:
             found = found * nn.functional.dropout(found.new_ones(x.shape), drop)[..., None]
         scale = embed_scale(module)
-        return found if scale is None else found * torch.as_tensor(scale).to(found.device, found.dtype)
+        return found if scale is None else found * torch.as_tensor(scale, dtype=found.dtype, device=found.device)
 
 
 def embed_scale(module: nn.Module) -> Any:
@@ -134,5 +134,5 @@ def _only_scaled(module: nn.Embedding) -> bool:
         found = module(token)
     except (TypeError, ValueError, RuntimeError, AttributeError):
         return False
-    plain = module.weight[0] * torch.as_tensor(scale).to(module.weight.device, module.weight.dtype)
+    plain = module.weight[0] * torch.as_tensor(scale, dtype=module.weight.dtype, device=module.weight.device)
     return isinstance(found, Tensor) and found.shape == (1, 1, len(plain)) and torch.equal(found[0, 0], plain)

@@ -1,0 +1,72 @@
+"""Embeddings and the heads that hold the same Parameter: one site, whose update all of them have."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from torch import nn
+
+from tnpeft.adapters.layer.merging import DenseLinear
+from tnpeft.adapters.rollback import outside
+from tnpeft.networks import Site
+
+
+class TiedTargets(BaseTuner):
+    """A tuner for which PEFT need not warn of tied targets: they are one site, and merging keeps the tie."""
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
+        if peft_config.modules_to_save:
+            super()._check_tied_modules(model, peft_config)
+
+    def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
+        return []
+
+
+def join_tied(
+    model: nn.Module, modules: dict[str, Any], bases: dict[str, Any], meant: Callable[[str], Any], known: bool
+) -> None:
+    """Make one target of a targeted embedding or linear and all that hold its Parameter, if one is an embedding.
+
+    Its path is those of all of them, joined by ``=``, the embedding's first. What is excluded stays as it is. Unless
+    it is ``known`` from a file, a warning says so.
+    """
+    holders: dict[int, list[str]] = {}
+    embeddings = set()
+    for path, module in outside(model):
+        base = module.get_base_layer() if isinstance(module, DenseLinear) else module
+        if isinstance(base, nn.Embedding | nn.Linear) and not isinstance(meant(path), _ExcludedModule):
+            holders.setdefault(id(base._parameters.get("weight")), []).append(path)
+            embeddings |= {path} if isinstance(base, nn.Embedding) else set()
+    for group in holders.values():
+        targeted = [path for path in group if path in bases]
+        if len(group) < 2 or not targeted or embeddings.isdisjoint(group):
+            continue
+        first = next(path for path in group if path in embeddings)
+        others = [path for path in group if path != first]
+        joined = "=".join([first, *others])
+        modules[joined] = model.get_submodule(first)
+        bases[joined] = (
+            modules[joined].get_base_layer() if isinstance(modules[joined], DenseLinear) else modules[joined]
+        )
+        for path in targeted:
+            del modules[path], bases[path]
+        if not known:
+            names = ", ".join(others)
+            warnings.warn(
+                f"{names} and {first} hold one Parameter: they are one site, and its update is in all of them; "
+                f"exclude_modules={others} leaves {names} as it is",
+                stacklevel=2,
+            )
+
+
+def note_tied(layer: DenseLinear, site: Site) -> bool:
+    """Tell a layer of a site which others hold its Parameter; true if its matrix is the transpose of the site's."""
+    if "=" not in site.module:
+        return False
+    layer.tied = layer.bank.tied.setdefault(site.module, [])
+    if layer not in layer.tied:
+        layer.tied.append(layer)
+    return isinstance(layer.get_base_layer(), nn.Linear)

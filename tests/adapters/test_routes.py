@@ -205,6 +205,13 @@ def test_dropout_is_of_the_input_of_base_and_update_alike() -> None:
     torch.testing.assert_close(found, layer.base_layer(x) + dropped @ (scaled - weight).T)
 
 
+def test_magnitudes_compile_before_any_other_call() -> None:
+    model, x = dora(), torch.randn(4, 6, dtype=torch.float64)
+    torch._dynamo.reset()
+    found = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(found, model(x), rtol=0, atol=1e-12)
+
+
 # ---- routes
 
 

@@ -85,11 +85,7 @@ class SiteProgram:
         self.replicas = int(sizes[net.stack[0]]) if net.stack else 1
         self.labels = tuple(net.label(factor) for factor in net.factors)
         self.rows, self.cols = (prod(sizes[index] for index in side) for side in (net.rows, net.cols))
-        self._dense_plan = dense
-
-    @cached_property
-    def _dense(self) -> Listing:
-        return compile_plan(self._dense_plan, self.labels, self.unit_norm)
+        self._dense = compile_plan(dense, self.labels, unit_norm)  # now: it may be read while a compiler traces
 
     def delta(self, operands: Sequence[Tensor], scale: float = 1.0) -> Tensor:
         """Return ``scale * dW``, ``[rows, cols]``; with an open stack index ``[replica or expert, rows, cols]``."""

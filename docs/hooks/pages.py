@@ -36,7 +36,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Links out of ``docs/``: the pages of ``paper/`` lie inside the site, a test is named by its path."""
     if page.file.src_uri == "features.md":  # long remarks, which a phone would set a word to a line
-        markdown += "\n<style>.md-typeset td:nth-child(3) { min-width: 16rem; }</style>\n"
+        markdown += "\n<style>.md-typeset td:nth-child(n + 3) { min-width: 16rem; }</style>\n"
     markdown = re.sub(r"\]\(((?:\.\./)*)\.\./paper/", r"](\1paper/", markdown)
     return re.sub(r"\[([^]]*)\]\((?:\.\./)+(tests/[^)]*)\)", r"\1: `\2`", markdown)
 
@@ -103,7 +103,7 @@ def reference_pages() -> dict[str, str | bytes]:
             continue
         path = f"{found.__module__}.{found.__name__}"
         places[path] = f"{name}.md"
-        summary = (inspect.getdoc(found) or "").splitlines()[0]
+        summary = re.sub(r":[a-z]+:(`[^`]+`)", r"\1", (inspect.getdoc(found) or "").splitlines()[0])
         rows.append(f"- [`{name}`]({name}.md): {summary}")
         pages[f"reference/{name}.md"] = f"::: {path}\n"
     rows.append("\n## Packages\n")

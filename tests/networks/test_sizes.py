@@ -265,3 +265,22 @@ def test_a_name_means_the_same_as_a_keyword_and_in_a_line(name: str) -> None:
         assert eval(f"tnpeft.parameters(net, o=2, i=3, {name}=5)", scope) == 25
     assert tnpeft.parameters(net, {"o": 2, "i": 3, name: 5}) == 25
     assert tnpeft.Factorization.of(net, ranks={name: 5}).sizes(o=2)[net.bonds[0]] == 5
+
+
+CONV = "G1[out a] G2[a inp b] G3[b kh c] G4[c kw] -> out (inp kh kw)"
+
+
+@pytest.mark.parametrize("features", [{"inp": 72, "kh": 3, "kw": 3}, {"inp": 9}, {"inp": 72, "kh": 9}])
+@pytest.mark.parametrize("name", ["own", *tnpeft.families.names()])
+def test_sizes_may_be_given_again(name: str, features: dict[str, int]) -> None:
+    if name == "own":
+        f = tnpeft.Factorization.of(CONV, ranks=dict.fromkeys("abc", 2))
+    else:
+        f, features = tnpeft.families.get(name)(), {"inp": 64}
+    stack = dict.fromkeys(f.network.stack, 3)
+    for line in f.lines:
+        sizes = f.sizes(out=16, heads=4, **stack, **features, line=line)
+        assert f.sizes(sizes, line=line) == sizes
+    if name == "own":
+        assert tnpeft.parameters(f, sizes) == tnpeft.parameters(f, out=16, **features)
+        assert f.sizes(sizes, inp=144)["inp"] * f.sizes(sizes, inp=144)["kh"] * sizes["kw"] == 144

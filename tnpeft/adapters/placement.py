@@ -114,7 +114,7 @@ def check_memory(found: Layout, tokens: int, refused: bool = True) -> None:
     kinds = {(its.network, tuple(its.sizes.items())): its.site for its in found.site_layouts}
     for (net, sizes), site in kinds.items():
         make: Any = grouped_program if site.experts else program
-        run = make(*one_value(net, dict(sizes))[:2], tokens=tokens)
+        run = make(*one_value(net, dict(sizes), () if site.experts else ("expert",))[:2], tokens=tokens)
         for step in (*run.plan.steps, *run.fused_plan.steps):
             if step.kind == "reshape":  # creates nothing, and its indices are groups
                 continue
@@ -138,8 +138,9 @@ def check_memory(found: Layout, tokens: int, refused: bool = True) -> None:
 
 
 def check_experts(found: Layout) -> None:
-    """Raise if a line with the index ``expert`` serves a weight that has no experts, or a constant without it stands
-    for the weights of several.
+    """Raise if lines with the index ``expert`` serve no experts, or a constant without it stands for several of them.
+
+    Beside weights of experts, a linear is one expert.
 
     Raises:
         ConfigError: there is one.
@@ -149,9 +150,10 @@ def check_experts(found: Layout) -> None:
     Traceback (most recent call last):
     tnpeft.networks.errors.ConfigError: the index 'expert' has no meaning on q_proj (2 x 3): it is one matrix, ...
     """
+    several = any(site_layout.site.experts for site_layout in found.site_layouts)
     for site_layout in found.site_layouts:
         net, site = site_layout.line.network, site_layout.site
-        if "expert" in net.indices and not site.experts:
+        if "expert" in net.indices and not several:
             raise ConfigError(
                 f"the index 'expert' has no meaning on {site.proj} ({site.out} x {site.inp}): it is one matrix, "
                 "not one for every expert",

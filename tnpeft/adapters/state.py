@@ -151,7 +151,7 @@ def arrays(
             owner: TensorNetworkLayer = linear if param.home else bank
             if label in item.constants:
                 every = [linear.constant(item, label) for linear, item in its]  # of experts in a list one in each
-                listed = site_layout.site.listed and "expert" in param.indices
+                listed = "expert" in item.fixed and "expert" in param.indices
                 found[param] = torch.stack(every, param.indices.index("expert")) if listed else every[0]
             else:
                 found[param] = owner.tnpeft_factors[adapter].get(param.key)

@@ -13,7 +13,7 @@ from tnpeft.networks.display import factorization_html, svg
 from tnpeft.networks.errors import NetworkError
 from tnpeft.networks.network import Network
 from tnpeft.networks.notation import network
-from tnpeft.networks.sizes import Size, Sizes, bind, check_size, evaluate, folded, joined, split
+from tnpeft.networks.sizes import IndexSizes, Size, Sizes, bind, check_size, evaluate, folded, joined, split
 
 STACK = ("layer", "proj", "expert", "task", "replica")  # the stack indices that have a meaning in a model
 
@@ -258,7 +258,8 @@ class Factorization:
         """Sizes of the line's indices: ``given``, with ranks, splits and heads filled in.
 
         ``out`` and ``inp`` are the matrix's features whatever the groups' indices are called, ``heads`` the
-        number of attention heads for an index called ``head``. What cannot be worked out yet is left open.
+        number of attention heads for an index called ``head``. What cannot be worked out yet is left open. What this
+        returns may be given again: there ``inp`` of a group ``(inp kh kw)`` is the index's size.
 
         Raises:
             NetworkError: a split does not fit, a rule names an unknown size, or an index has a name that means
@@ -266,13 +267,16 @@ class Factorization:
         """
         net = (line or self.lines[0]).network
         _refuse_misplaced_names(net)
-        given = {**(given or {}), **more}
+        given = joined(given, more)
+        done = isinstance(given, IndexSizes)
         ints: dict[str, Any] = {name: size for name, size in given.items() if isinstance(size, int)}
         ints |= {r: rank for r, rank in self.ranks.items() if isinstance(rank, int) and r not in given}
         found: dict[str, Size] = {r: ints[r] for r in net.bonds if r in ints}
         for side, group in (("out", net.rows), ("inp", net.cols)):
-            if isinstance(given.get(side), int) and not all(
-                i in given and (i != side or len(group) == 1) for i in group
+            if (
+                isinstance(given.get(side), int)
+                and not done
+                and not all(i in given and (i != side or len(group) == 1) for i in group)
             ):
                 found |= self._split(net, side, group, ints)
         ints |= {name: size for name, size in found.items() if name not in given}
@@ -280,8 +284,8 @@ class Factorization:
             if isinstance(rule, str) and bond in net.bonds and bond not in given and _ready(rule, ints):
                 found[bond] = ints[bond] = check_size(bond, evaluate(rule, ints), str(net))
         parts = {index for group in (net.rows, net.cols) if len(group) > 1 for index in group} & {"out", "inp"}
-        known = {**found, **{name: size for name, size in given.items() if name not in parts}}
-        return {index: known[index] for index in net.indices if index in known}
+        known = {**found, **{name: size for name, size in given.items() if done or name not in parts}}
+        return IndexSizes({index: known[index] for index in net.indices if index in known})
 
     def _split(self, net: Network, side: str, group: tuple[str, ...], ints: dict[str, int]) -> dict[str, int]:
         parts = self.splits.get(side, ())

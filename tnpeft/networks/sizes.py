@@ -94,8 +94,15 @@ def bind(net: Network, sizes: Sizes | None, keywords: Sizes, extra: Iterable[str
     return bound
 
 
+class IndexSizes(dict[str, Size]):
+    """Sizes by index, in which ``out`` and ``inp`` are those of the indices, not the features of their whole groups.
+
+    What :meth:`Factorization.sizes` returns, so that it may be given to it again.
+    """
+
+
 def joined(sizes: Sizes | None, keywords: Sizes) -> dict[str, Size]:
-    """Sizes from a mapping and from keywords, which come first.
+    """Sizes from a mapping and from keywords, which come first; of the mapping's kind unless they give features.
 
     Raises:
         NetworkError: ``sizes`` is not a mapping.
@@ -107,7 +114,8 @@ def joined(sizes: Sizes | None, keywords: Sizes) -> dict[str, Size]:
         raise NetworkError(
             f"the sizes are {str(sizes)[:60]!r}", remedy='pass a mapping, such as {"r": 8}, or keywords'
         )
-    return {**folded(sizes or {}), **keywords}
+    kind = IndexSizes if isinstance(sizes, IndexSizes) and keywords.keys().isdisjoint(("out", "inp")) else dict
+    return kind({**folded(sizes or {}), **keywords})
 
 
 def folded(given: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -13,10 +13,12 @@ import pytest
 import torch
 from adapter_models import shake
 from expert_models import CONFIGS, attached, logits, mixture, tokens
+from oracles import dense
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import tnpeft
+from tnpeft.adapters.state import arrays, bank_of
 from tnpeft.networks import AdapterFileError, NetworkError, SiteRule
 
 KINDS = ["mixtral", "gpt_oss"]
@@ -395,3 +397,30 @@ def test_experts_that_cannot_be_adapted_are_refused_by_name() -> None:
     refused("layers.1.mlp.experts.gate_up_proj holds 4 matrices of 32 x 32, and nothing says which axis is")
     experts.down_proj = nn.Parameter(experts.down_proj.to(torch.float8_e4m3fn), requires_grad=False)
     refused("layers.1.mlp.experts is a MixtralExperts, whose experts are quantised")
+
+
+@pytest.mark.parametrize("family", ["shared_outer_lora", "expert_cp", "own_hira"])
+def test_beside_experts_a_linear_is_one_expert(family: str, tmp_path: Path) -> None:
+    base = mixture().double()
+    hira = "^W[layer proj expert out inp] B[layer proj expert out r] A[proj r inp] -> layer proj expert out inp"
+    own = {"network": hira, "ranks": {"r": 2}, "init": {"W": "base"}}
+    options = own if family == "own_hira" else {"network": tnpeft.families.get(family)(2)}
+    model = attached(base, options.pop("network"), ("experts", "q_proj", "embed_tokens"), **options).double()
+    shake(model)
+    factors, names = tnpeft.factors(model), ("q_proj", "embed_tokens")
+    assert all(value.isfinite().all() for value in factors.values())
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert count == bank_of(model).layouts["default"].count()
+    for path in (name for name, _ in base.named_modules() if name.endswith(names)):
+        layer = model.base_model.model.get_submodule(path)
+        [item] = layer.updates["default"]
+        held = arrays(model, bank_of(model), "default")
+        values = {label: held[param].detach() for label, param in item.site_layout.parameters.items()}
+        wanted = item.scale * dense(item.site_layout.network, values)[0]
+        found = layer.get_delta_weight("default")
+        assert torch.allclose(found.T if path.endswith("embed_tokens") else found, wanted, rtol=0, atol=1e-12)
+    found = logits(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)), found)
+    model.merge_adapter()
+    assert torch.allclose(logits(model), found, rtol=0, atol=1e-5 * float(found.abs().max()))

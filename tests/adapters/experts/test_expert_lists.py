@@ -10,13 +10,14 @@ from typing import Any
 import peft
 import pytest
 import torch
-from expert_models import CONFIGS
+from expert_models import CONFIGS, mixture
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig
 from weight_kinds import Gated, Mixtures, sequence, shake
 
 import tnpeft
+from tnpeft.adapters.state import arrays, bank_of
 from tnpeft.networks import NetworkError
 
 HIRA = {
@@ -147,7 +148,8 @@ def test_what_targets_mean() -> None:
     with pytest.raises(NetworkError, match="layers is a ModuleList, not a linear"):
         sites("lora", ["layers"])
     with pytest.raises(NetworkError, match="'expert' has no meaning on gate"):
-        sites("expert_cp", ["gate", "w1"])
+        sites("expert_cp", ["gate"])
+    assert sites("expert_cp", ["gate", "w1"]) == [("gate", 0), ("w1", 4)]  # beside experts, a linear is one expert
 
 
 def test_experts_that_differ_are_refused() -> None:
@@ -212,3 +214,28 @@ def test_an_architecture_whose_card_knows_fused_experts() -> None:
         (name, 4) for name in ("gate_proj", "up_proj", "down_proj")
     }
     assert {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad} == {"default"}
+
+
+POOL = "B[layer proj pool out r] ^M[expert pool] A[layer proj pool r inp] -> layer proj expert out inp"
+OWNERS = [[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 0.0]]  # two experts share an adapter, the last has none
+
+
+@pytest.mark.parametrize("make", [Mixtures, mixture])
+def test_a_pool_of_adapters_for_some_of_the_experts(make: Any) -> None:
+    torch.manual_seed(0)
+    base = make()
+    f = tnpeft.Factorization.of(POOL, ranks={"r": 2, "pool": 2}, init={"M": OWNERS})
+    config = tnpeft.TensorNetworkConfig(network=f, target_modules=["experts"])
+    model = peft.get_peft_model(copy.deepcopy(base), config)
+    shake(model)
+    layers = [layer for layer in model.modules() if hasattr(layer, "get_delta_weight") and layer.updates]
+    if make is Mixtures:
+        deltas = torch.stack([layer.get_delta_weight("default") for layer in layers[:12:3]])
+    else:
+        deltas = layers[0].get_delta_weight("default")
+    held, params = arrays(model, bank_of(model), "default"), layers[0].updates["default"][0].site_layout.parameters
+    assert params["B"].shape[0] == params["A"].shape[0] == 2
+    own = torch.einsum("por,pri->poi", held[params["B"]].detach(), held[params["A"]].detach())
+    rows = own.shape[1]
+    for delta, owner in zip(deltas, [own[0], own[1], own[1], 0 * own[0]], strict=True):
+        assert torch.allclose(delta[:rows], owner, atol=1e-5)

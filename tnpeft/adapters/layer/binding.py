@@ -127,7 +127,8 @@ def update(
     [('site', 'B'), ('bank', 'A')]
     """
     site, site_layout = site_layout.site, _turned(site_layout) if turned else site_layout
-    fixed = {"expert": torch.tensor(expert)} if "expert" in site_layout.network.stack and site.listed else {}
+    one = site.listed or not site.experts  # of a linear, which is one expert, too
+    fixed = {"expert": torch.tensor(expert)} if one and "expert" in site_layout.network.stack else {}
     net, sizes, stack = one_value(site_layout.network, site_layout.sizes, fixed)
     make = grouped_program if site.experts and not site.listed else program
     run = make(net, sizes, tokens=tokens, unit_norm=unit_norm)

@@ -102,7 +102,7 @@ class CalledLayer(DenseLinear):
         own: set[str] = set()
         count = 1
         if item.stack:
-            rows, count = chosen_rows(item.stack, item.site_layout.sizes, self.bank.selected)
+            rows, count = chosen_rows(item.stack, item.site_layout.sizes, item.chosen(self.bank.selected))
             both = zip(item.program.labels, item.operands, strict=True)
             own = {label for label, operand in both if any(index in rows for _, index in operand.stack)}
         elif item.program.replicas > 1:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import signal
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -453,6 +457,54 @@ def test_a_folder_is_written_whole_or_stays(saved: Path, tmp_path: Path, monkeyp
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
+
+
+@contextmanager
+def small_disk(size: int) -> Iterator[None]:
+    """Files of this process end at a size, as on a full disk."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+
+
+@pytest.mark.parametrize("size", [0, 300, 2000])
+def test_whoever_writes_leaves_everything_or_nothing(size: int, tmp_path: Path) -> None:
+    model = adapted("lora")
+    writers = {
+        "adapter": lambda: model.save_pretrained(tmp_path / "adapter"),
+        "recipe": lambda: model.peft_config["default"].save_pretrained(str(tmp_path / "recipe")),
+        "lora": lambda: tnpeft.export_lora(model, tmp_path / "lora"),
+    }
+    for write in writers.values():
+        write()
+    writers |= {
+        "new": lambda: tnpeft.export_lora(model, tmp_path / "new"),
+        "converted": lambda: tnpeft.convert(tmp_path / "lora", tmp_path / "converted"),
+        "kohya": lambda: tnpeft.convert(tmp_path / "lora", tmp_path / "kohya.safetensors", to="kohya"),
+    }
+    files = lambda: {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}  # noqa: E731
+    before = files()
+    for name, write in writers.items():
+        if size < 2000 or name != "recipe":  # which is smaller
+            with small_disk(size), pytest.raises(AdapterFileError, match=r"cannot be written(.|\n)*make room"):
+                write()
+        assert files() == before, name
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "x" * 300])
+def test_a_place_that_is_no_folder_is_named(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    model = adapted("lora")
+    for write in (model.save_pretrained, partial(tnpeft.export_lora, model)):
+        with pytest.raises(AdapterFileError, match="cannot be written"):
+            write(tmp_path / place)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["kept"]
 
 
 # ---- values of any kind

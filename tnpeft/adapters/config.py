@@ -12,7 +12,7 @@ from peft.config import PeftConfig
 from tnpeft.adapters.config_validation import check_fields, check_replicas
 from tnpeft.adapters.constants import TENSOR_NETWORK
 from tnpeft.adapters.sites.selection import check_stack
-from tnpeft.adapters.storage.files import AGAIN, LOADING, Stored, describe, fetch, stored
+from tnpeft.adapters.storage.files import AGAIN, LOADING, Stored, describe, fetch, stored, written
 from tnpeft.adapters.storage.serialization import factorization, lower, with_rank_pattern
 from tnpeft.networks import AdapterFileError, ConfigError, Factorization, replicated
 
@@ -212,8 +212,9 @@ class TensorNetworkConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write ``adapter_config.json``, and into the model card what this adapter is and how to load it."""
-        super().save_pretrained(save_directory, **kwargs)
-        describe(save_directory, {"": self.factorization})
+        with written(save_directory) as folder:
+            super().save_pretrained(str(folder), **kwargs)
+            describe(str(folder), {"": self.factorization})
 
     @classmethod
     def from_pretrained(

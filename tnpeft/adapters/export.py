@@ -21,6 +21,7 @@ from tnpeft.adapters.experts.weight import ExpertWeight
 from tnpeft.adapters.layer.linear import TensorNetworkLinear
 from tnpeft.adapters.layer.merging import DenseLinear
 from tnpeft.adapters.state import bank_of
+from tnpeft.adapters.storage.files import written
 from tnpeft.networks import NetworkError
 from tnpeft.nn.lowrank import cut_rank, sides, truncated
 
@@ -133,11 +134,10 @@ def export_lora(model: nn.Module, path: str | Path, adapter: str = "default", *,
         rows.append(row)
         tensors[f"base_model.model.{place}.lora_A.weight"] = right
         tensors[f"base_model.model.{place}.lora_B.weight"] = left
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    _config(own, base, linears, {row.module: row.rank for row in rows}).save_pretrained(str(folder))
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    return Export(folder, tuple(rows), sum(t.numel() for name, t in tensors.items() if ".lora_" in name))
+    with written(path) as folder:
+        _config(own, base, linears, {row.module: row.rank for row in rows}).save_pretrained(str(folder))
+        save_file(tensors, Path(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
+    return Export(Path(path), tuple(rows), sum(t.numel() for name, t in tensors.items() if ".lora_" in name))
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 from tnpeft.studies import backbones, methods
@@ -191,3 +192,6 @@ def _kinds(table: Mapping[str, Any], kinds: Mapping[str, Any], where: str) -> No
         if not fits or (isinstance(kind, list) and not all(isinstance(item, kind[0]) for item in value)):
             called = f"list of {_CALLED[kind[0]]}s" if isinstance(kind, list) else _CALLED[kind]
             raise StudyError(f"{key} = {value!r} is not a {called}", where=where, remedy=f"give a {called}")
+        for number in value if isinstance(value, list | tuple) else (value,):
+            if kind is not object and isinstance(number, int | float) and not 0 <= number < inf:
+                raise StudyError(f"{key} = {value!r}", where=where, remedy="give finite numbers from 0 on")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from tnpeft.networks import Factor, Factorization, Network, network
+from tnpeft.networks import Factor, Factorization, Network, NetworkError, network
 from tnpeft.scaling.starts import batch_bonds
 from tnpeft.studies.files import StudyError
 
@@ -48,12 +48,14 @@ def factorization(method: Method) -> Factorization:
     from tnpeft import families
 
     tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in args.items()}
+    declare = families.get(method["family"])
     try:
-        f = families.get(method["family"])(**tuples)
+        f = declare(**tuples)
         change = dict(method.get("change", {}))
         return replace(f, **{**change, "ranks": {**f.ranks, **change.get("ranks", {})}})
-    except TypeError as error:
-        raise StudyError(f"wrong arguments: {error}", where=f"family {method['family']!r}") from None
+    except (TypeError, NetworkError) as error:
+        problem, remedy = getattr(error, "problem", str(error)), getattr(error, "remedy", "")
+        raise StudyError(f"wrong arguments: {problem}", where=f"family {method['family']!r}", remedy=remedy) from None
 
 
 def by_rule(method: Method) -> Method:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from tnpeft.adapters.convert import gguf
@@ -21,6 +21,7 @@ from tnpeft.adapters.convert.lines import AdapterLines
 from tnpeft.adapters.convert.read import Source, load, read_peft
 from tnpeft.adapters.convert.trainers import read_trainers_file
 from tnpeft.adapters.convert.write import held, packings_of, write_image, write_peft
+from tnpeft.adapters.storage.files import ROOM
 from tnpeft.models import Card, cards
 from tnpeft.networks import AdapterFileError, ConfigError, NetworkError
 
@@ -81,21 +82,21 @@ def convert(source: str | Path, target: str | Path, to: str = "tnpeft", *, model
     if to not in TARGETS:
         raise ConfigError(f"to={to!r} is not a target", remedy=f"use one of {', '.join(TARGETS)}")
     path = Path(target)
-    if path.exists():
+    if os.path.exists(path):
         raise ConfigError(f"{str(path)!r} exists", remedy="choose another target, or remove it first")
     found = _read(Path(source), _shapes(model))
     card = _card(model, found.lines)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
-        new = aside / f"file{_FILES[to]}" if to in _FILES else aside / "folder"
-        lines = _write(found.lines, new, to, card)
-        back = _updates(new, to, lines, model, card)
-        difference = _compare(found, lines, back)
-        os.chmod(new, 0o755 if new.is_dir() else 0o644)
-        os.replace(new, path)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as aside:
+            new = Path(aside, f"file{_FILES[to]}" if to in _FILES else "folder")
+            lines = _write(found.lines, new, to, card)
+            back = _updates(new, to, lines, model, card)
+            difference = _compare(found, lines, back)
+            os.chmod(new, 0o755 if new.is_dir() else 0o644)
+            os.replace(new, path)
+    except (OSError, SafetensorError) as error:
+        raise AdapterFileError(f"{path} cannot be written: {error}", remedy=ROOM) from error
     return Conversion(found.format, to, path, len(lines.sites), _elements(lines), difference)
 
 

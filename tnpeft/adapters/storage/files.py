@@ -273,7 +273,7 @@ def written(folder: Any, writes: bool = True) -> Iterator[Any]:
     Raises:
         AdapterFileError: the disk does not take them; what was in the folder stays.
     """
-    if not writes or os.path.isfile(folder):  # PEFT has an error for the latter
+    if not writes:
         yield folder
         return
     target = Path(folder)

@@ -327,7 +327,7 @@ def test_an_embedding_that_scales_its_rows() -> None:
         (Shifted(8, 4), {}, "0 is a Shifted, which does more than look up rows"),
         (Standardised(4, 4, 1), {}, "0 is a Standardised, which does more than convolve"),
         (nn.LazyConv2d(4, 1), {}, "0 has no weight yet"),
-        (nn.ConvTranspose2d(4, 4, 1), {}, "0 is a ConvTranspose2d, not a linear"),
+        (nn.ConvTranspose2d(4, 4, 1), {}, "0 is a ConvTranspose2d, and transposed convolutions are not adapted"),
         (nn.LayerNorm(4), {}, "0 is a LayerNorm, not a linear"),
         (nn.Conv2d(4, 4, 3), {"network": "A[layer proj out kh] -> layer proj out (inp kh)"}, "kh"),
     ],
@@ -368,3 +368,56 @@ def test_a_line_names_the_taps_of_the_kernel() -> None:
     model = peft.get_peft_model(nn.Sequential(nn.Conv2d(8, 16, 3)), config)
     assert trained(model) == 2 * (16 + 72)
     assert "formed" in tnpeft.explain(model).rows[0].reason
+
+
+class Picture(nn.Module):
+    """Convolutions, an embedding and attention, as in a model of pictures and words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.patch_embeddings = nn.Conv2d(3, 16, 3, padding=1), nn.Module()
+        self.patch_embeddings.projection = nn.Conv2d(16, 32, 2, stride=2)
+        self.embed_tokens, self.attn = nn.Embedding(50, 32), nn.MultiheadAttention(32, 4, batch_first=True)
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        patches = self.patch_embeddings.projection(self.conv1(x)).flatten(2).mT
+        tokens = torch.cat([patches, self.embed_tokens(ids)], 1)
+        return self.attn(tokens, tokens, tokens)[0]
+
+
+def test_one_adapter_of_every_kind_of_layer(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base, batch = Picture().double(), (torch.randn(2, 3, 8, 8).double(), torch.randint(0, 50, (2, 5)))
+
+    def same(one: Tensor, other: Tensor) -> bool:
+        return torch.allclose(one, other, rtol=0, atol=1e-12)
+
+    targets = ["conv1", "patch_embeddings.projection", "embed_tokens", "in_proj"]
+    config = tnpeft.TensorNetworkConfig(network=tnpeft.families.tucker(4), target_modules=targets)
+    model = peft.get_peft_model(copy.deepcopy(base), config).double()
+    assert same(model(*batch), base(*batch))
+    assert len({row.site for row in tnpeft.explain(model).rows}) == 6
+    shake(model, 0.2)
+    found = model(*batch).detach()
+    assert not torch.allclose(found, base(*batch), atol=1e-3)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert same(again(*batch), found)
+    with model.disable_adapter():
+        assert same(model(*batch), base(*batch))
+    model.merge_adapter()
+    assert same(model(*batch), found)
+    model.unmerge_adapter()
+    held = {name.replace(".base_layer", ""): value for name, value in model.get_base_model().named_parameters()}
+    assert all(torch.equal(held[name], value) for name, value in base.named_parameters())
+    assert same(model(*batch), found)
+    model.add_adapter("second", tnpeft.TensorNetworkConfig(network="lora", ranks={"r": 2}, target_modules=targets))
+    model.double().set_adapter("second")
+    assert same(model(*batch), base(*batch))
+    model.set_adapter("default")
+    checked = checkpoint(lambda x: model(x, batch[1]), batch[0].clone().requires_grad_(), use_reentrant=False)
+    assert same(checked, found)
+    assert len(tnpeft.coordinate_check(model, batch).rows) == 18
+    with pytest.raises(NetworkError, match="conv1 is not a linear, and only updates of linears are exported"):
+        tnpeft.export_lora(model, tmp_path / "lora")
+    assert same(model.merge_and_unload()(*batch), found)

@@ -239,3 +239,15 @@ def test_a_pool_of_adapters_for_some_of_the_experts(make: Any) -> None:
     rows = own.shape[1]
     for delta, owner in zip(deltas, [own[0], own[1], own[1], 0 * own[0]], strict=True):
         assert torch.allclose(delta[:rows], owner, atol=1e-5)
+
+
+def test_experts_whose_linears_do_something_else_are_refused() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    base = Mixtures()
+    base.layers[1].moe.experts[2].w1 = Doubled(16, 16)
+    config = tnpeft.TensorNetworkConfig(network="expert_cp", target_modules=["experts"])
+    with pytest.raises(NetworkError, match="Doubled"):
+        peft.get_peft_model(base, config)

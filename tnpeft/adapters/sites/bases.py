@@ -34,6 +34,11 @@ def linear(name: str, module: nn.Module, quantised: dict[str, Any]) -> nn.Module
         NetworkError: it is something else.
     """
     base = module.get_base_layer() if isinstance(module, DenseLinear) else module
+    if isinstance(base, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        raise NetworkError(
+            f"{name} is a {type(base).__name__}, and transposed convolutions are not adapted",
+            remedy="leave it out of target_modules, or name it in exclude_modules; modules_to_save trains it in full",
+        )
     if kind(base, quantised) is None:
         raise NetworkError(
             f"{name} is a {type(base).__name__}, not a linear, an embedding or a convolution",

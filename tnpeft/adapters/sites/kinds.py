@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from transformers.pytorch_utils import Conv1D
 
+from tnpeft.adapters.experts.listed import ListedWeight
 from tnpeft.adapters.layer.bank import FactorBank
 from tnpeft.adapters.layer.linear import TensorNetworkLinear
 from tnpeft.adapters.layer.merging import DenseLinear
@@ -63,8 +64,9 @@ def check_kind(name: str, module: Any, config: Any, quantised: dict[str, Any]) -
         check_embedding(name, module, config.dora)
     elif isinstance(module, CONVOLUTIONS):
         check_convolution(name, module)
-    elif isinstance(module, nn.Linear | Conv1D) and resolve_quantization_backend(module, **quantised) is None:
-        _check_linear(name, module)
+    for linear in module.linears if isinstance(module, ListedWeight) else (module,):
+        if isinstance(linear, nn.Linear | Conv1D) and resolve_quantization_backend(linear, **quantised) is None:
+            _check_linear(name, linear)
 
 
 @torch.no_grad()

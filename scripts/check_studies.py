@@ -1,9 +1,9 @@
 """Guards over the committed studies, and a run of minutes: are conclusions allowed that the report draws?
 
 Fails if a chosen rate or step stands at an end of its grid, if a verdict stands on fewer than eight independent
-observations, or if a study's backbone is not in ``paper/backbones.toml``. With ``--run`` the controls, LoRA and LoRA
-in another gauge, are trained with preconditioned steps on two backbones: their mean losses must differ by no more
-than replicates of one control make likely. Nothing is claimed for lines with a trained core: they take other steps.
+observations, or if a study's backbone is not in ``paper/backbones.toml``. With ``--run`` the controls (LoRA, LoRA in
+another gauge, MoSLoRA, Tucker, block terms) are trained with steps of the update on two backbones: their mean losses
+must differ by no more than replicates of one control make likely.
 
     python scripts/check_studies.py
     python scripts/check_studies.py --run
@@ -63,7 +63,7 @@ def main() -> None:
     if parser.parse_args().run:
         with tempfile.TemporaryDirectory() as made:
             study = Study.read(PRESET, cache=made)
-            sweep(study, Path(made) / "runs", Engine(pack=4), say=lambda line: None)
+            sweep(study, Path(made) / "runs", Engine(pack=8), say=lambda line: None)
             gap, floor = spread(report(study, Path(made) / "runs", Path(made) / "report"))
         print(f"controls: mean losses within {gap:.3f}, noise floor {floor:.3f}")
         found += [f"the controls differ by {gap:.3f}, over their noise floor {floor:.3f}"] if gap > floor else []

@@ -19,7 +19,7 @@ demo: .venv/ready
 check: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict tnpeft/_text.py tnpeft/_extras.py tnpeft/networks tnpeft/families tnpeft/layout.py tnpeft/models tnpeft/counting \
+	$(BIN)/mypy --strict tnpeft/_text.py tnpeft/_files.py tnpeft/_extras.py tnpeft/networks tnpeft/families tnpeft/layout.py tnpeft/models tnpeft/counting \
 		tnpeft/scaling tnpeft/planning tnpeft/comparison
 
 unit: .venv/ready

@@ -5,11 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import signal
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ import peft
 import pytest
 import torch
 from adapter_models import adapted, bert, gpt2, llama, logits, opt, shake
+from disks import small_disk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -457,20 +455,6 @@ def test_a_folder_is_written_whole_or_stays(saved: Path, tmp_path: Path, monkeyp
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
-
-
-@contextmanager
-def small_disk(size: int) -> Iterator[None]:
-    """Files of this process end at a size, as on a full disk."""
-    resource = pytest.importorskip("resource")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, before)
 
 
 @pytest.mark.parametrize("size", [0, 300, 2000])

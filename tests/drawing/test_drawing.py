@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib
 import pytest
+from disks import small_disk
 from hypothesis import HealthCheck, given, settings
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -198,3 +199,13 @@ def test_the_order_inside_a_group_is_drawn() -> None:
     texts = [{box.text for box in scene(graph(net, net.terms[0], {})).boxes} for net in nets]
     assert {"(o1 o2)", "(i1 i2)"} <= texts[0]
     assert {"(o1 o2)", "(i2 i1)"} <= texts[1]
+
+
+@pytest.mark.parametrize("ending", ["svg", "png", "pdf"])
+def test_a_picture_is_written_whole_or_stays(ending: str, tmp_path: Path) -> None:
+    file = tmp_path / f"lora.{ending}"
+    draw(LORA, file)
+    before = file.read_bytes()
+    with small_disk(300), pytest.raises(OSError, match="too large"):
+        draw("C[out a] B[a b] A[b inp] -> out inp", file)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]

@@ -15,7 +15,7 @@ import tnpeft
 
 ROOT = Path(tnpeft.__file__).parent
 ORDER = (
-    {"_text"},
+    {"_text", "_files"},
     {"networks"},
     {"families"},
     {"layout", "models"},

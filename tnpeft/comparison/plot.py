@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tnpeft._extras import needed
+from tnpeft._files import save_figure
 from tnpeft.networks import NetworkError
 
 _FORMATS = (".svg", ".png", ".pdf")
@@ -49,10 +49,5 @@ def plot(rows: Sequence[Any], title: str, headings: Mapping[str, str], path: str
             axes.locator_params(axis="x", nbins=3) if axes.get_xscale() == "linear" else None
             axes.spines[["top", "right"]].set_visible(False)
         axes.invert_yaxis()
-        part = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
-        try:
-            figure.savefig(part, dpi=200)
-            os.replace(part, target)
-        finally:
-            part.unlink(missing_ok=True)
+        save_figure(figure, target, dpi=200)
     return target

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tnpeft._extras import needed
+from tnpeft._files import save_figure, whole
 from tnpeft.drawing.composition import FILL, INK, LINE, MARGIN, RIM, SOFT, compose
 from tnpeft.drawing.graph import Drawable
 from tnpeft.drawing.markup import svg
@@ -41,14 +42,16 @@ def draw(net: Drawable, file: str | Path, sizes: Mapping[str, Any] | None = None
     if path.suffix.lower() not in _FORMATS:
         raise NetworkError(f"cannot draw into {path.name!r}", remedy=f"end the name in {', '.join(_FORMATS)}")
     if path.suffix.lower() == ".svg":
-        path.write_text('<?xml version="1.0" encoding="utf-8"?>\n' + svg(net, sizes), encoding="utf-8")
+        text = '<?xml version="1.0" encoding="utf-8"?>\n' + svg(net, sizes)
+        with whole(path) as part:
+            part.write_text(text, encoding="utf-8")
         return path
     needed("matplotlib", "plots", f"a picture as {path.suffix}")
     from matplotlib import rc_context
 
     metadata = {".pdf": {"CreationDate": None}}.get(path.suffix.lower())
     with rc_context(_STYLE):
-        figure(net, sizes).savefig(path, dpi=dpi, metadata=metadata)
+        save_figure(figure(net, sizes), path, dpi=dpi, metadata=metadata)
     return path
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tnpeft._files import save_figure
 from tnpeft._text import Table, block
 from tnpeft.adapters.state import arrays, bank_of
 from tnpeft.networks import Site
@@ -68,7 +69,7 @@ class CoordinateCheck:
         axes.set(xlabel="predicted change per unit rate", ylabel="measured change per unit rate")
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
-        figure.savefig(path)
+        save_figure(figure, Path(path))
 
 
 def coordinate_check(model: nn.Module, batch: Any, adapter: str = "default") -> CoordinateCheck:

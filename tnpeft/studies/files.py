@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tnpeft._files import whole
 from tnpeft.networks.errors import StudyError
 
 _NUMBERS = re.compile(r"\[\n[\d\s,.eE+-]+\]")  # lists of numbers, which are written on one line
@@ -49,27 +50,6 @@ def write_text(path: Path, text: str) -> Path:
     with whole(path) as part:
         part.write_text(text, encoding="utf-8", newline="\n")
     return path
-
-
-@contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A file to write; at the end it becomes ``path``. A reader sees the old file or the new one.
-
-    >>> import tempfile
-    >>> goal = Path(tempfile.mkdtemp()) / "note.txt"
-    >>> with whole(goal) as part:
-    ...     _ = part.write_text("done")
-    >>> [file.name for file in goal.parent.iterdir()]
-    ['note.txt']
-    """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        with part.open("r+b") as stream:
-            os.fsync(stream.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> Path:

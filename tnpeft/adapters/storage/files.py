@@ -18,6 +18,7 @@ from typing import Any
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
+from tnpeft._files import whole
 from tnpeft.adapters.storage.contents import AGAIN, Stored, check_contents, contents, entries, unprefixed
 from tnpeft.layout import Layout
 from tnpeft.networks import AdapterFileError, Factorization
@@ -256,14 +257,11 @@ def write(path: Path, text: str) -> None:
     Raises:
         AdapterFileError: the disk does not take it; what was there stays.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
+        with whole(path) as part:
+            part.write_text(text, encoding="utf-8")
     except OSError as error:
         raise AdapterFileError(f"{path} cannot be written: {error}", remedy=ROOM) from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tnpeft._files import save_figure
 from tnpeft.studies.reports.points import Point
 from tnpeft.studies.statistics import Finding, Summary, summary, variance_between
 
@@ -64,7 +65,7 @@ def save(figure: Any, path: Path) -> Path:
     """Write a figure without the date in it, so that equal results give equal files."""
     path.parent.mkdir(parents=True, exist_ok=True)
     stamps = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
-    figure.savefig(path, metadata=stamps.get(path.suffix))
+    save_figure(figure, path, metadata=stamps.get(path.suffix))
     return path
 
 

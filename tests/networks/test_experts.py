@@ -65,6 +65,6 @@ def test_attaching_a_line_over_experts_to_a_linear_is_refused_and_leaves_the_mod
     model = torch.nn.Sequential(torch.nn.Linear(6, 8))
     before = str(model)
     config = tnpeft.TensorNetworkConfig(network=SHARED, ranks={"r": 2}, target_modules=["0"])
-    with pytest.raises(ConfigError, match=r"'expert' has no meaning on 0 \(8 x 6\): it is a linear"):
+    with pytest.raises(ConfigError, match=r"'expert' has no meaning on 0 \(8 x 6\): it is one matrix"):
         peft.get_peft_model(model, config)
     assert str(model) == before

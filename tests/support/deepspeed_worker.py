@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import sys
 
-import deepspeed
 import torch
 from distributed_worker import FAMILIES, IDS, build, loss, reference
 
@@ -29,6 +28,8 @@ def step(key: str, checkpointing: str, rank: int, stage: int) -> str:
         "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,
     }
+    import deepspeed
+
     optimizer = torch.optim.SGD(trained.values(), lr=1.0)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     try:
@@ -50,6 +51,8 @@ def main() -> None:
     os.environ["WORLD_SIZE"] = "2"
     torch.set_num_threads(1)
     shared_input.MIN_ELEMENTS = 0
+    import deepspeed
+
     deepspeed.init_distributed("gloo", verbose=False)
     for stage in STAGES:
         for key in FAMILIES:

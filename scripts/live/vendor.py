@@ -24,7 +24,7 @@ WHEELS = {
     "mpmath==1.3.0": "a0b2b9fe80bbcd81a6647ff13108738cfb482d481d826cc0e02f5b35e5c88d2c",
 }
 LAYERS = ("networks", "families", "models", "counting", "scaling", "planning", "comparison", "drawing")
-MODULES = ("__init__", "_text", "_extras", "registration", "layout")
+MODULES = ("__init__", "_text", "_files", "_extras", "registration", "layout")
 
 
 def main() -> None:

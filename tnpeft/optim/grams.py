@@ -76,6 +76,16 @@ class Group:
         labels = [net.label(factor) for factor in net.factors if factor.kind == "trainable"]
         return {label: Environment(label, _blocks(net, label, self.varying, label in self.joint)) for label in labels}
 
+    @cached_property
+    def closed(self) -> tuple[tuple[Network, tuple[str, ...]], ...]:
+        """Every term times every term of a copy, all indices summed, and the outer indices that neither carries."""
+        found = []
+        for left, right in product(self.network.terms, repeat=2):
+            factors = tuple(_at(self, f, end) for end, term in (("", left), (COPY, right)) for f in term.factors)
+            net = Network((Term(factors, left.sign * right.sign),), ())
+            found.append((net, tuple(i for i in (SITE, *self.network.outer) if i not in net.indices)))
+        return tuple(found)
+
     def stacked(self, values: Values, dtype: torch.dtype) -> dict[str, Tensor]:
         """The arrays as the forward pass has them, those that vary stacked over the sites."""
         found = {}
@@ -155,11 +165,8 @@ def inner_product(parts: Iterable[Group], one: Values, other: Values, dtype: tor
     for group in parts:
         twins = {label + COPY: array for label, array in group.stacked(other, dtype).items()}
         arrays, sizes = {**group.stacked(one, dtype), **twins}, {**group.sites[0].sizes, SITE: len(group.sites)}
-        for left, right in product(group.network.terms, repeat=2):
-            factors = tuple(_at(group, f, end) for end, term in (("", left), (COPY, right)) for f in term.factors)
-            net = Network((Term(factors, left.sign * right.sign),), ())
-            missing = prod(sizes[i] for i in (SITE, *group.network.outer) if i not in net.indices)
-            total = total + group.run(net, arrays, sizes) * missing
+        for net, missing in group.closed:
+            total = total + group.run(net, arrays, sizes) * prod(sizes[i] for i in missing)
     return total
 
 

@@ -353,7 +353,7 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
 
 
 class HeldWeight(DenseLinear):
-    """A weight that stays a Parameter of the module that reads it, under its own name; there is no bias."""
+    """A weight that stays a Parameter of the module that reads it, under its own name, without a bias."""
 
     bias = None
 

@@ -15,7 +15,7 @@ from oracles import dense
 
 from tnpeft import families
 from tnpeft.counting import parameters
-from tnpeft.families.tenslora_constructions import MODES
+from tnpeft.families.tuckers import MODES
 from tnpeft.layout import layout
 from tnpeft.networks import Factorization, Network, NetworkError, Site, network
 

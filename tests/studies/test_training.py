@@ -163,6 +163,18 @@ def test_a_classifier_trains_its_head_too(tiny: Path) -> None:
     assert best.curve[-1][0] == 6
 
 
+@pytest.mark.parametrize("method", [{"family": "lora"}, {"none": True}, {"peft": "lora"}])
+def test_a_new_head_trains_in_float32_over_a_16_bit_backbone(tiny: Path, method: dict[str, Any]) -> None:
+    model, tokenizer = backbones.load(str(tiny), head="classifier", classes=10, dtype="bfloat16", cache=tiny.parent)
+    model = methods.attach(model, method, PROTOCOL.targets, classifier=True, seed=0)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert any(methods.of_head(name) for name in trained)
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    assert torch.bfloat16 in {p.dtype for p in model.parameters()}
+    scorer = Scorer(TASKS["digits_upright"], tokenizer, "classifier")
+    training.fit(model, scorer, [splits()], replace(PROTOCOL, head="classifier"), lrs=[1e-3], seeds=[0])
+
+
 def test_a_hopeless_run_stops_by_its_rule(tiny: Path) -> None:
     model, tokenizer = backbone(tiny)
     model = methods.attach(model, {"family": "lora", "args": {"rank": 1}}, PROTOCOL.targets, classifier=False, seed=0)

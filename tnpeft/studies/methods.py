@@ -131,17 +131,23 @@ def attach(
 ) -> Any:
     """The model with the method's adapter on it, everything else frozen; ``full`` frees every weight.
 
+    A new classification head trains in float32, whatever the backbone's dtype.
+
     ``replicas`` are methods and seeds of several adapters that train in one pass: families or lines that differ in
     ranks and scale alone.
 
     Raises:
         StudyError: a library that the method needs cannot do it.
     """
+    heads = [getattr(model, name) for name in _HEADS if hasattr(model, name)] if classifier else []
+    for head in heads:
+        head.float().register_forward_pre_hook(_in_float32)
+    model.requires_grad_("full" in method)
     if "full" in method:
-        return model.requires_grad_(True)
-    model.requires_grad_(False)
+        return model
     if "none" in method:
-        _free_head(model, classifier)
+        for head in heads:
+            head.requires_grad_(True)
         return model
     import peft
 
@@ -179,11 +185,9 @@ def peft_config(method: Method, **common: Any) -> Any:
         raise StudyError(f"wrong arguments: {error}", where=f"PEFT's {method['peft']!r}") from None
 
 
-def _free_head(model: Any, classifier: bool) -> None:
-    if classifier:
-        for name in _HEADS:
-            if hasattr(model, name):
-                getattr(model, name).requires_grad_(True)
+def _in_float32(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Cast what a head reads: 16 bits would round its small steps away."""
+    return tuple(each.float() for each in inputs)
 
 
 def trainable(model: Any) -> tuple[int, int]:

@@ -112,23 +112,35 @@ class Facts:
             raise Missing(f"{one} and {other} have no common seed in {study}")
         return _percent(its, "+.1f", " points")
 
-    def _findings(self, study: str) -> list[Finding]:
-        return tables.contrasts(self.points(study), self.data(study)["contrasts"])
+    def _findings(self, study: str) -> list[tuple[Finding, str, str]]:
+        """The declared contrasts of a study, each with its difference and margin as text."""
+        declared = self.data(study)["contrasts"]
+        found = []
+        for its, row in zip(tables.contrasts(self.points(study), declared), declared, strict=True):
+            scale, unit = (100, " points") if row["measure"] == "metric" else (1, "")
+            difference = _scaled(its.summary, scale, unit) if its.summary else "not run"
+            found.append((its, difference, f"{its.margin * scale:g}{unit}"))
+        return found
 
-    def contrasts(self, study: str) -> str:
-        """The declared contrasts of a study, in points or in cross-entropy, with the verdicts that there are."""
-        rows = []
-        for its, declared in zip(self._findings(study), self.data(study)["contrasts"], strict=True):
-            scale, unit = (100, " points") if declared["measure"] == "metric" else (1, "")
-            within = f"{its.margin * scale:g}{unit}"
-            rows.append(
-                {
-                    "contrast": its.name,
-                    "difference": _scaled(its.summary, scale, unit) if its.summary else "not run",
-                    "margin": within,
-                    "verdict at 5 % over all": its.word or f"none under {VERDICT} observations",
-                }
-            )
+    def contrast(self, study: str, name: str) -> str:
+        """A declared contrast, ``+1.0 points (+0.1 to +1.9, n = 8; higher)``: the verdict where there is one."""
+        for its, difference, _ in self._findings(study):
+            if its.name == name:
+                return f"{difference.removesuffix(')')}; {its.word})" if its.word else difference
+        raise Missing(f"{study} declares no contrast {name!r}")
+
+    def contrasts(self, *studies: str) -> str:
+        """The declared contrasts of studies as a table, with the verdicts that there are."""
+        rows = [
+            {
+                "contrast": its.name,
+                "difference": difference,
+                "margin": margin,
+                "verdict at 5 % over all": its.word or f"none under {VERDICT} observations",
+            }
+            for study in studies
+            for its, difference, margin in self._findings(study)
+        ]
         return tables.markdown(rows)
 
     def variances(self, study: str, policy: str, base: str) -> str:
@@ -177,12 +189,11 @@ class Facts:
         """The settings of studies side by side, and their backbones with their hashes."""
         keys = ("backbone", "targets", "train", "dev", "steps", "batch", "head", "max_length", "dtype")
         rows = []
-        for key in (*keys, "seeds", "contrasts"):
+        for key in (*keys, "seeds"):
             row = {"setting": key}
             for study in studies:
                 data = self.data(study)
-                declared = {"seeds": f"{len(data['seeds'])}", "contrasts": str(len(data["contrasts"]))}
-                value = {**data["settings"], **declared, "backbone": data["backbone"]}[key]
+                value = {**data["settings"], "seeds": str(len(data["seeds"])), "backbone": data["backbone"]}[key]
                 row[study] = ", ".join(value) if isinstance(value, list) else value
             rows.append(row)
         return tables.markdown(rows)

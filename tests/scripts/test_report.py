@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,9 @@ def test_verdicts_need_eight_observations_and_edges_are_refused(tmp_path: Path) 
     paper = paper_of(tmp_path, '"digits:0" = "abc"')
     show(paper, "one")
     assert "none under 8" in Facts(paper).contrasts("one")
+    assert Facts(paper).contrast("one", "CP") == Facts(paper).difference("one", "CP", "LoRA")
+    with pytest.raises(Missing, match="one declares no contrast 'QR'"):
+        Facts(paper).contrast("one", "QR")
     assert list(problems(paper)) == []
     table = paper / "tables" / "one-contrasts.csv"
     table.write_text(table.read_text().rstrip("\n") + "higher\n")
@@ -95,11 +99,14 @@ def test_controls_are_told_from_their_noise() -> None:
         assert (gap <= floor) == fits
 
 
-def test_figures_named_in_the_report_are_there() -> None:
-    text = (ROOT / "paper" / "report.md").read_text()
-    names = [line.partition("](")[2].rstrip(")") for line in text.splitlines() if line.startswith("![")]
+def test_the_report_is_short_and_the_figures_it_names_are_there() -> None:
+    lines = (ROOT / "paper" / "report.md").read_text().splitlines()
+    names = [line.partition("](")[2].rstrip(")") for line in lines if line.startswith("![")]
+    tables = [len([*rows]) - 2 for its, rows in groupby(lines, lambda line: line.startswith("|")) if its]
+    assert len(lines) <= 150
     assert len(names) <= 5
-    assert len(text.splitlines()) <= 150
+    assert len(tables) <= 4
+    assert max(tables) <= 10
     assert all((ROOT / "paper" / name).exists() for name in names)
 
 

@@ -18,17 +18,7 @@ _PATH = re.compile(r"[\w\-]+(\.[\w\-]+)*")
 
 
 def check_fields(config: Any) -> None:
-    """Raise at the first field of a :class:`tnpeft.TensorNetworkConfig` whose value is of another kind.
-
-    Raises:
-        ConfigError: there is one; the message names it, its value, and what it may be.
-
-    >>> from types import SimpleNamespace
-    >>> check_fields(SimpleNamespace(target_modules=5))
-    Traceback (most recent call last):
-    tnpeft.networks.errors.ConfigError: target_modules is 5
-    pass a list of names, a regular expression, or None
-    """
+    """Raise at the first field of a :class:`tnpeft.TensorNetworkConfig` whose value is of another kind."""
     for kind, (fits, remedy) in _KINDS.items():
         for name in kind.split():
             value = getattr(config, name)
@@ -37,11 +27,7 @@ def check_fields(config: Any) -> None:
 
 
 def shown(value: Any) -> str:
-    """The value as an error shows it: short, and text for whatever it is.
-
-    >>> shown(5), shown(""), shown(10**5000)
-    ('5', "''", 'a number of more than 4,300 digits')
-    """
+    """The value as an error shows it: short, and text for whatever it is."""
     try:
         return str(value)[:80] or repr(value)
     except ValueError:  # Python writes no longer ones
@@ -49,13 +35,7 @@ def shown(value: Any) -> str:
 
 
 def check_depth(data: Any, where: str) -> None:
-    """Raise if lists and maps are nested deeper than any configuration is; copying them would exhaust the stack.
-
-    Raises:
-        ConfigError: they are.
-
-    >>> check_depth([[[]]], "the file")
-    """
+    """Raise if lists and maps are nested deeper than any configuration is; copying them would exhaust the stack."""
     level = [data]
     for _ in range(_DEEPEST):
         level = [
@@ -72,17 +52,7 @@ def check_depth(data: Any, where: str) -> None:
 
 
 def check_replicas(config: Any) -> None:
-    """Raise if the configuration asks of several replicas what only one adapter can do.
-
-    Raises:
-        ConfigError: it does, or the seeds, ranks or scales of replicas are not one for each.
-
-    >>> from types import SimpleNamespace
-    >>> check_replicas(SimpleNamespace(replicas=2, replica_seeds=[0]))
-    Traceback (most recent call last):
-    tnpeft.networks.errors.ConfigError: replica_seeds has 1 entries for 2 replicas
-    give one for each, or None
-    """
+    """Raise if the configuration asks of several replicas what only one adapter can do."""
     for name in ("replica_seeds", "replica_ranks", "replica_scales"):
         given = getattr(config, name, None)
         if given is not None and len(given) != config.replicas:

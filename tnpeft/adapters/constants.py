@@ -6,11 +6,7 @@ PREFIX = "tnpeft_"  # every parameter of an adapter has it in its name, no modul
 
 
 class PeftTypeName(str):
-    """A PEFT type outside PEFT's own enumeration: text with the ``value`` and ``name`` of an enum member.
-
-    >>> TENSOR_NETWORK == "TENSOR_NETWORK", TENSOR_NETWORK.value
-    (True, 'TENSOR_NETWORK')
-    """
+    """A PEFT type outside PEFT's own enumeration: text with the ``value`` and ``name`` of an enum member."""
 
     @property
     def value(self) -> str:

@@ -45,16 +45,7 @@ _UNREACHED = {"BloomAttention": {"dense"}, "BloomMLP": {"dense_4h_to_h"}, "Disen
 
 
 def check_owner(model: nn.Module, name: str) -> None:
-    """Raise if a module that holds a linear, at any depth, reads the linear's weight itself.
-
-    Raises:
-        NetworkError: it does.
-
-    >>> check_owner(nn.ModuleDict({"attn": nn.MultiheadAttention(4, 2)}), "attn.out_proj")
-    Traceback (most recent call last):
-    tnpeft.networks.errors.NetworkError: attn.out_proj cannot be adapted: MultiheadAttention reads its weight...
-    leave it out of target_modules, or name it in exclude_modules
-    """
+    """Raise if a module that holds a linear, at any depth, reads the linear's weight itself."""
     parts = name.split(".")
     for depth in range(len(parts)):
         owner, inside = model.get_submodule(".".join(parts[:depth])), parts[depth:]
@@ -70,11 +61,7 @@ def _same(inside: list[str], path: list[str]) -> bool:
 
 
 def fused(owner: nn.Module) -> bool:
-    """True if the owner reads weights only where nothing is hooked to its modules.
-
-    >>> fused(nn.TransformerEncoderLayer(4, 2))
-    True
-    """
+    """True if the owner reads weights only where nothing is hooked to its modules."""
     return isinstance(owner, nn.TransformerEncoderLayer | nn.TransformerEncoder)
 
 
@@ -84,11 +71,7 @@ def keep_unfused(module: nn.Module, args: Any) -> None:
 
 @lru_cache(maxsize=1024)
 def read_weights(owner: type[nn.Module]) -> frozenset[str]:
-    """Modules inside a class, by path, of which it reads the weight's numbers in any of its methods.
-
-    >>> sorted(read_weights(nn.MultiheadAttention))
-    ['out_proj']
-    """
+    """Modules inside a class, by path, of which it reads the weight's numbers in any of its methods."""
     found: set[str] = set()
     seen = {*_SETUP}
     for cls in owner.__mro__:

@@ -58,10 +58,7 @@ _HELD = re.compile(rf".*\.(?:{PREFIX}\w+|modules_to_save|trainable_tokens_(?:del
 
 
 def hook() -> None:
-    """Set them. Doing it again changes nothing.
-
-    >>> hook()
-    """
+    """Set them. Doing it again changes nothing."""
     # The conversion asks every tuner layer for a dense update. The bank has to be one, for all else that PEFT does
     # to tuner layers, and has no update; the conversion's own name for them is the one place to tell the two apart.
     conversion.BaseTunerLayer = AdaptedLayer  # type: ignore[misc, assignment]

@@ -32,11 +32,7 @@ _MOST_STEP = 256  # times the linear's elements, or its inputs and outputs; C3A 
 
 
 def base_constants(f: Factorization) -> tuple[str, ...]:
-    """Labels of the constant factors that are the base weight itself: read where it lies, never copied.
-
-    >>> base_constants(Factorization.of("d[out] ^W[out inp] -> out inp", init={"W": "base"}))
-    ('W',)
-    """
+    """Labels of the constant factors that are the base weight itself: read where it lies, never copied."""
     kinds = {line.network.label(factor): factor.kind for line in f.lines for factor in line.network.factors}
     named = {label: value for label, value in f.init.items() if isinstance(value, str | list)}  # arrays are data
     return tuple(
@@ -100,17 +96,7 @@ def build_layout(model: nn.Module, modules: Mapping[str, nn.Module], config: Ten
 
 
 def check_memory(found: Layout, tokens: int, refused: bool = True) -> None:
-    """Raise if a result on the way to an update is absurdly larger than what the linear itself has and creates.
-
-    Raises:
-        ConfigError: one is, and it is to be ``refused``, as in a folder of unknown origin; else it is a warning.
-
-    >>> line = "A[out a b c] B[a d e] C[b d f] D[c e f inp] -> out inp"
-    >>> f = Factorization.of(line, ranks=dict.fromkeys("abcdef", 64))
-    >>> check_memory(layout(f, [Site(0, "q", 2, 3)]), 64)
-    Traceback (most recent call last):
-    tnpeft.networks.errors.ConfigError: the update of q (2 x 3) passes through ...
-    """
+    """Raise, or warn, if a result on the way to an update is absurdly larger than what the linear has and creates."""
     kinds = {(its.network, tuple(its.sizes.items())): its.site for its in found.site_layouts}
     for (net, sizes), site in kinds.items():
         make: Any = grouped_program if site.experts else program
@@ -141,14 +127,6 @@ def check_experts(found: Layout) -> None:
     """Raise if lines with the index ``expert`` serve no experts, or a constant without it stands for several of them.
 
     Beside weights of experts, a linear is one expert.
-
-    Raises:
-        ConfigError: there is one.
-
-    >>> f = Factorization.of("B[expert out r] A[r inp] -> expert out inp", ranks={"r": 2})
-    >>> check_experts(layout(f, [Site(0, "q_proj", 2, 3)]))
-    Traceback (most recent call last):
-    tnpeft.networks.errors.ConfigError: the index 'expert' has no meaning on q_proj (2 x 3): it is one matrix, ...
     """
     several = any(site_layout.site.experts for site_layout in found.site_layouts)
     for site_layout in found.site_layouts:
@@ -172,17 +150,7 @@ def check_experts(found: Layout) -> None:
 
 
 def check_patterns(f: Factorization, patterns: Sequence[str], sites: Sequence[Site]) -> None:
-    """Raise if an entry of a rank pattern, or one of the names in it, decides the ranks of no site.
-
-    Raises:
-        NetworkError: there is one.
-
-    >>> f = Factorization.of("B[out r] A[r inp] -> out inp", ranks={"r": 2})
-    >>> check_patterns(f, ["v"], [Site(0, "q", 2, 3)])
-    Traceback (most recent call last):
-    tnpeft.networks.errors.NetworkError: the rank pattern names 'v', and no adapted projection is called so
-    the adapted projections are q
-    """
+    """Raise if an entry of a rank pattern, or one of the names in it, decides the ranks of no site."""
     projs = ", ".join(dict.fromkeys(site.proj for site in sites))
     used = {f.rule_for(site).sites for site in sites}
     for pattern in patterns:
@@ -244,14 +212,7 @@ def start_values(
 
 
 def extract_replica(found: Layout, f: Factorization) -> Layout:
-    """The layout of one replica, ``f`` on the same sites.
-
-    >>> from tnpeft.networks import replicated
-    >>> f = Factorization.of("B[out r] A[r inp] -> out inp", ranks={"r": 2})
-    >>> many = layout(replicated(f), [Site(0, "q", 3, 4)], stack={"replica": 5})
-    >>> [param.shape for param in many.parameters], [param.shape for param in extract_replica(many, f).parameters]
-    ([(5, 3, 2), (5, 2, 4)], [(3, 2), (2, 4)])
-    """
+    """The layout of one replica, ``f`` on the same sites."""
     if REPLICA not in found.factorization.network.stack:
         return found
     return layout(f, [p.site for p in found.site_layouts], found.projs)
@@ -262,12 +223,6 @@ def match_parameters(found: Layout, one: Layout) -> list[tuple[ParameterSpec, Pa
 
     Raises:
         NetworkError: they are not the same, as its ranks let projections share what those of others do not.
-
-    >>> from tnpeft.networks import replicated
-    >>> f = Factorization.of("B[out r] A[r inp] -> out inp", ranks={"r": 2})
-    >>> many = layout(replicated(f, f.with_ranks(r=1)), [Site(0, "q", 3, 4)], stack={"replica": 2})
-    >>> [(a.label, a.shape, b.shape) for a, b in match_parameters(many, extract_replica(many, f))]
-    [('B', (2, 3, 2), (3, 2)), ('A', (2, 2, 4), (2, 4))]
     """
     labels = {param.label for param in one.parameters}
     pieces = [param for param in found.parameters if param.label in labels]
@@ -297,11 +252,7 @@ def _side_by_side(param: ParameterSpec, values: list[Tensor]) -> Tensor:
 
 
 def frozen_hashes(values: Mapping[ParameterSpec, Tensor]) -> dict[str, str]:
-    """A short hash of every frozen factor, by label, over its arrays in the layout's order.
-
-    >>> frozen_hashes({})
-    {}
-    """
+    """A short hash of every frozen factor, by label, over its arrays in the layout's order."""
     found: dict[str, str] = {}
     for param, value in values.items():
         if param.kind == "frozen":

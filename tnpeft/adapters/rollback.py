@@ -26,11 +26,7 @@ _CONTAINERS = (dict, OrderedDict, list, set)
 
 
 def walk(root: nn.Module, adapters: Collection[str] | None = (), prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules of a model, each once; of the adapters' own modules those of ``adapters``, None for all.
-
-    >>> [name for name, _ in walk(nn.Sequential(nn.Linear(2, 2)))]
-    ['', '0']
-    """
+    """Names and modules of a model, each once; of the adapters' own modules those of ``adapters``, None for all."""
     seen: set[int] = set()
     stores: set[int] = set()
     waiting = [(prefix, root)]
@@ -51,11 +47,7 @@ def walk(root: nn.Module, adapters: Collection[str] | None = (), prefix: str = "
 
 
 def outside(root: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Names and modules of a model but for what lies inside adapted modules, in the order of the model.
-
-    >>> [name for name, _ in outside(nn.Sequential(nn.Linear(2, 2)))]
-    ['', '0']
-    """
+    """Names and modules of a model but for what lies inside adapted modules, in the order of the model."""
     found: list[tuple[str, nn.Module]] = []
     inner: set[int] = set()
     for name, module in walk(root):
@@ -70,28 +62,15 @@ def outside(root: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def layers(root: nn.Module) -> Iterator[TensorNetworkLayer]:
-    """The adapted linears of a model, and the bank.
-
-    >>> [*layers(nn.Linear(2, 2))]
-    []
-    """
+    """The adapted linears of a model, and the bank."""
     return (module for _, module in walk(root) if isinstance(module, TensorNetworkLayer))
 
 
 class Snapshot:
     """Everything about the modules of a model but the numbers: submodules, Parameters, buffers, hooks, flags.
 
-    >>> model = nn.Sequential(nn.Linear(2, 2))
-    >>> before = Snapshot(model)
-    >>> model.more = nn.Linear(2, 2)
-    >>> before.restore()
-    >>> [name for name, _ in model.named_children()]
-    ['0']
-
-    Args:
-        root: the model.
-        adapters: adapters that are already there and may be touched, None for all.
-        values: one of them whose numbers may be touched as well; they are copied.
+    ``adapters`` are those that are already there and may be touched, None for all; ``values`` is one of them whose
+    numbers may be touched as well, and are copied.
     """
 
     def __init__(self, root: nn.Module, adapters: Collection[str] | None = (), values: str | None = None) -> None:
@@ -132,17 +111,7 @@ class Snapshot:
 
 @contextmanager
 def or_as_before(root: nn.Module, *adapters: str) -> Iterator[None]:
-    """Run something that changes base weights, modules or these adapters, and undo what it has done if it fails.
-
-    >>> model = nn.Sequential(nn.Linear(2, 2))
-    >>> with or_as_before(model):
-    ...     del model[0]
-    ...     raise KeyError("planned")
-    Traceback (most recent call last):
-    KeyError: 'planned'
-    >>> len(model)
-    1
-    """
+    """Run something that changes base weights, modules or these adapters, and undo what it has done if it fails."""
     linears = [layer for layer in layers(root) if isinstance(layer, DenseLinear)]
     quantised = [layer.get_base_layer() for layer in linears if layer.quantization_backend is not None]
     kept = [WeightSnapshot.of(base) for base in quantised]
@@ -157,12 +126,7 @@ def or_as_before(root: nn.Module, *adapters: str) -> Iterator[None]:
 
 
 class Parked:
-    """The modules of a model's adapters, which can be taken out of it for a while: walks over it do not meet them.
-
-    >>> parked = Parked()
-    >>> parked.take(nn.Linear(2, 2))
-    >>> parked.restore()
-    """
+    """The modules of a model's adapters, which can be taken out of it for a while: walks over it do not meet them."""
 
     def __init__(self) -> None:
         self._held: list[tuple[nn.Module, str, dict[str, Any]]] = []

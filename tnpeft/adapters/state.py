@@ -20,11 +20,6 @@ def bank_of(model: nn.Module, adapter: str = "default") -> FactorBank:
 
     Raises:
         NetworkError: the model has no tensor-network adapter of that name.
-
-    >>> bank_of(nn.Linear(2, 2))
-    Traceback (most recent call last):
-    tnpeft.networks.errors.NetworkError: the model has no tensor-network adapter
-    attach one with peft.get_peft_model(model, tnpeft.TensorNetworkConfig(...))
     """
     bank = find_bank(model)
     if bank is None:
@@ -58,14 +53,7 @@ def factors(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
 
 
 def stacked(layout: Layout, held: Mapping[ParameterSpec, Tensor]) -> dict[str, Tensor]:
-    """Copies of the arrays of a layout's pieces, as :func:`factors` gives them.
-
-    >>> from tnpeft.layout import layout
-    >>> from tnpeft.networks import Factorization, Site
-    >>> two = layout(Factorization.of("A[layer out inp] -> layer out inp"), [Site(k, "q", 3, 4) for k in (0, 1)])
-    >>> stacked(two, {param: torch.ones(param.shape) for param in two.parameters})["A"].shape
-    torch.Size([2, 3, 4])
-    """
+    """Copies of the arrays of a layout's pieces, as :func:`factors` gives them."""
     return {
         name: _stacked([held[param].detach() for param in pieces], pieces, layout, grid).clone()
         for name, pieces, grid in entries(layout)
@@ -159,14 +147,7 @@ def arrays(
 
 
 def entries(layout: Layout) -> Iterator[tuple[str, list[ParameterSpec], _Grid]]:
-    """Names of :func:`factors`, their pieces in the order of the stack, and whether it has a layer and a proj axis.
-
-    >>> from tnpeft.layout import layout
-    >>> from tnpeft.networks import Factorization, Site
-    >>> f = Factorization.of("B[layer out r] A[r inp] -> layer out inp", ranks={"r": 2})
-    >>> [(name, len(pieces), grid) for name, pieces, grid in entries(layout(f, [Site(0, "q", 8, 4)]))]
-    [('B', 1, (True, False)), ('A', 1, (False, False))]
-    """
+    """Names of :func:`factors`, their pieces in the stack's order, and whether it has a layer and a proj axis."""
     labels: dict[str, dict[tuple[int, ...], list[ParameterSpec]]] = {}
     for param in layout.parameters:
         labels.setdefault(param.label, {}).setdefault(param.shape, []).append(param)

@@ -50,11 +50,7 @@ class _Place:
 
 
 def card_of(model: nn.Module) -> cards.Card | None:
-    """The card of the model's architecture, None if it is not among those known.
-
-    >>> card_of(nn.Linear(2, 2)) is None
-    True
-    """
+    """The card of the model's architecture, None if it is not among those known."""
     config = getattr(model, "config", None)
     if not hasattr(config, "to_dict"):
         return None
@@ -72,9 +68,6 @@ def resolve(model: nn.Module, targets: Sequence[str]) -> tuple[list[str], list[s
 
     Raises:
         NetworkError: a target is neither.
-
-    >>> resolve(nn.Sequential(nn.Linear(2, 2)), ["0"])
-    (['0'], [])
     """
     card = card_of(model)
     modules = [*model.named_modules()]
@@ -120,10 +113,6 @@ def select(
 
     Raises:
         NetworkError: the saved order names other layers than the model has.
-
-    >>> net = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
-    >>> [(site.proj, site.out) for site in select(net, dict(net.named_children())).sites]
-    [('0', 8), ('1', 4)]
     """
     card = card_of(model)
     found = [place for name, module in modules.items() for place in _known(card, name, module, {*(keep or ())})]
@@ -149,11 +138,7 @@ def select(
 
 
 def shared_input_groups(model: nn.Module, sites: Iterable[Site]) -> list[tuple[str, ...]]:
-    """The paths of linears that read one and the same input, as far as the model's card says so.
-
-    >>> shared_input_groups(nn.Linear(2, 2), [])
-    []
-    """
+    """The paths of linears that read one and the same input, as far as the model's card says so."""
     card = card_of(model)
     known = {} if card is None else {p.name: p for p in card.projections}
     found: dict[tuple[int, str], list[str]] = {}
@@ -169,9 +154,6 @@ def features(module: nn.Module) -> tuple[int, int]:
 
     Of an embedding they are features and tokens; of a convolution output channels, and input channels of a group
     times taps of the kernel.
-
-    >>> features(nn.Linear(3, 5)), features(nn.Embedding(7, 2)), features(nn.Conv2d(8, 6, 3, groups=2))
-    ((5, 3), (2, 7), (6, 36))
     """
     if isinstance(module, Conv1D):
         inp, out = module.weight.shape
@@ -184,11 +166,7 @@ def features(module: nn.Module) -> tuple[int, int]:
 
 
 def kernel(module: nn.Module) -> tuple[int, ...]:
-    """The sizes of a convolution's kernel, none of any other layer.
-
-    >>> kernel(nn.Conv2d(8, 6, (3, 1))), kernel(nn.Linear(3, 5))
-    ((3, 1), ())
-    """
+    """The sizes of a convolution's kernel, none of any other layer."""
     return tuple(module.weight.shape[2:]) if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else ()
 
 
@@ -248,9 +226,6 @@ def names_by_path(paths: Iterable[str]) -> dict[str, tuple[str, str]]:
 
     The first number in a path ends its layer; the last name, or as much of the end as tells the modules of a layer
     apart, is the projection.
-
-    >>> names_by_path(["h.0.attn.c_proj", "h.0.mlp.c_proj", "h.0.mlp.c_fc"])["h.0.mlp.c_proj"]
-    ('h.0', 'mlp_c_proj')
     """
     found = []
     for name in paths:

@@ -66,10 +66,6 @@ def direct_sum(found: Sequence[Factorization], sites: Sequence[Sequence[Site]]) 
 
     Raises:
         NetworkError: their outputs or their splits differ, or one has several lines at one projection.
-
-    >>> f = Factorization.of("B[out r] A[r inp] -> out inp", ranks={"r": 2})
-    >>> print(direct_sum([f, f.with_ranks(r=4)], [[Site(0, "q", 3, 3)]] * 2).network)
-    B_1[out r_1] A_1[r_1 inp] + B_2[out r_2] A_2[r_2 inp] -> out inp
     """
     first = found[0]
     served: dict[str, dict[int, Network]] = {}  # the networks at a projection by the number of their summand
@@ -130,9 +126,6 @@ def carriers(f: Factorization) -> tuple[str, ...]:
 
     Raises:
         NetworkError: the ``combination_type`` is unknown.
-
-    >>> carriers(Factorization.of("B[out r] A[r inp] -> out inp", ranks={"r": 2}))
-    ('B',)
     """
     terms = [term for line in f.lines for term in line.network.terms]
     uses = [Counter(factor.name for factor in term.factors if factor.kind == "trainable") for term in terms]
@@ -218,11 +211,7 @@ def _place(param: ParameterSpec) -> _Place:
 
 
 def _zeros(adapters: Sequence[str], bank: FactorBank, layout: Layout, own: Collection[_Place]) -> list[_Place]:
-    """The arrays of the sum that are zero: those that only sites use where a summand has no site.
-
-    Raises:
-        NetworkError: a summand has no factor of its own at such a site.
-    """
+    """The arrays of the sum that are zero: those that only sites use where a summand has no site."""
     served = {
         (k, its.site.module, its.site.proj)
         for k, name in enumerate(adapters, 1)

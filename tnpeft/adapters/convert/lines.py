@@ -82,11 +82,7 @@ class AdapterLines:
 
 
 def parse(packed: str) -> tuple[str, tuple[Group, ...]]:
-    """The name and the axes of a packed tensor; an axis is a group of indices, ``()`` an axis of size 1.
-
-    >>> parse("A[(expert r) inp 1]")
-    ('A', (('expert', 'r'), ('inp',), ()))
-    """
+    """The name and the axes of a packed tensor; an axis is a group of indices, ``()`` an axis of size 1."""
     match = _PACKED.fullmatch(packed)
     assert match is not None, packed
     axes = re.findall(r"\(([^)]*)\)|(\S+)", match[2])
@@ -98,9 +94,6 @@ def sizes_of(tensors: Mapping[str, Tensor], packed: Mapping[str, str], known: Ma
 
     Raises:
         AdapterFileError: the shapes do not agree with each other.
-
-    >>> sizes_of({"a": torch.zeros(6, 5)}, {"a": "A[(expert r) inp]"}, {"r": 2})
-    {'r': 2, 'expert': 3, 'inp': 5}
     """
     sizes = dict(known)
     axes = [
@@ -124,24 +117,14 @@ def sizes_of(tensors: Mapping[str, Tensor], packed: Mapping[str, str], known: Ma
 
 
 def unpack(tensor: Tensor, packed: str, declared: Group, sizes: Mapping[str, int]) -> Tensor:
-    """A packed tensor as a factor with the declared axes.
-
-    >>> unpack(torch.arange(6).reshape(6, 1), "A[(e r) i]", ("e", "r", "i"), {"e": 3, "r": 2, "i": 1})[:, :, 0]
-    tensor([[0, 1],
-            [2, 3],
-            [4, 5]])
-    """
+    """A packed tensor as a factor with the declared axes."""
     flat = [index for group in parse(packed)[1] for index in group]
     spread = tensor.reshape([sizes[index] for index in flat])
     return spread.permute([flat.index(index) for index in declared]).contiguous()
 
 
 def pack(factor: Tensor, packed: str, declared: Group) -> Tensor:
-    """The inverse of :func:`unpack`.
-
-    >>> pack(torch.arange(6).reshape(3, 2, 1), "A[(r e) i]", ("e", "r", "i")).flatten()
-    tensor([0, 2, 4, 1, 3, 5])
-    """
+    """The inverse of :func:`unpack`."""
     axes = parse(packed)[1]
     flat = [index for group in axes for index in group]
     sizes = dict(zip(declared, factor.shape, strict=True))

@@ -139,11 +139,7 @@ def _updates(new: Path, to: str, lines: AdapterLines, model: Any, card: Card | N
 
 
 def _compare(found: Source, lines: AdapterLines, back: Mapping[str, Array]) -> float:
-    """The largest relative difference between the outputs of the updates on drawn inputs.
-
-    Raises:
-        AdapterFileError: it is more than rounding, or a site is missing.
-    """
+    """The largest relative difference between the outputs of the updates on drawn inputs."""
     rng = np.random.default_rng(0)
     worst = 0.0
     for site, written, update in zip(found.lines.sites, lines.sites, found.updates, strict=True):

@@ -24,14 +24,7 @@ _LORA, _EXPERTS = PEFT["LORA"]
 
 
 def fitted(site: SiteAdapter, packing: Packing) -> SiteAdapter | None:
-    """The site with the packing's names of factors and indices, None if its line is another one.
-
-    >>> from tnpeft.networks import network
-    >>> own = network("V[inp a] U[out a] -> out inp")
-    >>> found = fitted(SiteAdapter("q", own, {"V": torch.ones(3, 2), "U": torch.ones(5, 2)}), _LORA)
-    >>> {name: tuple(factor.shape) for name, factor in found.factors.items()}
-    {'B': (5, 2), 'A': (2, 3)}
-    """
+    """The site with the packing's names of factors and indices, None if its line is another one."""
     ours, theirs = site.network, packing.site
     groups = [(len(a), len(b)) for a, b in zip(ours.output, theirs.output, strict=False)]
     if len(ours.terms) != 1 or len(ours.output) != len(theirs.output) or any(a != b for a, b in groups):
@@ -151,11 +144,7 @@ def _uncut(packing: Packing, name: str, site: SiteAdapter, value: Tensor) -> Ten
 
 
 def _widest(name: str, before: Tensor | None, value: Tensor) -> Tensor:
-    """The larger of two cuts of one shared tensor.
-
-    Raises:
-        ConfigError: neither is a cut of the other.
-    """
+    """The larger of two cuts of one shared tensor."""
     if before is None:
         return value
     common = tuple(slice(0, min(a, b)) for a, b in zip(before.shape, value.shape, strict=True))
@@ -257,11 +246,7 @@ def _alpha(scale: float, rank: int) -> float:
 
 
 def _lokr(sites: Sequence[SiteAdapter], ranks: Mapping[str, int]) -> tuple[int, bool]:
-    """The options with which PEFT makes LoKr's matrices of exactly these shapes.
-
-    Raises:
-        ConfigError: there are none.
-    """
+    """The options with which PEFT makes LoKr's matrices of exactly these shapes."""
     from peft.tuners.lokr.layer import factorization
 
     both = any("q" in site.sizes for site in sites)
@@ -322,11 +307,7 @@ def write_image(lines: AdapterLines, path: Path, to: str) -> None:
 
 
 def plain(lines: AdapterLines, what: str) -> None:
-    """Raise if the adapter has more than factors.
-
-    Raises:
-        ConfigError: it has a DoRA magnitude or modules trained in full.
-    """
+    """Raise if the adapter has more than factors."""
     if any(site.magnitude is not None for site in lines.sites):
         raise ConfigError(f"{what} holds no DoRA magnitude", remedy='use tnpeft.export_lora, or to="peft"')
     if lines.others:

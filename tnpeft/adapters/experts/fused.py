@@ -50,11 +50,7 @@ class FusedWeight:
 
 
 def fused_weights(module: nn.Module) -> tuple[FusedWeight, ...]:
-    """The fused weights of a module of experts; none of any other module.
-
-    >>> fused_weights(nn.Linear(2, 2))
-    ()
-    """
+    """The fused weights of a module of experts; none of any other module."""
     if not all(hasattr(module, says) for says in _SAYS):
         return ()
     first = "gate_up_proj" if module.has_gate else "up_proj"
@@ -72,23 +68,13 @@ def fused_weights(module: nn.Module) -> tuple[FusedWeight, ...]:
 
 
 def matrices(module: nn.Module) -> dict[str, Tensor]:
-    """The arrays of several matrices that a module holds itself.
-
-    >>> matrices(nn.Linear(2, 2))
-    {}
-    """
+    """The arrays of several matrices that a module holds itself."""
     held = {**module._parameters, **module._buffers}
     return {name: array for name, array in held.items() if array is not None and array.dim() == 3}
 
 
 def check_floating(name: str, module: nn.Module) -> None:
-    """Raise if a module holds several matrices in one array of few bits.
-
-    Raises:
-        NetworkError: it does.
-
-    >>> check_floating("mlp", nn.Linear(2, 2))
-    """
+    """Raise if a module holds several matrices in one array of few bits."""
     kind = type(module).__name__
     held = {} if kind in vars(nn) else matrices(module)
     if any(array.dtype.itemsize < 2 or not array.is_floating_point() for array in held.values()):
@@ -99,18 +85,7 @@ def check_floating(name: str, module: nn.Module) -> None:
 
 
 def check_experts(name: str, module: nn.Module) -> None:
-    """Raise if a module holds experts that cannot be adapted.
-
-    Raises:
-        NetworkError: the layout of its class is unknown, or each process holds some of the experts.
-
-    >>> class Experts(nn.Module): ...
-    >>> experts = Experts()
-    >>> experts.w = nn.Parameter(nn.Linear(2, 2).weight[None])
-    >>> check_experts("mlp.experts", experts)
-    Traceback (most recent call last):
-    tnpeft.networks.errors.NetworkError: mlp.experts is a Experts, whose weights of several matrices have an...
-    """
+    """Raise if a module holds experts that cannot be adapted."""
     kind = type(module).__name__
     held = {} if kind in vars(nn) else matrices(module)
     if held and not fused_weights(module):
@@ -132,11 +107,7 @@ def is_eager(module: nn.Module) -> bool:
 
 
 def check_local(module: nn.Module) -> None:
-    """Raise where a forward cannot read the weights: they are on no device, or belong to several processes.
-
-    Raises:
-        NetworkError: they are.
-    """
+    """Raise where a forward cannot read the weights: they are on no device, or belong to several processes."""
     weights = fused_weights(module)
     if getattr(module, "_is_expert_parallel", False) or any(w.parameter().device.type == "meta" for w in weights):
         raise NetworkError(

@@ -35,20 +35,12 @@ class ListedWeight:
 
 
 def is_list(name: str, module: nn.Module) -> bool:
-    """True for a list of modules that is called one of experts, and holds several.
-
-    >>> is_list("mlp.experts", nn.ModuleList([nn.Linear(2, 2)])), is_list("layers", nn.ModuleList())
-    (True, False)
-    """
+    """True for a list of modules that is called one of experts, and holds several."""
     return isinstance(module, nn.ModuleList) and "expert" in name.rpartition(".")[2] and len(module) > 0
 
 
 def starred(model: nn.Module, path: str) -> str:
-    """The path of a linear of an expert in a list with ``*`` in the place of the expert's number; else ``""``.
-
-    >>> starred(nn.ModuleDict({"experts": nn.ModuleList([nn.ModuleDict({"w": nn.Linear(2, 2)})])}), "experts.0.w")
-    'experts.*.w'
-    """
+    """The path of a linear of an expert in a list with ``*`` in the place of the expert's number; else ``""``."""
     match = _INSIDE.fullmatch(path)
     if match is None or not is_list(match["list"], model.get_submodule(match["list"])):
         return ""
@@ -60,12 +52,6 @@ def listed_weight(path: str, linears: Mapping[str, Any], shapes: Mapping[str, tu
 
     Raises:
         NetworkError: an expert lacks the linear, or has one of another shape.
-
-    >>> one = nn.Linear(2, 3)
-    >>> listed_weight("experts.*.w", {"experts.1.w": one}, {"experts.1.w": (3, 2)})
-    Traceback (most recent call last):
-    tnpeft.networks.errors.NetworkError: the experts of experts.*.w differ: experts.0.w is not among them
-    target linears that all experts of the list have, of one shape in each
     """
     wanted = [path.replace("*", str(k)) for k in range(len(linears))]
     problem = next((f"{name} is not among them" for name in wanted if name not in linears), "")
@@ -80,9 +66,5 @@ def listed_weight(path: str, linears: Mapping[str, Any], shapes: Mapping[str, tu
 
 
 def lists(model: nn.Module) -> Iterator[str]:
-    """The paths of the lists of experts in a model.
-
-    >>> [*lists(nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(2, 2)])}))]
-    ['experts']
-    """
+    """The paths of the lists of experts in a model."""
     return (name for name, module in model.named_modules() if is_list(name, module))

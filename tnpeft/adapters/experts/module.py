@@ -115,20 +115,12 @@ class TensorNetworkExperts(nn.Module):
 
 
 def weights_in(module: nn.Module) -> tuple[FusedWeight, ...]:
-    """The fused weights of a module of experts, adapted or not; none of any other module.
-
-    >>> weights_in(nn.Linear(2, 2))
-    ()
-    """
+    """The fused weights of a module of experts, adapted or not; none of any other module."""
     return fused_weights(module.base_layer if isinstance(module, TensorNetworkExperts) else module)
 
 
 def stacks(module: nn.Module) -> tuple[str, ...]:
-    """The names of a module's own arrays of several matrices, adapted or not, but for layers of torch.
-
-    >>> stacks(nn.Conv1d(2, 2, 1))
-    ()
-    """
+    """The names of a module's own arrays of several matrices, adapted or not, but for layers of torch."""
     if isinstance(module, TensorNetworkExperts):
         return module.names
     return () if type(module).__module__.startswith("torch.nn") else tuple(matrices(module))

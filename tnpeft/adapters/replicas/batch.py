@@ -15,12 +15,7 @@ _LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx", "packed_s
 
 
 def expect_blocks(model: nn.Module) -> None:
-    """Check every batch of the model from now on; once is enough.
-
-    >>> model = nn.Linear(2, 2)
-    >>> expect_blocks(model), expect_blocks(model), len(model._forward_pre_hooks)
-    (None, None, 1)
-    """
+    """Check every batch of the model from now on; once is enough."""
     if check_blocks not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(check_blocks, with_kwargs=True)
 

@@ -144,13 +144,7 @@ class TensorNetworkConvolution(CalledLayer):
 
 
 def check_convolution(name: str, module: nn.Module) -> None:
-    """Raise if a convolution does more than torch's own.
-
-    Raises:
-        NetworkError: its class has a forward of its own.
-
-    >>> check_convolution("conv", nn.Conv2d(4, 4, 3))
-    """
+    """Raise if a convolution does more than torch's own."""
     torchs = {cls.forward for cls in CONVOLUTIONS}
     if type(module).forward not in torchs:
         raise NetworkError(

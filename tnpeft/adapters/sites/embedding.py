@@ -92,16 +92,7 @@ def embed_scale(module: nn.Module) -> Any:
 
 
 def check_embedding(name: str, module: nn.Embedding, dora: bool) -> None:
-    """Raise if an embedding does something to its rows that an update of them would not meet.
-
-    Raises:
-        NetworkError: it renormalises its weight, scales gradients, has a forward of its own, or ``dora`` is asked.
-
-    >>> check_embedding("wte", nn.Embedding(3, 2, max_norm=1.0), False)
-    Traceback (most recent call last):
-    tnpeft.networks.errors.NetworkError: wte has max_norm, which changes its weight at every call
-    leave it out of target_modules, or set max_norm to None
-    """
+    """Raise if an embedding does something to its rows that an update of them would not meet."""
     if module.max_norm is not None:
         raise NetworkError(
             f"{name} has max_norm, which changes its weight at every call",

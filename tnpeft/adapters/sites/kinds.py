@@ -25,11 +25,7 @@ _NEAR = 0.02  # of the length of an output: rounding in half precision
 
 
 def kind(module: nn.Module, quantised: dict[str, Any]) -> type[DenseLinear] | None:
-    """The class that adapts a layer, None if there is none.
-
-    >>> kind(nn.Conv2d(3, 4, 2), {}), kind(nn.LayerNorm(3), {})
-    (<class 'tnpeft.adapters.sites.convolution.TensorNetworkConvolution'>, None)
-    """
+    """The class that adapts a layer, None if there is none."""
     backend = resolve_quantization_backend(module, **quantised)
     if isinstance(module, nn.Linear | Conv1D) or getattr(backend, "layer_type", "") == "linear":
         return TensorNetworkLinear
@@ -48,11 +44,7 @@ def wrapped(module: nn.Module, bank: FactorBank, quantised: dict[str, Any]) -> D
 
 
 def check_kind(name: str, module: Any, config: Any, quantised: dict[str, Any]) -> None:
-    """Raise if the layer, a base layer of a kind, is one that an adapter of the configuration cannot adapt exactly.
-
-    Raises:
-        NetworkError: it is.
-    """
+    """Raise if the layer, a base layer of a kind, is one that an adapter of the configuration cannot adapt."""
     weight = getattr(module, "weight", None)
     if is_lazy(weight) or 0 in features(module):
         raise NetworkError(

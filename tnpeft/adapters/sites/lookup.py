@@ -51,13 +51,6 @@ class Lookup:
 
     The factors that carry columns are tables, looked up by digits of the numbers and multiplied; the product meets
     the matrix of all other factors. Where a table carries row indices as well, all is one product for each number.
-
-    >>> from tnpeft.networks import network
-    >>> net = network("B[out r] A[r i1] C[r i2] -> out (i1 i2)")
-    >>> look = Lookup(net, {"out": 4, "r": 2, "i1": 3, "i2": 5})
-    >>> arrays = {"B": torch.ones(4, 2), "A": torch.arange(6.0).reshape(2, 3), "C": torch.arange(10.0).reshape(2, 5)}
-    >>> look(torch.tensor([[7]]), arrays)[0, 0]
-    tensor([30., 30., 30., 30.])
     """
 
     def __init__(self, net: Network, sizes: Mapping[str, int]) -> None:

@@ -16,18 +16,7 @@ _MEANT = ("__base__", "base_layer", "original_module", "modules_to_save", "token
 
 
 def check_name(adapter: str, layout: Layout, bank: Any) -> None:
-    """Raise if an adapter cannot have a name: it is part of the names of modules, Parameters and entries of files.
-
-    Raises:
-        NetworkError: PEFT would take it for something else, here or in a file.
-
-    >>> from tnpeft.layout import layout
-    >>> from tnpeft.networks import Factorization, Site
-    >>> check_name("A", layout(Factorization.of("A[out inp] -> out inp"), [Site(0, "q", 2, 2)]), None)
-    Traceback (most recent call last):
-    tnpeft.networks.errors.NetworkError: the adapter 'A' is called as one of the factors, and PEFT would mix...
-    choose another adapter name
-    """
+    """Raise if an adapter cannot have a name: it is part of the names of modules, Parameters and entries of files."""
     others = bank.keys if isinstance(bank, FactorBank) else {}
     printed = adapter != "" and adapter.isprintable()
     if not printed or "." in adapter or PREFIX in adapter or hasattr(_CONTAINERS, adapter):

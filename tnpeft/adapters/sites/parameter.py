@@ -171,17 +171,7 @@ def _end(module: nn.Module, args: Any, output: Any) -> None:
 
 
 def check_parameter(name: str, config: Any) -> None:
-    """Raise if a configuration asks of a raw Parameter what needs the module's input.
-
-    Raises:
-        NetworkError: it has dropout, or is several replicas.
-
-    >>> from types import SimpleNamespace
-    >>> check_parameter("attn.in_proj", SimpleNamespace(dropout=0.1, replicas=1))
-    Traceback (most recent call last):
-    tnpeft.networks.errors.NetworkError: attn.in_proj is read by its module itself, and dropout needs the input
-    adapt it with an adapter of its own, without dropout
-    """
+    """Raise if a configuration asks of a raw Parameter what needs the module's input."""
     for what, asked in (("dropout", config.dropout), ("replicas", config.replicas > 1)):
         if asked:
             raise NetworkError(
@@ -191,11 +181,7 @@ def check_parameter(name: str, config: Any) -> None:
 
 
 def check_one_for_all(model: nn.Module, names: Sequence[str]) -> None:
-    """Raise in a batch of several adapters if a layer that does not see the batch's rows has an update.
-
-    Raises:
-        NetworkError: it is a raw Parameter, which all rows read, or of an expert in a list, which is given tokens.
-    """
+    """Raise in a batch of several adapters if a layer that does not see the batch's rows has an update."""
     for path, layer in model.named_modules():
         if not isinstance(layer, DenseLinear) or not {*names, *layer.active_adapters} & {*layer.updates}:
             continue

@@ -50,12 +50,6 @@ class RawWeight:
         Raises:
             NetworkError: the axes of several matrices are neither declared nor told by the module's own
                 ``in_features`` and ``out_features``, or are declared as what they cannot be.
-
-        >>> from types import SimpleNamespace
-        >>> RawWeight(SimpleNamespace(), "w", "w_weight", 3, 5, experts=4).with_axes("mix.w", None)
-        Traceback (most recent call last):
-        tnpeft.networks.errors.NetworkError: mix.w holds 4 matrices of 3 x 5, and nothing says which axis is...
-        declare it: axes={"w": "expert out inp"}, or "expert inp out"
         """
         choices = [f"expert {pair}" if self.experts else pair for pair in ("out inp", "inp out")]
         own = [getattr(self.module, f"{side}_features", None) for side in ("out", "in")]
@@ -85,9 +79,6 @@ def raw_weights(module: nn.Module) -> tuple[RawWeight, ...]:
     """The Parameters of two or three axes that a module reads itself, adapted or not; none of a layer that is called.
 
     Of three axes the first counts experts. Which of the others are rows, :meth:`RawWeight.with_axes` says.
-
-    >>> [(raw.name, raw.child, raw.slices) for raw in raw_weights(nn.MultiheadAttention(4, 2))]
-    [('in_proj_weight', 'in_proj', 3)]
     """
     if isinstance(module, (*_CALLED, *_HELD, TensorNetworkLayer, FactorStore)) or not module._parameters:
         return ()
@@ -109,9 +100,5 @@ def raw_weights(module: nn.Module) -> tuple[RawWeight, ...]:
 
 
 def raw_names(module: nn.Module) -> tuple[str, ...]:
-    """The names by which the raw Parameters of a module are targets: their own, and those of what adapts them.
-
-    >>> raw_names(nn.MultiheadAttention(4, 2))
-    ('in_proj_weight', 'in_proj')
-    """
+    """The names by which the raw Parameters of a module are targets: their own, and those of what adapts them."""
     return tuple(name for raw in raw_weights(module) for name in (raw.name, raw.child))

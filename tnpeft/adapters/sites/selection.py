@@ -95,11 +95,7 @@ def select(model: nn.Module, /, **values: int | Tensor | Sequence[int] | None) -
 
 
 def updates(model: nn.Module) -> Iterator[Any]:
-    """The updates of all adapters at all their sites.
-
-    >>> [*updates(nn.Linear(2, 2))]
-    []
-    """
+    """The updates of all adapters at all their sites."""
     for module in model.modules():
         for its in getattr(module, "updates", {}).values() if hasattr(module, "tnpeft_factors") else ():
             yield from its
@@ -138,9 +134,6 @@ def chosen_rows(stack: Sequence[str], sizes: Mapping[str, int], selected: Select
 
     Raises:
         NetworkError: one has no value.
-
-    >>> chosen_rows(["scene"], {"scene": 3}, {"scene": torch.tensor([0, 2])})
-    (('scene',), 2)
     """
     for index in stack:
         if index not in selected:
@@ -154,11 +147,7 @@ def chosen_rows(stack: Sequence[str], sizes: Mapping[str, int], selected: Select
 
 
 def described(stack: Sequence[str], selected: Selected) -> str:
-    """The chosen values in words.
-
-    >>> described(("scene", "env"), {"scene": torch.tensor(3)})
-    'scene = 3, env is not chosen'
-    """
+    """The chosen values in words."""
     words = []
     for index in stack:
         value = selected.get(index)
@@ -170,14 +159,7 @@ def described(stack: Sequence[str], selected: Selected) -> str:
 
 
 def check_rows(shape: Sequence[int], count: int) -> None:
-    """Raise unless an activation has the rows of a batch, or tokens of it as rows.
-
-    Raises:
-        NetworkError: it has not.
-
-    >>> check_rows((2, 7, 4), 2), check_rows((14, 4), 2)
-    (None, None)
-    """
+    """Raise unless an activation has the rows of a batch, or tokens of it as rows."""
     if len(shape) < _ROW or (shape[0] % count if len(shape) == _ROW else shape[0] != count):
         raise NetworkError(
             f"{count} values are chosen for the rows of a batch, and a layer was given an input of shape "
@@ -188,14 +170,7 @@ def check_rows(shape: Sequence[int], count: int) -> None:
 
 
 def choose(array: Tensor, axes: Axes, selected: Selected) -> Tensor:
-    """The array at the chosen values: without the axes, or with one axis of rows before all others.
-
-    >>> choose(torch.arange(6).reshape(2, 3), ((0, "scene"),), {"scene": torch.tensor(1)})
-    tensor([3, 4, 5])
-    >>> choose(torch.arange(6).reshape(2, 3), ((1, "scene"),), {"scene": torch.tensor([2, 2, 0])}).T
-    tensor([[2, 2, 0],
-            [5, 5, 3]])
-    """
+    """The array at the chosen values: without the axes, or with one axis of rows before all others."""
     if not axes:
         return array
     values = [selected[index].to(array.device) for _, index in axes]
@@ -210,13 +185,7 @@ def choose(array: Tensor, axes: Axes, selected: Selected) -> Tensor:
 
 
 def rowwise(net: Network, stack: Collection[str], rows: Collection[str]) -> Network:
-    """The network of one call: stack indices with one value for all are gone, the others are one, ``replica``.
-
-    >>> from tnpeft.networks import network
-    >>> net = network("S[scene a] E[env a] B[a out inp] -> scene env out inp")
-    >>> print(rowwise(net, ("scene", "env"), ("scene",)), "|", rowwise(net, ("scene", "env"), ()))
-    S[replica a] E[a] B[a out inp] -> replica out inp | S[a] E[a] B[a out inp] -> out inp
-    """
+    """The network of one call: stack indices with one value for all are gone, the others are one, ``replica``."""
 
     def change(factor: Factor) -> Factor:
         many = (REPLICA,) if any(index in rows for index in factor.indices) else ()
@@ -231,13 +200,7 @@ def rowwise(net: Network, stack: Collection[str], rows: Collection[str]) -> Netw
 def one_value(
     net: Network, sizes: Mapping[str, int], fixed: Collection[str] = ()
 ) -> tuple[Network, Mapping[str, int], tuple[str, ...]]:
-    """The network of one value of every named stack index, and of those that are ``fixed``; its sizes; these indices.
-
-    >>> from tnpeft.networks import network
-    >>> net, sizes, stack = one_value(network("S[scene a] B[a out inp] -> scene out inp"), {"scene": 3, "a": 2})
-    >>> print(net, sizes, stack)
-    S[a] B[a out inp] -> out inp {'a': 2} ('scene',)
-    """
+    """The network of one value of every named and every ``fixed`` stack index, its sizes, and these indices."""
     stack = tuple(index for index in net.stack if index not in RESERVED or index in fixed)
     if not stack:
         return net, sizes, ()
@@ -246,11 +209,7 @@ def one_value(
 
 
 def check_stack(stack: Mapping[str, int] | None, config: Any) -> None:
-    """Raise unless a configuration's lines carry the stack indices that it declares, and it asks for one update only.
-
-    Raises:
-        ConfigError: a line lacks one, its name has a meaning of its own, or DoRA or replicas are asked for as well.
-    """
+    """Raise unless a configuration's lines carry the stack indices that it declares, and it has one update only."""
     if not stack:
         return
     lines = [rule.network for rule in config.factorization.lines]

@@ -53,9 +53,6 @@ def entries(tensors: Mapping[str, Any], where: str) -> Stored:
 
     Raises:
         AdapterFileError: one is not.
-
-    >>> entries({"A": torch.ones(2, 3)}, "the file")
-    {'A': Entry(shape=(2, 3), floating=True)}
     """
     found = {}
     for name, tensor in tensors.items():
@@ -74,9 +71,6 @@ def unprefixed(stored: Mapping[str, Entry], where: str, needed: bool = True) -> 
 
     Raises:
         AdapterFileError: a name lacks the prefix though others have it, or it is ``needed``: PEFT would pass it over.
-
-    >>> unprefixed({"base_model.model.q.tnpeft_factors.B": Entry((4, 2))}, "the file")
-    {'q.tnpeft_factors.B': Entry(shape=(4, 2), floating=True)}
     """
     bare = [name for name in stored if not name.startswith(PEFT_PREFIX)]
     if bare and (needed or len(bare) < len(stored)):
@@ -138,13 +132,7 @@ def contents(model: nn.Module, config: PeftConfig, found: Layout) -> Contents:
 
 
 def check_contents(stored: Stored, its: Contents, where: str) -> None:
-    """Raise unless the tensors are those that the adapter needs on this model; names are those in the model.
-
-    Raises:
-        AdapterFileError: a tensor is missing, of another shape or kind, or not part of the adapter.
-
-    >>> check_contents({"q.B": Entry((4, 2))}, Contents({"q.B": Entry((4, 2))}), "the file")
-    """
+    """Raise unless the tensors are those that the adapter needs on this model; names are those in the model."""
     known = {**its.optional, **its.required}
     factors, others = [], []
     for name, entry in stored.items():
@@ -180,11 +168,7 @@ def check_contents(stored: Stored, its: Contents, where: str) -> None:
 
 
 def check_modules(model: nn.Module, config: PeftConfig, adapter: str) -> None:
-    """Raise if PEFT would wrap a part of an adapter because ``modules_to_save`` or a token's module is called so.
-
-    Raises:
-        ConfigError: it would.
-    """
+    """Raise if PEFT would wrap a part of an adapter because ``modules_to_save`` or a token's module is called so."""
     tokens = config.trainable_token_indices
     named = [*(config.modules_to_save or ()), *(tokens if isinstance(tokens, Mapping) else ())]
     for name in named:

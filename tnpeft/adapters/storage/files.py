@@ -41,11 +41,6 @@ def fetch(name: str, subfolder: str | None = None, **hub: Any) -> Path:
 
     Raises:
         AdapterFileError: there is none, or it cannot be had.
-
-    >>> fetch("/", local_files_only=True)
-    Traceback (most recent call last):
-    tnpeft.networks.errors.AdapterFileError: no adapter_model.safetensors in '/'
-    copy the adapter's folder again from where it was saved
     """
     folder = Path(name, subfolder or "")
     if not folder.is_dir():
@@ -71,11 +66,6 @@ def stored(path: Path) -> Stored:
 
     Raises:
         AdapterFileError: the file is damaged, or holds something that is not a finite number.
-
-    >>> stored(Path("no/such/file"))
-    Traceback (most recent call last):
-    tnpeft.networks.errors.AdapterFileError: adapter_model.safetensors is damaged: No such file or directory: no/su...
-    copy the adapter's folder again from where it was saved
     """
     return unprefixed(entries(read(path), SAFETENSORS_WEIGHTS_NAME), SAFETENSORS_WEIGHTS_NAME)
 
@@ -144,11 +134,7 @@ def hotswap(model: Any, folder: str, adapter: str = "default") -> None:
 
 
 def check_fits(model: Any, adapter: str, new: Any, what: str) -> None:
-    """Raise unless a configuration read from a folder, and the file beside it, are of an adapter like the attached.
-
-    Raises:
-        AdapterFileError: the two differ in network, scale, seed of frozen factors, sites, or what they train besides.
-    """
+    """Raise unless a configuration read from a folder, and its file, are of an adapter like the attached one."""
     from tnpeft.adapters.state import bank_of
 
     own, base = model.peft_config[adapter], bank_of(model, adapter)
@@ -168,10 +154,6 @@ def check_state(model: Any, config: Any, adapter: str, layout: Layout, state: Ma
     """Raise unless a state dict that is about to be loaded into an attached adapter holds that adapter and no more.
 
     Warns where frozen factors stay as they are here: of those in the adapter that it was taken from it knows nothing.
-
-    Raises:
-        AdapterFileError: a tensor is missing, not finite, of another shape, or not part of the adapter, or the
-            adapter is merged.
     """
     from tnpeft.adapters.state import bank_of
 
@@ -203,12 +185,7 @@ def _value(config: Any, name: str) -> Any:
 
 
 def translated(model: Any, config: Any) -> Any:
-    """The configuration with paths as they are today in a model that transformers has rearranged since it was saved.
-
-    >>> from types import SimpleNamespace
-    >>> translated(SimpleNamespace(), "as it is")
-    'as it is'
-    """
+    """The configuration with paths as they are in a model that transformers has rearranged since it was saved."""
     rules = getattr(model, "_checkpoint_conversion_mapping", None) or {}
     if not rules or config.layers is None:
         return config
@@ -228,8 +205,6 @@ def describe(folder: str, adapters: Mapping[str, Factorization]) -> None:
     Args:
         folder: where the card lies; without one, nothing is written.
         adapters: the networks by subfolder, ``""`` for the folder itself.
-
-    >>> describe("no/such/folder", {"": Factorization.of("A[out inp] -> out inp")})
     """
     card = Path(folder) / _CARD
     if not card.is_file():

@@ -47,10 +47,6 @@ def factorization(given: Any, **changes: Any) -> Factorization:
 
     Raises:
         ConfigError: the text is neither, the data is not what :func:`lower` writes, or a value does not fit.
-
-    >>> f = factorization("B[out r] A[r inp] -> out inp", ranks={"r": 8}, scale=2.0)
-    >>> f.ranks, f.scale
-    ({'r': 8}, 2.0)
     """
     changes = {name: value for name, value in changes.items() if value is not None}
     for name, value in changes.items():
@@ -77,12 +73,7 @@ def factorization(given: Any, **changes: Any) -> Factorization:
 
 
 def lower(f: Factorization) -> dict[str, Any]:
-    """The factorization as text, numbers, lists and dicts: what ``json.dumps`` takes.
-
-    >>> f = factorization("B[out r] A[r inp] -> out inp", ranks={"r": 8})
-    >>> lower(f)["lines"], factorization(lower(f)) == f
-    ([{'network': 'B[out r] A[r inp] -> out inp', 'sites': '*'}], True)
-    """
+    """The factorization as text, numbers, lists and dicts: what ``json.dumps`` takes."""
     return {
         "schema": SCHEMA,
         "name": f.name,
@@ -106,10 +97,6 @@ def with_rank_pattern(f: Factorization, pattern: Mapping[str, Mapping[str, int]]
 
     Raises:
         ConfigError: an entry names no bond.
-
-    >>> f = factorization("lora", ranks={"r": 8})
-    >>> print(with_rank_pattern(f, {"v_proj": {"r": 4}}).lines[0].network)
-    B[layer proj out r_1] A[layer proj r_1 inp] -> layer proj out inp
     """
     if not _named(pattern):
         raise ConfigError(

@@ -93,6 +93,18 @@ def test_a_relative_step_is_a_rate_by_the_gain(cache: Path) -> None:
     assert by_rule.method["change"]["init"] == {"G": "orthogonal"}
 
 
+def test_the_last_bits_of_a_rate_change_no_runs_name(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    its = study(cache)
+    cell = next(cell for cell in its.cells if cell.name == "P1: LoTR (rank=10)")
+    exact, keys = its.rate_of_step(cell, its.tasks[0], "digits:1"), set()
+    for factor in (1, 1 + 2**-52, 1 - 2**-50):
+        monkeypatch.setattr(Study, "rate_of_step", lambda *_, rate=exact * factor: rate)
+        keys.add(its.run(cell, its.tasks[0], 0.1, 0, "digits:1").key)
+    assert len(keys) == 1
+    monkeypatch.setattr(Study, "rate_of_step", lambda *_: exact * (1 + 1e-6))
+    assert its.run(cell, its.tasks[0], 0.1, 0, "digits:1").key not in keys
+
+
 @settings(max_examples=25, deadline=None)
 @given(power=st.floats(-6, 3), extend=st.integers(0, 6))
 def test_grids_grow_until_the_best_is_inside(

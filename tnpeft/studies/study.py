@@ -228,7 +228,8 @@ class Study:
         places = self._places(backbone)
         terms = self.terms(cell, task)
         if self.relative(cell, task) and terms.rate_rule == "rate":
-            value = value * self.rate_of_step(cell, task, places["model"])
+            # Rounded, as it is part of the run's name: a sum over weights ends in other bits on other machines.
+            value = float(f"{value * self.rate_of_step(cell, task, places['model']):.10g}")
         examples = load(task, self.places["data"]).digest
         own = self._identities[places["model"]]
         return Run({**table, **files}, examples, cell.method, terms.training, value, seed, own, places)

@@ -326,7 +326,7 @@ def test_grams_are_those_of_the_jacobian(name):
             jacobian = torch.autograd.functional.jacobian(update, array.detach()).reshape(-1, array.numel())
             total += jacobian.T @ jacobian
         gradient = torch.randn(array.shape).double()
-        adapter = tnpeft.optim.preconditioner._Adapter(model, "default", 0.0, False)
+        adapter = tnpeft.optim.directions.Directions(model, "default", 0.0, False)
         found = adapter.directions({param: gradient})[0][param]
         expected = torch.linalg.solve(total, gradient.flatten()).reshape(array.shape)
         assert torch.allclose(found, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max())), label

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tnpeft
-from tnpeft.studies import backbones, matching, methods, packaged
+from tnpeft.counting import capped
+from tnpeft.counting.budgets import BY
+from tnpeft.studies import backbones, methods, packaged
 from tnpeft.studies.files import StudyError, merged, write_json
 from tnpeft.studies.reports.points import collect
 from tnpeft.studies.reports.tables import contrasts
@@ -186,25 +188,28 @@ TARGETS = ("q_proj", "v_proj")
 @given(
     family=st.sampled_from(["lora", "cp", "tucker", "tenslora", "lotr", "fact_tk", "metatt_4d", "lorta"]),
     budget=st.integers(300, 6000),
-    by=st.sampled_from(matching.BY),
+    by=st.sampled_from(BY),
 )
 def test_matched_ranks_are_carried_and_nearest(family: str, budget: int, by: str) -> None:
-    count = {"dof": matching.dof, "parameters": matching.parameters}[by]
-    ((args, change),) = matching.matched(family, {}, [budget], MODEL, TARGETS, by=by)
-    f = methods.factorization({"family": family, "args": args, "change": {"ranks": change}})
-    assert matching.capped(f, MODEL, TARGETS).ranks == f.ranks
-    found = count(f, MODEL, TARGETS)
+    count = {"dof": methods.dof, "parameters": methods.count}[by]
+    ((args, change),) = methods.matched({"family": family}, [budget], MODEL, TARGETS, by)
+    method = {"family": family, "args": args, "change": {"ranks": change}}
+    f = methods.factorization(method)
+    assert capped(f, model=MODEL, targets=TARGETS).ranks == f.ranks
+    found = count(method, MODEL, TARGETS)
     assert found is not None
     ((name, rank),) = args.items()
     for other in (rank - 1, rank + 1):
         if other >= 1:
-            near = matching.capped(methods.factorization({"family": family, "args": {name: other}}), MODEL, TARGETS)
-            assert abs((count(near, MODEL, TARGETS) or 0) - budget) >= abs(found - budget)
+            near = {"family": family, "args": {name: other}}
+            ranks = capped(methods.factorization(near), model=MODEL, targets=TARGETS).ranks
+            counted = count({**near, "change": {"ranks": ranks}}, MODEL, TARGETS)
+            assert abs((counted or 0) - budget) >= abs(found - budget)
 
 
 def test_the_flagship_study_matches_degrees_of_freedom() -> None:
     its = Study.read(ROOT / "presets" / "study1_structure_or_step.toml")
-    found = {cell.label: matching.dof(methods.factorization(cell.method), MODEL, TARGETS) for cell in its.cells}
+    found = {cell.label: methods.dof(cell.method, MODEL, TARGETS) for cell in its.cells}
     assert len(found) == 17
     assert found.pop("TeRA") is not None  # one size only, its own count
     assert all(value is not None and abs(value - 2016) <= 0.05 * 2016 for value in found.values())

@@ -13,8 +13,7 @@ from hypothesis import given, strategies
 from tnpeft.networks import TnpeftError
 from tnpeft.studies import methods
 from tnpeft.studies.files import StudyError, merged, read_toml
-from tnpeft.studies.matching import matched
-from tnpeft.studies.methods import count
+from tnpeft.studies.methods import count, matched
 from tnpeft.studies.protocol import Protocol
 from tnpeft.studies.reports.reporting import report
 from tnpeft.studies.running.execution import run_once
@@ -281,7 +280,7 @@ def test_toml_extends_and_refuses_circles(tmp_path: Path) -> None:
 def test_matched_ranks_are_the_nearest() -> None:
     targets = ("q_proj", "v_proj")
     budgets = [196608, 393216, 589824, 786432, 1179648, 1572864]
-    found = [args["rank"] for args, _ in matched("cp", {}, budgets, "facebook/opt-1.3b", targets)]
+    found = [args["rank"] for args, _ in matched({"family": "cp"}, budgets, "facebook/opt-1.3b", targets)]
     assert found == [21, 42, 64, 85, 127, 170]  # nearest, where the paper's own partners are 21, 43, 64, 85, 128, 171
 
 

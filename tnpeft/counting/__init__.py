@@ -1,6 +1,6 @@
 """HOW MUCH: parameters, parameter steps, rank bounds, degrees of freedom, budgets, and the cards of known models."""
 
-from tnpeft.counting.budgets import Budget, BudgetRow, Rung, budget
+from tnpeft.counting.budgets import Budget, BudgetRow, Rung, budget, capped, nearest_ranks
 from tnpeft.counting.cuts import RankWarning, clipped_ranks, cuts, rank_bound, unfolding_bounds, warn_ranks
 from tnpeft.counting.dof import dof
 from tnpeft.counting.parameters import (
@@ -26,6 +26,7 @@ __all__ = [
     "SiteLayout",
     "biases",
     "budget",
+    "capped",
     "card",
     "clipped_ranks",
     "cuts",
@@ -33,6 +34,7 @@ __all__ = [
     "groups",
     "layout",
     "names",
+    "nearest_ranks",
     "optimizer_megabytes",
     "parameter_step",
     "parameters",

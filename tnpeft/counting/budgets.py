@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import inf, prod
 from numbers import Integral
 
 from tnpeft._text import Table, block
-from tnpeft.counting.cuts import RankWarning, bond_cuts
+from tnpeft.counting.cuts import RankWarning, bond_cuts, clipped_ranks
 from tnpeft.counting.dof import dof, dof_on
 from tnpeft.counting.parameters import parameters as count_parameters
 from tnpeft.counting.parameters import with_sizes
@@ -160,6 +162,53 @@ def budget(
     )
 
 
+def nearest_ranks(
+    declare: Callable[[int], Factorization],
+    goals: Iterable[int],
+    *,
+    model: Model,
+    targets: Targets = None,
+    by: str = "parameters",
+    largest: int = 4096,
+) -> Iterator[tuple[int, Factorization]]:
+    """Yield for each goal the rank nearest to it and its factorization on a model, without repeats.
+
+    Where that comes nearer, the first bonds that grow with the rank have those of the next rank; no bond is larger
+    than what it carries at all sites. The count is taken to grow with the rank, up to ``largest``.
+
+    >>> from tnpeft import families
+    >>> [rank for rank, _ in nearest_ranks(families.lora, [4096 * 48, 400_000], model="facebook/opt-1.3b")]
+    [1, 2]
+    >>> tensor = lambda rank: families.tenslora("qkv_depth", ranks=rank)
+    >>> rank, f = next(nearest_ranks(tensor, [15_000], model="facebook/opt-125m"))
+    >>> rank, f.ranks
+    (8, {'a': 9, 'b': 9, 'c': 2, 'd': 8})
+    """
+    on = _Ground(sites(model, targets), {}, by)
+
+    @cache
+    def at(rank: int, raised: int) -> Factorization:
+        f, higher = declare(rank), declare(rank + 1).ranks
+        varied = [bond for bond in f.ranks if f.ranks[bond] != higher[bond]][:raised]
+        return _capped(f.with_ranks(**{bond: higher[bond] for bond in varied}), on)
+
+    @cache
+    def count(rank: int, raised: int = 0) -> int:
+        return on.count(at(rank, raised))
+
+    seen = []
+    for goal in goals:
+        high = 2
+        while count(high) <= goal and high < largest:
+            high *= 2
+        low = max(1, bisect_right(range(1, high), goal, key=count))
+        choices = [(low, raised) for raised in range(len(at(low, 0).ranks))] + [(low + 1, 0)]
+        best = min(choices, key=lambda its: (abs(count(*its) - goal), its))
+        if at(*best).ranks not in seen:
+            seen.append(at(*best).ranks)
+            yield best[0], at(*best)
+
+
 def refuse_unknown(
     chosen: Sequence[Factorization], given: Mapping[str, Size], ratios: Mapping[str, float], model: Model
 ) -> None:
@@ -186,6 +235,28 @@ def refuse_unknown(
             raise NetworkError(f"unknown index {name!r}: no family has it", remedy=remedy)
         if model is not None and name in ("layer", "proj", "expert", "out", "inp"):
             raise NetworkError(f"the size of {name!r} comes from the model", remedy="leave it out")
+
+
+def capped(f: Factorization, *, model: Model, targets: Targets = None) -> Factorization:
+    """The factorization with no numbered rank larger than what its bond carries at all sites.
+
+    Of bonds between the same factors it is a choice which one to lower: they stay as they are.
+
+    >>> from tnpeft import families
+    >>> capped(families.tucker((8, 8, 8), modes=["proj"], stack=["layer", "proj"]), model="facebook/opt-125m").ranks
+    {'a': 8, 'b': 8, 'c': 2}
+    """
+    return _capped(f, _Ground(sites(model, targets), {}, "parameters"))
+
+
+def _capped(f: Factorization, on: _Ground) -> Factorization:
+    for _ in range(len(f.ranks) + 1):  # a smaller bond may lower the cuts of others
+        cuts = {name: cut for net, sizes in on.placed(f) for name, cut in clipped_ranks(net, sizes).items()}
+        lowered = {name: cut for name, cut in cuts.items() if " " not in name}
+        if not lowered:
+            break
+        f = f.with_ranks(**lowered)
+    return f
 
 
 def _row_or_problem(

@@ -145,11 +145,8 @@ def _sizes(
 ) -> Iterator[tuple[dict[str, Any], dict[str, int]]]:
     """Arguments of each size, and the ranks that they do not reach."""
     if "budgets" in given:
-        from tnpeft.studies.matching import matched
-
         by = str(given.get("match", "parameters"))
-        fixed, shape = given.get("args", {}), backbones.shape(model)
-        yield from matched(given["family"], fixed, given["budgets"], shape, targets, by=by)
+        yield from methods.matched(given, given["budgets"], backbones.shape(model), targets, by)
     elif "grid" in given:
         names = list(given["grid"])
         for values in itertools.product(*given["grid"].values()):

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from tnpeft import families
+from tnpeft.counting import nearest_ranks
+from tnpeft.counting.dof import dof_on
+from tnpeft.counting.parameters import layout_on
 from tnpeft.networks import Factor, Factorization, Network, NetworkError, network
 from tnpeft.scaling.starts import batch_bonds
 from tnpeft.studies.files import StudyError
@@ -45,8 +50,6 @@ def factorization(method: Method) -> Factorization:
     args = dict(method.get("args", {}))
     if "line" in method:
         return _of_line(network(method["line"]), args)
-    from tnpeft import families
-
     tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in args.items()}
     declare = families.get(method["family"])
     try:
@@ -118,6 +121,71 @@ def count(method: Method, model: Any, targets: tuple[str, ...]) -> int | None:
     import tnpeft
 
     return int(tnpeft.parameters(factorization(method), model=model, targets=list(targets) or None))
+
+
+def dof(method: Method, model: Any, targets: tuple[str, ...]) -> int | None:
+    """Degrees of freedom of the adapter over a model's sites; None where no formula gives them.
+
+    Of sites of several shapes that share a trainable factor the count is an upper bound only, hence none.
+
+    >>> dof({"family": "lora", "args": {"rank": 2}}, {"model_type": "opt", "hidden_size": 64,
+    ...     "num_hidden_layers": 4, "num_attention_heads": 4, "ffn_dim": 256}, ("q_proj", "v_proj"))
+    2016
+    """
+    if "none" in method:
+        return 0
+    if not ("family" in method or "line" in method):
+        return None
+    return _dof(factorization(method), model, targets)
+
+
+def _dof(f: Factorization, model: Any, targets: tuple[str, ...]) -> int | None:
+    found = layout_on(f, model=model, targets=list(targets) or None)
+    trained = [factor for shape in found.shapes() for factor in shape.network.factors if factor.kind == "trainable"]
+    if len(found.shapes()) > 1 and not all({"layer", "proj"} <= {*factor.indices} for factor in trained):
+        return None
+    try:
+        return dof_on(found)
+    except NetworkError:  # a tied factor
+        return None
+
+
+def matched(
+    method: Method, budgets: Sequence[int], model: Any, targets: tuple[str, ...], by: str = "parameters"
+) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
+    """Yield for each budget the argument of a family nearest to it and the bonds that have another rank.
+
+    Args:
+        method: the family, with the arguments that do not vary.
+        budgets: numbers of parameters, or of degrees of freedom.
+        model: as :func:`tnpeft.counting.card` takes it.
+        targets: projections that get an adapter.
+        by: what a budget counts: parameters or dof.
+
+    Raises:
+        StudyError: the family has no such rank, or cannot be counted so.
+
+    >>> list(matched({"family": "lora"}, [4096 * 48, 400000], "facebook/opt-1.3b", ("q_proj", "v_proj")))
+    [({'rank': 1}, {}), ({'rank': 2}, {})]
+    >>> next(matched({"family": "tenslora"}, [15_000], "facebook/opt-125m", ("q_proj", "v_proj")))
+    ({'ranks': 8}, {'a': 9, 'b': 9, 'c': 2})
+    """
+    family, fixed = method["family"], method.get("args", {})
+    known = inspect.signature(families.get(family)).parameters
+    vary = next((name for name in ("rank", "ranks") if name in known), None)
+    if vary is None:
+        raise StudyError(f"{family!r} has one size only", remedy="name it without budgets")
+
+    def sized(rank: int) -> Factorization:
+        return factorization({"family": family, "args": {**fixed, vary: rank}})
+
+    if by == "dof" and _dof(sized(2), model, targets) is None:
+        raise StudyError(
+            f"the {by} of {family!r} cannot be counted on {model}", remedy="give a grid, or match by parameters"
+        )
+    for rank, f in nearest_ranks(sized, budgets, model=model, targets=targets or None, by=by):
+        common = sized(rank).ranks
+        yield {vary: rank}, {bond: int(r) for bond, r in f.ranks.items() if r != common[bond]}
 
 
 def attach(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from tnpeft.studies import backbones, matching, methods
+from tnpeft.studies import backbones, methods
 from tnpeft.studies.design import Cell
 from tnpeft.studies.runs import Store, finite
 from tnpeft.studies.statistics import Summary, summary
@@ -130,7 +130,7 @@ def _point(study: Study, store: Store, cell: Cell, task: Task) -> Point | None:
         policy=cell.policy,
         kind=next(kind for kind in methods.KINDS if kind in cell.method),
         parameters=first["parameters"],
-        dof=_dof(study, cell, task),
+        dof=methods.dof(cell.method, backbones.shape(study.places["model"]), study.terms(cell, task).targets),
         head=first["head_parameters"],
         lr=_middle([runs[name].lr for name in results]),
         step=value if study.relative(cell, task) else None,
@@ -152,15 +152,6 @@ def _tried(study: Study, store: Store, cell: Cell, task: Task, values: Sequence[
             loss = sum(map(dev_loss, results)) / len(results)
             score = sum(r["dev"] for r in results) / len(results)
             yield Tried(value, _middle([run.lr for run in runs]), loss, score, len(runs))
-
-
-def _dof(study: Study, cell: Cell, task: Task) -> int | None:
-    if "none" in cell.method:
-        return 0
-    if not ("family" in cell.method or "line" in cell.method):
-        return None
-    f = methods.factorization(cell.method)
-    return matching.dof(f, backbones.shape(study.places["model"]), study.terms(cell, task).targets)
 
 
 def _middle(rates: Sequence[float]) -> float:

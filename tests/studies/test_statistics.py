@@ -242,6 +242,23 @@ def test_axes_are_named_by_the_metric_of_the_task(
         assert not any("ccuracy" in text for text in named)
 
 
+def test_a_family_keeps_its_look_under_every_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[str, tuple[Any, ...]] = {}
+
+    def look(figure: Any, path: Path) -> Path:
+        for bars, label in zip(*figure.axes[0].get_legend_handles_labels(), strict=True):
+            line = bars[0] if isinstance(bars, tuple) else bars
+            drawn[label] = (line.get_color(), line.get_marker(), line.get_linestyle())
+        return path
+
+    monkeypatch.setattr(figures, "save", look)
+    points = [replace(p, policy=policy) for policy in ("own step", "one rate") for p in POINTS]
+    figures.budget_figure(points, tmp_path / "a")
+    for label in ("LoRA", "CP"):
+        assert drawn[label][:2] == drawn[f"{label}, one rate"][:2] == figures.style(label)
+        assert (drawn[label][2], drawn[f"{label}, one rate"][2]) == ("-", "--")
+
+
 def test_a_family_has_one_look_in_every_figure() -> None:
     looks = {figures.style(label, others) for label in ["CP"] for others in ([], ["CP"], ["mine", "CP"])}
     assert len(looks) == 1

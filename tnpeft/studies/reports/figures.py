@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,8 @@ def budget_figure(points: Sequence[Point], path: Path, *, title: str = "", refer
     """Score and loss on held-out examples against degrees of freedom (log axis), a row of panels for each task.
 
     Where degrees of freedom are unknown, parameters stand in their place. A method without parameters and full
-    fine-tuning are horizontal lines, floor and ceiling; faint vertical lines are the reference's sizes.
+    fine-tuning are horizontal lines, floor and ceiling; faint vertical lines are the reference's sizes. Policies
+    after the first one are dashed, with hollow markers.
     """
     tasks = list(dict.fromkeys(p.task for p in points))
     rows: list[tuple[str, Callable[[Point], Mapping[Any, float]]]] = [("score", lambda p: p.scores)]
@@ -150,13 +152,15 @@ def _budget_panel(
     for rung in (p for p in points if p.label == reference):
         axis.axvline(size(rung), color="0.88", linewidth=1, zorder=0)
     labels, drawn = _families(points), False
-    for label in labels:
-        group = sorted((p for p in points if p.label == label and of(p)), key=size)
+    policies = list(dict.fromkeys(p.policy for p in points))
+    for label, policy in product(labels, policies):
+        group = sorted((p for p in points if (p.label, p.policy) == (label, policy) and of(p)), key=size)
         if group:
-            drawn = True
+            drawn, first = True, policy == policies[0]
             found = [summary(of(p)) for p in group]
             colour, marker = style(label, labels)
-            _bars(axis, [size(p) for p in group], found, colour, marker, label, line=len(group) > 1)
+            name = label if first else f"{label}, {policy}"
+            _bars(axis, [size(p) for p in group], found, colour, marker, name, line=len(group) > 1, filled=first)
     for p in points:
         if p.kind in ("full", "none") and of(p):
             kind = {"full": ":", "none": "--"}[p.kind]
@@ -169,7 +173,15 @@ def _budget_panel(
 
 
 def _bars(
-    axis: Any, xs: Sequence[float], found: Sequence[Summary], colour: str, marker: str, label: str, *, line: bool
+    axis: Any,
+    xs: Sequence[float],
+    found: Sequence[Summary],
+    colour: str,
+    marker: str,
+    label: str,
+    *,
+    line: bool,
+    filled: bool,
 ) -> None:
     axis.errorbar(
         xs,
@@ -178,8 +190,10 @@ def _bars(
         color=colour,
         marker=marker,
         markersize=6,
-        markeredgecolor="white",
-        markeredgewidth=0.6,
+        markerfacecolor=colour if filled else "white",
+        markeredgecolor="white" if filled else colour,
+        markeredgewidth=0.6 if filled else 1.2,
+        linestyle="-" if filled else "--",
         linewidth=1.5 if line else 0,
         elinewidth=1,
         capsize=2,

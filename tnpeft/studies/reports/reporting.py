@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +106,9 @@ def render(facts: Mapping[str, Any], out: str | Path) -> tuple[Point, ...]:
     for kind, rows in further.items():
         if rows:
             tables.write(rows, where / f"{name}-{kind}.md")
-    first = points[0].policy
-    shown = [p if p.policy == first else replace(p, label=f"{p.label}, {p.policy}") for p in points]
     if not further["variance"]:
-        draw = figures.budget_figure if figures.is_ladder(shown) else figures.ranked_figure
-        draw(shown, where / name, title=title, reference=facts["reference"])
+        draw = figures.budget_figure if figures.is_ladder(points) else figures.ranked_figure
+        draw(points, where / name, title=title, reference=facts["reference"])
     if any(p.step is not None and len(p.search) > 1 for p in points):
         figures.rates_figure(points, where / f"{name}-rates", title=title)
     if further["variance"]:

@@ -5,10 +5,9 @@ python scripts/trace_functions.py
 
 from __future__ import annotations
 
-import sys
-import threading
+import cProfile
 from pathlib import Path
-from types import FrameType
+from types import CodeType
 from typing import Any
 
 import peft
@@ -20,36 +19,21 @@ import tnpeft
 PACKAGE = Path(tnpeft.__file__).parent
 
 
-def visited(width: int = 64, rank: int = 4, tokens: int = 32) -> list[tuple[str, str]]:
-    """Return file and qualified name of each function, in the order of first visits."""
-    config = tnpeft.TensorNetworkConfig(network="lora", ranks={"r": rank}, target_modules=["0"], tokens=tokens)
-    layer: Any = peft.get_peft_model(nn.Sequential(nn.Linear(width, width)), config).base_model.model[0]
-    x = torch.randn(tokens, width, requires_grad=True)
-    layer(x).sum().backward()  # what is remembered and generated is there afterwards
-    found: dict[tuple[str, str], None] = {}
-
-    def note(frame: FrameType, event: str, argument: Any) -> None:
-        file = Path(frame.f_code.co_filename)
-        inner = frame.f_code.co_name in ("<listcomp>", "<genexpr>")
-        if event == "call" and file.is_relative_to(PACKAGE) and not inner:
-            found[str(file.relative_to(PACKAGE.parent)), frame.f_code.co_qualname] = None
-
-    threading.setprofile(note)  # backward passes may run in threads of their own
-    sys.setprofile(note)
-    try:
-        layer(x).sum().backward()
-    finally:
-        sys.setprofile(None)
-        threading.setprofile(None)  # type: ignore[arg-type]
-    return [*found]
-
-
 def main() -> None:
-    """Print them."""
-    functions = visited()
-    for file, name in functions:
-        print(f"{file}: {name}")
-    print(f"{len(functions)} functions in {len({file for file, _ in functions})} files")
+    """Print them, file by file."""
+    config = tnpeft.TensorNetworkConfig(network="lora", ranks={"r": 4}, target_modules=["0"], tokens=32)
+    layer: Any = peft.get_peft_model(nn.Sequential(nn.Linear(64, 64)), config).base_model.model[0]
+    x = torch.randn(32, 64, requires_grad=True)
+    layer(x).sum().backward()  # what is remembered and generated is there afterwards
+    with cProfile.Profile() as profile:
+        layer(x).sum().backward()
+    codes = [entry.code for entry in profile.getstats() if isinstance(entry.code, CodeType)]
+    own = [code for code in codes if Path(code.co_filename).is_relative_to(PACKAGE)]
+    inner = ("<listcomp>", "<genexpr>")
+    found = {(code.co_filename, code.co_firstlineno): code.co_qualname for code in own if code.co_name not in inner}
+    for (file, _), name in sorted(found.items()):
+        print(f"{Path(file).relative_to(PACKAGE.parent)}: {name}")
+    print(f"{len(found)} functions in {len({file for file, _ in found})} files")
 
 
 if __name__ == "__main__":

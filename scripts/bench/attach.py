@@ -130,21 +130,3 @@ def tables(data: Mapping[str, Any]) -> dict[str, Any]:
         ],
         "Growth with the number of sites": data["growth"],
     }
-
-
-def plot(data: Mapping[str, Any]) -> Any:
-    """Draw seconds to attach against the number of sites."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.5, 3.2))
-    axes = figure.subplots()
-    for name in dict.fromkeys(row["family"] for row in data["growth"]):
-        rows = [row for row in data["growth"] if row["family"] == name]
-        axes.loglog([row["sites"] for row in rows], [row["attach s"] for row in rows], "o-", label=name)
-    first, last = data["growth"][0], data["growth"][-1]
-    ends = [first["sites"], last["sites"]]
-    axes.loglog(ends, [first["attach s"] * end / ends[0] for end in ends], "k:", label="linear")
-    axes.set_xlabel("sites")
-    axes.set_ylabel("seconds to attach")
-    axes.legend(fontsize=8)
-    return figure

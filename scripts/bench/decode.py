@@ -17,32 +17,22 @@ import peft
 import torch
 from torch import Tensor
 
-import tnpeft
 from bench import driver, models
-from bench.models import TARGETS
 
 TITLE = "Token-by-token generation"
 ABOUT = """{shape} with {layers} layers, q_proj, k_proj, v_proj, one sequence, {prompt} tokens of prompt, {tokens}
 decoded one by one. Medians of the ratios to the frozen model's time in the same turn."""
 OPTIONS = {**models.SHAPE, "prompt": 16, "tokens": 16, **driver.DEVICE, **driver.ONLY}
-
-
-def configs() -> dict[str, Any]:
-    """Return the adapters, PEFT's LoRA first."""
-    f = tnpeft.families
-    ours = {
-        "lora rank=8": f.lora(rank=8),
-        "cp rank=8": f.cp(rank=8),
-        "lorta rank=8": f.lorta(rank=8),
-        "tenslora qkv_depth ranks=8": f.tenslora(ranks=8),
-        "tensor_train": f.tensor_train(),
-        "vera rank=256": f.vera(rank=256),
-        "lokr rank=8": f.lokr(rank=8),
-    }
-    return {
-        "PEFT LoRA r=8": peft.LoraConfig(r=8, target_modules=list(TARGETS)),
-        **{name: models.network(one, 1) for name, one in ours.items()},
-    }
+KINDS = (
+    "PEFT LoRA r=8",
+    "lora rank=8",
+    "cp rank=8",
+    "lorta rank=8",
+    "tenslora qkv_depth ranks=8",
+    "tensor_train",
+    "vera rank=256",
+    "lokr rank=8",
+)
 
 
 @torch.no_grad()
@@ -67,7 +57,7 @@ def cases(options: argparse.Namespace) -> dict[str, driver.Case]:
         return driver.Case(run, unit="milliseconds per token", per=options.tokens)
 
     found, few = {"floor": case(base)}, min(4, options.tokens)
-    for name, config in driver.chosen(configs(), options.only).items():
+    for name, config in driver.chosen(models.configs(1, names=KINDS), options.only).items():
         found[name] = case(models.adapted(base, config).eval())
         merged = peft.get_peft_model(copy.deepcopy(base), config).eval().merge_and_unload()
         assert torch.equal(decode(merged, prompt, few), found[name].run()[:, :few])

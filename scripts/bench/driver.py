@@ -7,9 +7,9 @@
     python scripts/bench.py goals                                 # the page of goals, from the results
 
 A benchmark NAME is the module bench/NAME.py: its docstring is the help; it has a TITLE, OPTIONS, ABOUT (text with
-settings in braces) or ``about(data)``, and ``tables(data)``, rows or rows by heading; ``plot(data)`` if there is a
-figure; EXACT if nothing is timed; and either ``measure(options)`` or, where all that is timed are cases over a floor,
-``cases(options)``. Results are NAME.json, NAME.md and NAME.svg.
+settings in braces) or ``about(data)``, and ``tables(data)``, rows or rows by heading; EXACT if nothing is timed; and
+either ``measure(options)`` or, where all that is timed are cases over a floor, ``cases(options)``. Results are
+NAME.json and NAME.md.
 
 ``all`` leaves alone what has run already with the same code and settings, so that an interrupted run goes on where it
 was; ``--again`` runs it once more. Nothing else should run meanwhile.
@@ -39,25 +39,10 @@ from typing import Any
 import torch
 
 from bench.models import SHAPES
-from tnpeft.studies.files import whole, write_json, write_text
+from tnpeft.studies.files import write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLES = ROOT / "paper" / "tables"
-NAMES = (
-    "saved",
-    "step",
-    "mixed",
-    "rebuilt",
-    "decode",
-    "attach",
-    "growth",
-    "replicas",
-    "packs",
-    "sst2",
-    "optimizer",
-    "experts",
-    "full_size",
-)
 PUBLISHED = {
     "saved": "saved",
     "step_bare": "step --bare --layers 2 --samples 9 --clock cpu",
@@ -77,6 +62,7 @@ PUBLISHED = {
     "sst2": "sst2 --steps 7 --samples 3 --clock cpu",
     "full_size": "full_size",
 }
+NAMES = tuple(dict.fromkeys(command.split()[0] for command in PUBLISHED.values()))
 SENTENCES = ("sst2",)  # which take data and a tokenizer, from the Hugging Face hub unless they are given
 GIVEN_BACK = ("replicas",)  # which shows what that costs
 # Memory that is given back to the system after every large array is paid for once more with the next one.
@@ -360,9 +346,6 @@ def run(name: str, arguments: Sequence[str]) -> None:
     path = options.out / options.name
     write_json(path.with_suffix(".json"), data)
     write_text(path.with_suffix(".md"), page(module, data))
-    if hasattr(module, "plot"):
-        with whole(path.with_suffix(".svg")) as part:
-            module.plot(data).savefig(part, format="svg", bbox_inches="tight", metadata={"Date": None})
     print(page(module, data))
 
 

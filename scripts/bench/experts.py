@@ -84,40 +84,28 @@ def step(module: nn.Module, x: Tensor, weights: Tensor) -> Tensor:
     return loss
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Return every case with few and with many experts."""
+def cases(options: argparse.Namespace) -> dict[str, driver.Case]:
+    """Return every case with few and with many experts, over the frozen block with as many."""
     x = torch.randn(1, options.tokens, options.hidden).to(options.device, getattr(torch, options.dtype))
-    weights = torch.randn_like(x) / x.numel()
-    facts, runs = {}, {}
+    weights, found = torch.randn_like(x) / x.numel(), {}
     for experts in options.experts:
         base = block(options, experts)
         built = {"frozen": base} | {name: models.adapted(base, its) for name, its in adapters(options.rank).items()}
         for name, model in built.items():
-            for parameter in model.parameters() if name != "frozen" else ():
-                if parameter.requires_grad:
-                    nn.init.normal_(parameter, 0, 0.02)
+            for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+                nn.init.normal_(parameter, 0, 0.02)
             module = mlp(model).train()
             forward = partial(step, module, x, weights)
             trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-            facts[f"{name}, {experts}"] = {
-                "case": name,
-                "experts": experts,
-                "trained": trained,
-                "saved": meters.saved_bytes(module, forward),
-            }
-            runs[f"{name}, {experts}"] = models.backward(forward)
-    times = driver.interleaved(runs, options.samples, options.clock, options.device)
-    for key, row in facts.items():
-        floor = times[f"frozen, {row['experts']}"]
-        row |= {"milliseconds": 1e3 * driver.ratio(times[key], [1.0] * len(floor)), "samples": times[key]}
-        row["overhead"] = driver.ratio(times[key], floor) - 1
-        driver.progress({name: value for name, value in row.items() if name != "samples"})
-    return {"cases": [*facts.values()]}
+            saved = meters.saved_bytes(module, forward)
+            facts = {"case": name, "experts": experts, "trained": trained, "saved": saved}
+            found[f"{name}, {experts}"] = driver.Case(models.backward(forward), facts, f"frozen, {experts}")
+    return found
 
 
 def tables(data: Mapping[str, Any]) -> dict[str, Any]:
     """Return costs beside the frozen block and PEFT's, and growth with the number of experts."""
-    by = {(row["case"], row["experts"]): row for row in data["cases"]}
+    by = {(row["case"], row["experts"]): row for row in data["cases"].values()}
     first, last = data["settings"]["experts"][0], data["settings"]["experts"][-1]
     rows = []
     for (name, experts), row in by.items():

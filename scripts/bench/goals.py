@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.growth import COUNTED, FAMILIES, power
-from bench.step import CONSTRUCTIONS
+from bench.models import CONSTRUCTIONS
 
 TITLE = "What a step costs: goals and measurements"
 OPTIONS = {"name": "speed"}

@@ -88,25 +88,3 @@ def tables(data: Mapping[str, Any]) -> dict[str, Any]:
             )
             rows += own
     return {"": powers, "Every size": rows}
-
-
-def plot(data: Mapping[str, Any]) -> Any:
-    """Draw time, flops and kept bytes against sites, tokens and width."""
-    from matplotlib.figure import Figure
-
-    costs = {"milliseconds": "ms over the floor", "flops": "flops over the floor", "saved": "bytes kept"}
-    figure = Figure(figsize=(10, 8))
-    panels = figure.subplots(len(costs), len(data["growth"]), squeeze=False)
-    for column, (what, points) in enumerate(data["growth"].items()):
-        for line, (cost, title) in enumerate(costs.items()):
-            axes = panels[line][column]
-            for family in FAMILIES:
-                own = [row for row in points if row["family"] == family]
-                axes.loglog([row[what] for row in own], [max(row[cost], 1e-3) for row in own], "o-", label=family)
-            ends = [own[0][what], own[-1][what]]
-            axes.loglog(ends, [max(own[0][cost], 1e-3) * end / ends[0] for end in ends], "k:", label="linear")
-            axes.set_xlabel(what)
-            axes.set_ylabel(title)
-    panels[0][0].legend(fontsize=7)
-    figure.tight_layout()
-    return figure

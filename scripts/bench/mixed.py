@@ -12,12 +12,10 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import peft
 import torch
 
-import tnpeft
 from bench import driver, models
-from bench.models import SHAPES, TARGETS
+from bench.models import SHAPES
 
 TITLE = "Many adapters in one batch"
 ABOUT = """Forward of {shape} with {layers} layers, q_proj, k_proj, v_proj, on {adapters} rows, each with another
@@ -31,20 +29,7 @@ OPTIONS = {
     **driver.DEVICE,
     **driver.ONLY,
 }
-
-
-def configs() -> dict[str, Any]:
-    """Return the kinds of adapters."""
-    f = tnpeft.families
-    ours = {
-        "lora rank=8": f.lora(rank=8),
-        "cp rank=8": f.cp(rank=8),
-        "tenslora qkv_depth ranks=8": f.tenslora(ranks=8),
-    }
-    return {
-        "PEFT LoRA r=8": peft.LoraConfig(r=8, target_modules=list(TARGETS)),
-        **{name: models.network(one, 16) for name, one in ours.items()},
-    }
+KINDS = ("PEFT LoRA r=8", "lora rank=8", "cp rank=8", "tenslora qkv_depth ranks=8")
 
 
 def cases(options: argparse.Namespace) -> dict[str, driver.Case]:
@@ -53,7 +38,7 @@ def cases(options: argparse.Namespace) -> dict[str, driver.Case]:
     base = models.backbone(options.shape, options.layers).to(**kind).eval()
     names = [f"a{k}" for k in range(options.adapters)]
     calls: dict[str, Any] = {"floor": partial(base, use_cache=False)}
-    for kind_name, config in driver.chosen(configs(), options.only).items():
+    for kind_name, config in driver.chosen(models.configs(16, names=KINDS), options.only).items():
         model = models.adapted(base, config)
         for name in names:
             model.add_adapter(name, config)

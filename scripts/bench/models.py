@@ -21,6 +21,35 @@ SHAPES: Mapping[str, tuple[int, int, int]] = {  # width, heads, layers
     "opt-1.3b": (2048, 32, 24),
 }
 TARGETS = ("q_proj", "k_proj", "v_proj")
+CONSTRUCTIONS = ("att", "qkv", "depth", "att_qkv", "att_depth", "qkv_depth", "att_qkv_depth")
+FAMILIES: Sequence[tuple[str, Mapping[str, Any]]] = (
+    ("lora", {"rank": 8}),
+    ("lora", {"rank": 64}),
+    ("cp", {"rank": 8}),
+    ("cp", {"rank": 64}),
+    ("lorta", {"rank": 8}),
+    ("lorta", {"rank": 64}),
+    *(("tenslora", {"construction": name, "ranks": 8}) for name in CONSTRUCTIONS),
+    ("tenslora", {"construction": "qkv_depth", "ranks": (64, 64, 3, 2)}),
+    ("tera", {"ranks": (8, 8), "out": (None,), "inp": (None,)}),
+    ("tera", {"ranks": (64, 64), "out": (None,), "inp": (None,)}),
+    *((name, {"rank": 8}) for name in ("lotr", "fact_tt", "fact_tk")),
+    *((name, {"ranks": 8}) for name in ("metatt_4d", "metatt_5d")),
+    *((name, {}) for name in ("loretta", "tt_lora", "tucker", "tensor_train", "tensor_ring", "hierarchical_tucker")),
+    ("block_term", {}),
+    ("refta", {"rank": 8}),
+    ("lora_xs", {"rank": 8}),
+    ("vera", {"rank": 256}),
+    ("lokr", {"rank": 8}),
+    ("krona", {}),
+    ("loha", {"rank": 8}),
+    ("randlora", {"rank": 32}),
+    ("gralora", {"rank": 8}),
+    ("miss", {"rank": 8}),
+    ("monarch", {}),
+    ("hira", {"rank": 8}),
+    ("ia3", {}),
+)
 SHAPE = {
     "shape": {"choices": SHAPES, "default": "opt-125m"},
     "layers": {"type": int, "help": "layers of the model, if not the shape's own"},
@@ -112,6 +141,35 @@ def adapted(base: nn.Module, config: Any) -> Any:
 def network(f: Factorization, tokens: int, targets: Sequence[str] = TARGETS, **fields: Any) -> Any:
     """Return the configuration of an adapter."""
     return tnpeft.TensorNetworkConfig(network=f, target_modules=list(targets), tokens=tokens, **fields)
+
+
+def configs(tokens: int, targets: Sequence[str] = TARGETS, names: Sequence[str] = ()) -> dict[str, Any]:
+    """Return PEFT's own methods at stated ranks and ours, by what the tables call them; some of them by ``names``."""
+    import peft
+
+    common = {"target_modules": list(targets)}
+    found: dict[str, Any] = {
+        "PEFT LoRA r=8": peft.LoraConfig(r=8, lora_alpha=16, **common),
+        "PEFT LoRA r=64": peft.LoraConfig(r=64, lora_alpha=16, **common),
+        "PEFT VeRA r=256": peft.VeraConfig(r=256, **common),
+        "PEFT LoKr r=8": peft.LoKrConfig(r=8, **common),
+        "PEFT LoHa r=8": peft.LoHaConfig(r=8, **common),
+        "PEFT RandLoRA r=32": peft.RandLoraConfig(r=32, **common),
+    }
+    for name, options in FAMILIES:
+        found[title(name, options)] = network(tnpeft.families.get(name)(**options), tokens, targets)
+    return {name: found[name] for name in names} if names else found
+
+
+def title(name: str, options: Mapping[str, Any]) -> str:
+    """Return a family with its options, as the tables call it."""
+    shown = {k: v for k, v in options.items() if v != (None,)}  # a side in one piece
+    return " ".join([name, *(v if isinstance(v, str) else f"{k}={_short(v)}" for k, v in shown.items())])
+
+
+def _short(value: Any) -> str:
+    same = isinstance(value, tuple) and len({*value}) == 1
+    return str(value[0] if same else value)
 
 
 def rebuilt(base: nn.Module, f: Factorization, whole: bool) -> nn.Module:

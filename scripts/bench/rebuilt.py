@@ -18,8 +18,7 @@ from typing import Any
 
 import tnpeft
 from bench import driver, meters, models
-from bench.models import SHAPES, TARGETS
-from bench.step import CONSTRUCTIONS
+from bench.models import CONSTRUCTIONS, SHAPES, TARGETS
 
 TITLE = "TensLoRA through its factors, and rebuilt at every call"
 OPTIONS = {**models.SHAPE, "rank": 4, "tokens": 1024, "samples": 15}

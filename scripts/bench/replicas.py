@@ -36,13 +36,9 @@ FAMILIES: Mapping[str, Factorization | None] = {
     "cp r=16": tnpeft.families.cp(rank=16),
     "tenslora r=8": tnpeft.families.tenslora(ranks=8),
 }
+SHAPES = {"nargs": "+", "type": models.with_layers, "default": [("tiny", 4), ("opt-125m", 2)], "help": "name:layers"}
 OPTIONS = {
-    "shapes": {
-        "nargs": "+",
-        "type": models.with_layers,
-        "default": [("tiny", 4), ("opt-125m", 2)],
-        "help": "name:layers",
-    },
+    "shapes": SHAPES,
     "families": {"nargs": "+", "choices": FAMILIES, "default": [*FAMILIES]},
     "batches": ("1x8", "4x8", "4x32", "16x32", "16x64"),  # rows x tokens of each replica; SST-2's are 16 x 32
     "replicas": (2, 4, 8),
@@ -62,21 +58,30 @@ def trainer(base: nn.Module, f: Factorization | None, replicas: int, rows: int, 
         return lambda: (base(inputs_embeds=x.requires_grad_(), use_cache=False)[0] * target).sum().backward()
     model = models.adapted(base, models.network(f, rows * length, TARGETS, replicas=replicas)).train()
     optimizer = torch.optim.AdamW(tnpeft.parameter_groups(model, lr=1e-3), fused=True)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if replicas > 1:
-        tnpeft.replicas.learning_rates(optimizer, model, [1 / (k + 1) for k in range(replicas)])
+    update = updater(model, optimizer, replicas)
 
     def step() -> None:
         out = model(inputs_embeds=x, use_cache=False)[0]
         (out * target).sum().backward()
-        if replicas > 1:
-            tnpeft.replicas.clip(model, 1.0)
-        else:
-            nn.utils.clip_grad_norm_(trained, 1.0)
+        update()
+
+    return step
+
+
+def updater(model: nn.Module, optimizer: torch.optim.Optimizer, replicas: int) -> Callable[[], None]:
+    """Return clipping and the optimizer's step, for replicas with a learning rate each."""
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    clip = partial(nn.utils.clip_grad_norm_, trained, 1.0)
+    if replicas > 1:
+        clip = partial(tnpeft.replicas.clip, model, 1.0)
+        tnpeft.replicas.learning_rates(optimizer, model, [1 / (k + 1) for k in range(replicas)])
+
+    def update() -> None:
+        clip()
         optimizer.step()
         optimizer.zero_grad()
 
-    return step
+    return update
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -109,28 +114,3 @@ def tables(data: Mapping[str, Any]) -> list[dict[str, Any]]:
         }
         for row in data["cases"]
     ]
-
-
-def plot(data: Mapping[str, Any]) -> Any:
-    """Draw the gain of each number of replicas against the tokens of one, a panel for each backbone."""
-    from matplotlib.figure import Figure
-
-    shapes = list(dict.fromkeys((row["shape"], row["layers"]) for row in data["cases"]))
-    families = list(dict.fromkeys(row["family"] for row in data["cases"]))
-    figure = Figure(figsize=(4 * len(shapes), 3.2))
-    panels = figure.subplots(1, len(shapes), sharey=True, squeeze=False)[0]
-    for axes, (shape, layers) in zip(panels, shapes, strict=True):
-        for family, line in zip(families, ("-", "--", ":"), strict=False):
-            own = [row for row in data["cases"] if (row["shape"], row["family"]) == (shape, family)]
-            for colour, k in enumerate(map(str, data["settings"]["replicas"])):
-                tokens = [row["rows"] * row["length"] for row in own]
-                label = f"K={k}" if family == families[0] else None
-                gains = [row["gain"][k] for row in own]
-                axes.plot(tokens, gains, line, color=f"C{colour}", marker=".", label=label)
-        axes.axhline(1, color="black", linewidth=0.5)
-        axes.set_xscale("log", base=2)
-        axes.set_xlabel("tokens of each replica")
-        axes.set_title(f"{shape}, {layers} layers", fontsize=9)
-    panels[0].set_ylabel("steps over those of runs in turn")
-    panels[0].legend(title=", ".join(families), fontsize=7, title_fontsize=6)
-    return figure

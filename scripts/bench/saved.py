@@ -18,14 +18,12 @@ import peft
 import torch
 from torch import Tensor, nn
 
-import tnpeft
-from bench import meters, models
-from bench.step import FAMILIES, peft_configs, title
+from bench import driver, meters, models
 
 TITLE = "What one adapted linear keeps for backward"
 ABOUT = """Bytes of the distinct storages that autograd saves in the forward of one square linear with an adapter,
 float32; Parameters and buffers left out. Below zero beside the input: the input itself is not kept."""
-OPTIONS: dict[str, Any] = {}
+OPTIONS = driver.ONLY
 EXACT = True
 SIZES = ((2048, 64), (2048, 1024), (768, 1024))  # width of the linear, tokens
 BYTES = 4
@@ -69,10 +67,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Return every method at every size."""
     rows = []
     for width, tokens in SIZES:
-        cases = peft_configs(["q_proj"])
-        for name, its in FAMILIES:
-            cases[title(name, its)] = models.network(tnpeft.families.get(name)(**its), tokens, ["q_proj"])
-        for name, config in cases.items():
+        for name, config in driver.chosen(models.configs(tokens, ["q_proj"]), options.only).items():
             rows.append({"case": name, "linear": width, "tokens": tokens, **kept(config, width, tokens)})
     return {"cases": rows}
 

@@ -18,10 +18,7 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-from torch import nn
-
-import tnpeft
-from bench import driver, models
+from bench import driver, models, replicas
 from tnpeft.studies.protocol import Protocol
 from tnpeft.studies.running import training
 from tnpeft.studies.running.batching import batches
@@ -35,20 +32,14 @@ of two label words, forward, backward, clipping and AdamW of an adapter on q_pro
 in a study's order, and go through the model in lots of about equal length, those of a run alone as those of a pack.
 *As they come* is a run alone whose batches are padded to their longest sentence instead. {steps} steps spread over
 an epoch of {train} sentences."""
-FAMILIES = {"lora r=8": tnpeft.families.lora(rank=8), "cp r=16": tnpeft.families.cp(rank=16)}
-TARGETS = ("q_proj", "v_proj")
+FAMILIES = {name: f for name, f in replicas.FAMILIES.items() if name in ("lora r=8", "cp r=16")}
 ORDERS = {"shuffled": False, "by length": True}
 WAYS = {"alone": True, "as they come": False}  # whether batches are cut by length
 OPTIONS = {
     "data": {"default": "", "help": "folder with sst2/train.jsonl.gz and sst2/dev.jsonl.gz, or the hub"},
     "tokenizer": {"default": "facebook/opt-125m", "help": "folder or name (default: %(default)s)"},
     "words": {"nargs": 2, "default": [" bad", " good"], "help": "of the labels, a token each"},
-    "shapes": {
-        "nargs": "+",
-        "type": models.with_layers,
-        "default": [("tiny", 4), ("opt-125m", 2)],
-        "help": "name:layers",
-    },
+    "shapes": replicas.SHAPES,
     "families": {"nargs": "+", "choices": FAMILIES, "default": ["lora r=8"]},
     "batches": (8, 16),
     "orders": {"nargs": "+", "choices": ORDERS, "default": [*ORDERS]},
@@ -65,17 +56,16 @@ class Runs:
     def __init__(
         self, scorer: Scorer, base: Any, f: Any, data: Data, protocol: Protocol, numbers: Sequence[int]
     ) -> None:
-        self.scorer, self.several = scorer, len(numbers) > 1
+        self.scorer = scorer
         sizes = protocol.train, protocol.dev, protocol.eval
         self.rows = [scorer.encode(data.splits(k, *sizes).train) for k in numbers]
         lengths = [[len(row["ids"]) for row in rows] for rows in self.rows]
         orders = [batches(each, protocol, k) for each, k in zip(lengths, numbers, strict=True)]
         self.steps = [[*itertools.islice(order, protocol.steps)] for order in orders]
-        config = models.network(f, 16 * protocol.batch, TARGETS, replicas=len(numbers))
+        config = models.network(f, 16 * protocol.batch, replicas.TARGETS, replicas=len(numbers))
         self.model = models.adapted(base, config).train()
-        self.optimizer = training.optimizer(self.model, protocol, 1e-3)
-        if self.several:
-            tnpeft.replicas.learning_rates(self.optimizer, self.model, [1 / (k + 1) for k in range(len(numbers))])
+        optimizer = training.optimizer(self.model, protocol, 1e-3)
+        self.update = replicas.updater(self.model, optimizer, len(numbers))
 
     def step(self, at: int, cut: bool = True) -> None:
         """Take the step at a place of the epoch; a run alone may be padded to its longest row, not ``cut``."""
@@ -84,12 +74,7 @@ class Runs:
         else:
             batch = self.scorer.collate([self.rows[0][k] for k in self.steps[0][at][0]])
             self.scorer.losses(self.model, batch).mean().backward()
-        if self.several:
-            tnpeft.replicas.clip(self.model, 1.0)
-        else:
-            nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.update()
 
     def tokens(self, at: int) -> tuple[int, int]:
         """Return the tokens of a run alone at a place: without padding, and padded as they come."""

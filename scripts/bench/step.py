@@ -13,7 +13,7 @@ and a case's overhead is the median of its time over the floor's in the same tur
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import nn
 
 import tnpeft
 from bench import driver, meters, models
-from bench.models import SHAPES, TARGETS
+from bench.models import CONSTRUCTIONS, SHAPES, TARGETS
 
 TITLE = "One training step over a frozen backbone"
 OPTIONS = {
@@ -35,72 +35,12 @@ OPTIONS = {
     "compile": False,
     **driver.ONLY,
 }
-CONSTRUCTIONS = ("att", "qkv", "depth", "att_qkv", "att_depth", "qkv_depth", "att_qkv_depth")
-FAMILIES: Sequence[tuple[str, Mapping[str, Any]]] = (
-    ("lora", {"rank": 8}),
-    ("lora", {"rank": 64}),
-    ("cp", {"rank": 8}),
-    ("cp", {"rank": 64}),
-    ("lorta", {"rank": 8}),
-    ("lorta", {"rank": 64}),
-    *(("tenslora", {"construction": name, "ranks": 8}) for name in CONSTRUCTIONS),
-    ("tenslora", {"construction": "qkv_depth", "ranks": (64, 64, 3, 2)}),
-    ("tera", {"ranks": (8, 8), "out": (None,), "inp": (None,)}),
-    ("tera", {"ranks": (64, 64), "out": (None,), "inp": (None,)}),
-    *((name, {"rank": 8}) for name in ("lotr", "fact_tt", "fact_tk")),
-    *((name, {"ranks": 8}) for name in ("metatt_4d", "metatt_5d")),
-    *((name, {}) for name in ("loretta", "tt_lora", "tucker", "tensor_train", "tensor_ring", "hierarchical_tucker")),
-    ("block_term", {}),
-    ("refta", {"rank": 8}),
-    ("lora_xs", {"rank": 8}),
-    ("vera", {"rank": 256}),
-    ("lokr", {"rank": 8}),
-    ("krona", {}),
-    ("loha", {"rank": 8}),
-    ("randlora", {"rank": 32}),
-    ("gralora", {"rank": 8}),
-    ("miss", {"rank": 8}),
-    ("monarch", {}),
-    ("hira", {"rank": 8}),
-    ("ia3", {}),
-)
-
-
-def peft_configs(targets: Sequence[str] = TARGETS) -> dict[str, Any]:
-    """Return PEFT's own methods at stated ranks."""
-    import peft
-
-    common = {"target_modules": list(targets)}
-    return {
-        "PEFT LoRA r=8": peft.LoraConfig(r=8, lora_alpha=16, **common),
-        "PEFT LoRA r=64": peft.LoraConfig(r=64, lora_alpha=16, **common),
-        "PEFT VeRA r=256": peft.VeraConfig(r=256, **common),
-        "PEFT LoKr r=8": peft.LoKrConfig(r=8, **common),
-        "PEFT LoHa r=8": peft.LoHaConfig(r=8, **common),
-        "PEFT RandLoRA r=32": peft.RandLoraConfig(r=32, **common),
-    }
-
-
-def title(name: str, options: Mapping[str, Any]) -> str:
-    """Return a family with its options, as the tables call it."""
-    shown = {k: v for k, v in options.items() if v != (None,)}  # a side in one piece
-    return " ".join([name, *(v if isinstance(v, str) else f"{k}={_short(v)}" for k, v in shown.items())])
-
-
-def _short(value: Any) -> str:
-    same = isinstance(value, tuple) and len({*value}) == 1
-    return str(value[0] if same else value)
 
 
 def makers(tokens: int) -> dict[str, Callable[[nn.Module], nn.Module]]:
     """Return what turns a backbone into a case, by the case's name."""
-    configs = peft_configs()
-    configs |= {
-        title(name, options): models.network(tnpeft.families.get(name)(**options), tokens)
-        for name, options in FAMILIES
-    }
     found: dict[str, Callable[[nn.Module], nn.Module]] = {"floor": models.sharing}
-    found |= {name: partial(models.adapted, config=config) for name, config in configs.items()}
+    found |= {name: partial(models.adapted, config=config) for name, config in models.configs(tokens).items()}
     for construction in CONSTRUCTIONS:
         f = tnpeft.families.tenslora(construction, ranks=8)
         found[f"rebuilt tensor: {construction}"] = partial(models.rebuilt, f=f, whole=True)
@@ -163,23 +103,3 @@ def tables(data: Mapping[str, Any]) -> list[dict[str, Any]]:
         if name != "floor"
     ]
     return [own, *rows]
-
-
-def plot(data: Mapping[str, Any]) -> Any:
-    """Draw overheads in time and in flops, case by case."""
-    from matplotlib.figure import Figure
-
-    rows = {name: row for name, row in data["cases"].items() if name != "floor"}
-    floor = data["cases"]["floor"]
-    places = range(len(rows))
-    figure = Figure(figsize=(7, 0.22 * len(rows) + 1))
-    axes = figure.subplots()
-    colours = ["#c44e52" if n.startswith("PEFT") else "#999999" if "rebuilt" in n else "#4c72b0" for n in rows]
-    axes.barh(places, [100 * row["overhead"] for row in rows.values()], color=colours)
-    axes.plot([100 * (row["flops"] / floor["flops"] - 1) for row in rows.values()], places, "k|", label="flops")
-    axes.set_yticks(places, [*rows], fontsize=7)
-    axes.invert_yaxis()
-    axes.set_xscale("symlog", linthresh=10)
-    axes.set_xlabel("over the frozen backbone's step, %")
-    axes.legend()
-    return figure

@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 import torch
 from bench import attach, driver, goals, growth, meters, packs, saved
-from bench.step import CONSTRUCTIONS
+from bench.models import CONSTRUCTIONS
 
 from tnpeft.studies.digits import save_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:the rank")
 TINY = "--shape tiny --layers 2"
+KEPT = ["PEFT LoRA r=8", "PEFT LoKr r=8", "lora rank=8", "lokr rank=8"]
 STEP = ["PEFT LoRA r=8", "lora rank=8", "rebuilt tensor: qkv_depth", "rebuilt site: qkv_depth"]
 
 
@@ -71,7 +72,7 @@ def grown(data: Any) -> None:
 
 def over_experts(data: Any) -> None:
     """At equal rank at most half of what PEFT's LoRA keeps, beside the frozen block and in all."""
-    rows = {(row["case"], row["experts"]): row for row in data["cases"]}
+    rows = {(row["case"], row["experts"]): row for row in data["cases"].values()}
     for experts in (4, 8):
         frozen, theirs, ours = (rows[name, experts] for name in ("frozen", "PEFT LoRA r=2", "expert_lora rank=2"))
         assert ours["trained"] == theirs["trained"] == experts * 2 * (32 + 128 + 64 + 32)
@@ -136,7 +137,7 @@ EACH: dict[str, tuple[str, Callable[[Any], None]]] = {
     "growth": ("growth --sites 6 12 24 --tokens 128 256 512 --widths 128 256 512", grown),
     "experts": ("experts --experts 4 8 --hidden 32 --width 64 --tokens 64 --rank 2", over_experts),
     "rebuilt": (f"rebuilt {TINY} --tokens 16", rebuilt),
-    "saved": ("saved", kept),
+    "saved": (f"saved --only {shlex.join(KEPT)}", kept),
     "replicas": ("replicas --shapes tiny:1 --batches 1x4 2x4 --replicas 2 3 --families none 'lora r=8'", replicas),
     "packs": ("packs --backbone {0}/opt --cache {0}/cache --steps 2", packed),
     "sst2": (SENTENCES, sst2),
@@ -162,7 +163,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             file.writelines(json.dumps(row) + "\n" for row in rows)
     monkeypatch.setattr(growth, "SMALL", {"sites": 6, "tokens": 128, "width": 128})
     monkeypatch.setattr(saved, "SIZES", ((128, 8),))
-    monkeypatch.setattr(saved, "FAMILIES", [("lora", {"rank": 8}), ("lokr", {"rank": 8})])
     for name, value in (("METHODS", packs.METHODS[:1]), ("SEEDS", (0, 1)), ("PACKS", (4,))):
         monkeypatch.setattr(packs, name, value)
     return tmp_path
@@ -184,13 +184,11 @@ def test_a_benchmark(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -
     page, module = (folder / f"{name}.md").read_text(), importlib.import_module(f"bench.{which}")
     assert page.startswith(f"# {module.TITLE}\n")
     assert "| --- |" in page
-    assert (folder / f"{name}.svg").is_file() == hasattr(module, "plot")
 
 
 def test_every_benchmark_is_tried_and_published() -> None:
     """Attaching is tried below, at its smallest; the model at full size is too large."""
     assert {*driver.NAMES} == {text.split()[0] for text, _ in EACH.values()} | {"attach", "full_size"}
-    assert {*driver.NAMES} == {command.split()[0] for command in driver.PUBLISHED.values()}
     for command in driver.PUBLISHED.values():
         driver.parse(*(lambda first, *rest: (first, rest))(*shlex.split(command)))
 

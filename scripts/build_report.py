@@ -22,6 +22,7 @@ from typing import Any
 
 import jinja2
 
+from tnpeft._text import Table
 from tnpeft.studies.files import write_text
 from tnpeft.studies.reports import tables
 from tnpeft.studies.reports.points import Point
@@ -83,7 +84,7 @@ class Facts:
         if not rows:
             raise Missing(f"no row of {name} has {where}")
         keys = [key for key in columns if key in rows[0]] or [key for key in rows[0] if key not in where]
-        return tables.markdown([{key: row[key] for key in keys} for row in rows])
+        return Table.of({key: row[key] for key in keys} for row in rows).markdown()
 
     # ---- studies
 
@@ -141,7 +142,7 @@ class Facts:
             for study in studies
             for its, difference, margin in self._findings(study)
         ]
-        return tables.markdown(rows)
+        return Table.of(rows).markdown()
 
     def variances(self, study: str, policy: str, base: str) -> str:
         """The variance between families under a policy over that under another, with its interval."""
@@ -196,7 +197,7 @@ class Facts:
                 value = {**data["settings"], "seeds": str(len(data["seeds"])), "backbone": data["backbone"]}[key]
                 row[study] = ", ".join(value) if isinstance(value, list) else value
             rows.append(row)
-        return tables.markdown(rows)
+        return Table.of(rows).markdown()
 
 
 def _percent(its: Summary, form: str = ".1f", unit: str = " %") -> str:

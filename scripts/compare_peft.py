@@ -25,9 +25,9 @@ import peft
 import torch
 from torch.nn.functional import cross_entropy
 
+from tnpeft._text import Table
 from tnpeft.studies import TASKS, Protocol, Scorer, backbones, methods
 from tnpeft.studies.files import digest, write_json, write_text
-from tnpeft.studies.reports.tables import markdown
 from tnpeft.studies.running import training
 from tnpeft.studies.runs import quiet, versions
 from tnpeft.studies.tasks.data import Splits, load
@@ -158,7 +158,7 @@ def publish(record: dict[str, Any], out: Path) -> None:
         reference = found[next(iter(ROWS))]["accuracy"]
         record["within_a_point"] = {name: abs(row["accuracy"] - reference) <= POINT for name, row in found.items()}
         lines.append(
-            markdown(
+            Table.of(
                 [
                     {
                         "adapter": name,
@@ -169,7 +169,7 @@ def publish(record: dict[str, Any], out: Path) -> None:
                     }
                     for name, row in found.items()
                 ]
-            )
+            ).markdown()
         )
     write_json(out / "compare_peft.json", record)
     write_text(out / "compare_peft.md", "\n\n".join(lines) + "\n")

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tnpeft._text import Table
 from tnpeft.studies.files import write_text
-from tnpeft.studies.reports.tables import as_csv, markdown
 from tnpeft.studies.statistics import summary
 
 PAPER = Path(__file__).resolve().parent.parent / "paper"
@@ -112,7 +112,7 @@ def section(published: Row, here: Row, cells: Sequence[Cell]) -> str:
                 found[f"{cell.column}: {cell.study}"] = str(cell)
         rows.append(found)
     keys = list(dict.fromkeys(key for row in rows for key in row))
-    return "\n".join([*lines, markdown([{key: row.get(key, "") for key in keys} for row in rows]), ""])
+    return "\n".join([*lines, Table.of({key: row.get(key, "") for key in keys} for row in rows).markdown(), ""])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -143,7 +143,7 @@ standard deviations over seeds. What has its like where: `paper/published/here.t
 """
     out = options.out or options.paper / "tables"
     write_text(out / "results.md", "\n".join([head, *parts]).rstrip() + "\n")
-    write_text(out / "results.csv", as_csv(flat))
+    write_text(out / "results.csv", Table.of(flat).csv())
     print(f"{len(published)} tables: {same} scores measured in their own setting, {ran - same} on smaller models")
 
 

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, strategies
 from scipy import stats
 
+from tnpeft._text import Table
 from tnpeft.studies.reports import figures, tables
 from tnpeft.studies.reports.points import Point, Tried
 from tnpeft.studies.reports.reporting import render
@@ -202,10 +203,10 @@ POINTS = [
 
 def test_tables_read_back() -> None:
     rows = tables.results_table(POINTS)
-    back = list(csv.DictReader(io.StringIO(tables.as_csv(rows))))
+    back = list(csv.DictReader(io.StringIO(Table.of(rows).csv())))
     assert [row["mean"] for row in back] == ["0.5500", "0.6500", "0.5500", "0.7500", "0.2000"]
-    assert tables.markdown(rows).count("\n") == len(rows) + 1
-    assert tables.latex(rows).count(r"\\") == len(rows) + 1
+    assert Table.of(rows).markdown().count("\n") == len(rows) + 1
+    assert Table.of(rows).latex().count(r"\\") == len(rows) + 1
     assert "seeds" in rows[0]
     assert {row["method"]: row["sizes tested"] for row in tables.curve_table(POINTS)} == {"LoRA": 2, "CP": 2}
     assert not {"policy", "dof", "relative step", "loss"} & set(rows[0])
@@ -377,7 +378,7 @@ NAMES |= {"textgreater": ">", "textpm": "±", "texttimes": "×"}
     )
 )
 def test_latex_holds_any_text(cells: list[tuple[str]]) -> None:
-    found = tabular(tables.latex([{"name": text, "n_%": 5} for (text,) in cells]))
+    found = tabular(Table.of({"name": text, "n_%": 5} for (text,) in cells).latex())
     assert found[0] == ["name", r"n\_\%"]
     for (text,), (cell, number) in zip(cells, found[1:], strict=True):
         back = re.sub(r"\\([a-zA-Z]+)\{\}", lambda match: NAMES[match[1]], re.sub(r"\\([%&_#${}])", r"\1", cell))

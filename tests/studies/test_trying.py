@@ -91,7 +91,7 @@ def test_tasks_and_methods_change_settings_and_methods_have_the_last_word(table:
     assert len(study.search()) == 2 * 2 + 2 + 2 + 2 * 2 + 2 + 2
     with pytest.raises(StudyError, match="two tasks are called 'digits_upright'"):
         Study.of({**table, "tasks": ["digits_upright", "digits_upright"]}, Path("."))
-    with pytest.raises(StudyError, match="unknown setting 'epoch'"):
+    with pytest.raises(StudyError, match="unknown key 'epoch'"):
         Study.of({**table, "tasks": [{"name": "digits_upright", "protocol": {"epoch": 3}}]}, Path("."))
 
 

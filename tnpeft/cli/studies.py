@@ -152,10 +152,11 @@ def report(
     reference: Annotated[str, typer.Option(help="Label that others are compared with; default: the first.")] = "",
 ) -> None:
     """Make the tables and figures of a study from its results."""
+    from tnpeft._text import Table
     from tnpeft.studies.reports.reporting import report as make
-    from tnpeft.studies.reports.tables import markdown, results_table
+    from tnpeft.studies.reports.tables import results_table
     from tnpeft.studies.study import Study
 
     points = make(Study.read(study, data=data, backbone=backbone), runs, out, reference)
-    print(markdown(results_table(points)))
+    print(Table.of(results_table(points)).markdown())
     print(f"\ntables and figures are in {out}")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import inf
 from typing import Any
 
 from tnpeft.studies import backbones, methods
 from tnpeft.studies.files import StudyError, merged
+from tnpeft.studies.schema import check
 
 _TEXTS = ("name", "title", "source", "backbone", "tokenizer", "data", "cache", "choose")
 _GRIDS = ("learning_rates", "relative_steps")
@@ -20,8 +20,6 @@ _CHOICES = {
     "start": ("published", "rule"),
     "rates": ("one", "rule", "structure", "measured"),
 }
-_CALLED = {str: "string", int: "integer", float | int: "number", Mapping: "table", object: "value", bool: "switch"}
-_CALLED |= {str | Mapping: "names or table"}  # in lists
 STUDY_KINDS = dict.fromkeys(_TEXTS, str) | {
     "ours": [str],
     "controls": [str],
@@ -117,7 +115,7 @@ def _cells(
 ) -> Iterator[Cell]:
     known(given, _METHOD_KINDS, where, "a method")
     grid = given.get("grid", {})
-    _kinds(grid, {key: [object] for key in grid}, f"{where}, a grid")
+    check(grid, {key: [object] for key in grid}, where, "a grid")
     kind = next((kind for kind in methods.KINDS if kind in given), "")
     name = given[kind] if isinstance(given.get(kind), str) and kind != "line" else kind
     label = str(given.get("label", name))
@@ -171,24 +169,7 @@ def check_rules(settings: Mapping[str, Any], where: str) -> None:
 
 
 def known(table: Mapping[str, Any], kinds: Mapping[str, Any], where: str, part: str = "") -> None:
-    """Refuse unknown keys and values of the wrong kind."""
-    unknown = sorted(set(table) - set(kinds))
-    if unknown:
-        problem = f"unknown key {unknown[0]!r}{f' in {part}' if part else ''}"
-        raise StudyError(problem, where=where, remedy=f"the keys are {', '.join(kinds)}")
-    _kinds(table, kinds, f"{where}, {part}" if part else where)
+    """Refuse unknown keys, values of the wrong kind, and a choice that there is not."""
+    check(table, kinds, where, part)
     if table.get("choose", "loss") not in _CHOICES["choose"]:
         raise StudyError(f"choose = {table['choose']!r}", where=where, remedy="use loss or metric")
-
-
-def _kinds(table: Mapping[str, Any], kinds: Mapping[str, Any], where: str) -> None:
-    """Refuse values of the wrong kind; ``[int]`` is a list of whole numbers."""
-    for key, value in table.items():
-        kind = kinds.get(key, object)
-        fits = isinstance(value, list | tuple) if isinstance(kind, list) else isinstance(value, kind)
-        if not fits or (isinstance(kind, list) and not all(isinstance(item, kind[0]) for item in value)):
-            called = f"list of {_CALLED[kind[0]]}s" if isinstance(kind, list) else _CALLED[kind]
-            raise StudyError(f"{key} = {value!r} is not a {called}", where=where, remedy=f"give a {called}")
-        for number in value if isinstance(value, list | tuple) else (value,):
-            if kind is not object and isinstance(number, int | float) and not 0 <= number < inf:
-                raise StudyError(f"{key} = {value!r}", where=where, remedy="give finite numbers from 0 on")

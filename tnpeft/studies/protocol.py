@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tnpeft.studies.files import StudyError, digest
+from tnpeft.studies.schema import check, kinds
 
 _CHOICES = {
     "head": ("words", "classifier"),
@@ -81,6 +82,7 @@ class Protocol:
     precondition: bool = False
 
     def __post_init__(self) -> None:
+        check(vars(self), kinds(Protocol), "protocol")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise StudyError(
@@ -91,10 +93,6 @@ class Protocol:
         for name in ("batch", "accumulate", "evaluate_every", "max_length", "tune_seeds"):
             if getattr(self, name) < 1:
                 raise StudyError(f"{name} = {getattr(self, name)}", where="protocol", remedy="give at least 1")
-        amounts = ("train", "dev", "eval", "steps", "epochs", "patience")
-        for name in (*amounts, "warmup", "weight_decay", "clip", "head_lr", "relative_step"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise StudyError(f"{name} = {getattr(self, name)}", where="protocol", remedy="give 0 or more")
         if not self.learning_rates or min(self.learning_rates) <= 0:
             raise StudyError("learning_rates must be positive and not empty", where="protocol")
 
@@ -108,21 +106,9 @@ class Protocol:
         >>> Protocol.of({"targets": ["q_proj"], "steps": 5}).targets
         ('q_proj',)
         """
-        fields = Protocol.__dataclass_fields__
-        values: dict[str, Any] = {}
-        for name, value in table.items():
-            if name not in fields:
-                raise StudyError(
-                    f"unknown setting {name!r}", where="protocol", remedy=f"the settings are {', '.join(fields)}"
-                )
-            default = fields[name].default
-            value = tuple(value) if isinstance(value, list) else value
-            if isinstance(default, float) and isinstance(value, int):
-                value = float(value)
-            if type(value) is not type(default):
-                kind = "list" if isinstance(default, tuple) else type(default).__name__
-                raise StudyError(f"{name} = {value!r}", where="protocol", remedy=f"give a value of type {kind}")
-            values[name] = value
+        check(table, kinds(Protocol), "protocol")
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in table.items()}
+        values |= {name: float(value) for name, value in table.items() if kinds(Protocol)[name] == float | int}
         return Protocol(**values)
 
     @property

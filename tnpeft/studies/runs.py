@@ -12,16 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import filelock
 
 from tnpeft.networks import common
 from tnpeft.studies import backbones, methods
 from tnpeft.studies.files import StudyError, canonical, digest, read_json, write_json
-
-if TYPE_CHECKING:
-    pass
+from tnpeft.studies.schema import fits
 
 SCHEMA = 2  # raise it when a change makes results of old runs incomparable
 LIBRARIES = ("tnpeft", "torch", "transformers", "peft", "numpy", "scikit-learn")
@@ -203,21 +201,12 @@ class Store:
 
 
 _REDO = "remove it, and the run is made again"
-_NUMBER, _COUNT = (int, float), (int,)
 _FIELDS: dict[str, Any] = {
-    "run": dict,
-    "scores": dict,
-    "timing": dict,
-    "parameters": _COUNT,
-    "head_parameters": _COUNT,
-    "best_step": _COUNT,
-    "steps": _COUNT,
-    "dev": _NUMBER,
-    "eval": _NUMBER,
-    "eval_loss": (*_NUMBER, type(None)),
-    "curve": list,
-    "predictions": list,
-    "labels": list,
+    **dict.fromkeys(("run", "scores", "timing"), Mapping),
+    **dict.fromkeys(("parameters", "head_parameters", "best_step", "steps"), int),
+    **dict.fromkeys(("dev", "eval"), float | int),
+    "eval_loss": float | int | None,
+    **{key: [object] for key in ("curve", "predictions", "labels")},
 }
 
 
@@ -232,9 +221,9 @@ def _check_result(record: Any, key: str, path: Path) -> None:
         for name, kind in _FIELDS.items():
             if name not in record:
                 problem = f"is damaged: {name} is missing"
-            elif not isinstance(record[name], kind) or isinstance(record[name], bool):
+            elif not fits(record[name], kind):
                 problem = f"is damaged: {name} is wrong"
-    if not problem and not all(type(score) in _NUMBER for score in record["scores"].values()):
+    if not problem and not fits([*record["scores"].values()], [float | int]):
         problem = "is damaged: scores is wrong"
     if not problem and len(record["predictions"]) != len(record["labels"]):
         problem = "is damaged: predictions and labels differ in number"

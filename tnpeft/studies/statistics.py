@@ -35,27 +35,21 @@ class Summary:
     replicates: int
 
 
-def interval(values: Sequence[float], level: float = LEVEL, draws: int = 0) -> tuple[float, float]:
+def interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float]:
     """Return Student's t interval of the mean; of one value the whole line.
 
-    It covers the mean of normal observations with probability ``level`` at every number of them. ``draws`` is
-    accepted for callers of the bootstrap that this replaced, and has no effect.
+    It covers the mean of normal observations with probability ``level`` at every number of them.
 
     >>> low, high = interval([0.0, 1.0, 2.0, 3.0])
     >>> round(low, 3), round(high, 3), interval([0.5])
     (-0.554, 3.554, (-inf, inf))
     """
-    mean, half = _mean(values), half_width(values, level)
-    return mean - half, mean + half
-
-
-def half_width(values: Sequence[float], level: float = LEVEL) -> float:
-    """Return half the width of the t interval: infinite for one value."""
     if len(values) < 2:
-        return math.inf
+        return -math.inf, math.inf
     from scipy import stats
 
-    return float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * _error(values)
+    mean, half = _mean(values), float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * _error(values)
+    return mean - half, mean + half
 
 
 def observations(scores: Scores) -> dict[str, float]:

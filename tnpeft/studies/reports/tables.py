@@ -133,30 +133,9 @@ def metrics_table(points: Sequence[Point]) -> list[Row]:
     return rows
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """A Markdown table; empty text for no rows.
-
-    >>> print(markdown([{"a": 1, "b": "x"}]))
-    | a | b |
-    | --- | --- |
-    | 1 | x |
-    """
-    return Table.of(rows).markdown()
-
-
-def as_csv(rows: Sequence[Row]) -> str:
-    """The rows as CSV with a header; empty text for no rows."""
-    return Table.of(rows).csv()
-
-
-def latex(rows: Sequence[Row]) -> str:
-    """The rows as a LaTeX ``tabular`` with the rules of booktabs; empty text for no rows."""
-    return Table.of(rows).latex()
-
-
 def write(rows: Sequence[Row], path: Path, caption: str = "") -> None:
     """Write ``path`` with the endings .md, .csv and .tex."""
-    head = f"{caption}\n\n" if caption else ""
-    write_text(path.with_suffix(".md"), f"{head}{markdown(rows)}\n")
-    write_text(path.with_suffix(".csv"), as_csv(rows))
-    write_text(path.with_suffix(".tex"), latex(rows) + "\n")
+    head, table = f"{caption}\n\n" if caption else "", Table.of(rows)
+    write_text(path.with_suffix(".md"), f"{head}{table.markdown()}\n")
+    write_text(path.with_suffix(".csv"), table.csv())
+    write_text(path.with_suffix(".tex"), table.latex() + "\n")

@@ -8,10 +8,10 @@ from string import Formatter
 from typing import Any
 
 from tnpeft.studies.files import StudyError
+from tnpeft.studies.schema import check, kinds
 
 METRICS = ("accuracy", "matthews", "f1")
 _LISTS = ("hub", "also")
-_KINDS: dict[str, Any] = {"words": (Mapping, "table"), **dict.fromkeys(_LISTS, (list | tuple, "list"))}
 _LIKE = "write it like 'Text: {text} It was', and {{ or }} for a brace"
 
 
@@ -160,14 +160,10 @@ def task(given: str | Mapping[str, Any]) -> Task:
     if set(given) == {"name"}:
         return task(given["name"])
     given = {**asdict(TASKS[given["name"]]), **given} if given.get("name") in TASKS else given
-    unknown = sorted(set(given) - set(Task.__dataclass_fields__))
+    where = f"task {given.get('name', '?')!r}"
+    check(given, kinds(Task), where)
     missing = [key for key in ("name", "prompt", "words") if key not in given]
-    if unknown or missing:
-        problem = f"unknown key {unknown[0]!r}" if unknown else f"no {missing[0]}"
-        raise StudyError(problem, where=f"task {given.get('name', '?')!r}", remedy="see tnpeft.studies.Task")
-    for key, value in given.items():
-        kind, called = _KINDS.get(key, (str, "text"))
-        if not isinstance(value, kind):
-            raise StudyError(f"{key} = {value!r}", where=f"task {given['name']!r}", remedy=f"give a {called}")
+    if missing:
+        raise StudyError(f"no {missing[0]}", where=where, remedy="see tnpeft.studies.Task")
     words = {str(label): str(word) for label, word in given["words"].items()}
     return Task(**{**given, "words": words, **{key: tuple(given.get(key, ())) for key in _LISTS}})

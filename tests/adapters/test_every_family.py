@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
 
 import peft
 import pytest
 import torch
-from expert_models import KeepDouble
 from torch import Tensor, nn
-from torch.func import functional_call
-from weight_kinds import BY_EXPERT, CALLED, KINDS, LISTED, RAW, Kind, replaced, shake
+from weight_kinds import BY_EXPERT, CALLED, KINDS, LINEARS, LISTED, RAW, Kind, replaced, shake
 
 import tnpeft
 from tnpeft.adapters.state import arrays, bank_of
@@ -55,6 +52,8 @@ SITES = {
     "embedding": "embed (16 x 48)",
     **dict.fromkeys(("parameter", "parameter turned"), "kernel_weight (16 x 16)"),
     **{"attention": "in_proj/out:0 (16 x 16)", "attention apart": "q_proj (16 x 16)"},
+    **dict.fromkeys(("opt", "llama", "vit"), "q_proj (32 x 32)"),
+    **{"gpt2": "c_attn/out:0 (32 x 32)", "bert": "query (32 x 32)"},
 }
 
 
@@ -74,6 +73,11 @@ def refusal(family: str, kind: str) -> tuple[str, str] | None:
         return problem, "the base weight differs from expert to expert: let the factor carry expert"
     if (family, kind) == ("lora_xs", "attention apart"):  # whose v_proj is 16 x 8
         return "factor 'U' [out=16 a=16] cannot start as 'svd'", "a rank of at most 8 fits"
+    if family in ("cara", "fact_tk", "fact_tt") and kind == "llama":
+        return (
+            "down_proj (32 x 48) cannot be cut into squares",
+            "leave this projection out, or choose a factorization without square slices",
+        )
     return None
 
 
@@ -90,12 +94,6 @@ def adapted(f: Factorization, kind: Kind) -> tuple[nn.Module, peft.PeftModel]:
     if f.name in STACKS:
         tnpeft.select(model, **dict.fromkeys(STACKS[f.name], 0))
     return base, model
-
-
-def output(kind: Kind, model: nn.Module, x: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
-    with KeepDouble() if kind.experts else nullcontext():
-        found = model(x) if weights is None else functional_call(model, weights, (x,))
-    return found.logits if kind.experts else found
 
 
 def merged_weight(model: peft.PeftModel, name: str) -> Tensor:
@@ -117,11 +115,11 @@ def test_outputs_gradients_and_merged_weights(family: str, kind: str, monkeypatc
         return
     base, model = adapted(f, its)
     x = its.example()
-    plain = output(its, base, x).detach()
+    plain = its.output(base, x).detach()
     if family in FOUNDING:
-        size = 0 if kind in CALLED else 1e-13 * float(plain.abs().max())
+        size = 0 if kind in (*LINEARS, *CALLED) else 1e-13 * float(plain.abs().max())
         with torch.no_grad():
-            assert torch.allclose(output(its, model, x), plain, rtol=0, atol=size)
+            assert torch.allclose(its.output(model, x), plain, rtol=0, atol=size)
     held = arrays(model, bank_of(model), "default")
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     stored = sum(value.numel() for value in peft.get_peft_model_state_dict(model).values())
@@ -129,7 +127,7 @@ def test_outputs_gradients_and_merged_weights(family: str, kind: str, monkeypatc
     shake(model, its.spread)
     leaves = {piece: a.detach().clone().requires_grad_(piece.kind == "trainable") for piece, a in held.items()}
     weights = replaced(its, base, model, f, leaves)
-    wanted, found = output(its, base, x, weights), output(its, model, x)
+    wanted, found = its.output(base, x, weights), its.output(model, x)
     assert (wanted - plain).abs().max() > 1e-6
     # Updates with random factors are large: errors are relative to what the outputs are made of.
     assert torch.allclose(found, wanted, rtol=0, atol=1e-10 * float(wanted.detach().abs().max()))
@@ -138,7 +136,7 @@ def test_outputs_gradients_and_merged_weights(family: str, kind: str, monkeypatc
     trained = {piece: leaf for piece, leaf in leaves.items() if piece.kind == "trainable"}
     total = torch.stack([leaf.grad.norm() for leaf in trained.values() if leaf.grad is not None]).norm()
     for piece, leaf in trained.items():
-        assert (held[piece].grad - leaf.grad).norm() <= 1e-8 * leaf.grad.norm() + 1e-12 * total, piece
+        assert (held[piece].grad - leaf.grad).norm() <= 1e-8 * leaf.grad.norm() + 1e-13 * total, piece
     model.merge_adapter()
     for name, weight in weights.items():
         size = 1e-10 * float(weight.detach().abs().max())
@@ -152,7 +150,7 @@ def test_founding_families_are_refused_nowhere() -> None:
     assert not [(family, kind) for family in FOUNDING for kind in KINDS if refusal(family, kind)]
 
 
-@pytest.mark.parametrize("kind", ["embedding", "conv2d grouped", "attention", "mixtral"])
+@pytest.mark.parametrize("kind", ["opt", "gpt2", "embedding", "conv2d grouped", "attention", "mixtral"])
 def test_the_oracle_can_fail(kind: str) -> None:
     its, f = KINDS[kind], FAMILIES["lora"]
     base, model = adapted(f, its)
@@ -161,8 +159,8 @@ def test_the_oracle_can_fail(kind: str) -> None:
     first, x = next(iter(values)), its.example()
     wrong = {**values, first: values[first] * (1 + 1e-6)}
     with torch.no_grad():
-        right, off = (output(its, base, x, replaced(its, base, model, f, v)) for v in (values, wrong))
-        found = output(its, model, x)
+        right, off = (its.output(base, x, replaced(its, base, model, f, v)) for v in (values, wrong))
+        found = its.output(model, x)
     limit = 1e-10 * float(right.abs().max())
     assert torch.allclose(found, right, rtol=0, atol=limit)
     assert not torch.allclose(off, right, rtol=0, atol=limit)

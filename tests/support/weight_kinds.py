@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import oracles
 import torch
-from expert_models import CONFIGS, mixture, tokens
+from adapter_models import MODELS, TARGETS, inputs
+from expert_models import CONFIGS, KeepDouble, mixture, tokens
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from tnpeft.adapters.state import bank_of
 from tnpeft.layout import ParameterSpec, SiteLayout
@@ -174,6 +178,7 @@ class Kind:
     """A model, an input, the targets in it; the stored weight as ``[out, inp]``, experts before, and back.
 
     ``spread`` is the size of random factors: attention saturates if it is large, and its gradients with it.
+    Models of transformers return logits, and round to fp32 on the way.
     """
 
     make: Callable[[], nn.Module]
@@ -184,6 +189,12 @@ class Kind:
     spread: float = 0.5
     experts: str = ""
     axes: Mapping[str, str] = field(default_factory=dict)
+    transformer: bool = False
+
+    def output(self, model: nn.Module, x: Tensor, weights: dict[str, Tensor] | None = None, **more: Any) -> Tensor:
+        with KeepDouble() if self.transformer else nullcontext():
+            found = model(x, **more) if weights is None else functional_call(model, weights, (x,))
+        return found.logits if self.transformer else found
 
 
 def _turned(matrix: Tensor, stored: Tensor | None = None) -> Tensor:
@@ -202,9 +213,19 @@ def _conv(dims: int = 2, groups: int = 1, **options: Any) -> Kind:
 
 def _experts(name: str) -> Kind:
     sides = (_turned, _turned) if name == "gpt_oss" else ()
-    return Kind(lambda: mixture(name), tokens, ("experts",), *sides, experts=name)
+    return Kind(partial(mixture, name), tokens, ("experts",), *sides, experts=name, transformer=True)
 
 
+def _architecture(name: str) -> Kind:
+    """Attention and MLP: grouped queries, fused and transposed linears and both oblong shapes are among them."""
+    [(_, batch)] = inputs(name).items()
+    batch = batch.double() if batch.is_floating_point() else batch
+    more = {"opt": "fc2", "llama": "up_proj", "gpt2": "c_fc", "bert": "output.dense", "vit": "fc1"}
+    sides = (_turned, _turned) if name == "gpt2" else ()
+    return Kind(MODELS[name], lambda: batch, (*TARGETS[name], more[name]), *sides, transformer=True)
+
+
+LINEARS = {name: _architecture(name) for name in MODELS}
 CALLED = {
     "embedding": Kind(Tokens, lambda: torch.tensor([[1, 3, 47], [5, 1, 3]]), ("embed",), _turned, _turned),
     "conv1d": _conv(1),
@@ -224,7 +245,7 @@ RAW = {
 }
 EXPERTS = {name: _experts(name) for name in CONFIGS if name != "qwen2_moe"}  # which is stored as qwen3_moe
 LISTED = {"list of experts": Kind(Mixtures, sequence, ("experts",))}
-KINDS = {**CALLED, **RAW, **EXPERTS, **LISTED}
+KINDS = {**LINEARS, **CALLED, **RAW, **EXPERTS, **LISTED}
 BY_EXPERT = {**EXPERTS, **LISTED, "parameter of experts": RAW["parameter of experts"]}
 
 

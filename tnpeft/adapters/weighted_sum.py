@@ -43,6 +43,7 @@ def combine(tuner: BaseTuner, adapters: Sequence[str], weights: Sequence[float],
     config = type(configs[0])(network=lower(total), save_frozen=True, task_type=configs[0].task_type)
     config.tokens, config.loaded = configs[0].tokens, True
     config.stack = configs[0].stack
+    config.axes = {name: axes for each in configs for name, axes in (each.axes or {}).items()} or None
     for field, value in _targets(configs, [bank.layouts[adapter] for adapter in adapters]).items():
         setattr(config, field, value)
     layers = sorted({path for each in configs for path in each.layers}, key=natural)

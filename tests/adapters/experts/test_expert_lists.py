@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 import torch
 from expert_models import CONFIGS, mixture
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig
 from weight_kinds import Gated, Mixtures, sequence, shake
 
@@ -28,8 +26,6 @@ HIRA = {
 NETWORKS: dict[str, dict[str, Any]] = {
     "shared_outer": {"network": tnpeft.families.shared_outer_lora(rank=2)},
     "cp": {"network": tnpeft.families.expert_cp(3)},
-    "lora": {"network": tnpeft.families.lora(2)},  # the same update in all experts
-    "hira": HIRA,
 }
 
 
@@ -42,79 +38,8 @@ def adapted(key: str = "shared_outer", **options: Any) -> tuple[nn.Module, peft.
     return base, model
 
 
-@pytest.mark.filterwarnings("ignore:Already following adapters were merged")
-@pytest.mark.parametrize("key", NETWORKS)
-def test_a_tuners_life(key: str, tmp_path: Path) -> None:
-    base, model = adapted(key)
+def test_dora(tmp_path: Path) -> None:
     x = sequence()
-    wanted = model(x).detach()
-    model.save_pretrained(tmp_path)
-    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
-    assert torch.equal(again(x), wanted)
-    factors = tnpeft.factors(model)
-    held = {name: value for name, value in factors.items() if name != "W"}
-    tnpeft.set_factors(again, {name: torch.zeros_like(value) for name, value in held.items()})
-    assert not torch.equal(again(x), wanted)
-    tnpeft.set_factors(again, held)
-    assert torch.equal(again(x), wanted)
-    with torch.no_grad():  # inference keeps what it may, and forgets it when factors change
-        model.eval()
-        for _ in range(2):
-            assert torch.allclose(model(x), wanted, rtol=0, atol=1e-12)
-        name = next(iter(held))
-        tnpeft.set_factors(model, {name: 2 * held[name]})
-        assert not torch.allclose(model(x), wanted, rtol=0, atol=1e-3)
-        tnpeft.set_factors(model, {name: held[name]})
-        assert torch.allclose(model(x), wanted, rtol=0, atol=1e-12)
-    model.train()
-    assert tnpeft.explain(model).unmatched == {"default": ()}
-    assert {row.experts for row in tnpeft.explain(model).rows} == {4}
-    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    groups = tnpeft.parameter_groups(model, relative_step=0.1)
-    assert sum(p.numel() for group in groups for p in group["params"]) == count
-    model.add_adapter("second", tnpeft.TensorNetworkConfig(network="expert_lora", target_modules=["w1", "w2"]))
-    model.double().set_adapter("second")
-    shake(model)
-    assert not torch.allclose(model(x), wanted, rtol=0, atol=1e-3)
-    model.delete_adapter("second")
-    model.set_adapter("default")
-    with model.disable_adapter():
-        assert torch.equal(model(x), base(x))
-    shake(model)
-    model.merge_adapter()
-    assert torch.allclose(model(x), wanted, rtol=0, atol=1e-10)
-    model.unmerge_adapter()
-    for name, weight in base.named_parameters():
-        own = dict(model.get_base_model().named_parameters())
-        path, _, last = name.rpartition(".")
-        assert torch.equal(own.get(name, own.get(f"{path}.base_layer.{last}")), weight)
-    assert torch.equal(model(x), wanted)
-    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
-    assert torch.equal(copied(x), wanted)
-    merged = copied.merge_and_unload()
-    assert torch.allclose(merged(x), wanted, rtol=0, atol=1e-10)
-    assert [name for name, _ in merged.named_parameters()] == [name for name, _ in base.named_parameters()]
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing(reentrant: bool) -> None:
-    _, model = adapted()
-    x = sequence().requires_grad_()
-
-    def gradients(run: Any) -> list[Tensor]:
-        model.zero_grad()
-        run(x).square().mean().backward()
-        return [p.grad.clone() for p in model.parameters() if p.requires_grad]
-
-    again = gradients(lambda y: checkpoint(model, y, use_reentrant=reentrant))
-    assert all(torch.allclose(a, b, rtol=1e-12, atol=0) for a, b in zip(gradients(model), again, strict=True))
-
-
-def test_dropout_and_dora(tmp_path: Path) -> None:
-    x = sequence()
-    _, model = adapted(dropout=0.5)
-    assert not torch.equal(model.train()(x), model(x))
-    assert torch.equal(model.eval()(x), model(x))
     base, model = adapted(dora=True)
     wanted = model(x).detach()
     model.save_pretrained(tmp_path)
@@ -159,12 +84,6 @@ def test_experts_that_differ_are_refused() -> None:
     with pytest.raises(NetworkError, match=r"the experts of layers.1.moe.experts.\*.w1 differ: 8 x 16 and 16 x 16"):
         peft.get_peft_model(base, tnpeft.TensorNetworkConfig(network="expert_cp", target_modules=["experts"]))
     assert names == [name for name, _ in base.named_modules()]
-
-
-def test_a_batch_of_several_adapters_is_refused() -> None:
-    _, model = adapted()
-    with pytest.raises(NetworkError, match="w1 is given the tokens of one expert, not the rows of a batch"):
-        model.eval()(sequence(), adapter_names=["default", "__base__"])
 
 
 def test_a_named_stack_over_a_list() -> None:

@@ -12,6 +12,7 @@ from tnpeft.adapters.experts.fused import FusedWeight, check_local, fused_weight
 from tnpeft.adapters.experts.weight import ExpertWeight
 from tnpeft.adapters.layer.bank import FactorBank
 from tnpeft.adapters.layer.checkpointing import check_recomputation, refuse_reentrant, selection_seen
+from tnpeft.networks import NetworkError
 from tnpeft.nn.executor.groups import Groups
 
 
@@ -89,6 +90,10 @@ class TensorNetworkExperts(nn.Module):
         assert index is not None  # every class of experts is given both
         assert shares is not None
         tokens, chosen = index.shape
+        if names is not None and len(names) != tokens:
+            raise NetworkError(
+                f"adapter_names has {len(names)} entries for {tokens} rows", remedy="name one adapter per row"
+            )
         eager = is_eager(self.base_layer)
         # The order of rows is that of the implementation, so that a product has the same bits.
         ids, order = torch.sort((index.t() if eager else index).reshape(-1), stable=True)

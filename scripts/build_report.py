@@ -52,11 +52,14 @@ class Facts:
         """True if a study's results are there."""
         return (self.paper / "tables" / f"{name}.json").exists()
 
-    def _data(self, name: str) -> Any:
-        path = self.paper / "tables" / f"{name}.json"
+    def _text(self, name: str) -> str:
+        path = self.paper / "tables" / name
         if not path.exists():
             raise Missing(f"{path} is not there: run the script that writes it first")
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
+
+    def _data(self, name: str) -> Any:
+        found = json.loads(self._text(f"{name}.json"))
         if isinstance(found, dict) and "points" in found:
             self._known_backbones(name, found)
         return found
@@ -72,11 +75,7 @@ class Facts:
                 raise Missing(f"{name} was run on {backbone} ({identity}), which is not in {path.name}")
 
     def _rows(self, name: str) -> list[dict[str, str]]:
-        path = self.paper / "tables" / f"{name}.csv"
-        if not path.exists():
-            raise Missing(f"{path} is not there: run the script that writes it first")
-        with path.open(newline="", encoding="utf-8") as stream:
-            return list(csv.DictReader(stream))
+        return list(csv.DictReader(self._text(f"{name}.csv").splitlines()))
 
     def table(self, name: str, *columns: str, **where: str) -> str:
         """Rows of a table as Markdown: those whose columns have the values given, some columns of them."""

@@ -172,7 +172,8 @@ def test_points_know_their_backbones_steps_and_freedom(cache: Path, tmp_path: Pa
         ({"policies": [{"label": "P", "choose_on": "CP"}]}, "no cell is called 'CP'"),
         ({"tune_seeds": [1, 1]}, "a seed stands twice"),
         ({"backbones": ["digits:0", "digits:0"]}, "a backbone stands twice"),
-        ({"choose": "luck"}, "choose = 'luck'"),
+        ({"choose": "luck"}, "choose = 'luck' is unknown"),
+        ({"methods": [{"family": "lora", "budgets": [8], "match": "rank"}]}, "match = 'rank' is unknown"),
     ],
 )
 def test_wrong_designs_are_refused(cache: Path, change: dict[str, Any], message: str) -> None:

@@ -7,17 +7,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tnpeft.counting.budgets import BY
 from tnpeft.studies import backbones, methods
-from tnpeft.studies.files import StudyError, merged
-from tnpeft.studies.schema import check
+from tnpeft.studies.files import merged
+from tnpeft.studies.schema import check, check_choices
 
 _TEXTS = ("name", "title", "source", "backbone", "tokenizer", "data", "cache", "choose")
 _GRIDS = ("learning_rates", "relative_steps")
 _RULES = ("start", "rates")
 OURS = ("relative_steps", *_RULES)  # settings of a study that a run has in another form
-_CHOICES = {
+CHOICES = {
     "choose": ("loss", "metric"),
+    "match": BY,
     "start": ("published", "rule"),
+    "measure": ("metric", "loss"),
     "rates": ("one", "rule", "structure", "measured"),
 }
 STUDY_KINDS = dict.fromkeys(_TEXTS, str) | {
@@ -159,17 +162,7 @@ def over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     return merged(kept, own)
 
 
-def check_rules(settings: Mapping[str, Any], where: str) -> None:
-    """Refuse a rule of starts or rates that there is not."""
-    for key in _RULES:
-        if settings.get(key, _CHOICES[key][0]) not in _CHOICES[key]:
-            raise StudyError(
-                f"{key} = {settings[key]!r}", where=where, remedy=f"use one of {', '.join(_CHOICES[key])}"
-            )
-
-
 def known(table: Mapping[str, Any], kinds: Mapping[str, Any], where: str, part: str = "") -> None:
     """Refuse unknown keys, values of the wrong kind, and a choice that there is not."""
     check(table, kinds, where, part)
-    if table.get("choose", "loss") not in _CHOICES["choose"]:
-        raise StudyError(f"choose = {table['choose']!r}", where=where, remedy="use loss or metric")
+    check_choices(table, CHOICES, where)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tnpeft.studies.files import StudyError, digest
-from tnpeft.studies.schema import check, kinds
+from tnpeft.studies.schema import check, check_choices, kinds
 
 _CHOICES = {
     "head": ("words", "classifier"),
@@ -83,13 +83,7 @@ class Protocol:
 
     def __post_init__(self) -> None:
         check(vars(self), kinds(Protocol), "protocol")
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise StudyError(
-                    f"{name} = {getattr(self, name)!r} is unknown",
-                    where="protocol",
-                    remedy=f"use one of {', '.join(choices)}",
-                )
+        check_choices(vars(self), _CHOICES, "protocol")
         for name in ("batch", "accumulate", "evaluate_every", "max_length", "tune_seeds"):
             if getattr(self, name) < 1:
                 raise StudyError(f"{name} = {getattr(self, name)}", where="protocol", remedy="give at least 1")

@@ -11,6 +11,7 @@ from typing import Any
 from tnpeft.studies.files import StudyError
 
 Kinds = Mapping[str, Any]
+Choices = Mapping[str, tuple[str, ...]]
 _NUMBER = float | int
 _CALLED = {str: "string", int: "integer", _NUMBER: "number", bool: "switch", Mapping: "table", object: "value"}
 _CALLED |= {str | Mapping: "names or table"}  # in lists
@@ -63,3 +64,18 @@ def check(table: Mapping[str, Any], known: Kinds, where: str, part: str = "") ->
         for number in value if isinstance(kind, list) else (value,):
             if kind is not object and isinstance(number, _NUMBER) and not 0 <= number < inf:
                 raise StudyError(f"{key} = {value!r}", where=where, remedy="give finite numbers from 0 on")
+
+
+def check_choices(table: Mapping[str, Any], choices: Choices, where: str) -> None:
+    """Refuse a word that is not one of those that its key allows; a key that is not there has none.
+
+    Raises:
+        StudyError: the table has such a word.
+
+    >>> check_choices({"choose": "loss"}, {"choose": ("loss", "metric")}, "a study")
+    """
+    for key, words in choices.items():
+        if key in table and table[key] not in words:
+            raise StudyError(
+                f"{key} = {table[key]!r} is unknown", where=where, remedy=f"use one of {', '.join(words)}"
+            )

@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 LEVEL = 0.95
@@ -48,7 +49,7 @@ def interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, floa
         return -math.inf, math.inf
     from scipy import stats
 
-    mean, half = _mean(values), float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * _error(values)
+    mean, half = fmean(values), float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * _error(values)
     return mean - half, mean + half
 
 
@@ -62,7 +63,7 @@ def observations(scores: Scores) -> dict[str, float]:
     for replicate, score in scores.items():
         backbone, _, seed = str(replicate).rpartition("/")
         groups.setdefault(backbone or seed, []).append(score)
-    return {name: _mean(values) for name, values in groups.items()}
+    return {name: fmean(values) for name, values in groups.items()}
 
 
 def summary(scores: Scores | Sequence[float]) -> Summary:
@@ -75,7 +76,7 @@ def summary(scores: Scores | Sequence[float]) -> Summary:
     given = scores if isinstance(scores, Mapping) else dict(enumerate(scores))
     values = list(observations(given).values())
     sd = math.sqrt(_variance(values)) if len(values) > 1 else 0.0
-    return Summary(len(values), _mean(values), sd, *interval(values), len(given))
+    return Summary(len(values), fmean(values), sd, *interval(values), len(given))
 
 
 def differences(first: Scores, second: Scores) -> dict[Any, float]:
@@ -104,7 +105,7 @@ def p_different(values: Sequence[float]) -> float:
     """
     if len(values) < 2:
         return 1.0
-    return min(1.0, 2 * _tail(abs(_mean(values)), values))
+    return min(1.0, 2 * _tail(abs(fmean(values)), values))
 
 
 def p_equivalent(values: Sequence[float], margin: float) -> float:
@@ -113,7 +114,7 @@ def p_equivalent(values: Sequence[float], margin: float) -> float:
     >>> p_equivalent([-0.1, 0.0, 0.1], 1.0) < 0.01, p_equivalent([0.5, 1.0, 1.5], 1.0)
     (True, 0.5)
     """
-    return 1.0 if len(values) < 2 else _tail(margin - abs(_mean(values)), values)
+    return 1.0 if len(values) < 2 else _tail(margin - abs(fmean(values)), values)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -217,9 +218,9 @@ def exchange_rate(first: Sequence[tuple[int, Scores]], second: Sequence[tuple[in
         return None
 
     def log_ratio(names: Sequence[str]) -> float | None:
-        means = [[(math.log(size), _mean([its[name] for name in names])) for size, its in curve] for curve in curves]
+        means = [[(math.log(size), fmean([its[name] for name in names])) for size, its in curve] for curve in curves]
         found = [(reached, size) for size, loss in means[1] if (reached := _reaches(means[0], loss)) is not None]
-        return _mean([reached - size for reached, size in found]) if found else None
+        return fmean([reached - size for reached, size in found]) if found else None
 
     whole, n = log_ratio(shared), len(shared)
     parts = [log_ratio([name for name in shared if name != left]) for left in shared]
@@ -253,15 +254,11 @@ def best_under(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     return curve
 
 
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
-
-
 def _variance(values: Sequence[float]) -> float:
     """The sample variance: exactly zero of equal values, which rounding of their mean would hide."""
     if min(values) == max(values):
         return 0.0
-    mean = _mean(values)
+    mean = fmean(values)
     return math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from tnpeft.studies import backbones, methods
-from tnpeft.studies.design import CONTRAST_KINDS, OURS, STUDY_KINDS, Cell, Contrast, cells, check_rules, known, over
+from tnpeft.studies.design import CHOICES, CONTRAST_KINDS, OURS, STUDY_KINDS, Cell, Contrast, cells, known, over
 from tnpeft.studies.files import StudyError, digest, merged, read_toml
 from tnpeft.studies.protocol import Protocol
 from tnpeft.studies.runs import Run, Store
+from tnpeft.studies.schema import check_choices
 from tnpeft.studies.tasks.data import load
 from tnpeft.studies.tasks.task import Task, task
 
@@ -131,7 +132,7 @@ class Study:
         settings = dict(self.table.get("protocol", {}))
         for own in (of_task, cell.own):
             settings = over(settings, own)
-        check_rules(settings, self.name)
+        check_choices(settings, CHOICES, self.name)
         return settings
 
     def relative(self, cell: Cell, its: Task) -> bool:
@@ -180,8 +181,6 @@ class Study:
                 if key not in given:
                     raise StudyError(f"no {key}", where=where, remedy=f"add {key}, a method of the study")
             measure = str(given.get("measure", "metric"))
-            if measure not in ("metric", "loss"):
-                raise StudyError(f"measure = {measure!r}", where=where, remedy="use metric or loss")
             on = str(given.get("task", self.tasks[0].name))
             if on not in [its.name for its in self.tasks]:
                 raise StudyError(f"no task is called {on!r}", where=where, remedy="name one of the study's tasks")

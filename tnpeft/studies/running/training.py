@@ -12,8 +12,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -261,9 +259,7 @@ def optimizer(
         groups += [{"params": list(head.values()), "lr": protocol.head_lr}] if head else []
     chosen = torch.optim.AdamW(groups, lr=lr, weight_decay=protocol.weight_decay, fused=True)
     if protocol.precondition:
-        if find_spec("tnpeft.optim") is None:
-            raise StudyError("precondition needs tnpeft.optim", remedy="leave precondition out, or update tnpeft")
-        import_module("tnpeft.optim").precondition(chosen, model, invariant=True)
+        tnpeft.optim.precondition(chosen, model, invariant=True)
     return chosen
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 from collections.abc import Callable, Generator
@@ -27,6 +28,12 @@ _IMPORTS = re.compile(rf"^(import|from) ({'|'.join(_TORCH)})\b", re.MULTILINE)
 collect_ignore = [
     str(path) for path in Path(__file__).parent.rglob("test_*.py") if _PLAIN and _IMPORTS.search(path.read_text())
 ]
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the garbage collector looks through it no more, which takes a quarter of the time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

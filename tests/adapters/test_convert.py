@@ -13,9 +13,10 @@ import numpy as np
 import peft
 import pytest
 import torch
+from adapter_models import llama, opt
+from expert_models import mixture
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, OPTConfig, OPTForCausalLM
 
 import tnpeft
 from tnpeft.adapters.convert import formats, run
@@ -25,25 +26,6 @@ from tnpeft.networks import AdapterFileError, ConfigError
 TENSORS = "adapter_model.safetensors"
 IDS = torch.arange(10).reshape(2, 5)
 DRAWS = 50
-
-
-def opt() -> nn.Module:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 40, "hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return OPTForCausalLM(OPTConfig(**sizes, max_position_embeddings=20, word_embed_proj_dim=16)).eval()
-
-
-def mixtral() -> nn.Module:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 3, "num_experts_per_tok": 2}
-    return MixtralForCausalLM(MixtralConfig(**sizes, **heads)).eval()
-
-
-def llama() -> nn.Module:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
 
 
 def drawn(method: str, rng: random.Random) -> peft.PeftConfig:
@@ -94,7 +76,7 @@ def test_round_trips_of_drawn_peft_adapters(method: str, tmp_path: Path, monkeyp
     monkeypatch.setattr(
         peft.PeftModel, "create_or_update_model_card", lambda *_: None
     )  # it takes as long as the rest
-    make = mixtral if method == "target_parameters" else opt
+    make = mixture if method == "target_parameters" else opt
     base = make()
     for seed in range(DRAWS):
         base = make() if method == "target_parameters" else base  # unloading would turn its parameters round
@@ -172,8 +154,8 @@ def test_a_trainers_file_becomes_an_adapter_of_a_model(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     for layer in range(2):
         name = f"lora_te_model_decoder_layers_{layer}_self_attn_q_proj"
-        flat[f"{name}.lora_up.weight"] = torch.randn(16, 2, generator=generator)
-        flat[f"{name}.lora_down.weight"] = torch.randn(2, 16, generator=generator)
+        flat[f"{name}.lora_up.weight"] = torch.randn(32, 2, generator=generator)
+        flat[f"{name}.lora_down.weight"] = torch.randn(2, 32, generator=generator)
         flat[f"{name}.alpha"] = torch.tensor(1.0)
     save_file(flat, tmp_path / "kohya.safetensors")
     tnpeft.convert(tmp_path / "kohya.safetensors", tmp_path / "lines", model=base)
@@ -250,14 +232,13 @@ def test_other_lines_become_plain_lora_through_their_cut(network: str, tmp_path:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("make", [llama])
-def test_gguf_holds_the_updates_with_llama_cpps_order_of_rows(make: Any, tmp_path: Path) -> None:
+def test_gguf_holds_the_updates_with_llama_cpps_order_of_rows(tmp_path: Path) -> None:
     import gguf
 
     config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "k_proj", "v_proj", "down_proj"])
-    model = trained(config, make(), 0)
+    model = trained(config, llama(), 0)
     model.save_pretrained(tmp_path / "peft")
-    done = tnpeft.convert(tmp_path / "peft", tmp_path / "lora.gguf", to="gguf", model=make())
+    done = tnpeft.convert(tmp_path / "peft", tmp_path / "lora.gguf", to="gguf", model=llama())
     assert done.difference < 1e-6
     reader = gguf.GGUFReader(tmp_path / "lora.gguf")
     assert reader.fields["general.type"].contents() == "adapter"
@@ -386,7 +367,7 @@ def test_targets_that_exist_or_cannot_hold_a_line_are_refused(adapter: Path, tmp
     )
     with pytest.raises(ConfigError, match="no DoRA magnitude"):
         tnpeft.convert(tmp_path / "dora", tmp_path / "new.safetensors", to="kohya")
-    trained(peft.LoHaConfig(r=4, target_modules=["q_proj"]), opt(), 0).save_pretrained(tmp_path / "loha")
+    trained(peft.LoHaConfig(r=8, target_modules=["q_proj"]), opt(), 0).save_pretrained(tmp_path / "loha")
     with pytest.raises(ConfigError, match="no low-rank pair"):
         tnpeft.convert(tmp_path / "loha", tmp_path / "new", to="lora")
     assert not (tmp_path / "new").exists()

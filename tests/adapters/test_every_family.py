@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
-from weight_kinds import BY_EXPERT, CALLED, KINDS, LINEARS, LISTED, RAW, Kind, replaced, shake
+from weight_kinds import BY_EXPERT, CALLED, KINDS, LINEARS, LISTED, RAW, frozen, replaced, shake
 
 import tnpeft
 from tnpeft.adapters.state import arrays, bank_of
@@ -85,9 +85,8 @@ CASES = [(f, kind) for f in FAMILIES for kind in KINDS]
 CASES += [(f"own_{name}", kind) for name in OWN for kind in BY_EXPERT]
 
 
-def adapted(f: Factorization, kind: Kind) -> tuple[nn.Module, peft.PeftModel]:
-    torch.manual_seed(0)
-    base = kind.make().double().eval()
+def adapted(f: Factorization, name: str) -> tuple[nn.Module, peft.PeftModel]:
+    kind, base = KINDS[name], frozen(name)
     options = {"stack": STACKS.get(f.name), "axes": dict(kind.axes)}
     config = tnpeft.TensorNetworkConfig(network=f, target_modules=[*kind.targets], **options)
     model = peft.get_peft_model(copy.deepcopy(base), config).double().eval()
@@ -110,10 +109,10 @@ def test_outputs_gradients_and_merged_weights(family: str, kind: str, monkeypatc
     if (said := refusal(family, kind)) is not None:
         assert family not in FOUNDING
         with pytest.raises(NetworkError) as caught:
-            adapted(f, its)
+            adapted(f, kind)
         assert (caught.value.problem, caught.value.remedy) == said
         return
-    base, model = adapted(f, its)
+    base, model = adapted(f, kind)
     x = its.example()
     plain = its.output(base, x).detach()
     if family in FOUNDING:
@@ -153,7 +152,7 @@ def test_founding_families_are_refused_nowhere() -> None:
 @pytest.mark.parametrize("kind", ["opt", "gpt2", "embedding", "conv2d grouped", "attention", "mixtral"])
 def test_the_oracle_can_fail(kind: str) -> None:
     its, f = KINDS[kind], FAMILIES["lora"]
-    base, model = adapted(f, its)
+    base, model = adapted(f, kind)
     shake(model, its.spread)
     values = {piece: array.detach() for piece, array in arrays(model, bank_of(model), "default").items()}
     first, x = next(iter(values)), its.example()

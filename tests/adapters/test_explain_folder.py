@@ -8,7 +8,7 @@ from typing import Any
 
 import peft
 import pytest
-from transformers import OPTConfig, OPTForCausalLM
+from adapter_models import opt
 from typer.testing import CliRunner
 
 import tnpeft
@@ -17,18 +17,11 @@ from tnpeft.cli import app
 from tnpeft.layout import layout
 from tnpeft.models.cards import sites
 
-SIZES = {
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "ffn_dim": 64,
-    "word_embed_proj_dim": 32,
-}
 TARGETS = ["q_proj", "v_proj", "fc1"]
 
 
 def saved(folder: Path, network: Any, targets: list[str] = TARGETS, **options: Any) -> Any:
-    model = OPTForCausalLM(OPTConfig(vocab_size=50, max_position_embeddings=32, **SIZES))
+    model: Any = opt(layers=3)
     config = tnpeft.TensorNetworkConfig(network=network, target_modules=targets, **options)
     peft.get_peft_model(model, config).save_pretrained(str(folder))
     return model.config.to_dict()
@@ -103,8 +96,7 @@ def test_a_damaged_or_foreign_folder_is_refused(tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(tnpeft.AdapterFileError, match=r"no adapter_model\.safetensors"):
         explain_folder(tmp_path)
-    model = OPTForCausalLM(OPTConfig(vocab_size=50, max_position_embeddings=32, **SIZES))
-    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(str(tmp_path / "lora"))
+    peft.get_peft_model(opt(), peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(str(tmp_path / "lora"))
     with pytest.raises(tnpeft.AdapterFileError, match="is a LORA"):
         explain_folder(tmp_path / "lora")
 

@@ -8,7 +8,9 @@ import json
 import peft
 import pytest
 import torch
-import transformers
+from adapter_models import bert, gpt2, logits, opt
+from expert_models import attached
+from oracles import close
 
 import tnpeft
 from tnpeft.networks import NetworkError, Site, network
@@ -22,25 +24,9 @@ def random(shape, *key) -> torch.Tensor:
     return torch.from_numpy(normal(int(torch.Size(shape).numel()), *key).reshape(tuple(shape)))
 
 
-def opt() -> torch.nn.Module:
-    torch.manual_seed(0)
-    config = transformers.OPTConfig(
-        hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=50,
-        max_position_embeddings=16, word_embed_proj_dim=32, dropout=0.0,
-    )  # fmt: skip
-    return transformers.OPTForCausalLM(config).eval()
-
-
-def gpt2() -> torch.nn.Module:
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=50, n_positions=16)
-    return transformers.GPT2LMHeadModel(config).eval()
-
-
 def adapted(base: torch.nn.Module, network, targets=("q_proj", "v_proj"), **fields) -> peft.PeftModel:
-    """The model with an adapter whose trainable factors are random."""
-    config = tnpeft.TensorNetworkConfig(network=network, target_modules=list(targets), **fields)
-    model = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    """A copy of the model with an adapter, all of whose trained parameters are random."""
+    model = attached(base, network, targets, **fields)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
@@ -48,7 +34,13 @@ def adapted(base: torch.nn.Module, network, targets=("q_proj", "v_proj"), **fiel
     return model
 
 
-TOKENS = torch.arange(24).reshape(2, 12)
+def loaded(base: torch.nn.Module, folder) -> peft.PeftModel:
+    return peft.PeftModel.from_pretrained(copy.deepcopy(base), str(folder)).eval()
+
+
+def alike(model: torch.nn.Module, other: torch.nn.Module) -> bool:
+    return close(logits(other), logits(model), least=0.0)
+
 
 # families whose smallest cut, at width 32, leaves a thin exact pair: name -> fields, rank
 EXACT = {
@@ -71,21 +63,18 @@ def test_an_exact_export_loads_in_peft_and_gives_the_same_outputs(family, tmp_pa
     report = tnpeft.export_lora(model, tmp_path, rank=32)
     assert all(row.exact and row.error == 0 for row in report.rows)
     assert rank is None or {row.rank for row in report.rows} == {rank}
-    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path)).eval()
-    assert loaded.peft_config["default"].peft_type == "LORA"
-    with torch.no_grad():
-        ours, theirs = model(input_ids=TOKENS).logits, loaded(input_ids=TOKENS).logits
-        plain = base(input_ids=TOKENS).logits
-    assert (ours - plain).abs().max() > 1e-2
-    assert torch.allclose(ours, theirs, rtol=0, atol=64 * EPS * ours.abs().max())
+    theirs = loaded(base, tmp_path)
+    assert theirs.peft_config["default"].peft_type == "LORA"
+    assert (logits(model) - logits(base)).abs().max() > 1e-2
+    assert alike(model, theirs)
 
 
 def test_a_lora_gives_its_own_factors_back_bit_for_bit(tmp_path):
     model = adapted(opt(), "lora", ranks={"r": 3}, scale=1.0)
     tnpeft.export_lora(model, tmp_path)
-    loaded = peft.PeftModel.from_pretrained(opt(), str(tmp_path))
+    lora = loaded(opt(), tmp_path)
     own = tnpeft.factors(model)
-    for name, module in loaded.get_base_model().named_modules():
+    for name, module in lora.get_base_model().named_modules():
         if isinstance(module, peft.tuners.lora.Linear):
             layer, proj = int(name.split(".")[3]), ("q_proj", "v_proj").index(name.rpartition(".")[2])
             assert torch.equal(module.lora_B["default"].weight, own["B"][layer, proj])
@@ -96,11 +85,11 @@ def test_a_lora_gives_its_own_factors_back_bit_for_bit(tmp_path):
 def test_a_truncated_export_is_the_best_and_states_its_error(tmp_path):
     model = adapted(opt(), "loha", ranks={"r": 4, "s": 4})
     report = tnpeft.export_lora(model, tmp_path, rank=5)
-    loaded = peft.PeftModel.from_pretrained(opt(), str(tmp_path))
+    lora = loaded(opt(), tmp_path)
     for row in report.rows:
         layer = model.get_base_model().get_submodule(row.module)
         delta = layer.get_delta_weight("default").double()
-        found = loaded.get_base_model().get_submodule(row.module).get_delta_weight("default").double()
+        found = lora.get_base_model().get_submodule(row.module).get_delta_weight("default").double()
         values = torch.linalg.svdvals(delta)
         best = float(values[5:].norm() / values.norm())
         assert not row.exact
@@ -129,10 +118,7 @@ def test_ranks_that_differ_and_slices_of_a_fused_linear(tmp_path):
     report = tnpeft.export_lora(model, tmp_path)
     assert {row.module.rpartition(".")[2]: row.rank for row in report.rows} == {"c_attn": 6, "c_fc": 2}
     assert all(row.exact for row in report.rows)
-    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path)).eval()
-    with torch.no_grad():
-        ours, theirs = model(input_ids=TOKENS).logits, loaded(input_ids=TOKENS).logits
-    assert torch.allclose(ours, theirs, rtol=0, atol=64 * EPS * ours.abs().max())
+    assert alike(model, loaded(base, tmp_path))
     assert json.loads((tmp_path / "adapter_config.json").read_text())["fan_in_fan_out"] is True
 
 
@@ -140,36 +126,25 @@ def test_square_slices(tmp_path):
     base = opt()
     model = adapted(base, "fact_tt", ("q_proj", "fc1", "fc2"))
     tnpeft.export_lora(model, tmp_path, rank=32)
-    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path)).eval()
-    with torch.no_grad():
-        ours, theirs = model(input_ids=TOKENS).logits, loaded(input_ids=TOKENS).logits
-    assert torch.allclose(ours, theirs, rtol=0, atol=64 * EPS * ours.abs().max())
+    assert alike(model, loaded(base, tmp_path))
 
 
 def test_dora_is_exported_from_its_dense_change(tmp_path):
     model = adapted(opt(), "lora", ranks={"r": 2}, dora=True)
     report = tnpeft.export_lora(model, tmp_path, rank=32)
-    loaded = peft.PeftModel.from_pretrained(opt(), str(tmp_path))
+    lora = loaded(opt(), tmp_path)
     for row in report.rows:
         delta = model.get_base_model().get_submodule(row.module).get_delta_weight("default")
-        found = loaded.get_base_model().get_submodule(row.module).get_delta_weight("default")
+        found = lora.get_base_model().get_submodule(row.module).get_delta_weight("default")
         assert torch.allclose(found, delta, rtol=0, atol=64 * EPS * delta.norm())
 
 
 def test_a_classifier_trained_in_full_goes_along(tmp_path):
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=50,
-        max_position_embeddings=16,
-    )  # fmt: skip
-    base = transformers.BertForSequenceClassification(config).eval()
+    base = bert()
     model = adapted(base, "lora", ("query", "value"), ranks={"r": 2}, task_type="SEQ_CLS")
     tnpeft.export_lora(model, tmp_path)
-    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path)).eval()
-    with torch.no_grad():
-        ours, theirs = model(input_ids=TOKENS).logits, loaded(input_ids=TOKENS).logits
-    assert torch.allclose(ours, theirs, rtol=0, atol=64 * EPS * ours.abs().max())
-    assert (ours - base(input_ids=TOKENS).logits).abs().max() > 1e-2
+    assert alike(model, loaded(base, tmp_path))
+    assert (logits(model) - logits(base)).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize(

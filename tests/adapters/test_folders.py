@@ -513,32 +513,10 @@ VALUES = st.recursive(
     ),
     max_leaves=6,
 )  # fmt: skip
+INNER = ["ranks", "splits", "init", "scale", "unit_norm", "lr_multiplier", "square"]
 FIELDS = [field.name for field in dataclasses.fields(tnpeft.TensorNetworkConfig)]
-FIELDS += [
-    "ranks",
-    "splits",
-    "init",
-    "scale",
-    "unit_norm",
-    "lr_multiplier",
-    "square",
-    "rank_pattern",
-    "runtime_config",
-    "new",
-]
-INNER = [
-    "schema",
-    "name",
-    "lines",
-    "ranks",
-    "splits",
-    "init",
-    "scale",
-    "unit_norm",
-    "lr_multiplier",
-    "square",
-    "source",
-]
+FIELDS += [*INNER, "rank_pattern", "runtime_config", "new"]
+INNER = [*INNER, "schema", "name", "lines", "source"]
 
 
 @pytest.mark.filterwarnings("ignore")

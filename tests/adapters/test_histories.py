@@ -21,14 +21,14 @@ from adapter_models import VERA
 from failing_steps import Planned, failing_at
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from oracles import dense
+from oracles import dense, open_axes
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import OPTConfig, OPTForCausalLM
 
 import tnpeft
 from tnpeft.adapters.layer.linear import TensorNetworkLinear
-from tnpeft.networks import NetworkError
+from tnpeft.networks import Factorization, NetworkError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 NAMES = ("one", "two", "three")
@@ -74,6 +74,11 @@ def config(kind: str, seed: int) -> tnpeft.TensorNetworkConfig:
     return tnpeft.TensorNetworkConfig(**KINDS[kind], seed=seed)
 
 
+@cache
+def factorization(kind: str) -> Factorization:
+    return config(kind, 0).factorization
+
+
 def path(layer: int, proj: str) -> str:
     return f"model.decoder.layers.{layer}.{PATHS.get(proj, f'self_attn.{proj}')}"
 
@@ -99,15 +104,8 @@ class Dense:
 
     def changes(self, weights: dict[str, Tensor], stack: Tensor | None = None) -> dict[str, Tensor]:
         """What the adapter adds to each base weight; ``stack`` is its dense update if that is known."""
-        f = config(self.kind, 0).factorization
-        if stack is None:
-            letters = {index: chr(ord("a") + k) for k, index in enumerate(f.network.indices)}
-            (term,) = f.network.terms
-            spec = [["".join(letters[i] for i in factor.indices) for factor in term.factors]]
-            stack = torch.einsum(
-                ",".join(spec[0]) + "->" + "".join(letters[i] for i in f.network.outer),
-                [self.factors[f.network.label(factor)] for factor in term.factors],
-            )
+        f = factorization(self.kind)
+        stack = open_axes(f.network, self.factors) if stack is None else stack
         found = {}
         for layer in range(2):
             for k, proj in enumerate(KINDS[self.kind]["target_modules"]):
@@ -122,7 +120,7 @@ class Dense:
     def numpy_changes(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """The same by numpy, unoptimised."""
         factors = {name: value.numpy() for name, value in self.factors.items()}
-        stack = dense(config(self.kind, 0).factorization.network, factors)
+        stack = dense(factorization(self.kind).network, factors)
         return self.changes(weights, torch.from_numpy(np.ascontiguousarray(stack)))
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import dense
 
 import tnpeft
 from tnpeft.nn import least_squares
@@ -34,26 +35,13 @@ PLANTED = {
 
 
 def planted(line: str, sizes: dict[str, int], seed: int = 5) -> tuple[tnpeft.Network, dict, np.ndarray]:
-    """A network, random factors and their dense tensor by unoptimised einsum."""
+    """A network, random factors and their dense tensor."""
     net = tnpeft.network(line)
     factors = {}
     for factor in net.factors:
         shape = [sizes[index] for index in factor.indices]
         factors[net.label(factor)] = normal(int(np.prod(shape)), seed, net.label(factor)).reshape(shape)
-    return net, factors, oracle(net, factors, sizes)
-
-
-def oracle(net: tnpeft.Network, factors: dict, sizes: dict[str, int]) -> np.ndarray:
-    letters = {index: chr(ord("a") + k) for k, index in enumerate(net.indices)}
-    total = np.zeros([sizes[index] for index in net.outer])
-    for term in net.terms:
-        own = [index for index in net.outer if index in term.places()]
-        spec = ",".join("".join(letters[i] for i in f.indices) for f in term.factors)
-        value = np.einsum(
-            spec + "->" + "".join(letters[i] for i in own), *(factors[net.label(f)] for f in term.factors)
-        )
-        total = total + term.sign * value.reshape([sizes[i] if i in own else 1 for i in net.outer])
-    return total.reshape([int(np.prod([sizes[i] for i in group])) for group in net.output])
+    return net, factors, dense(net, factors)
 
 
 def distance(found: np.ndarray, target: np.ndarray) -> float:
@@ -66,7 +54,7 @@ def test_planted_solutions_are_found(name):
     net, _, target = planted(line, sizes)
     result = fit(net, target, sizes, restarts=40)
     assert result.error <= 1e-12
-    assert distance(oracle(net, result.factors, sizes), target) <= 2e-12
+    assert distance(dense(net, result.factors), target) <= 2e-12
     assert all(value.dtype == np.float64 for value in result.factors.values())
 
 
@@ -111,7 +99,7 @@ def test_a_factorization_fills_the_sizes():
     result = fit(f, target, i1=3, i2=5)
     assert result.error <= 1e-12
     assert result.factors["C"].shape == (2, 2, 3)
-    assert distance(oracle(net, result.factors, sizes), target) <= 2e-12
+    assert distance(dense(net, result.factors), target) <= 2e-12
 
 
 def test_frozen_factors_stay_and_are_asked_for():
@@ -151,7 +139,7 @@ def test_a_large_core_does_not_need_its_matrix():
     net, factors, _ = planted("G[a b c] U[x a] V[y b] W[z c] -> x y z", sizes)
     held = {name: np.linalg.qr(factors[name])[0] for name in "UVW"}
     started = time.perf_counter()
-    result = fit(net, oracle(net, {**held, "G": factors["G"]}, sizes), sizes, fixed=held)
+    result = fit(net, dense(net, {**held, "G": factors["G"]}), sizes, fixed=held)
     assert result.error <= 1e-12
     assert time.perf_counter() - started < 20
     assert distance(result.factors["G"], factors["G"]) < 1e-12

@@ -35,21 +35,8 @@ NETWORKS = {
     "monarch": "B[c o k] A[k c i] -> (c o) (k i)",
     "difference": "B[out r] A[r inp] - ~B[out r] ~A[r inp] -> out inp",
 }
-SIZES = {
-    "out": OUT,
-    "inp": INP,
-    "r": 3,
-    "a": 2,
-    "b": 3,
-    "o1": 2,
-    "o2": 3,
-    "i1": 2,
-    "i2": 4,
-    "c": 3,
-    "o": 2,
-    "k": 4,
-    "i": 2,
-}
+SIZES = {"out": OUT, "inp": INP, **dict.fromkeys(("a", "o", "o1", "i", "i1"), 2)}
+SIZES |= {**dict.fromkeys(("r", "b", "c", "o2"), 3), **dict.fromkeys(("k", "i2"), 4)}
 
 
 def case(name: str) -> tuple[Program, list[Tensor]]:

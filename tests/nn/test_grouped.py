@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import oracles
 import pytest
 import torch
 from hypothesis import given, settings
@@ -30,19 +31,9 @@ SIZES = {"expert": 4, "out": 12, "inp": 6, "o1": 4, "o2": 3, "i1": 2, "i2": 3, *
 
 
 def dense(net: Network, factors: dict[str, Tensor], sizes: dict[str, int]) -> Tensor:
-    """``[expert, rows, cols]`` by one einsum per term; every expert has what no factor tells apart."""
-    letters = {index: chr(97 + k) for k, index in enumerate(dict.fromkeys((*net.indices, "expert")))}
-    out = ["expert", *net.rows, *net.cols]
-    total: Tensor | None = None
-    for term in net.terms:
-        uses = [("".join(letters[i] for i in f.indices), factors[net.label(f)]) for f in term.factors]
-        uses.append((letters["expert"], torch.ones(sizes["expert"], dtype=torch.float64)))
-        wanted = "".join(letters[i] for i in out)
-        part = term.sign * torch.einsum(",".join(use for use, _ in uses) + "->" + wanted, *(a for _, a in uses))
-        total = part if total is None else total + part
-    assert total is not None
-    rows, cols = (torch.tensor([sizes[i] for i in side]).prod() for side in (net.rows, net.cols))
-    return total.reshape(sizes["expert"], int(rows), int(cols))
+    """``[expert, rows, cols]``; every expert has what no factor tells apart."""
+    found: Tensor = oracles.dense(net, factors)
+    return found.expand(sizes["expert"], *found.shape[-2:])
 
 
 def drawn(net: Network, sizes: dict[str, int]) -> tuple[GroupedProgram, list[Tensor], dict[str, Tensor]]:

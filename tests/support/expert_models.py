@@ -14,18 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import tnpeft
 
 EXPERTS, WIDTH, HIDDEN = 4, 16, 32
-_SIZES = {
-    "hidden_size": HIDDEN,
-    "intermediate_size": WIDTH,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 64,
-    "num_experts_per_tok": 2,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-}
+_SIZES = {"hidden_size": HIDDEN, "intermediate_size": WIDTH, "num_hidden_layers": 2, "num_experts_per_tok": 2}
+_SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64}
+_SIZES |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 _MIXTURE = {**_SIZES, "num_experts": EXPERTS, "moe_intermediate_size": WIDTH}
 _LATENT = {"q_lora_rank": 12, "kv_lora_rank": 10, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 7}
 CONFIGS: dict[str, dict[str, Any]] = {

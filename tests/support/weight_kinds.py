@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import oracles
@@ -247,6 +247,13 @@ EXPERTS = {name: _experts(name) for name in CONFIGS if name != "qwen2_moe"}  # w
 LISTED = {"list of experts": Kind(Mixtures, sequence, ("experts",))}
 KINDS = {**LINEARS, **CALLED, **RAW, **EXPERTS, **LISTED}
 BY_EXPERT = {**EXPERTS, **LISTED, "parameter of experts": RAW["parameter of experts"]}
+
+
+@cache
+def frozen(kind: str) -> nn.Module:
+    """The model of a kind in double precision, to be copied."""
+    torch.manual_seed(0)
+    return KINDS[kind].make().double().eval().requires_grad_(False)
 
 
 def shake(model: nn.Module, size: float = 0.5) -> None:

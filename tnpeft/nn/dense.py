@@ -50,10 +50,13 @@ def dense(net: Network | Factorization, factors: Mapping[str, Array], *, sizes: 
     return result.reshape(tuple(prod(dims[index] for index in group) for group in line.output))
 
 
-def evaluator(plan: Plan) -> Callable[[Mapping[str, Array]], Array]:
-    """Return the function of the factors by label that a dense plan is, one axis per open index."""
+def evaluator(plan: Plan, token: str = "") -> Callable[[Mapping[str, Array]], Array]:
+    """Return the function of the factors by label that a dense plan is, one axis per open index.
+
+    The index ``token`` may have any size at run time.
+    """
     net = plan.network
-    listing = compile_plan(plan, [net.label(factor) for factor in net.factors])
+    listing = compile_plan(plan, [net.label(factor) for factor in net.factors], token=token)
     return lambda arrays: _run(listing, net, arrays)
 
 

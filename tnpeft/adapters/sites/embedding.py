@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from tnpeft.adapters.layer.binding import SiteUpdate
 from tnpeft.adapters.sites.call import CalledLayer, network_of
-from tnpeft.adapters.sites.lookup import Lookup
+from tnpeft.adapters.sites.lookup import Lookup, lookup
 from tnpeft.networks import NetworkError
 
 
@@ -52,7 +53,8 @@ class TensorNetworkEmbedding(CalledLayer):
 
     def compiled(self, item: SiteUpdate) -> Lookup:
         """The lookup of one site's network."""
-        return item.cached("lookup", lambda: Lookup(network_of(item), item.site_layout.sizes))  # type: ignore[no-any-return]
+        make = partial(lookup, network_of(item), item.site_layout.sizes, item.tokens)
+        return item.cached("lookup", make)  # type: ignore[no-any-return]
 
     def apply_update(self, item: SiteUpdate, x: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
         """The update of tokens ``x [...]``: ``[..., out]``; zero for tokens outside a slice."""

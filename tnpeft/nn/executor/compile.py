@@ -22,20 +22,25 @@ from tnpeft.nn.executor.listing import BIAS, FACTORS, WEIGHT, Listing, Result, X
 from tnpeft.planning.steps import Plan, Step, fresh
 
 
-def compile_plan(plan: Plan, labels: Sequence[str], unit_norm: Collection[str] = (), linear: bool = False) -> Listing:
+def compile_plan(
+    plan: Plan, labels: Sequence[str], unit_norm: Collection[str] = (), linear: bool = False, token: str = ""
+) -> Listing:
     """Return the instructions of a plan whose factors come in the order of ``labels``.
 
     Columns of the factors in ``unit_norm`` are normalised first. With ``linear`` the frozen product with the base
-    weight is part of the list; without, ``y`` is what the update is added to, or empty.
+    weight is part of the list; without, ``y`` is what the update is added to, or empty. An index ``token`` of a plan
+    without activations may have any size at run time.
     """
-    return _Compiler(plan, labels, unit_norm, linear).listing()
+    return _Compiler(plan, labels, unit_norm, linear, token).listing()
 
 
 class _Compiler:
-    def __init__(self, plan: Plan, labels: Sequence[str], unit_norm: Collection[str], linear: bool) -> None:
+    def __init__(
+        self, plan: Plan, labels: Sequence[str], unit_norm: Collection[str], linear: bool, token: str = ""
+    ) -> None:
         net = plan.network
         self.plan, self.labels, self.linear = plan, labels, linear
-        self.sizes = Sizes(plan.sizes, plan.activation)
+        self.sizes = Sizes(plan.sizes, plan.activation or token)
         self.steps = [step for step in plan.steps if step.kind != "reshape"]
         self.out: list[Instruction] = []
         self.layouts: dict[int, Layout] = {}

@@ -1,14 +1,18 @@
-"""The kinds that a configuration's fields must have: files may hold anything."""
+"""The kinds that the fields of a configuration and of a stored network must have: files may hold anything."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from sys import float_info
 from typing import Any
 
 from tnpeft.adapters.storage.expressions import MOST_TEXT
 from tnpeft.networks import ConfigError
+
+Fits = Callable[[Any], bool]
+Kinds = Mapping[str, tuple[Fits, str]]  # fields, several with spaces between; what fits them, as code and in words
 
 _BIAS = ("none", "all", "tensor_network_only")
 _MOST = 2**63 - 1
@@ -17,13 +21,17 @@ _DEEPEST = 64  # levels of lists and maps in a configuration, as many as torch's
 _PATH = re.compile(r"[\w\-]+(\.[\w\-]+)*")
 
 
+def check_kinds(kinds: Kinds, get: Callable[[str], Any], told: str = "{} is {}") -> None:
+    """Raise at the first field whose value is of another kind: it is named, with its value and what it may be."""
+    for names, (fits, remedy) in kinds.items():
+        for name in names.split():
+            if not fits(value := get(name)):
+                raise ConfigError(told.format(name, shown(value)), remedy=remedy)
+
+
 def check_fields(config: Any) -> None:
     """Raise at the first field of a :class:`tnpeft.TensorNetworkConfig` whose value is of another kind."""
-    for kind, (fits, remedy) in _KINDS.items():
-        for name in kind.split():
-            value = getattr(config, name)
-            if not fits(value):
-                raise ConfigError(f"{name} is {shown(value)}", remedy=remedy)
+    check_kinds(_FIELDS, partial(getattr, config))
 
 
 def shown(value: Any) -> str:
@@ -77,20 +85,39 @@ def check_replicas(config: Any) -> None:
         raise ConfigError("replicas have no magnitudes", remedy="train with dora one adapter at a time")
 
 
-def _whole(value: Any, least: int = 0) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= _MOST
+# ---- kinds
 
 
-def _finite(value: Any) -> bool:
+def or_none(fits: Fits) -> Fits:
+    """Also None."""
+    return lambda value: value is None or fits(value)
+
+
+def of_type(*types: type) -> Fits:
+    """A value of one of some types."""
+    return lambda value: isinstance(value, types)
+
+
+def list_of(fits: Fits, *types: type) -> Fits:
+    """A list, a tuple or a set (or one of some types) of what fits."""
+    return lambda value: isinstance(value, types or (list, tuple, set)) and all(map(fits, value))
+
+
+def map_of(name: Fits, fits: Fits) -> Fits:
+    """A map of what fits."""
+    return lambda value: isinstance(value, Mapping) and all(map(name, value)) and all(map(fits, value.values()))
+
+
+text, truth = of_type(str), of_type(bool)
+
+
+def number(value: Any) -> bool:
+    """A finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= float_info.max
 
 
-def _ranks(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(map(_name, value)) and all(_whole(rank, 1) for rank in value.values())
-
-
-def _listed(value: Any, fits: Callable[[Any], bool]) -> bool:
-    return isinstance(value, list | tuple | set) and all(fits(item) for item in value)
+def _whole(least: int = 0, most: int = _MOST) -> Fits:
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def _name(value: Any) -> bool:
@@ -112,99 +139,62 @@ def _path(value: Any) -> bool:
     return isinstance(value, str) and _PATH.fullmatch(value) is not None
 
 
-def _modules(value: Any) -> bool:
-    return value is None or _listed(value, _name) or _pattern(value)
+def _places(name: Fits) -> Fits:
+    """A map from names to the numbers from 0 on; that of a model itself, which may be a layer as well, is empty."""
+    return lambda value: bool(map_of(name, _whole())(value) and [*range(len(value))] == sorted(value.values()) != [])
 
 
-def _order(value: Any) -> bool:
-    """A map from names to the numbers from 0 on."""
-    return value is None or (_places(value) and all(value))
-
-
-def _places(value: Any) -> bool:
-    """The same of paths: that of the model itself, whose own linears are a layer as well, is empty."""
-    if value is None:
-        return True
-    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
-        return False
-    return bool(value) and all(map(_whole, value.values())) and sorted(value.values()) == [*range(len(value))]
-
-
-def _texts(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(map(_name, (*value, *value.values())))
-
-
-def _one_of(choices: Collection[Any]) -> tuple[Callable[[Any], bool], str]:
-    return lambda value: value in choices, f"use one of {', '.join(map(str, choices))}"
-
-
-_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "target_modules exclude_modules": (_modules, "pass a list of names, a regular expression, or None"),
+_ranks = map_of(_name, _whole(1))
+_wholes = list_of(_whole())
+_FIELDS: Kinds = {
+    "target_modules exclude_modules": (
+        or_none(lambda value: list_of(_name)(value) or _pattern(value)),
+        "pass a list of names, a regular expression, or None",
+    ),
     "layers_to_transform": (
-        lambda value: value is None or _whole(value) or _listed(value, _whole),
+        or_none(lambda value: _whole()(value) or _wholes(value)),
         "pass numbers of layers, from 0 on, or None",
     ),
     "layers_pattern": (
-        lambda value: value in (None, "") or _path(value) or _listed(value, _path),
+        or_none(lambda value: value == "" or _path(value) or list_of(_path)(value)),
         "pass names, or None",
     ),
-    "modules_to_save": (lambda value: value is None or _listed(value, _path), "pass a list of names, or None"),
+    "modules_to_save": (or_none(list_of(_path)), "pass a list of names, or None"),
     "trainable_token_indices": (
-        lambda value: (
-            value is None
-            or _listed(value, _whole)
-            or (isinstance(value, Mapping) and all(_path(n) and _listed(v, _whole) for n, v in value.items()))
-        ),
+        or_none(lambda value: _wholes(value) or map_of(_path, _wholes)(value)),
         "pass numbers of tokens, from 0 on, or such lists by the embedding's name, or None",
     ),
-    "bias": _one_of(_BIAS),
-    "dropout": (
-        lambda value: isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1,
-        "pass a number from 0 to below 1",
-    ),
+    "bias": (lambda value: value in _BIAS, f"use one of {', '.join(_BIAS)}"),
+    "dropout": (lambda value: number(value) and 0 <= value < 1, "pass a number from 0 to below 1"),
     "relative_step": (
-        lambda value: value is None or (_finite(value) and value > 0),
+        or_none(lambda value: number(value) and value > 0),
         "pass a positive number, such as 1e-2, or None",
     ),
     "stack": (
-        lambda value: value is None or (_ranks(value) and all(name.isidentifier() for name in value)),
+        or_none(map_of(lambda name: text(name) and name.isidentifier(), _whole(1))),
         'pass a map from stack indices to their sizes, {"scene": 24}, or None',
     ),
     "axes": (
-        lambda value: (
-            value is None or (isinstance(value, Mapping) and all(isinstance(a, str) for a in value.values()))
-        ),
+        or_none(map_of(of_type(object), text)),
         'pass a map from names of Parameters to their axes, {"kernel": "expert inp out"}, or None',
     ),
-    "seed": (_whole, "pass a whole number from 0 on, below 2**63"),
-    "tokens": (lambda value: _whole(value, 1), "pass a whole number from 1 on, below 2**63"),
-    "replicas": (
-        lambda value: _whole(value, 1) and value <= _MOST_REPLICAS,
-        f"pass a whole number from 1 to {_MOST_REPLICAS}",
-    ),
+    "seed": (_whole(), "pass a whole number from 0 on, below 2**63"),
+    "tokens": (_whole(1), "pass a whole number from 1 on, below 2**63"),
+    "replicas": (_whole(1, _MOST_REPLICAS), f"pass a whole number from 1 to {_MOST_REPLICAS}"),
     "replica_seeds": (
-        lambda value: value is None or (isinstance(value, list | tuple) and _listed(value, _whole)),
+        or_none(list_of(_whole(), list, tuple)),
         "pass a list of whole numbers from 0 on, or None",
     ),
     "replica_ranks": (
-        lambda value: value is None or (isinstance(value, list | tuple) and _listed(value, _ranks)),
+        or_none(list_of(_ranks, list, tuple)),
         'pass a list of ranks by bond, [{"r": 2}, {"r": 4}], or None',
     ),
-    "replica_scales": (
-        lambda value: value is None or (isinstance(value, list | tuple) and _listed(value, _finite)),
-        "pass a list of finite numbers, or None",
-    ),
-    "auto_mapping": (lambda value: value is None or isinstance(value, Mapping), "pass a map, or None"),
-    "base_model_name_or_path revision peft_version": (
-        lambda value: value is None or isinstance(value, str),
-        "pass text, or None",
-    ),
-    "save_frozen dora inference_mode": (lambda value: isinstance(value, bool), "pass True or False"),
-    "layers": (_places, "check the file: it is a map from paths to their places, from 0 on"),
-    "projections": (_order, "check the file: it is a map from names to their places, from 0 on"),
-    "embeddings": (
-        lambda value: value is None or (isinstance(value, list) and all(isinstance(v, str) for v in value)),
-        "pass names of weights, or None",
-    ),
-    "frozen": (lambda value: value is None or _texts(value), "check the file: it is a map from factors to hashes"),
+    "replica_scales": (or_none(list_of(number, list, tuple)), "pass a list of finite numbers, or None"),
+    "auto_mapping": (or_none(of_type(Mapping)), "pass a map, or None"),
+    "base_model_name_or_path revision peft_version": (or_none(text), "pass text, or None"),
+    "save_frozen dora inference_mode": (truth, "pass True or False"),
+    "layers": (or_none(_places(text)), "check the file: it is a map from paths to their places, from 0 on"),
+    "projections": (or_none(_places(_name)), "check the file: it is a map from names to their places, from 0 on"),
+    "embeddings": (or_none(list_of(text, list)), "pass names of weights, or None"),
+    "frozen": (or_none(map_of(_name, _name)), "check the file: it is a map from factors to hashes"),
 }

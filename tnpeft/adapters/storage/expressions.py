@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
+from re import _compiler as compiler  # type: ignore[attr-defined]
 from re import _constants as op  # type: ignore[attr-defined]
 from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any
@@ -31,9 +32,9 @@ def check_expression(field: str, pattern: str, names: Iterable[str]) -> None:
     kinds = Counter(_NUMBER.sub("0", name) for name in names)  # layers differ in their numbers only
     try:
         parsed = parser.parse(pattern)
-        steps = 0
+        steps, items = 0, dict[Any, re.Pattern[str]]()
         for name, count in kinds.items():
-            steps += _Count(name, bool(parsed.state.flags & re.IGNORECASE)).steps(parsed) * count
+            steps += _Count(name, parsed.state, items).steps(parsed) * count
             if steps > _MOST_STEPS:
                 raise _Ambiguous
     except (_Ambiguous, RecursionError):
@@ -46,8 +47,8 @@ def check_expression(field: str, pattern: str, names: Iterable[str]) -> None:
 class _Count:
     """The steps of a backtracking match of one name."""
 
-    def __init__(self, name: str, folded: bool) -> None:
-        self.name, self.folded = name.lower() if folded else name, folded
+    def __init__(self, name: str, state: Any, items: dict[Any, re.Pattern[str]]) -> None:
+        self.name, self.state, self.flags, self.items = name, state, state.flags, items
         self.work = self.total = 0
 
     def steps(self, parsed: Any) -> int:
@@ -77,7 +78,11 @@ class _Count:
         if kind in (op.MAX_REPEAT, op.MIN_REPEAT, op.POSSESSIVE_REPEAT):
             return self._repeated(*argument, ways)
         if kind is op.SUBPATTERN:
-            return self._through(argument[-1], ways)
+            flags, (_, added, taken, inner) = self.flags, argument
+            self.flags = (flags | added) & ~taken
+            ways = self._through(inner, ways)
+            self.flags = flags
+            return ways
         if kind is op.ATOMIC_GROUP:
             return self._through(argument, ways)
         if kind in (op.ASSERT, op.ASSERT_NOT):  # they take nothing; behind is as much work as ahead
@@ -107,39 +112,11 @@ class _Count:
         return _sum(found)
 
     def _takes(self, kind: Any, argument: Any, character: str) -> bool:
-        if kind is op.ANY:
-            return True
-        if kind is op.IN:
-            return self._among(argument, character)
-        same = bool(character == (chr(argument).lower() if self.folded else chr(argument)))
-        return same is (kind is op.LITERAL)
-
-    def _among(self, items: Any, character: str) -> bool:
-        return True if self.folded else _listed(items, character)
-
-
-def _listed(items: Any, character: str) -> bool:
-    negated, found = False, False
-    for kind, argument in items:
-        if kind is op.NEGATE:
-            negated = True
-        elif kind is op.LITERAL:
-            found |= character == chr(argument)
-        elif kind is op.RANGE:
-            found |= argument[0] <= ord(character) <= argument[1]
-        else:
-            found |= bool(_CATEGORIES[argument].fullmatch(character))
-    return found is not negated
-
-
-_CATEGORIES = {
-    op.CATEGORY_DIGIT: re.compile(r"\d"),
-    op.CATEGORY_NOT_DIGIT: re.compile(r"\D"),
-    op.CATEGORY_SPACE: re.compile(r"\s"),
-    op.CATEGORY_NOT_SPACE: re.compile(r"\S"),
-    op.CATEGORY_WORD: re.compile(r"\w"),
-    op.CATEGORY_NOT_WORD: re.compile(r"\W"),
-}
+        """True if one item of the expression matches a character."""
+        key = kind, str(argument), self.flags
+        if key not in self.items:
+            self.items[key] = compiler.compile(parser.SubPattern(self.state, [(kind, argument)]), self.flags)
+        return self.items[key].match(character) is not None
 
 
 def _sum(parts: Iterable[_Ways]) -> _Ways:

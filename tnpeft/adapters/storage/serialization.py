@@ -2,40 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from tnpeft import families
-from tnpeft.adapters.config_validation import shown
+from tnpeft.adapters.config_validation import (
+    Kinds,
+    check_kinds,
+    list_of,
+    map_of,
+    number,
+    of_type,
+    or_none,
+    shown,
+    text,
+    truth,
+)
 from tnpeft.networks import ConfigError, Factorization, Network, SiteRule, network
 
 SCHEMA = 1  # of what `lower` writes; a reader refuses any other
 _LARGEST = 1e30  # of a scale: fp32 holds it, and products of it with what a model computes
 _MOST_TEXT = 20_000  # characters of a line in a file, as many as a chain of a thousand factors has
 _MOST_LINES = 1_000
-_FIELDS = {
-    "schema", "name", "lines", "ranks", "splits", "init", "scale", "unit_norm", "lr_multiplier", "square", "source",
-}  # fmt: skip
-
-
-def _named(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(isinstance(name, str) for name in value)
-
-
-_CHANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "ranks": (_named, 'pass a map from bonds to sizes, {"r": 8}'),
+_table = map_of(text, of_type(object))
+_CHANGES: Kinds = {
+    "ranks": (or_none(_table), 'pass a map from bonds to sizes, {"r": 8}'),
     "splits": (
-        lambda value: _named(value) and all(isinstance(parts, list | tuple) for parts in value.values()),
+        or_none(map_of(text, of_type(list, tuple))),
         'pass a map from sides to lists of sizes, {"out": (32, None)}',
     ),
-    "init": (_named, 'pass a map from factors to starts, {"B": "zeros"}'),
-    "unit_norm": (
-        lambda value: isinstance(value, list | tuple) and all(isinstance(name, str) for name in value),
-        "pass a list of factors' names",
+    "init": (or_none(_table), 'pass a map from factors to starts, {"B": "zeros"}'),
+    "scale": (or_none(number), "pass a finite number"),
+    "unit_norm": (or_none(list_of(text, list, tuple)), "pass a list of factors' names"),
+    "lr_multiplier": (or_none(_table), 'pass a map from factors to numbers, {"G": 16}'),
+    "square": (or_none(truth), "pass True or False"),
+}
+_LINE = {"network", "sites"}
+_CHECK = "check the file"
+_STORED: Kinds = {  # the entries of what `lower` writes, besides the schema
+    "name source": (text, _CHECK),
+    "lines": (
+        lambda lines: (
+            list_of(map_of(_LINE.__contains__, text), list)(lines)
+            and 0 < len(lines) <= _MOST_LINES
+            and all(len(line) == len(_LINE) and len(line["network"]) <= _MOST_TEXT for line in lines)
+        ),
+        _CHECK,
     ),
-    "lr_multiplier": (_named, 'pass a map from factors to numbers, {"G": 16}'),
-    "square": (lambda value: isinstance(value, bool), "pass True or False"),
+    "ranks init lr_multiplier": (or_none(_table), _CHECK),
+    "splits": (or_none(map_of(text, of_type(list))), _CHECK),
+    "scale": (number, _CHECK),
+    "unit_norm": (list_of(text, list), _CHECK),
+    "square": (truth, _CHECK),
 }
 
 
@@ -44,15 +63,9 @@ def factorization(given: Any, **changes: Any) -> Factorization:
 
     ``ranks``, ``splits``, ``init`` and ``lr_multiplier`` add to what is given; the other fields replace it. A change
     that is None is none.
-
-    Raises:
-        ConfigError: the text is neither, the data is not what :func:`lower` writes, or a value does not fit.
     """
     changes = {name: value for name, value in changes.items() if value is not None}
-    for name, value in changes.items():
-        fits, remedy = _CHANGES.get(name, (lambda _: True, ""))
-        if not fits(value):
-            raise ConfigError(f"{name} is {shown(value)}", remedy=remedy)
+    check_kinds(_CHANGES, changes.get)
     if isinstance(given, str) and "->" in given:
         given = network(given)
     if isinstance(given, Network):
@@ -94,17 +107,14 @@ def with_rank_pattern(f: Factorization, pattern: Mapping[str, Mapping[str, int]]
 
     Each entry becomes a line of its own in which the bonds of another rank carry the entry's number. A factor that
     both lines share is stored once for each of its shapes.
-
-    Raises:
-        ConfigError: an entry names no bond.
     """
-    if not _named(pattern):
+    if not _table(pattern):
         raise ConfigError(
             f"rank_pattern is {shown(pattern)}", remedy="name projections and bonds: {'v_proj': {'r': 4}}"
         )
     lines: list[SiteRule] = []
     ranks = dict(f.ranks)
-    for number, (sites, changed) in enumerate(pattern.items(), start=1):
+    for k, (sites, changed) in enumerate(pattern.items(), start=1):
         if not isinstance(changed, Mapping):
             raise ConfigError(
                 f"the rank pattern of {sites!r} is {changed!r}", remedy="name the bond: {'v_proj': {'r': 4}}"
@@ -122,7 +132,7 @@ def with_rank_pattern(f: Factorization, pattern: Mapping[str, Mapping[str, int]]
                         line=str(line.network),
                         remedy=f"its bonds are {', '.join(line.network.bonds)}",
                     )
-            names = {bond: f"{bond}_{number}" for bond, rank in changed.items() if rank != f.ranks.get(bond)}
+            names = {bond: f"{bond}_{k}" for bond, rank in changed.items() if rank != f.ranks.get(bond)}
             ranks |= {names[bond]: changed[bond] for bond in names}
             lines.append(SiteRule(line.network.rename(names), sites))
     return replace(f, lines=(*lines, *f.lines), ranks=ranks)
@@ -136,57 +146,16 @@ def _raised(data: Mapping[str, Any]) -> Factorization:
             f"the adapter's network is written in schema {schema!r}; this tnpeft reads schema {SCHEMA}",
             remedy="upgrade tnpeft" if newer else "save the adapter again with a tnpeft that can load it",
         )
-    unknown = sorted(set(map(str, data)) - _FIELDS)
+    fields = " ".join(_STORED).split()
+    unknown = sorted({*map(str, data)} - {"schema", *fields})
     if unknown:
-        raise ConfigError(f"the adapter's network has an unknown entry {unknown[0]!r}", remedy="check the file")
-    lines = _field(data, "lines", list, _line)
-    pairs: dict[str, Any] = {name: data.get(name, {}) for name in ("ranks", "splits", "init", "lr_multiplier")}
-    for name, value in pairs.items():
-        if not isinstance(value, Mapping):
-            raise _bad(name, value)
-    return Factorization(
-        name=_field(data, "name", str),
-        lines=tuple(lines),
-        ranks=pairs["ranks"],
-        splits={side: _parts(parts) for side, parts in pairs["splits"].items()},
-        init=pairs["init"],
-        scale=_field(data, "scale", (int, float)),
-        unit_norm=_field(data, "unit_norm", list, lambda names: tuple(map(str, names))),
-        lr_multiplier=pairs["lr_multiplier"],
-        square=_field(data, "square", bool),
-        source=_field(data, "source", str),
-    )
-
-
-def _field(data: Mapping[str, Any], name: str, kind: Any, read: Callable[[Any], Any] = lambda value: value) -> Any:
-    value = data.get(name)
-    if not isinstance(value, kind):
-        raise _bad(name, value)
-    return read(value)
-
-
-def _line(entries: list[Any]) -> list[SiteRule]:
-    for entry in entries:
-        if (
-            not isinstance(entry, Mapping)
-            or set(entry) != {"network", "sites"}
-            or not isinstance(entry["sites"], str)
-            or not isinstance(entry["network"], str)
-        ):
-            raise _bad("lines", entry)
-    if not entries or len(entries) > _MOST_LINES or any(len(its["network"]) > _MOST_TEXT for its in entries):
-        raise _bad("lines", entries)
-    return [SiteRule(network(entry["network"]), entry["sites"]) for entry in entries]
-
-
-def _parts(parts: Any) -> tuple[Any, ...]:
-    if not isinstance(parts, list):
-        raise _bad("splits", parts)
-    return tuple(parts)
-
-
-def _bad(name: str, value: Any) -> ConfigError:
-    return ConfigError(f"the adapter's network has {name}={shown(value)[:60]!r}", remedy="check the file")
+        raise ConfigError(f"the adapter's network has an unknown entry {unknown[0]!r}", remedy=_CHECK)
+    check_kinds(_STORED, data.get, "the adapter's network has {}={!r}")
+    its = {name: data[name] for name in fields if data.get(name) is not None}
+    its["lines"] = tuple(SiteRule(network(line["network"]), line["sites"]) for line in data["lines"])
+    its["splits"] = {side: tuple(parts) for side, parts in its.get("splits", {}).items()}
+    its["unit_norm"] = tuple(its["unit_norm"])
+    return Factorization(**its)
 
 
 def _plain(value: Any) -> Any:
@@ -197,8 +166,7 @@ def _plain(value: Any) -> Any:
 def _checked(f: Factorization) -> Factorization:
     """The factorization, once its numbers are known to be finite numbers."""
     for name, value in {"scale": f.scale, **f.lr_multiplier}.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not -_LARGEST <= value <= _LARGEST:
+        if not number(value) or abs(value) > _LARGEST:
             raise ConfigError(f"{name} is {shown(value)}", remedy=f"pass a number of at most {_LARGEST:g}")
     if f.scale == 0:
         raise ConfigError("scale is 0: the update would be zero for ever", remedy="pass another number")

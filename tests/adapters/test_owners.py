@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 import tnpeft
-from tnpeft.adapters.owners import read_weights
+from tnpeft.adapters.sites.owners import read_weights
 from tnpeft.networks import NetworkError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

@@ -160,7 +160,7 @@ class TensorNetworkConfig(PeftConfig):
         """The factorization that ``network`` holds as plain data."""
         return self._factorization
 
-    def register_factors(self, k: int) -> Factorization:
+    def of_replica(self, k: int) -> Factorization:
         """The factorization of replica k, at its own ranks and scale."""
         f = self._factorization
         ranks = {} if self.replica_ranks is None else self.replica_ranks[k]
@@ -171,12 +171,12 @@ class TensorNetworkConfig(PeftConfig):
     def side_by_side(self) -> Factorization:
         """The factorization of all replicas in one."""
         differing = self.replica_ranks or self.replica_scales or [None]
-        return replicated(*(self.register_factors(k) for k in range(len(differing))))
+        return replicated(*(self.of_replica(k) for k in range(len(differing))))
 
     def extract_replica(self, k: int) -> TensorNetworkConfig:
         """The configuration of replica k as that of an adapter of its own, as if read from a file."""
         config = copy.deepcopy(self)
-        config._factorization = self.register_factors(k)
+        config._factorization = self.of_replica(k)
         config.network = lower(config._factorization)
         named = {name.rpartition("/"): its for name, its in (self.frozen or {}).items()}
         config.frozen = {name: its for (name, _, number), its in named.items() if number == str(k)}

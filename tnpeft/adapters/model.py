@@ -8,40 +8,32 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
-from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from tnpeft.adapters.attach import attach
 from tnpeft.adapters.config import TensorNetworkConfig
 from tnpeft.adapters.config_validation import check_replicas
 from tnpeft.adapters.constants import PREFIX
-from tnpeft.adapters.experts.module import TensorNetworkExperts, experts_at, stacks
+from tnpeft.adapters.experts.module import TensorNetworkExperts, stacks
 from tnpeft.adapters.experts.weight import ExpertWeight
 from tnpeft.adapters.layer.bank import BANK, FactorBank, TensorNetworkLayer, find_bank
-from tnpeft.adapters.layer.binding import update
 from tnpeft.adapters.layer.checkpointing import watch
 from tnpeft.adapters.layer.merging import DenseLinear
 from tnpeft.adapters.layer.mixed_batch import BatchAdapterNames, check_names, rows_for_each
-from tnpeft.adapters.layer.shared_input import join
-from tnpeft.adapters.owners import check_owner, fused, keep_unfused
-from tnpeft.adapters.placement import base_constants, build_layout, start_values
-from tnpeft.adapters.replicas.batch import check_blocks, expect_blocks
+from tnpeft.adapters.replicas.batch import check_blocks
 from tnpeft.adapters.rollback import Parked, Snapshot, layers, or_as_before, outside, walk
-from tnpeft.adapters.sites.bases import excluded_weights, site_weight, take_listed, weights_of
-from tnpeft.adapters.sites.kinds import check_kind, wrapped
-from tnpeft.adapters.sites.names import check_name
-from tnpeft.adapters.sites.parameter import adapted_parameter, check_one_for_all
-from tnpeft.adapters.sites.raw import RawWeight, raw_names
-from tnpeft.adapters.sites.tied import TiedTargets, join_tied, note_tied
+from tnpeft.adapters.sites.bases import excluded_weights
+from tnpeft.adapters.sites.parameter import check_one_for_all
+from tnpeft.adapters.sites.raw import raw_names
+from tnpeft.adapters.sites.tied import TiedTargets
 from tnpeft.adapters.storage.contents import AGAIN, check_modules
 from tnpeft.adapters.storage.expressions import check_expression
 from tnpeft.adapters.storage.files import check_state, translated
-from tnpeft.adapters.targets import card_of, resolve, shared_input_groups
+from tnpeft.adapters.targets import card_of, resolve
 from tnpeft.adapters.weighted_sum import combine
-from tnpeft.layout import ParameterSpec, SiteLayout
 from tnpeft.networks import AdapterFileError, ConfigError, NetworkError
 
 _UNFIT = (ValueError, TypeError, KeyError, AttributeError)  # of PEFT, whose cause is the folder that is loaded
@@ -102,9 +94,8 @@ class TensorNetworkModel(TiedTargets):
                 if isinstance(pattern := getattr(config, field), str):
                     check_expression(field, pattern, names)
             check_modules(model, config, adapter_name)
-            self._raw = {name: found for name, module in model.named_modules() if (found := raw_names(module))}
-            self._stacks = {name: found for name, module in model.named_modules() if (found := stacks(module))}
-            with excluded_weights(self._stacks, partial(check_target_module_exists, config)):
+            self._inside = {name: (*stacks(module), *raw_names(module)) for name, module in model.named_modules()}
+            with excluded_weights(self._inside, partial(check_target_module_exists, config)):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
             parked.restore()
         except BaseException as error:
@@ -127,8 +118,7 @@ class TensorNetworkModel(TiedTargets):
         found = check_target_module_exists(peft_config, key)
         if found or isinstance(found, _ExcludedModule):
             return found
-        inside = [*self._stacks.get(key, ()), *self._raw.get(key, ())]
-        return any(check_target_module_exists(peft_config, f"{key}.{its}") for its in inside)
+        return any(check_target_module_exists(peft_config, f"{key}.{its}") for its in self._inside.get(key, ()))
 
     def _create_and_replace(
         self,
@@ -142,111 +132,12 @@ class TensorNetworkModel(TiedTargets):
     ) -> None:
         bank = getattr(self.model, BANK, None)
         if not isinstance(bank, FactorBank) or adapter_name not in bank.layouts:
-            self._place(peft_config, adapter_name)
-
-    def _place(self, config: TensorNetworkConfig, adapter: str) -> None:
-        """Lay the factors out over all targeted linears, check them, and give each array to its owner."""
-        quantised = get_quantization_kwargs(self.model)
-        modules = {
-            name: module
-            for name, module in outside(self.model)
-            if name and self._check_target_module_exists(config, name)
-        }
-        meant = partial(check_target_module_exists, config)
-        listed = take_listed(self.model, modules, quantised, meant, config.factorization)
-        modules, bases = weights_of(modules, quantised, meant, config.axes, listed)
-        join_tied(self.model, modules, bases, meant, config.loaded)
-        for name, base in bases.items():
-            for path in () if isinstance(base, RawWeight) else name.replace("*", "0").split("="):
-                check_owner(self.model, path)
-            check_kind(name, base, config, quantised)
-        layout = build_layout(self.model, bases, config)
-        check_name(adapter, layout, getattr(self.model, BANK, None))
-        values = start_values(config, layout, partial(site_weight, modules, quantised))
-        holders = [getattr(base, "module", base) for base in bases.values()]  # of fused weights of experts
-        if any(array.dtype == torch.float64 for holder in holders for array in holder.parameters()):
-            values = {param: value.double() for param, value in values.items()}  # or loading would round them
-        bank = self._bank(holders[0])
-        bank.layouts[adapter], bank.configs[adapter] = layout, config
-        bank.keys[adapter] = frozenset(param.key for param in layout.parameters)
-        if config.replicas > 1:
-            expect_blocks(self.model)
-        bank.register_factors(
-            adapter, {param: value for param, value in values.items() if not param.home}, config.save_frozen
-        )
-        bank._move_adapter_to_device_of_base_layer(adapter)
-        site_layouts: dict[tuple[str, int], list[SiteLayout]] = {}
-        for site_layout in layout.site_layouts:
-            for expert, path in enumerate(site_layout.site.paths):
-                site_layouts.setdefault((path, expert), []).append(site_layout)
-        for (name, expert), its in site_layouts.items():
-            self._attach_layer(name, bases.get(name), expert, bank, adapter, config, values, its)
-        for names in shared_input_groups(self.model, [site_layout.site for site_layout in layout.site_layouts]):
-            join(adapter, map(self.model.get_submodule, names))
-
-    def _bank(self, first: nn.Module) -> FactorBank:
-        bank: FactorBank | None = getattr(self.model, BANK, None)
-        if bank is not None and not isinstance(bank, FactorBank):
-            raise NetworkError(
-                f"the model has something of its own called {BANK!r}, where shared factors would be kept",
-                remedy="rename it, or adapt a module that holds the model",
-            )
-        if bank is None:
-            bank = FactorBank(resolve_quantization_backend(first, **get_quantization_kwargs(self.model)))
-            setattr(self.model, BANK, bank.train(self.model.training))
-            self.model.register_forward_pre_hook(watch)
-        bank.device = next(first.parameters()).device
-        return bank
-
-    def _attach_layer(
-        self,
-        name: str,
-        base: Any,
-        expert: int,
-        bank: FactorBank,
-        adapter: str,
-        config: TensorNetworkConfig,
-        values: dict[ParameterSpec, Tensor],
-        site_layouts: list[SiteLayout],
-    ) -> None:
-        """Give one layer or fused weight the adapter's updates and the arrays that only it uses."""
-        target: Any
-        path, _, weight = name.rpartition(".")
-        if isinstance(base, RawWeight):
-            target = adapted_parameter(base, bank)
-        elif path in self._stacks:
-            target = experts_at(self.model, path, bank).get_submodule(weight)
-        else:
-            parent, target, child = _get_submodules(self.model, name)
-        if not isinstance(target, DenseLinear):
-            new = wrapped(target, bank, get_quantization_kwargs(self.model))
-            new.train(target.training)
-            new._disable_adapters = bank.disable_adapters
-            if fused(parent):
-                new.register_forward_pre_hook(keep_unfused)
-            self._replace_module(parent, child, new, target)
-            target = new
-        f = bank.layouts[adapter].factorization
-        site_layouts = sorted(site_layouts, key=lambda p: p.site.start)
-        constants = base_constants(f)
-        turned = note_tied(target, site_layouts[0].site)
-        args = f.unit_norm, constants, float(f.scale), config.tokens, expert, turned
-        target.updates[adapter] = tuple(update(site_layout, *args) for site_layout in site_layouts)
-        target.dropouts[adapter] = config.dropout
-        target.prepare(adapter)
-        own = {param: values[param] for p in site_layouts for param in p.parameters.values() if param in values}
-        target.register_factors(
-            adapter, {param: value for param, value in own.items() if param.home}, config.save_frozen
-        )
-        if config.dora:
-            length = target.base_matrix().norm(dim=-1)
-            if length.device.type != "meta" and not torch.isfinite(length).all():
-                raise NetworkError(
-                    f"the rows of {name} have no finite length, with which their magnitudes would start",
-                    remedy="check the model, or attach without dora",
-                )
-            target.tnpeft_magnitude[adapter] = nn.Parameter(length)
-        target._move_adapter_to_device_of_base_layer(adapter)
+            modules = {
+                name: module
+                for name, module in outside(self.model)
+                if name and self._check_target_module_exists(peft_config, name)
+            }
+            attach(self.model, modules, peft_config, adapter_name, partial(check_target_module_exists, peft_config))
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Keep all that an adapter trains in fp32, or cast it to the base weight's dtype if autocasting is off."""

@@ -44,11 +44,6 @@ def build_layout(model: nn.Module, modules: Mapping[str, nn.Module], config: Ten
     """The layout of the configuration's network on the model's chosen linears.
 
     The order of layers and projections is written into the configuration; if a file fixed it, it has to agree.
-
-    Raises:
-        NetworkError: the network does not fit a linear, trains nothing, needs absurdly many elements, or differs from
-            the file's, or the rank pattern has an entry for none of the linears.
-        RankWarning: a bond is larger than its cut.
     """
     saved = config.loaded
     places = config.projections or {}
@@ -170,13 +165,9 @@ def check_patterns(f: Factorization, patterns: Sequence[str], sites: Sequence[Si
 def start_values(
     config: TensorNetworkConfig, found: Layout, weight: Callable[[Site], Tensor]
 ) -> dict[ParameterSpec, Tensor]:
-    """The start value of every array of the layout, fp32 on the CPU; the base weight itself is left out.
-
-    Raises:
-        NetworkError: a frozen factor is not the one that the adapter was trained with.
-    """
+    """The start value of every array of the layout, fp32 on the CPU; the base weight itself is left out."""
     constants = base_constants(config.factorization)
-    layouts = [extract_replica(found, config.register_factors(k)) for k in range(config.replicas)]
+    layouts = [extract_replica(found, config.of_replica(k)) for k in range(config.replicas)]
     started = []
     for one, seed in zip(layouts, config.seeds, strict=True):
         starter = Initializer(one, seed, weight)
@@ -219,11 +210,7 @@ def extract_replica(found: Layout, f: Factorization) -> Layout:
 
 
 def match_parameters(found: Layout, one: Layout) -> list[tuple[ParameterSpec, ParameterSpec]]:
-    """The pieces of replicas, but for masks and scales, each with that of one of them.
-
-    Raises:
-        NetworkError: they are not the same, as its ranks let projections share what those of others do not.
-    """
+    """The pieces of replicas, but for masks and scales, each with that of one of them."""
     labels = {param.label for param in one.parameters}
     pieces = [param for param in found.parameters if param.label in labels]
     kinds = [[(p.label, p.layer, p.proj, p.home) for p in its] for its in (pieces, one.parameters)]

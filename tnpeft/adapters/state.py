@@ -16,11 +16,7 @@ from tnpeft.networks import NetworkError, Site
 
 
 def bank_of(model: nn.Module, adapter: str = "default") -> FactorBank:
-    """The bank of the model, once it is known to hold the adapter.
-
-    Raises:
-        NetworkError: the model has no tensor-network adapter of that name.
-    """
+    """The bank of the model, once it is known to hold the adapter."""
     bank = find_bank(model)
     if bank is None:
         raise NetworkError(

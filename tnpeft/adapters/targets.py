@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -34,19 +34,7 @@ class Selection:
     projections: Mapping[str, int]
 
 
-@dataclass(frozen=True)
-class _Place:
-    """A projection at a module: the layer's path, its name and features."""
-
-    layer: str
-    proj: str
-    out: int
-    inp: int
-    heads: int
-    module: str
-    start: int = 0
-    experts: int = 0
-    kernel: tuple[int, ...] = ()
+_Place = tuple[str, Site]  # the path of a layer, and a site in it whose layer has no number yet
 
 
 def card_of(model: nn.Module) -> cards.Card | None:
@@ -65,9 +53,6 @@ def resolve(model: nn.Module, targets: Sequence[str]) -> tuple[list[str], list[s
 
     A target that ends some linear's path stays. Any other is looked up in the model's card: ``"c_attn/out:0"`` and
     the role ``"q"`` are the first slice of GPT-2's ``attn.c_attn``, ``"intermediate"`` BERT's ``intermediate.dense``.
-
-    Raises:
-        NetworkError: a target is neither.
     """
     card = card_of(model)
     modules = [*model.named_modules()]
@@ -110,31 +95,30 @@ def select(
         order: projections as the user ordered them; others follow as in :func:`sorted_projs`.
         keep: projections of the card to keep, None for all.
         layers: a saved order of layers, path to position, that has to be met.
-
-    Raises:
-        NetworkError: the saved order names other layers than the model has.
     """
     card = card_of(model)
     found = [place for name, module in modules.items() for place in _known(card, name, module, {*(keep or ())})]
-    known = {place.module for place in found}
+    known = {site.module for _, site in found}
     if keep is not None:
         wanted = set(keep)
-        found = [place for place in found if place.proj in wanted]
+        found = [(layer, site) for layer, site in found if site.proj in wanted]
     others = {name: module for name, module in modules.items() if name not in known}
     found += _by_pattern(model, others, {*(keep or ())})
     _check_apart(found)
-    _check_layers({place.layer for place in found}, layers)
-    places = layers or {name: k for k, name in enumerate(sorted({p.layer for p in found}, key=natural))}
-    projs = sorted_projs({place.proj for place in found}, order)
-    found.sort(key=lambda place: (places[place.layer], projs.index(place.proj)))
-    return Selection(
-        tuple(
-            Site(places[p.layer], p.proj, p.out, p.inp, p.heads, p.module, p.start, p.experts, p.kernel)
-            for p in found
-        ),
-        places,
-        {proj: k for k, proj in enumerate(projs)},
-    )
+    _check_layers({layer for layer, _ in found}, layers)
+    places = layers or {name: k for k, name in enumerate(sorted({layer for layer, _ in found}, key=natural))}
+    projs = sorted_projs({site.proj for _, site in found}, order)
+    sites = [replace(site, layer=places[layer]) for layer, site in found]
+    sites.sort(key=lambda site: (site.layer, projs.index(site.proj)))
+    return Selection(tuple(sites), places, {proj: k for k, proj in enumerate(projs)})
+
+
+def on_card(card: cards.Card | None, path: str) -> Iterator[tuple[str, cards.Projection]]:
+    """The path of the layer and the projections of a card that a module's path stands for."""
+    for p in card.projections if card else ():
+        match = re.fullmatch(rf"((?:.*\.)?{re.escape(card.stem)}\.\d+)\.{re.escape(p.path)}", path)  # type: ignore[union-attr]
+        if match:
+            yield match[1], p
 
 
 def shared_input_groups(model: nn.Module, sites: Iterable[Site]) -> list[tuple[str, ...]]:
@@ -175,35 +159,27 @@ def _known(card: cards.Card | None, name: str, module: Any, keep: set[str]) -> l
 
     Fused experts are one place if ``keep`` names the whole weight and none of its slices.
     """
-    found = []
-    for p in card.projections if card else ():
-        match = re.fullmatch(rf"((?:.*\.)?{re.escape(card.stem)}\.\d+)\.{re.escape(p.path)}", name)  # type: ignore[union-attr]
-        if match:
-            found.append(_Place(match[1], p.name, p.out, p.inp, p.heads, name, p.start, p.experts))
+    found = [
+        (layer, Site(0, p.name, p.out, p.inp, p.heads, name, p.start, p.experts)) for layer, p in on_card(card, name)
+    ]
     out, inp = features(module)
     experts = getattr(module, "experts", 0)
-    if sum(p.out for p in found) != out or any((p.inp, p.experts) != (inp, experts) for p in found):
+    if sum(site.out for _, site in found) != out or any((s.inp, s.experts) != (inp, experts) for _, s in found):
         return []
-    whole = {place.proj.partition("/")[0] for place in found if experts} & keep
-    return [replace(found[0], proj=whole.pop(), out=out)] if whole else found
+    whole = {site.proj.partition("/")[0] for _, site in found if experts} & keep
+    return [(found[0][0], replace(found[0][1], proj=whole.pop(), out=out))] if whole else found
 
 
 def _by_pattern(model: nn.Module, modules: Mapping[str, Any], keep: set[str]) -> list[_Place]:
     names = names_by_path(map(_one, modules))
-    found = []
+    found: list[_Place] = []
     for name, module in modules.items():
-        place = _Place(
-            *names[_one(name)],
-            *features(module),
-            module.heads if isinstance(module, RawWeight) else _heads(model, _one(name).rpartition(".")[2], module),
-            name,
-            kernel=kernel(module),
-        )
-        found += (
-            _of_experts(module, place, keep)
-            if isinstance(module, FusedWeight | ListedWeight | RawWeight)
-            else [place]
-        )
+        layer, proj = names[_one(name)]
+        raw, last = isinstance(module, RawWeight), _one(name).rpartition(".")[2]
+        heads = module.heads if raw else _heads(model, last, module)
+        site = Site(0, proj, *features(module), heads, name, kernel=kernel(module))
+        several = raw or isinstance(module, FusedWeight | ListedWeight)
+        found += [(layer, its) for its in (_of_experts(module, site, keep) if several else [site])]
     return found
 
 
@@ -212,13 +188,13 @@ def _one(path: str) -> str:
     return path.replace(".*", "").partition("=")[0]
 
 
-def _of_experts(weight: FusedWeight | ListedWeight | RawWeight, place: _Place, keep: set[str]) -> list[_Place]:
+def _of_experts(weight: FusedWeight | ListedWeight | RawWeight, site: Site, keep: set[str]) -> list[Site]:
     """The projections that a fused weight or raw Parameter holds; the whole if that is what ``keep`` names."""
-    place = replace(place, experts=weight.experts)
-    if weight.slices == 1 or place.proj in keep:
-        return [place]
+    site = replace(site, experts=weight.experts)
+    if weight.slices == 1 or site.proj in keep:
+        return [site]
     out = weight.out_features // weight.slices
-    return [replace(place, proj=f"{place.proj}/out:{k}", out=out, start=k * out) for k in range(weight.slices)]
+    return [replace(site, proj=f"{site.proj}/out:{k}", out=out, start=k * out) for k in range(weight.slices)]
 
 
 def names_by_path(paths: Iterable[str]) -> dict[str, tuple[str, str]]:
@@ -258,12 +234,12 @@ def natural(text: str) -> list[tuple[int, int, str]]:
 
 
 def _check_apart(found: Iterable[_Place]) -> None:
-    seen: dict[tuple[str, str], _Place] = {}
-    for place in found:
-        other = seen.setdefault((place.layer, place.proj), place)
-        if other is not place:
+    seen: dict[tuple[str, str], Site] = {}
+    for layer, site in found:
+        other = seen.setdefault((layer, site.proj), site)
+        if other is not site:
             raise NetworkError(
-                f"nothing tells {other.module} and {place.module} apart: both are {place.proj!r} of one layer",
+                f"nothing tells {other.module} and {site.module} apart: both are {site.proj!r} of one layer",
                 remedy="adapt them with two adapters: leave one out with exclude_modules",
             )
 

@@ -24,11 +24,6 @@ def combine(tuner: BaseTuner, adapters: Sequence[str], weights: Sequence[float],
 
     Weights and scales go into one factor of each term; the result holds its own copies of all factors. It serves the
     sites of all; an adapter acts as zero where it has none.
-
-    Raises:
-        NetworkError: the adapters differ in outputs or splits, one is a DoRA, trains something besides, normalises
-            the only factors that could take its weight, or shares all factors where another alone has a site, or the
-            name is taken.
     """
     configs = [_config(tuner, adapter) for adapter in adapters]
     if len(weights) != len(adapters) or not adapters or not all(map(math.isfinite, weights)):
@@ -64,9 +59,6 @@ def direct_sum(found: Sequence[Factorization], sites: Sequence[Sequence[Site]]) 
     """The sum of factorizations as one: at each projection the terms of those that serve it.
 
     Names are numbered so that nothing is shared between the summands.
-
-    Raises:
-        NetworkError: their outputs or their splits differ, or one has several lines at one projection.
     """
     first = found[0]
     served: dict[str, dict[int, Network]] = {}  # the networks at a projection by the number of their summand
@@ -123,11 +115,7 @@ def _targets(configs: Sequence[Any], layouts: Sequence[Layout]) -> dict[str, Any
 
 
 def carriers(f: Factorization) -> tuple[str, ...]:
-    """Labels of trainable factors of which every term has exactly one use: scaling them scales the update.
-
-    Raises:
-        NetworkError: the ``combination_type`` is unknown.
-    """
+    """Labels of trainable factors of which every term has exactly one use: scaling them scales the update."""
     terms = [term for line in f.lines for term in line.network.terms]
     uses = [Counter(factor.name for factor in term.factors if factor.kind == "trainable") for term in terms]
     chosen: list[str] = []

@@ -48,11 +48,7 @@ def starred(model: nn.Module, path: str) -> str:
 
 
 def listed_weight(path: str, linears: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]) -> ListedWeight:
-    """The weight of a path with ``*``, of the linears of all experts by their paths, in order.
-
-    Raises:
-        NetworkError: an expert lacks the linear, or has one of another shape.
-    """
+    """The weight of a path with ``*``, of the linears of all experts by their paths, in order."""
     wanted = [path.replace("*", str(k)) for k in range(len(linears))]
     problem = next((f"{name} is not among them" for name in wanted if name not in linears), "")
     if not problem and len({*shapes.values()}) > 1:

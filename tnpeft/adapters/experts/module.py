@@ -138,7 +138,5 @@ def experts_at(model: nn.Module, path: str, bank: FactorBank) -> TensorNetworkEx
     found = getattr(owner, child)
     if not isinstance(found, TensorNetworkExperts):
         found = TensorNetworkExperts(found, bank).train(found.training)
-        for weight in found.weights():
-            weight._disable_adapters = bank.disable_adapters
         setattr(owner, child, found)
     return found

@@ -53,7 +53,7 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
         self.dropouts: dict[str, float] = {}
         self.input_groups: dict[str, SharedInputGroup] = {}
         self.merged_adapters: list[str] = []
-        self._disable_adapters = False
+        self._disable_adapters = bank.disable_adapters
         self._trained, self._paused = set(), None
         self._bank = (bank,)
         self._kept: WeightSnapshot | None = None

@@ -195,7 +195,11 @@ def attach(model: nn.Module, k: int, name: str, adapter: str = "default") -> Non
         raise NetworkError(f"the adapter {name!r} exists already", remedy="choose another name")
     values = replica(model, k, adapter)
     if isinstance(model, (PeftModel, BaseTuner)):
-        _inject(model.base_model if isinstance(model, PeftModel) else model, name, config)
+        tuner: Any = model.base_model if isinstance(model, PeftModel) else model
+        active = [*tuner.active_adapters]
+        tuner.peft_config[name] = config
+        tuner.inject_adapter(tuner.model, name)
+        tuner.set_adapter(active)
     else:  # transformers' add_adapter, or peft.inject_adapter_in_model
         layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
         active = [*layers[0].active_adapters]
@@ -236,17 +240,6 @@ def save(model: nn.Module, k: int, folder: str | Path, adapter: str = "default")
 
 
 # ---- inside
-
-
-def _inject(tuner: Any, name: str, config: Any) -> None:
-    active = [*tuner.active_adapters]
-    tuner.peft_config[name] = config
-    try:
-        tuner.inject_adapter(tuner.model, name)
-    except NetworkError:
-        tuner.peft_config.pop(name, None)
-        raise
-    tuner.set_adapter(active)
 
 
 def _trained(model: nn.Module, adapter: str) -> dict[ParameterSpec, Tensor]:

@@ -25,9 +25,6 @@ def check_blocks(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
 
     It is a forward pre-hook of the model that owns the bank. Compiled graphs run without it; there each linear still
     checks that its rows divide.
-
-    Raises:
-        NetworkError: the rows do not divide, sequences are packed into rows, or ``DataParallel`` has cut the batch.
     """
     count = 1 if torch.compiler.is_compiling() else _replicas(model.factor_bank)
     if count == 1:

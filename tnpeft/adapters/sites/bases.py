@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,26 +13,78 @@ from torch import Tensor, nn
 
 from tnpeft.adapters.experts.fused import FusedWeight, check_experts, check_floating
 from tnpeft.adapters.experts.listed import ListedWeight, is_list, listed_weight, starred
-from tnpeft.adapters.experts.module import weights_in
+from tnpeft.adapters.experts.module import experts_at, weights_in
 from tnpeft.adapters.experts.weight import ExpertWeight
 from tnpeft.adapters.layer.bank import FactorBank
 from tnpeft.adapters.layer.linear import TensorNetworkLinear
 from tnpeft.adapters.layer.merging import DenseLinear
 from tnpeft.adapters.rollback import outside
 from tnpeft.adapters.sites.kinds import kind, wrapped
-from tnpeft.adapters.sites.parameter import TensorNetworkParameter
+from tnpeft.adapters.sites.owners import fused, keep_unfused
+from tnpeft.adapters.sites.parameter import TensorNetworkParameter, adapted_parameter
 from tnpeft.adapters.sites.raw import RawWeight, raw_weights
+from tnpeft.adapters.sites.tied import join_tied
 from tnpeft.adapters.targets import features
 from tnpeft.networks import ConfigError, Factorization, NetworkError, Site
 
 
-def linear(name: str, module: nn.Module, quantised: dict[str, Any]) -> nn.Module:
-    """Return the linear, embedding or convolution that a targeted module is, or that it adapts already.
+def base_of(module: nn.Module) -> nn.Module:
+    """The layer that a module is, or that it adapts."""
+    return module.get_base_layer() if isinstance(module, DenseLinear) else module
 
-    Raises:
-        NetworkError: it is something else.
+
+def targets_of(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    config: Any,
+    quantised: dict[str, Any],
+    meant: Callable[[str], Any],
+) -> dict[str, Any]:
+    """What targeted modules adapt, by path: layers, and in place of modules that hold several weights these.
+
+    Args:
+        model: the model.
+        modules: its targeted modules by path.
+        config: the configuration, whose line, axes and source matter.
+        quantised: PEFT's options for finding a back end.
+        meant: PEFT's answer for the path of a weight.
     """
-    base = module.get_base_layer() if isinstance(module, DenseLinear) else module
+    left = dict(modules)
+    bases: dict[str, Any] = dict(_take_listed(model, left, quantised, meant, config.factorization))
+    axes = config.axes or {}
+    unused = {*axes}
+    for name, module in left.items():
+        if isinstance(module, TensorNetworkParameter):
+            module, name = module.get_base_layer(), name.rpartition(".")[0]
+        check_floating(name, module)
+        raws = {}
+        for raw in (raw for raw in raw_weights(module) if _named(name, raw, meant)):
+            path = f"{name}.{raw.name}".lstrip(".")
+            mine = [own for own in axes if f".{path}".endswith(f".{own}")]
+            raws[f"{name}.{raw.child}".lstrip(".")] = raw.with_axes(path, axes[mine[0]] if mine else None)
+            unused -= {*mine}
+        if raws:
+            bases |= raws
+            continue
+        check_experts(name, module)
+        weights = weights_in(module)
+        for weight in weights:
+            answer = meant(path := f"{name}.{weight.name}")
+            if answer or (meant(name) and not isinstance(answer, _ExcludedModule)):
+                bases[path] = weight
+        if not weights:
+            bases[name] = _layer(name, base_of(module), quantised)
+    if unused:
+        raise ConfigError(
+            f"axes names {min(unused)!r}, and no targeted Parameter is called so",
+            remedy="name Parameters that modules read themselves, as in target_modules",
+        )
+    join_tied(model, bases, meant, config.loaded)
+    return bases
+
+
+def _layer(name: str, base: nn.Module, quantised: dict[str, Any]) -> nn.Module:
+    """The module, once it is known to be a linear, an embedding or a convolution."""
     if isinstance(base, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
         raise NetworkError(
             f"{name} is a {type(base).__name__}, and transposed convolutions are not adapted",
@@ -50,64 +101,12 @@ def linear(name: str, module: nn.Module, quantised: dict[str, Any]) -> nn.Module
     return base
 
 
-def weights_of(
-    modules: Mapping[str, nn.Module],
-    quantised: dict[str, Any],
-    meant: Callable[[str], Any],
-    axes: Mapping[str, str] | None = None,
-    listed: Mapping[str, ListedWeight] | None = None,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The targeted modules and, by the same paths, what they adapt: linears, and in place of experts fused weights.
-
-    Args:
-        modules: targeted modules by path, without those in lists of experts.
-        quantised: PEFT's options for finding a back end.
-        meant: PEFT's answer for the path of a weight: true if it is a target itself, an ``_ExcludedModule`` if it
-            is excluded.
-        axes: the declared axes of raw Parameters, by the ends of their paths.
-        listed: what :func:`take_listed` has taken, which is among what is returned.
-
-    Raises:
-        NetworkError: a module is something else, or axes are missing, or are of nothing.
-    """
-    found: dict[str, Any] = {**(listed or {})}
-    bases: dict[str, Any] = {**(listed or {})}
-    axes, unused = axes or {}, {*(axes or {})}
-    for name, module in modules.items():
-        if isinstance(module, TensorNetworkParameter):
-            module, name = module.get_base_layer(), name.rpartition(".")[0]
-        check_floating(name, module)
-        raws = {}
-        for raw in (raw for raw in raw_weights(module) if _named(name, raw, meant)):
-            path = f"{name}.{raw.name}".lstrip(".")
-            mine = [own for own in axes if f".{path}".endswith(f".{own}")]
-            raws[f"{name}.{raw.child}".lstrip(".")] = raw.with_axes(path, axes[mine[0]] if mine else None)
-            unused -= {*mine}
-        if raws:
-            found, bases = found | raws, bases | raws
-            continue
-        check_experts(name, module)
-        weights = weights_in(module)
-        for weight in weights:
-            answer = meant(path := f"{name}.{weight.name}")
-            if answer or (meant(name) and not isinstance(answer, _ExcludedModule)):
-                found[path] = bases[path] = weight
-        if not weights:
-            found[name], bases[name] = module, linear(name, module, quantised)
-    if unused:
-        raise ConfigError(
-            f"axes names {min(unused)!r}, and no targeted Parameter is called so",
-            remedy="name Parameters that modules read themselves, as in target_modules",
-        )
-    return found, bases
-
-
 def _named(owner: str, raw: RawWeight, meant: Callable[[str], Any]) -> bool:
     answers = [meant(f"{owner}.{its}".lstrip(".")) for its in (raw.name, raw.child)]
     return any(answers) and not any(isinstance(answer, _ExcludedModule) for answer in answers)
 
 
-def take_listed(
+def _take_listed(
     model: nn.Module,
     modules: dict[str, nn.Module],
     quantised: dict[str, Any],
@@ -117,9 +116,6 @@ def take_listed(
     """Take the lists of experts out of the targeted modules, and give the weights that their linears are.
 
     If a line has the index ``expert``, so are targeted linears inside such lists.
-
-    Raises:
-        NetworkError: the experts of a list differ, or hold no linears.
     """
     by_expert = any("expert" in rule.network.indices for rule in f.lines)
     targeted = [name for name, module in modules.items() if is_list(name, module)]
@@ -128,7 +124,7 @@ def take_listed(
     groups: dict[str, dict[str, nn.Module]] = {}
     for path, module in outside(model) if targeted or by_expert else ():
         inside = any(path.startswith(f"{name}.") for name in targeted)
-        base = module.get_base_layer() if isinstance(module, DenseLinear) else module
+        base = base_of(module)
         if not (inside or (by_expert and path in modules)) or kind(base, quantised) is not TensorNetworkLinear:
             continue
         if (star := starred(model, path)) and not isinstance(meant(path), _ExcludedModule):
@@ -153,17 +149,36 @@ def excluded_weights(held: Mapping[str, Sequence[str]], meant: Callable[[str], A
         yield
 
 
-def site_weight(modules: dict[str, Any], quantised: dict[str, Any], site: Site) -> Tensor:
+def site_weight(model: nn.Module, bases: Mapping[str, Any], quantised: dict[str, Any], site: Site) -> Tensor:
     """The base weight of a site, fp32 ``[out, inp]``, of experts ``[expert, out, inp]``."""
-    module = modules[site.module]
-    if isinstance(module, FusedWeight | ExpertWeight):
-        weight = ExpertWeight(module, FactorBank()) if isinstance(module, FusedWeight) else module
-        return weight.site_matrices(site)
-    if isinstance(module, ListedWeight):
-        one = replace(site, module="", experts=0)
-        return torch.stack([site_weight({"": linear}, quantised, one) for linear in module.linears])
-    if not isinstance(module, DenseLinear | RawWeight):
-        module = wrapped(module, FactorBank(), quantised)
+    base = bases[site.module]
+    if isinstance(base, FusedWeight):
+        return ExpertWeight(base, FactorBank()).site_matrices(site)
+    if isinstance(base, RawWeight):
+        matrix = base.matrix()
+    else:
+        layers = map(model.get_submodule, site.paths if site.listed else site.paths[:1])
+        adapted = [its if isinstance(its, DenseLinear) else wrapped(its, FactorBank(), quantised) for its in layers]
+        matrices = [layer.base_matrix() for layer in adapted]
+        matrix = torch.stack(matrices) if site.listed else matrices[0]
     rows = slice(site.start, site.start + site.out) if "/out:" in site.proj else slice(None)
     cols = slice(site.start, site.start + site.inp) if "/inp:" in site.proj else slice(None)
-    return (module.matrix() if isinstance(module, RawWeight) else module.base_matrix())[..., rows, cols]
+    return matrix[..., rows, cols]
+
+
+def adapted_layer(model: nn.Module, path: str, base: Any, bank: FactorBank, quantised: dict[str, Any]) -> DenseLinear:
+    """The adapted layer or weight at a path of the model; it takes the place of its base if there is none."""
+    owner, _, name = path.rpartition(".")
+    if isinstance(base, RawWeight):
+        return adapted_parameter(base, bank)
+    if isinstance(base, FusedWeight):
+        return experts_at(model, owner, bank).get_submodule(name)  # type: ignore[return-value]
+    parent = model.get_submodule(owner)
+    target = getattr(parent, name)
+    if isinstance(target, DenseLinear):
+        return target
+    found = wrapped(target, bank, quantised).train(target.training)
+    if fused(parent):
+        found.register_forward_pre_hook(keep_unfused)
+    setattr(parent, name, found)
+    return found

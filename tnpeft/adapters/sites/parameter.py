@@ -113,7 +113,6 @@ def adapted_parameter(raw: RawWeight, bank: FactorBank) -> TensorNetworkParamete
     found = owner._modules.get(raw.child)
     if not isinstance(found, TensorNetworkParameter):
         found = TensorNetworkParameter(raw, bank).train(owner.training)
-        found._disable_adapters = bank.disable_adapters
         owner.add_module(raw.child, found)
         _with_properties(owner, raw.name, raw.child)
     return found

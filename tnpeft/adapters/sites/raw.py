@@ -45,12 +45,7 @@ class RawWeight:
         return weight.mT if self.transposed else weight
 
     def with_axes(self, path: str, axes: str | None) -> RawWeight:
-        """The same with its axes as they are declared; of a matrix they are ``out inp`` unless that is done.
-
-        Raises:
-            NetworkError: the axes of several matrices are neither declared nor told by the module's own
-                ``in_features`` and ``out_features``, or are declared as what they cannot be.
-        """
+        """The same with its axes as they are declared; of a matrix they are ``out inp`` unless that is done."""
         choices = [f"expert {pair}" if self.experts else pair for pair in ("out inp", "inp out")]
         own = [getattr(self.module, f"{side}_features", None) for side in ("out", "in")]
         shape = [self.out_features, self.in_features]

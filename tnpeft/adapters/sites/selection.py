@@ -130,11 +130,7 @@ def _checked(index: str, value: Any, size: int) -> Tensor:
 
 
 def chosen_rows(stack: Sequence[str], sizes: Mapping[str, int], selected: Selected) -> tuple[tuple[str, ...], int]:
-    """The stack indices that have a value for each row, and the number of rows; none and 0 if one value is for all.
-
-    Raises:
-        NetworkError: one has no value.
-    """
+    """The stack indices that have a value for each row, and the number of rows; (), 0 if one value is for all."""
     for index in stack:
         if index not in selected:
             raise NetworkError(

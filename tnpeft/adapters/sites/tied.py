@@ -25,34 +25,30 @@ class TiedTargets(BaseTuner):
         return []
 
 
-def join_tied(
-    model: nn.Module, modules: dict[str, Any], bases: dict[str, Any], meant: Callable[[str], Any], known: bool
-) -> None:
+def join_tied(model: nn.Module, bases: dict[str, Any], meant: Callable[[str], Any], known: bool) -> None:
     """Make one target of a targeted embedding or linear and all that hold its Parameter, if one is an embedding.
 
     Its path is those of all of them, joined by ``=``, the embedding's first. What is excluded stays as it is. Unless
     it is ``known`` from a file, a warning says so.
     """
     holders: dict[int, list[str]] = {}
-    embeddings = set()
+    layers: dict[str, nn.Module] = {}
     for path, module in outside(model):
         base = module.get_base_layer() if isinstance(module, DenseLinear) else module
         if isinstance(base, nn.Embedding | nn.Linear) and not isinstance(meant(path), _ExcludedModule):
             holders.setdefault(id(base._parameters.get("weight")), []).append(path)
-            embeddings |= {path} if isinstance(base, nn.Embedding) else set()
+            layers[path] = base
     for group in holders.values():
         targeted = [path for path in group if path in bases]
-        if len(group) < 2 or not targeted or embeddings.isdisjoint(group):
+        embeddings = [path for path in group if isinstance(layers[path], nn.Embedding)]
+        if len(group) < 2 or not targeted or not embeddings:
             continue
-        first = next(path for path in group if path in embeddings)
+        first = embeddings[0]
         others = [path for path in group if path != first]
         joined = "=".join([first, *others])
-        modules[joined] = model.get_submodule(first)
-        bases[joined] = (
-            modules[joined].get_base_layer() if isinstance(modules[joined], DenseLinear) else modules[joined]
-        )
+        bases[joined] = layers[first]
         for path in targeted:
-            del modules[path], bases[path]
+            del bases[path]
         if not known:
             names = ", ".join(others)
             warnings.warn(

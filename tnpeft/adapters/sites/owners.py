@@ -16,30 +16,12 @@ from torch import nn
 
 from tnpeft.networks import NetworkError
 
-_ABOUT = {
-    "dtype",
-    "device",
-    "shape",
-    "size",
-    "dim",
-    "ndim",
-    "numel",
-    "is_cuda",
-    "is_meta",
-    "layout",
-}  # not the numbers
+# Attributes of a weight that are not its numbers, and methods that are not on the way of a forward.
+_ABOUT = {"dtype", "device", "shape", "size", "dim", "ndim", "numel", "is_cuda", "is_meta", "layout"}
 _SETUP = {
-    "__init__",
-    "_init_weights",
-    "init_weights",
-    "reset_parameters",
-    "_reset_parameters",
-    "tie_weights",
-    "extra_repr",
-    "initialize_weights",
-    "resize_position_embeddings",
-    "set_output_embeddings",
-}
+    "__init__", "_init_weights", "init_weights", "initialize_weights", "reset_parameters", "_reset_parameters",
+    "tie_weights", "extra_repr", "resize_position_embeddings", "set_output_embeddings",
+}  # fmt: skip
 # Read in a branch that a model of transformers does not enter: tensor-parallel pretraining, and a second query.
 _UNREACHED = {"BloomAttention": {"dense"}, "BloomMLP": {"dense_4h_to_h"}, "DisentangledSelfAttention": {"in_proj"}}
 

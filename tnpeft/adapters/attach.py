@@ -1,0 +1,119 @@
+"""Attaching an adapter: its sites on a model, its layout over them, and each array to the module that owns it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+from torch import Tensor, nn
+
+from tnpeft.adapters.config import TensorNetworkConfig
+from tnpeft.adapters.layer.bank import BANK, FactorBank
+from tnpeft.adapters.layer.binding import update
+from tnpeft.adapters.layer.checkpointing import watch
+from tnpeft.adapters.layer.merging import DenseLinear
+from tnpeft.adapters.layer.shared_input import join
+from tnpeft.adapters.placement import base_constants, build_layout, start_values
+from tnpeft.adapters.replicas.batch import expect_blocks
+from tnpeft.adapters.sites.bases import adapted_layer, site_weight, targets_of
+from tnpeft.adapters.sites.kinds import check_kind
+from tnpeft.adapters.sites.names import check_name
+from tnpeft.adapters.sites.owners import check_owner
+from tnpeft.adapters.sites.raw import RawWeight
+from tnpeft.adapters.sites.tied import note_tied
+from tnpeft.adapters.targets import shared_input_groups
+from tnpeft.layout import ParameterSpec, SiteLayout
+from tnpeft.networks import NetworkError
+
+_Values = Mapping[ParameterSpec, Tensor]
+
+
+def attach(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    config: TensorNetworkConfig,
+    adapter: str,
+    meant: Callable[[str], Any],
+) -> None:
+    """Give targeted modules an adapter, all checks before the first of them is touched.
+
+    ``meant`` is PEFT's answer for the path of a weight: true if it is a target itself, an ``_ExcludedModule`` if it
+    is excluded.
+    """
+    quantised = get_quantization_kwargs(model)
+    bases = targets_of(model, modules, config, quantised, meant)
+    for name, base in bases.items():
+        for path in () if isinstance(base, RawWeight) else name.replace("*", "0").split("="):
+            check_owner(model, path)
+        check_kind(name, base, config, quantised)
+    layout = build_layout(model, bases, config)
+    check_name(adapter, layout, getattr(model, BANK, None))
+    values = start_values(config, layout, partial(site_weight, model, bases, quantised))
+    holders = [getattr(base, "module", base) for base in bases.values()]  # of fused weights of experts
+    if any(array.dtype == torch.float64 for holder in holders for array in holder.parameters()):
+        values = {param: value.double() for param, value in values.items()}  # or loading would round them
+    bank = _bank(model, holders[0])
+    bank.layouts[adapter], bank.configs[adapter] = layout, config
+    bank.keys[adapter] = frozenset(param.key for param in layout.parameters)
+    if config.replicas > 1:
+        expect_blocks(model)
+    shared = {param: value for param, value in values.items() if not param.home}
+    bank.register_factors(adapter, shared, config.save_frozen)
+    bank._move_adapter_to_device_of_base_layer(adapter)
+    site_layouts: dict[tuple[str, int], list[SiteLayout]] = {}
+    for site_layout in layout.site_layouts:
+        for expert, path in enumerate(site_layout.site.paths):
+            site_layouts.setdefault((path, expert), []).append(site_layout)
+    for (path, expert), its in site_layouts.items():
+        layer = adapted_layer(model, path, bases.get(path), bank, quantised)
+        _register(layer, path, expert, adapter, config, values, sorted(its, key=lambda p: p.site.start))
+    for names in shared_input_groups(model, [site_layout.site for site_layout in layout.site_layouts]):
+        join(adapter, map(model.get_submodule, names))
+
+
+def _bank(model: nn.Module, first: nn.Module) -> FactorBank:
+    bank: FactorBank | None = getattr(model, BANK, None)
+    if bank is not None and not isinstance(bank, FactorBank):
+        raise NetworkError(
+            f"the model has something of its own called {BANK!r}, where shared factors would be kept",
+            remedy="rename it, or adapt a module that holds the model",
+        )
+    if bank is None:
+        bank = FactorBank(resolve_quantization_backend(first, **get_quantization_kwargs(model)))
+        setattr(model, BANK, bank.train(model.training))
+        model.register_forward_pre_hook(watch)
+    bank.device = next(first.parameters()).device
+    return bank
+
+
+def _register(
+    layer: DenseLinear,
+    path: str,
+    expert: int,
+    adapter: str,
+    config: TensorNetworkConfig,
+    values: _Values,
+    site_layouts: list[SiteLayout],
+) -> None:
+    """Give one layer or weight the adapter's updates and the arrays that only it uses."""
+    f = layer.bank.layouts[adapter].factorization
+    turned = note_tied(layer, site_layouts[0].site)
+    args = f.unit_norm, base_constants(f), float(f.scale), config.tokens, expert, turned
+    layer.updates[adapter] = tuple(update(site_layout, *args) for site_layout in site_layouts)
+    layer.dropouts[adapter] = config.dropout
+    layer.prepare(adapter)
+    used = [param for site_layout in site_layouts for param in site_layout.parameters.values()]
+    own = {param: values[param] for param in used if param.home and param in values}
+    layer.register_factors(adapter, own, config.save_frozen)
+    if config.dora:
+        length = layer.base_matrix().norm(dim=-1)
+        if length.device.type != "meta" and not torch.isfinite(length).all():
+            raise NetworkError(
+                f"the rows of {path} have no finite length, with which their magnitudes would start",
+                remedy="check the model, or attach without dora",
+            )
+        layer.tnpeft_magnitude[adapter] = nn.Parameter(length)
+    layer._move_adapter_to_device_of_base_layer(adapter)

@@ -107,7 +107,7 @@ def test_factors_of_another_kind_of_number_are_refused(dtype: torch.dtype, saved
     "pattern",
     [
         r"(([a-z_.0-9])+)+!", r"(.*)*!", r"(.*.*)*x", ".*" * 9 + "!", r"(?:(?:.?){50}){50}!", r"(?:.{0,60}){0,60}!",
-        r"(?=(.+)+!)x", r"(.)\1*!", r"(?:){2000000000}(?:.?){2000000000}!",
+        r"(?=(.+)+!)x", r"(.)\1*!", r"(?:){2000000000}(?:.?){2000000000}!", r"(?i:([A-Z._]+)+)!",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
@@ -576,6 +576,28 @@ def test_a_configuration_without_a_kind_is_not_loaded(text: str, saved: Path, tm
     for load in (peft.PeftModel.from_pretrained, lambda model, path: model.load_adapter(path)):
         with pytest.raises(TnpeftError, match="unknown kind"):
             load(opt(), str(file.parent))
+
+
+@pytest.mark.parametrize("hub", [False, True])
+def test_a_folder_without_a_configuration_is_named(hub: bool, saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    held = (saved / "adapter_model.safetensors").read_bytes()
+    (tmp_path / "sub" / "adapter_model.safetensors").write_bytes(held)
+    where: Any = (tmp_path, {"subfolder": "sub"}) if hub else (tmp_path / "sub", {})
+    model, plain = adapted("mixed"), opt()
+    calls = {
+        "from_pretrained": partial(peft.PeftModel.from_pretrained, plain),
+        "load_adapter": partial(model.load_adapter, adapter_name="other"),
+        "over": partial(model.load_adapter, adapter_name="default"),
+        "configuration": peft.PeftConfig.from_pretrained,
+    }
+    for call in calls.values():
+        with pytest.raises(AdapterFileError, match=r"no adapter_config.json in '.*sub'\ncopy the adapter"):
+            call(str(where[0]), **where[1])
+    with pytest.raises(AdapterFileError, match="no adapter_config.json in"):
+        plain.load_adapter(str(where[0]), adapter_kwargs=where[1])
+    assert [*model.peft_config] == ["default"]
+    assert {name for name, _ in plain.named_parameters()} == BASE
 
 
 @pytest.mark.filterwarnings("ignore:the update of")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tnpeft._text import Table, block
 from tnpeft.adapters.constants import PREFIX
+from tnpeft.adapters.experts.fused import parameter_place
 from tnpeft.adapters.experts.weight import ExpertWeight
 from tnpeft.adapters.layer.linear import TensorNetworkLinear
 from tnpeft.adapters.layer.merging import DenseLinear
@@ -124,16 +125,13 @@ def export_lora(model: nn.Module, path: str | Path, adapter: str = "default", *,
                 remedy="merge the adapter, or attach one of linears alone",
             )
     rows, tensors = [], _others(model, adapter)
+    fused = [path for path, its in linears.items() if isinstance(its, ExpertWeight)]
     for name, linear in linears.items():
-        if isinstance(linear, ExpertWeight):
-            row, left, right = _experts(name, linear, adapter, rank)
-            place = _wrapped(name, [path for path, its in linears.items() if isinstance(its, ExpertWeight)])
-        else:
-            row, left, right = _linear(name, linear, adapter, rank)
-            place = name
+        row, left, right = _lora(name, linear, adapter, rank)
+        place = parameter_place(name, fused) if name in fused else name
         rows.append(row)
-        tensors[f"base_model.model.{place}.lora_A.weight"] = right
-        tensors[f"base_model.model.{place}.lora_B.weight"] = left
+        tensors[f"base_model.model.{place}.lora_A.weight"] = right.float().cpu().contiguous()
+        tensors[f"base_model.model.{place}.lora_B.weight"] = left.float().cpu().contiguous()
     with written(path) as folder:
         _config(own, base, linears, {row.module: row.rank for row in rows}).save_pretrained(str(folder))
         save_file(tensors, Path(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
@@ -141,106 +139,49 @@ def export_lora(model: nn.Module, path: str | Path, adapter: str = "default", *,
 
 
 @torch.no_grad()
-def _linear(
-    name: str, linear: TensorNetworkLinear, adapter: str, limit: int | None
+def _lora(
+    name: str, linear: TensorNetworkLinear | ExpertWeight, adapter: str, limit: int | None
 ) -> tuple[Exported, Tensor, Tensor]:
-    rows, cols = linear.out_features, linear.in_features
+    """The LoRA of a linear; those of all experts as PEFT packs them: rows of A count them slowest, of B fastest."""
+    rows, cols, items = linear.out_features, linear.in_features, linear.updates[adapter]
     most = min(limit or max(1, rows * cols // (rows + cols)), rows, cols)
-    items = linear.updates[adapter]
-    found = sum(cut_rank(item.program.plan.network, item.site_layout.sizes) for item in items)
-    if adapter in linear.tnpeft_magnitude or found >= min(rows, cols):
-        delta = linear.get_delta_weight(adapter)
-        delta = delta.T if isinstance(linear.get_base_layer(), Conv1D) else delta
-        left, right, error = _dense(delta.float(), most)
-        return Exported(name, left.shape[1], 0, error), _stored(left), _stored(right)
-    left, right = _through_cuts(linear, adapter)
-    if found <= most:
-        return Exported(name, found, found, 0.0), _stored(left), _stored(right)
-    left, right, error = truncated(left, right, most)
-    return Exported(name, most, found, error), _stored(left), _stored(right)
-
-
-@torch.no_grad()
-def _experts(name: str, weight: ExpertWeight, adapter: str, limit: int | None) -> tuple[Exported, Tensor, Tensor]:
-    """The LoRAs of all experts as PEFT packs them: rows of A count experts slowest, columns of B fastest."""
-    rows, cols = weight.out_features, weight.in_features
-    most = min(limit or max(1, rows * cols // (rows + cols)), rows, cols)
-    networks = ((item.program.plan.network, item.site_layout.sizes) for item in weight.updates[adapter])
-    found = sum(cut_rank(net.select(*net.stack), sizes) for net, sizes in networks)
-    errors = [0.0]
-    if adapter in weight.tnpeft_magnitude or found >= min(rows, cols):
+    networks = [(item.program.plan.network, item.site_layout.sizes) for item in items]
+    cut = sum(cut_rank(net.select(*net.stack), sizes) for net, sizes in networks)
+    if adapter in linear.tnpeft_magnitude or cut >= min(rows, cols):
         cut = 0
-        pairs, errors = _cut([_dense(delta.float(), most) for delta in weight._change(adapter)])
+        found = [_dense(delta, most) for delta in linear._change(adapter).float().reshape(-1, rows, cols)]
     else:
-        cut = found
-        pairs = [_of_expert(weight, adapter, expert) for expert in range(weight.experts)]
-        if found > most:
-            pairs, errors = _cut([truncated(left, right, most) for left, right in pairs])
-    left, right = (torch.stack(matrices) for matrices in zip(*pairs, strict=True))
-    row = Exported(name, left.shape[-1], cut, max(errors))
-    return row, _stored(left.permute(1, 2, 0).reshape(rows, -1)), _stored(right.reshape(-1, cols))
+        pairs = [_through_cuts(linear, adapter, expert) for expert in range(linear.experts or 1)]
+        found = [truncated(*pair, most) if cut > most else (*pair, 0.0) for pair in pairs]
+    lefts, rights, errors = zip(*found, strict=True)
+    row = Exported(name, lefts[0].shape[1], cut, max(errors))
+    if not linear.experts:
+        return row, lefts[0], rights[0]
+    return row, torch.stack(lefts).permute(1, 2, 0).reshape(rows, -1), torch.cat(rights)
 
 
-def _cut(found: list[tuple[Tensor, Tensor, float]]) -> tuple[list[tuple[Tensor, Tensor]], list[float]]:
-    return [(left, right) for left, right, _ in found], [error for _, _, error in found]
-
-
-def _of_expert(weight: ExpertWeight, adapter: str, expert: int) -> tuple[Tensor, Tensor]:
-    """Two factors of the update of one expert's whole matrix; those of its slices stand side by side."""
-    lefts, rights = [], []
-    for item in weight.updates[adapter]:
-        net, (rows, cols) = item.program.plan.network, weight.region(item)
-        operands = dict(zip(item.program.labels, item.normalized(weight.operands(adapter, item)), strict=True))
-        own = {
-            net.label(factor): value.select(factor.indices.index("expert"), expert)
-            if "expert" in factor.indices
-            else value
-            for factor in net.factors
-            for value in (operands[net.label(factor)].float(),)
-        }
-        left, right = sides(net.select(*net.stack), item.site_layout.sizes, own)
-        lefts.append(left.new_zeros(weight.out_features, left.shape[1]))
-        lefts[-1][rows] = left * item.scale
-        rights.append(right.new_zeros(right.shape[0], weight.in_features))
-        rights[-1][:, cols] = right
-    return torch.cat(lefts, 1), torch.cat(rights, 0)
-
-
-def _wrapped(name: str, names: Sequence[str]) -> str:
-    """Return PEFT's places of a Parameter's factors: wrappers of one module's Parameters stand one in the other."""
-    owner, _, own = name.rpartition(".")
-    inside = sorted(
-        (path.rpartition(".")[2] for path in names if path.rpartition(".")[0] == owner), key="down_proj".__eq__
-    )
-    return owner + ".base_layer" * (len(inside) - 1 - inside.index(own))
-
-
-def _through_cuts(linear: TensorNetworkLinear, adapter: str) -> tuple[Tensor, Tensor]:
-    """Two factors of the linear's whole update; those of its slices stand side by side."""
+def _through_cuts(linear: TensorNetworkLinear | ExpertWeight, adapter: str, expert: int) -> tuple[Tensor, Tensor]:
+    """Two factors of the whole update of a linear, or of one expert; those of its slices stand side by side."""
     lefts, rights = [], []
     for item in linear.updates[adapter]:
-        operands = dict(zip(item.program.labels, item.normalized(linear.operands(adapter, item)), strict=True))
-        left, right = sides(
-            item.program.plan.network, item.site_layout.sizes, {k: v.float() for k, v in operands.items()}
-        )
-        if item.side == "out":
-            left, short = left.new_zeros(linear.out_features, left.shape[1]), left
-            left[item.start : item.start + item.length] = short
-        elif item.side == "inp":
-            right, short = right.new_zeros(right.shape[0], linear.in_features), right
-            right[:, item.start : item.start + item.length] = short
-        lefts.append(left * item.scale)
-        rights.append(right)
+        net = item.program.plan.network
+        arrays = zip(item.program.labels, item.normalized(linear.operands(adapter, item)), strict=True)
+        values = {label: array.float() for label, array in arrays}
+        left, right = sides(net, item.site_layout.sizes, values, **dict.fromkeys(net.stack, expert))
+        part = slice(item.start, item.start + item.length)
+        rows, cols = (part if item.side == side else slice(None) for side in ("out", "inp"))
+        if isinstance(linear, ExpertWeight):
+            rows, cols = linear.region(item)
+        lefts.append(left.new_zeros(linear.out_features, left.shape[1]))
+        lefts[-1][rows] = left * item.scale
+        rights.append(right.new_zeros(right.shape[0], linear.in_features))
+        rights[-1][:, cols] = right
     return torch.cat(lefts, 1), torch.cat(rights, 0)
 
 
 def _dense(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     eye = torch.eye(min(delta.shape), dtype=delta.dtype, device=delta.device)
     return truncated(eye, delta, rank) if delta.shape[0] <= delta.shape[1] else truncated(delta, eye, rank)
-
-
-def _stored(matrix: Tensor) -> Tensor:
-    return matrix.float().cpu().contiguous()
 
 
 def _others(model: nn.Module, adapter: str) -> dict[str, Tensor]:

@@ -13,20 +13,18 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel, peft_model
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
-from peft.config import PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as _KINDS
 from peft.tuners.lora import conversion
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, save_and_load
 from safetensors import safe_open
 from torch import Tensor
 from transformers.integrations.peft import PeftAdapterMixin
-from transformers.utils.hub import PushToHubMixin
 
 from tnpeft.adapters.config import TensorNetworkConfig
 from tnpeft.adapters.config_validation import check_depth, shown
@@ -36,48 +34,47 @@ from tnpeft.adapters.layer.merging import DenseLinear
 from tnpeft.adapters.rollback import Parked, Snapshot, layers
 from tnpeft.adapters.storage.contents import AGAIN, PEFT_PREFIX, embeddings, entries, unprefixed
 from tnpeft.adapters.storage.files import LOADING, check_fits, describe, fetch, stored, written
-from tnpeft.networks import AdapterFileError
+from tnpeft.networks import AdapterFileError, TnpeftError
 
-_read = PeftConfigMixin.from_pretrained.__func__
-_json = PeftConfigMixin.from_json_file.__func__
-_save = PeftModel.save_pretrained
-_load = PeftAdapterMixin.load_adapter
-_add = PeftAdapterMixin.add_adapter
-_state = PeftAdapterMixin.get_adapter_state_dict
-_load_peft, _add_peft = PeftModel.load_adapter, PeftModel.add_adapter
-_load_onto = PeftModel.from_pretrained.__func__
-_made = {cls: cls.__init__ for cls in (PeftModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values())}
-_heads = {cls: cls.__dict__["add_adapter"] for cls in _made if cls is not PeftModel and "add_adapter" in cls.__dict__}
+_Method = Callable[..., Any]
+_PATCHES: list[tuple[Any, str, Any]] = [
+    # The conversion asks every tuner layer for a dense update. The bank has to be one, for all else that PEFT does
+    # to tuner layers, and has no update; the conversion's own name for them is the one place to tell the two apart.
+    (conversion, "BaseTunerLayer", AdaptedLayer),
+    (peft_model, "BaseTunerLayer", AdaptedLayer),  # for its reports
+]
+_MODELS = (PeftModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values())
 _HEADS = {  # that PEFT adds to what is saved only once the adapter is attached
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING["TOKEN_CLS"]: ("classifier", "score"),
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING["QUESTION_ANS"]: ("qa_outputs",),
 }
-_upload = PushToHubMixin._upload_modified_files
-_filter = save_and_load._filter_state_dict_for_adapter_name
 _HELD = re.compile(rf".*\.(?:{PREFIX}\w+|modules_to_save|trainable_tokens_(?:delta|original))\.([^.]+)(?:\.|$)")
 
 
 def hook() -> None:
     """Set them. Doing it again changes nothing."""
-    # The conversion asks every tuner layer for a dense update. The bank has to be one, for all else that PEFT does
-    # to tuner layers, and has no update; the conversion's own name for them is the one place to tell the two apart.
-    conversion.BaseTunerLayer = AdaptedLayer  # type: ignore[misc, assignment]
-    peft_model.BaseTunerLayer = AdaptedLayer  # type: ignore[misc, assignment]  # for its reports
-    PeftConfig.from_pretrained = classmethod(_from_pretrained)
-    PeftConfig.from_json_file = classmethod(_from_json_file)
-    PeftModel._upload_modified_files = _upload_with_card
-    PeftAdapterMixin.load_adapter = _whole(_load_checked)
-    PeftAdapterMixin.add_adapter = _whole(_add, reads=False)
-    PeftModel.load_adapter = _whole(_load_over)
-    PeftModel.save_pretrained = _unmerged(_save_whole)
-    PeftAdapterMixin.get_adapter_state_dict = _unmerged(_state)
-    PeftModel.add_adapter = _whole(_add_peft, reads=False)
-    PeftModel.from_pretrained = classmethod(_from_pretrained_whole)
-    for cls, made in _made.items():
-        cls.__init__ = _made_whole(made)
-    for cls, add in _heads.items():
-        cls.add_adapter = _of_a_copy(add)
-    save_and_load._filter_state_dict_for_adapter_name = _filter_exact
+    for owner, name, value in _PATCHES:
+        setattr(owner, name, value)
+
+
+def _patch(owner: Any, name: str, around: Callable[[_Method], _Method] | None = None) -> Callable[[_Method], _Method]:
+    """Let a function take the place of a method or function, which it is given first; ``around`` wraps it."""
+    found = inspect.getattr_static(owner, name)
+    original = found.__func__ if isinstance(found, classmethod) else found
+
+    def register(function: _Method) -> _Method:
+        @wraps(original)
+        def patched(*args: Any, **kwargs: Any) -> Any:
+            return function(original, *args, **kwargs)
+
+        new = patched if around is None else around(patched)
+        _PATCHES.append((owner, name, classmethod(new) if isinstance(found, classmethod) else new))
+        return function
+
+    return register
+
+
+# ---- all or nothing
 
 
 def _holds(model: Any, adapter: str) -> bool:
@@ -86,7 +83,7 @@ def _holds(model: Any, adapter: str) -> bool:
     return isinstance(configs, dict) and isinstance(configs.get(adapter), TensorNetworkConfig)
 
 
-def _whole(method: Callable[..., Any], reads: bool = True) -> Callable[..., Any]:
+def _whole(method: _Method, reads: bool = True) -> _Method:
     """A method that adds or loads an adapter of this package, or leaves the model as it was."""
     signature = inspect.signature(method)
 
@@ -114,75 +111,46 @@ def _whole(method: Callable[..., Any], reads: bool = True) -> Callable[..., Any]
     return whole
 
 
-def _made_whole(method: Callable[..., None]) -> Callable[..., None]:
-    """The constructor of one of PEFT's models, which leaves the base model as it was if it fails."""
-
-    @wraps(method)
-    def whole(self: Any, model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> None:
-        if not isinstance(peft_config, TensorNetworkConfig):
-            method(self, model, peft_config, *args, **kwargs)
-            return
-        before = Snapshot(model)
-        try:
-            method(self, model, peft_config.copied(_HEADS.get(type(self), ())), *args, **kwargs)
-            peft_config.forget_model()
-        except BaseException:
-            before.restore()
-            peft_config.forget_model()
-            raise
-
-    return whole
+@_patch(PeftModel, "add_adapter", partial(_whole, reads=False))
+@_patch(PeftAdapterMixin, "add_adapter", partial(_whole, reads=False))
+def _as_it_is(original: _Method, *args: Any, **kwargs: Any) -> Any:
+    return original(*args, **kwargs)
 
 
-def _of_a_copy(method: Callable[..., None]) -> Callable[..., None]:
-    """A method that writes the head of its model into a configuration: into a copy of it."""
-
-    @wraps(method)
-    def of_a_copy(self: Any, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> None:
-        own = peft_config.copied() if isinstance(peft_config, TensorNetworkConfig) else peft_config
-        method(self, adapter_name, own, *args, **kwargs)
-
-    return of_a_copy
-
-
-def _from_pretrained_whole(
-    cls: type[PeftModel], model: Any, model_id: Any, adapter_name: str = "default", *args: Any, **kwargs: Any
-) -> Any:
-    """Load an adapter onto a base model, or leave that as it was."""
+def _made(original: _Method, self: Any, model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+    """Make one of PEFT's models, or leave the base model as it was."""
+    if not isinstance(peft_config, TensorNetworkConfig):
+        original(self, model, peft_config, *args, **kwargs)
+        return
     before = Snapshot(model)
     try:
-        return _model_from_pretrained(cls, model, model_id, adapter_name, *args, **kwargs)
+        original(self, model, peft_config.copied(_HEADS.get(type(self), ())), *args, **kwargs)
+        peft_config.forget_model()
     except BaseException:
-        if _holds(model, adapter_name):
-            before.restore()
+        before.restore()
+        peft_config.forget_model()
         raise
 
 
-def _unmerged(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method that writes adapters, and with them whole modules as they were before merging."""
-
-    @wraps(method)
-    def unmerged(model: Any, *args: Any, **kwargs: Any) -> Any:
-        with ExitStack() as stack:
-            for layer in layers(model):
-                if isinstance(layer, DenseLinear):
-                    stack.enter_context(layer.saved_apart())
-            return method(model, *args, **kwargs)
-
-    return unmerged
+def _with_copy(original: _Method, self: Any, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+    """Write the head of a model into a copy of a configuration, not into the given one."""
+    own = peft_config.copied() if isinstance(peft_config, TensorNetworkConfig) else peft_config
+    original(self, adapter_name, own, *args, **kwargs)
 
 
-def _filter_exact(state_dict: dict[str, Tensor], unwanted_adapter_names: list[str]) -> dict[str, Tensor]:
-    """Leave out the arrays of other adapters; a path of the model may hold an adapter's name as well."""
-    if not any(f".{PREFIX}" in key for key in state_dict):
-        return _filter(state_dict, unwanted_adapter_names)
-    other = {*unwanted_adapter_names}
-    return {k: v for k, v in state_dict.items() if (found := _HELD.match(k)) is None or found[1] not in other}
+for _cls in _MODELS:
+    _patch(_cls, "__init__")(_made)
+    if _cls is not PeftModel and "add_adapter" in _cls.__dict__:
+        _patch(_cls, "add_adapter")(_with_copy)
 
 
-def _from_json_file(cls: type[PeftConfig], path: str, **kwargs: Any) -> dict[str, Any]:
+# ---- reading
+
+
+@_patch(PeftConfig, "from_json_file")
+def _from_json_file(original: _Method, cls: type[PeftConfig], path: str, **kwargs: Any) -> dict[str, Any]:
     try:
-        found = _json(cls, path, **kwargs)
+        found = original(cls, path, **kwargs)
         problem = "" if isinstance(found, dict) else f"it holds a {type(found).__name__}"
     except (ValueError, TypeError, RecursionError) as error:  # of the parser, or of PEFT, which expects a table
         problem = str(error)
@@ -196,22 +164,53 @@ def _from_json_file(cls: type[PeftConfig], path: str, **kwargs: Any) -> dict[str
     return found  # type: ignore[no-any-return]
 
 
-def _with_factors(name: Any, subfolder: str | None = None, **hub: Any) -> Path:
-    """Return the file of factors of a folder or repository that is to be loaded."""
-    return fetch(str(name), subfolder, **PeftConfig._split_kwargs(hub)[0])
+@_patch(PeftConfig, "from_pretrained")
+def _from_pretrained(
+    original: _Method, cls: type[PeftConfig], path: Any, subfolder: str | None = None, **kwargs: Any
+) -> PeftConfig:
+    """Read a configuration as its own class does: transformers asks the common one, and it would check no file."""
+    with _configured(path, subfolder):
+        config: PeftConfig = original(cls, path, subfolder, **kwargs)
+    if isinstance(config, TensorNetworkConfig) and not issubclass(cls, TensorNetworkConfig):
+        return type(config).from_pretrained(path, subfolder, **kwargs)
+    return config
 
 
 @contextmanager
-def _loading() -> Iterator[None]:
-    token = LOADING.set(True)
+def _configured(name: Any, subfolder: str | None = None) -> Iterator[None]:
+    """Say of a folder without a configuration that this is what it lacks."""
     try:
         yield
+    except ValueError as error:
+        folder = Path(str(name), subfolder or "")
+        if isinstance(error, TnpeftError) or not folder.is_dir() or (folder / CONFIG_NAME).exists():
+            raise
+        raise AdapterFileError(f"no {CONFIG_NAME} in {str(folder)!r}", remedy=AGAIN) from error
+
+
+@contextmanager
+def _loading(name: Any, subfolder: str | None = None, **_: Any) -> Iterator[None]:
+    """Load an adapter from a folder or repository."""
+    token = LOADING.set(True)
+    try:
+        with _configured(name, subfolder):
+            yield
     finally:
         LOADING.reset(token)
 
 
-@wraps(_load_onto)
+def _with_stored(config: Any, name: Any, options: dict[str, Any]) -> Any:
+    """A configuration given beside a folder does not keep the folder's file from being checked."""
+    if not isinstance(config, TensorNetworkConfig) or config.stored is not None:
+        return config
+    config = copy.copy(config)
+    config.stored = stored(fetch(str(name), **PeftConfig._split_kwargs(options)[0]))
+    return config
+
+
+@_patch(PeftModel, "from_pretrained")
 def _model_from_pretrained(
+    original: _Method,
     cls: type[PeftModel],
     model: Any,
     model_id: Any,
@@ -220,37 +219,96 @@ def _model_from_pretrained(
     config: Any = None,
     *args: Any,
     **kwargs: Any,
-) -> PeftModel:
-    """Load an adapter; a configuration given beside the folder does not keep its file from being checked."""
-    if isinstance(config, TensorNetworkConfig) and config.stored is None:
-        config = copy.copy(config)
-        config.stored = stored(_with_factors(model_id, **kwargs))
-    with _loading():
-        found: PeftModel = _load_onto(cls, model, model_id, adapter_name, is_trainable, config, *args, **kwargs)
-    return found
+) -> Any:
+    """Load an adapter onto a base model, or leave that as it was."""
+    before = Snapshot(model)
+    try:
+        config = _with_stored(config, model_id, kwargs)
+        with _loading(model_id, **kwargs):
+            return original(cls, model, model_id, adapter_name, is_trainable, config, *args, **kwargs)
+    except BaseException:
+        if _holds(model, adapter_name):
+            before.restore()
+        raise
 
 
-@wraps(_load_peft)
-def _load_over(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+@_patch(PeftModel, "load_adapter", _whole)
+def _load_over(
+    original: _Method, self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any
+) -> Any:
     """Load an adapter; over one of that name only if the two are alike, as nothing but the factors is replaced."""
-    if isinstance(self.peft_config.get(adapter_name), TensorNetworkConfig):
-        hub = self._split_kwargs(kwargs)[0]
-        with _loading():
-            new = PeftConfig.from_pretrained(model_id, **hub)
-        if not isinstance(new, TensorNetworkConfig):
-            raise AdapterFileError(
-                f"the adapter in {str(model_id)!r} is a {new.peft_type}", remedy="load it under another name"
-            )
-        check_fits(self, adapter_name, new, f"the adapter in {str(model_id)!r}")
-    if any(isinstance(config, TensorNetworkConfig) for config in self.peft_config.values()):
-        moved = getattr(self.get_base_model(), "_checkpoint_conversion_mapping", None)  # as PEFT does for the first
-        kwargs |= {} if kwargs.get("key_mapping") or not moved else {"key_mapping": moved}
-    with _loading():
-        return _load_peft(self, model_id, adapter_name, *args, **kwargs)
+    with _loading(model_id, **kwargs):
+        if isinstance(self.peft_config.get(adapter_name), TensorNetworkConfig):
+            new = PeftConfig.from_pretrained(model_id, **self._split_kwargs(kwargs)[0])
+            if not isinstance(new, TensorNetworkConfig):
+                raise AdapterFileError(
+                    f"the adapter in {str(model_id)!r} is a {new.peft_type}", remedy="load it under another name"
+                )
+            check_fits(self, adapter_name, new, f"the adapter in {str(model_id)!r}")
+        if any(isinstance(config, TensorNetworkConfig) for config in self.peft_config.values()):
+            moved = getattr(self.get_base_model(), "_checkpoint_conversion_mapping", None)  # as PEFT does at first
+            kwargs |= {} if kwargs.get("key_mapping") or not moved else {"key_mapping": moved}
+        return original(self, model_id, adapter_name, *args, **kwargs)
 
 
-@wraps(_save)
+@_patch(PeftAdapterMixin, "load_adapter", _whole)
+def _load_checked(
+    original: _Method,
+    model: Any,
+    peft_model_id: str | None = None,
+    adapter_name: str | None = None,
+    peft_config: Any = None,
+    adapter_state_dict: dict[str, Tensor] | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Check a state dict as a file is checked: transformers attaches an adapter before it looks at either."""
+    hub = kwargs.get("adapter_kwargs") or {}
+    if adapter_state_dict is None:
+        peft_config = _with_stored(peft_config, peft_model_id, hub)
+        with _loading(peft_model_id, **hub):
+            return original(model, peft_model_id, adapter_name, peft_config, None, *args, **kwargs)
+    if peft_config is None and peft_model_id is not None:
+        peft_config = PeftConfig.from_pretrained(peft_model_id, **hub)
+    if isinstance(peft_config, TensorNetworkConfig):
+        where, peft_config = "adapter_state_dict", copy.copy(peft_config)
+        peft_config.stored = unprefixed(entries(adapter_state_dict, where), where, needed=False)
+        peft_config.loaded = peft_config.layers is not None and peft_config.projections is not None
+    return original(model, peft_model_id, adapter_name, peft_config, adapter_state_dict, *args, **kwargs)
+
+
+# ---- writing
+
+
+@_patch(save_and_load, "_filter_state_dict_for_adapter_name")
+def _filter_exact(original: _Method, state_dict: dict[str, Tensor], unwanted_adapter_names: list[str]) -> Any:
+    """Leave out the arrays of other adapters; a path of the model may hold an adapter's name as well."""
+    if not any(f".{PREFIX}" in key for key in state_dict):
+        return original(state_dict, unwanted_adapter_names)
+    other = {*unwanted_adapter_names}
+    return {k: v for k, v in state_dict.items() if (found := _HELD.match(k)) is None or found[1] not in other}
+
+
+def _unmerged(method: _Method) -> _Method:
+    """A method that writes adapters, and with them whole modules as they were before merging."""
+
+    @wraps(method)
+    def unmerged(model: Any, *args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            for layer in layers(model):
+                if isinstance(layer, DenseLinear):
+                    stack.enter_context(layer.saved_apart())
+            return method(model, *args, **kwargs)
+
+    return unmerged
+
+
+_patch(PeftAdapterMixin, "get_adapter_state_dict", _unmerged)(_as_it_is)
+
+
+@_patch(PeftModel, "save_pretrained", _unmerged)
 def _save_whole(
+    original: _Method,
     self: PeftModel,
     save_directory: Any,
     safe_serialization: bool = True,
@@ -262,11 +320,10 @@ def _save_whole(
 ) -> None:
     """Save adapters: all files are written beside the folder's first and then moved, so none is ever half there."""
     names = self.peft_config if selected_adapters is None else selected_adapters
+    save = partial(original, self)
     if not any(isinstance(self.peft_config.get(name), TensorNetworkConfig) for name in names):
-        return _save(  # type: ignore[no-any-return]
-            self, save_directory, safe_serialization, selected_adapters, save_embedding_layers, is_main_process,
-            *args, **kwargs,
-        )  # fmt: skip
+        rest = selected_adapters, save_embedding_layers, is_main_process, *args
+        return save(save_directory, safe_serialization, *rest, **kwargs)  # type: ignore[no-any-return]
     if not safe_serialization:
         raise AdapterFileError(
             "safe_serialization=False would write a pickle, and pickles are not read", remedy="leave it out"
@@ -274,7 +331,7 @@ def _save_whole(
     if save_embedding_layers == "auto" and not _may_be_resized(self):
         save_embedding_layers = False  # PEFT would write those that are targets, which only factors have changed
     with written(save_directory, is_main_process) as folder:
-        _save(self, folder, True, selected_adapters, save_embedding_layers, is_main_process, *args, **kwargs)
+        save(folder, True, selected_adapters, save_embedding_layers, is_main_process, *args, **kwargs)
         if is_main_process:
             _declare_embeddings(self, Path(folder))
     return None
@@ -304,42 +361,8 @@ def _declare_embeddings(model: PeftModel, folder: Path) -> None:
             path.write_text(json.dumps({**table, "embeddings": held}, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def _from_pretrained(cls: type[PeftConfig], path: Any, subfolder: str | None = None, **kwargs: Any) -> PeftConfig:
-    """Read a configuration as its own class does: transformers asks the common one, and it would check no file."""
-    config: PeftConfig = _read(cls, path, subfolder, **kwargs)
-    if isinstance(config, TensorNetworkConfig) and not issubclass(cls, TensorNetworkConfig):
-        return type(config).from_pretrained(path, subfolder, **kwargs)
-    return config
-
-
-@wraps(_load)
-def _load_checked(
-    model: Any,
-    peft_model_id: str | None = None,
-    adapter_name: str | None = None,
-    peft_config: Any = None,
-    adapter_state_dict: dict[str, Tensor] | None = None,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    """Check a state dict as a file is checked: transformers attaches an adapter before it looks at either."""
-    found = peft_config
-    if adapter_state_dict is not None and peft_config is None and peft_model_id is not None:
-        found = PeftConfig.from_pretrained(peft_model_id, **(kwargs.get("adapter_kwargs") or {}))
-    if adapter_state_dict is None and isinstance(found, TensorNetworkConfig) and found.stored is None:
-        found = copy.copy(found)
-        found.stored = stored(_with_factors(peft_model_id, **(kwargs.get("adapter_kwargs") or {})))
-    if adapter_state_dict is None or not isinstance(found, TensorNetworkConfig):
-        with _loading():
-            return _load(model, peft_model_id, adapter_name, found, adapter_state_dict, *args, **kwargs)
-    where = "adapter_state_dict"
-    found = copy.copy(found)
-    found.stored = unprefixed(entries(adapter_state_dict, where), where, needed=False)
-    found.loaded = found.layers is not None and found.projections is not None
-    return _load(model, peft_model_id, adapter_name, found, adapter_state_dict, *args, **kwargs)
-
-
-def _upload_with_card(model: PeftModel, working_dir: str, *args: Any, **kwargs: Any) -> Any:
+@_patch(PeftModel, "_upload_modified_files")
+def _upload_with_card(original: _Method, model: PeftModel, working_dir: str, *args: Any, **kwargs: Any) -> Any:
     """Upload a folder once its model card says again what PEFT and the adapters had written into it."""
     adapters = {
         "" if name == "default" else name: config.factorization
@@ -349,4 +372,4 @@ def _upload_with_card(model: PeftModel, working_dir: str, *args: Any, **kwargs: 
     if adapters and os.path.isfile(os.path.join(working_dir, "README.md")):
         model.create_or_update_model_card(working_dir)
         describe(working_dir, adapters)
-    return _upload(model, working_dir, *args, **kwargs)
+    return original(model, working_dir, *args, **kwargs)

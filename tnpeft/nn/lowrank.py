@@ -60,13 +60,16 @@ def cut_rank(net: Network, sizes: Mapping[str, int]) -> int:
     return sum(cut(net, term, sizes).size for term in net.terms)
 
 
-def sides(net: Network, sizes: Mapping[str, int], arrays: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+def sides(
+    net: Network, sizes: Mapping[str, int], arrays: Mapping[str, Tensor], **values: int
+) -> tuple[Tensor, Tensor]:
     """Two matrices ``[rows, k]`` and ``[k, cols]`` whose product is the network's, each side contracted alone.
 
     Args:
-        net: one site's network, without stack indices.
+        net: one site's network.
         sizes: of every index.
         arrays: the factors by label.
+        values: of its stack indices.
 
     >>> from tnpeft.networks import network
     >>> arrays = {"D": torch.ones(6, 2), "J": torch.ones(3)}
@@ -74,6 +77,9 @@ def sides(net: Network, sizes: Mapping[str, int], arrays: Mapping[str, Tensor]) 
     >>> tuple(left.shape), tuple(right.shape), (left @ right).eq(1).all().item()
     ((6, 2), (2, 6), True)
     """
+    if values:
+        at = {net.label(f): tuple(values.get(index, slice(None)) for index in f.indices) for f in net.factors}
+        net, arrays = net.select(*values), {label: array[at[label]] for label, array in arrays.items()}
     return compiled_sides(net, sizes)(arrays)
 
 

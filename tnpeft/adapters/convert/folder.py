@@ -12,16 +12,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
 from tnpeft.adapters.config import TensorNetworkConfig
 from tnpeft.adapters.constants import PREFIX as OURS
 from tnpeft.adapters.convert.formats import KOHYA, LYCORIS, PEFT, PER_EXPERT, SHARED_OUTER
 from tnpeft.adapters.convert.lines import AdapterLines, SiteAdapter, save
-from tnpeft.adapters.convert.read import PREFIX, TENSORS, Source, shape_of
+from tnpeft.adapters.convert.read import Source, shape_of
 from tnpeft.adapters.placement import frozen_hashes
-from tnpeft.adapters.storage.contents import factor_shapes
-from tnpeft.adapters.targets import names_by_path
+from tnpeft.adapters.storage.contents import PEFT_PREFIX, factor_shapes
+from tnpeft.adapters.targets import names_by_path, natural, on_card
 from tnpeft.layout import Layout, ParameterSpec, layout, sorted_projs
 from tnpeft.models import Card
 from tnpeft.networks import AdapterFileError, ConfigError, Factorization, Network, NetworkError, Site, SiteRule
@@ -36,16 +37,12 @@ _Group = tuple[Network, tuple[tuple[str, int], ...]]
 
 
 def write_folder(lines: AdapterLines, folder: Path, card: Card | None) -> None:
-    """Write the lines as a tnpeft adapter.
-
-    Raises:
-        ConfigError: one tnpeft adapter cannot hold them.
-    """
+    """Write the lines as a tnpeft adapter."""
     names = _names([site.module for site in lines.sites], card)
     scale = Counter(site.scale for site in lines.sites).most_common(1)[0][0]
     ranks = {site.module: _ranks(site) for site in lines.sites}
     sites = _padded([site.scaled(scale) for site in lines.sites], names)
-    places = {name: k for k, name in enumerate(sorted({layer for layer, _ in names.values()}, key=_natural))}
+    places = {name: k for k, name in enumerate(sorted({layer for layer, _ in names.values()}, key=natural))}
     f, chosen = _factorization(sites, names, places, scale)
     placed = layout(f, list(chosen.values()))
     values = _values(placed, {site.module: site for site in sites})
@@ -70,8 +67,8 @@ def write_folder(lines: AdapterLines, folder: Path, card: Card | None) -> None:
     padded = {site.module: ranks[site.module] for site in sites if ranks[site.module] != _ranks(site)}
     config.save_pretrained(str(folder))
     save(
-        {f"{PREFIX}{name}": value for name, value in {**arrays, **lines.others}.items()},
-        folder / TENSORS,
+        {f"{PEFT_PREFIX}{name}": value for name, value in {**arrays, **lines.others}.items()},
+        folder / SAFETENSORS_WEIGHTS_NAME,
         {_NOTE: json.dumps({"axes": axes, "ranks": padded, "scales": scales}, sort_keys=True)},
     )
 
@@ -79,22 +76,15 @@ def write_folder(lines: AdapterLines, folder: Path, card: Card | None) -> None:
 def _names(modules: Sequence[str], card: Card | None) -> dict[str, tuple[str, str]]:
     """The layer and the projection of every module, by the model's card where it is known."""
     found: dict[str, tuple[str, str]] = {}
-    for module in modules if card else ():
-        assert card is not None
-        for p in card.projections:
-            match = re.fullmatch(rf"((?:.*\.)?{re.escape(card.stem)}\.\d+)\.{re.escape(p.path)}", module)
-            if match and "/" in p.name and not p.experts:
+    for module in modules:
+        for layer, p in on_card(card, module):
+            if "/" in p.name and not p.experts:
                 raise ConfigError(
                     f"{module} is several projections in one ({p.name}, ...), each a site of its own",
                     remedy='convert it to="lora" and load that with PEFT',
                 )
-            if match:
-                found[module] = match[1], p.name.partition("/")[0]
+            found[module] = layer, p.name.partition("/")[0]
     return found | names_by_path([module for module in modules if module not in found])
-
-
-def _natural(text: str) -> list[tuple[int, int, str]]:
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", text)]
 
 
 def _ranks(site: SiteAdapter) -> dict[str, int]:
@@ -222,12 +212,7 @@ def _values(placed: Layout, sites: Mapping[str, SiteAdapter]) -> dict[ParameterS
 
 
 def read_folder(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]]) -> Source:
-    """A tnpeft adapter as lines; its updates are contracted from the stored factors.
-
-    Raises:
-        AdapterFileError: the file and the configuration do not belong together.
-        ConfigError: the adapter holds what the file alone does not tell.
-    """
+    """A tnpeft adapter as lines; its updates are contracted from the stored factors."""
     config = TensorNetworkConfig.from_pretrained(str(path))
     f = config.factorization
     refused = {
@@ -271,7 +256,7 @@ def _stored(
     bank: dict[str, Tensor] = {}
     magnitudes, others = {}, {}
     for name, tensor in tensors.items():
-        name = name.removeprefix(PREFIX)
+        name = name.removeprefix(PEFT_PREFIX)
         module, ours, key = name.partition(f".{OURS}factors.")
         if ours and module.rpartition(".")[2] == "factor_bank":
             bank[key] = tensor
@@ -293,7 +278,7 @@ def _note(path: Path) -> tuple[dict[str, dict[str, int]], dict[str, float]]:
     """The ranks and scales that sites had in the source of an earlier conversion."""
     from safetensors import safe_open
 
-    with safe_open(path / TENSORS, framework="pt") as file:
+    with safe_open(path / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
         text = (file.metadata() or {}).get(_NOTE, "{}")
     try:
         data = json.loads(text)

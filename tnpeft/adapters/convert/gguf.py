@@ -20,11 +20,7 @@ _ROTATED = ("llama",)  # architectures whose q and k rows llama.cpp stores half 
 
 
 def write_gguf(lines: AdapterLines, path: Path, card: Card | None) -> None:
-    """Write the lines as a GGUF LoRA.
-
-    Raises:
-        ConfigError: the architecture is unknown, a module has no name in it, or a line is not a plain LoRA.
-    """
+    """Write the lines as a GGUF LoRA."""
     try:
         import gguf
     except ImportError:
@@ -55,11 +51,7 @@ def write_gguf(lines: AdapterLines, path: Path, card: Card | None) -> None:
 
 
 def read_updates(path: Path, lines: AdapterLines, card: Card) -> list[Array]:
-    """The updates in a GGUF file, in the order of the lines and with the rows of the model.
-
-    Raises:
-        AdapterFileError: a tensor is missing.
-    """
+    """The updates in a GGUF file, in the order of the lines and with the rows of the model."""
     import gguf
 
     reader = gguf.GGUFReader(path)

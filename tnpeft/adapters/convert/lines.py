@@ -90,11 +90,7 @@ def parse(packed: str) -> tuple[str, tuple[Group, ...]]:
 
 
 def sizes_of(tensors: Mapping[str, Tensor], packed: Mapping[str, str], known: Mapping[str, int]) -> dict[str, int]:
-    """The sizes of all indices, worked out of the shapes of packed tensors.
-
-    Raises:
-        AdapterFileError: the shapes do not agree with each other.
-    """
+    """The sizes of all indices, worked out of the shapes of packed tensors."""
     sizes = dict(known)
     axes = [
         (name, group, length)

@@ -12,18 +12,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
 from tnpeft.adapters.convert import formats
 from tnpeft.adapters.convert.formats import Array, Packing
 from tnpeft.adapters.convert.lines import AdapterLines, SiteAdapter, parse, sizes_of, unpack
-from tnpeft.adapters.storage.contents import FLOATS
+from tnpeft.adapters.storage.contents import AGAIN, PEFT_PREFIX, entries
+from tnpeft.adapters.storage.files import file_in, read
 from tnpeft.networks import AdapterFileError, ConfigError
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
 MAGNITUDE = ("lora_magnitude_vector", "lora_magnitude_vector.weight")
-_AGAIN = "copy the adapter again from where it was saved"
 # What changes the base weight or the update in ways that the factors alone do not tell.
 _REFUSED: Mapping[str, tuple[Any, ...]] = {
     "lora_bias": (False, None),
@@ -49,13 +48,9 @@ class Source:
 
 
 def load(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The configuration (empty for a single file) and the tensors of an adapter.
-
-    Raises:
-        AdapterFileError: it is missing or damaged.
-    """
+    """The configuration (empty for a single file) and the tensors of an adapter."""
     if path.is_dir():
-        return _config(path / CONFIG), _tensors(path / TENSORS)
+        return _config(file_in(path, CONFIG_NAME, AGAIN)), _tensors(file_in(path, SAFETENSORS_WEIGHTS_NAME, AGAIN))
     if not path.is_file():
         raise AdapterFileError(f"{str(path)!r} is neither a folder nor a file", remedy="pass the adapter's path")
     return {}, _tensors(path)
@@ -65,25 +60,19 @@ def _config(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise AdapterFileError(f"{path.name} cannot be read: {error}", remedy=_AGAIN) from None
+        raise AdapterFileError(f"{path.name} cannot be read: {error}", remedy=AGAIN) from None
     if not isinstance(data, dict) or not isinstance(data.get("peft_type"), str):
-        raise AdapterFileError(f"{path.name} names no peft_type", remedy=_AGAIN)
+        raise AdapterFileError(f"{path.name} names no peft_type", remedy=AGAIN)
     return data
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise AdapterFileError(f"{path.name} is missing or damaged: {error}", remedy=_AGAIN) from None
-    for name, tensor in tensors.items():
-        if tensor.dtype not in FLOATS or not tensor.isfinite().all() or not tensor.numel():
-            raise AdapterFileError(f"{name} in {path.name} is not made of finite numbers", remedy=_AGAIN)
+    tensors = read(path)
+    for name, entry in entries(tensors, path.name).items():
+        if not entry.floating or not tensors[name].numel():
+            raise AdapterFileError(f"{name} in {path.name} holds no floating-point numbers", remedy=AGAIN)
     if not tensors:
-        raise AdapterFileError(f"{path.name} holds no tensors", remedy=_AGAIN)
+        raise AdapterFileError(f"{path.name} holds no tensors", remedy=AGAIN)
     return tensors
 
 
@@ -99,10 +88,6 @@ def read_peft(
         config: its configuration.
         tensors: its tensors.
         shapes: out and inp of the base model's linears by path, as far as known.
-
-    Raises:
-        AdapterFileError: it is damaged.
-        ConfigError: it needs a shape that only the base model tells, or holds what no line says.
     """
     kind = config["peft_type"]
     if kind not in formats.PEFT:
@@ -124,7 +109,7 @@ def read_peft(
         raise ConfigError(f"{_tokens[0]} holds trained tokens", remedy="convert an adapter without them")
     targets = config.get("target_parameters") or []
     if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
-        raise AdapterFileError(f"target_parameters is {targets!r}", remedy=_AGAIN)
+        raise AdapterFileError(f"target_parameters is {targets!r}", remedy=AGAIN)
     found, updates = [], []
     for module, stored in sites.items():
         magnitude = next((stored.pop(name) for name in MAGNITUDE if name in stored), None)
@@ -137,7 +122,7 @@ def read_peft(
         updates.append(update)
     about = {key: config.get(key) for key in ("base_model_name_or_path", "task_type", "revision", "modules_to_save")}
     about |= {"fan_in_fan_out": bool(config.get("fan_in_fan_out", False))}
-    kept = {name: tensors[full] for full in tensors if (name := full.removeprefix(PREFIX)) in others}
+    kept = {name: tensors[full] for full in tensors if (name := full.removeprefix(PEFT_PREFIX)) in others}
     method = "+".join(dict.fromkeys(packing_of(site, packings).method for site in found))
     return Source(f"PEFT {method}", AdapterLines(tuple(found), about, kept), tuple(updates))
 
@@ -169,7 +154,7 @@ def _rank_and_scale(config: Mapping[str, Any], module: str) -> tuple[int | None,
         try:
             value = given.get(get_pattern_key(list(given), module), usual)
         except (AttributeError, TypeError, re.error) as error:
-            raise AdapterFileError(f"{name} is not a mapping of patterns: {error}", remedy=_AGAIN) from None
+            raise AdapterFileError(f"{name} is not a mapping of patterns: {error}", remedy=AGAIN) from None
         return value
 
     kind = config["peft_type"]
@@ -179,7 +164,7 @@ def _rank_and_scale(config: Mapping[str, Any], module: str) -> tuple[int | None,
     usual = {"LORA": "lora_alpha", "RANDLORA": "randlora_alpha"}.get(kind, "alpha")
     alpha = pattern("alpha_pattern", config.get(usual))
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1 or not isinstance(alpha, int | float):
-        raise AdapterFileError(f"{module} has the rank {rank!r} and alpha {alpha!r}", remedy=_AGAIN)
+        raise AdapterFileError(f"{module} has the rank {rank!r} and alpha {alpha!r}", remedy=AGAIN)
     return rank, alpha / (sqrt(rank) if config.get("use_rslora") else rank)
 
 
@@ -198,7 +183,7 @@ def grouped(
         if end in common:
             before = shared.setdefault(end, tensor)
             if not torch.equal(before, tensor):
-                raise AdapterFileError(f"{name} differs from the other copies of {end}", remedy=_AGAIN)
+                raise AdapterFileError(f"{name} differs from the other copies of {end}", remedy=AGAIN)
         elif end is not None and name != end:
             sites.setdefault(name.removesuffix(f".{end}"), {})[end] = tensor
         elif any(f".{part}." in f".{name}." for part in kept):
@@ -206,7 +191,7 @@ def grouped(
         else:
             raise AdapterFileError(f"{name} is not part of an adapter that can be converted", remedy="take it out")
     if not sites:
-        raise AdapterFileError("no site of the adapter is in its file", remedy=_AGAIN)
+        raise AdapterFileError("no site of the adapter is in its file", remedy=AGAIN)
     return sites, shared, others
 
 
@@ -220,7 +205,7 @@ def packing_for(module: str, stored: Mapping[str, Tensor], packings: Iterable[Pa
         what = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in stored.items())
         raise AdapterFileError(
             f"{module} holds {what}, which is not a known packing of a linear or of experts",
-            remedy="convolutions and embeddings are not converted; else " + _AGAIN,
+            remedy="convolutions and embeddings are not converted; else " + AGAIN,
         )
     return found[0]
 
@@ -271,7 +256,7 @@ def _parameter(module: str, targets: list[str], sites: Mapping[str, Mapping[str,
         if fit == [False, False]:
             raise AdapterFileError(
                 f"the shapes {inner} and {outer} in {owner} are not those of gate_up_proj and down_proj",
-                remedy=_AGAIN,
+                remedy=AGAIN,
             )
         names = names if fit[0] else names[::-1]
     return f"{owner}.{names[count - 1 - inside]}"
@@ -287,11 +272,7 @@ def unpacked(
     magnitude: Tensor | None = None,
     rank: int | None = None,
 ) -> tuple[SiteAdapter, Array]:
-    """The site's line and its update by the project's own formula, scaled.
-
-    Raises:
-        AdapterFileError: the shapes do not fit.
-    """
+    """The site's line and its update by the project's own formula, scaled."""
     net = packing.site
     known: dict[str, int] = {}
     if rank is not None and packing.method == "LoRA over target_parameters":
@@ -310,7 +291,7 @@ def unpacked(
         whole = shared[name]
         groups = parse(axes)[1]
         if whole.ndim != len(groups):
-            raise AdapterFileError(f"{name} has the shape {tuple(whole.shape)}, not that of {axes}", remedy=_AGAIN)
+            raise AdapterFileError(f"{name} has the shape {tuple(whole.shape)}, not that of {axes}", remedy=AGAIN)
         for axis, group in enumerate(groups):
             if group and group[0] not in sizes:
                 sizes[group[0]] = _open_size(packing, module, whole.shape[axis], sizes)

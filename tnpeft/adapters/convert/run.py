@@ -16,11 +16,12 @@ from torch import nn
 
 from tnpeft.adapters.convert import gguf
 from tnpeft.adapters.convert.folder import read_folder, write_folder
+from tnpeft.adapters.convert.formats import TARGETS as PACKINGS
 from tnpeft.adapters.convert.formats import Array
 from tnpeft.adapters.convert.lines import AdapterLines
 from tnpeft.adapters.convert.read import Source, load, read_peft
 from tnpeft.adapters.convert.trainers import read_trainers_file
-from tnpeft.adapters.convert.write import held, packings_of, write_image, write_peft
+from tnpeft.adapters.convert.write import held, write_image, write_peft
 from tnpeft.adapters.storage.files import ROOM
 from tnpeft.models import Card, cards
 from tnpeft.networks import AdapterFileError, ConfigError, NetworkError
@@ -121,7 +122,7 @@ def _write(lines: AdapterLines, new: Path, to: str, card: Card | None) -> Adapte
     else:
         new.mkdir()
         write_peft(lines, new, to)
-    marked = tuple(held(site, tuple(packings_of(to)))[1] for site in lines.sites)
+    marked = tuple(held(site, PACKINGS[to])[1] for site in lines.sites)
     return gguf.rounded(lines) if any(site.rounded for site in marked) else lines
 
 

@@ -17,12 +17,7 @@ _IMAGE = re.compile(r"(?:lora|lycoris)_\w+\.[\w.]+")
 
 
 def read_trainers_file(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]]) -> Source:
-    """The lines of a trainer's file; its names become paths where the model's linears are known.
-
-    Raises:
-        AdapterFileError: it holds anything else.
-        ConfigError: the model has no linear that a name could mean.
-    """
+    """The lines of a trainer's file; its names become paths where the model's linears are known."""
     if not all(_IMAGE.fullmatch(name) for name in tensors):
         wrong = next(name for name in tensors if not _IMAGE.fullmatch(name))
         raise AdapterFileError(

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
 from tnpeft.adapters.convert.formats import PEFT, TARGETS, Packing
 from tnpeft.adapters.convert.lines import AdapterLines, SiteAdapter, pack, save
-from tnpeft.adapters.convert.read import CONFIG, PREFIX, TENSORS
+from tnpeft.adapters.experts.fused import parameter_place
+from tnpeft.adapters.storage.contents import PEFT_PREFIX
 from tnpeft.networks import ConfigError
 from tnpeft.nn.lowrank import cut_rank, sides
 
@@ -52,11 +54,7 @@ def fitted(site: SiteAdapter, packing: Packing) -> SiteAdapter | None:
 
 
 def held(site: SiteAdapter, packings: Sequence[Packing]) -> tuple[Packing, SiteAdapter]:
-    """The first packing that holds the site's line; else LoRA through the smallest cut, exactly (of every expert).
-
-    Raises:
-        ConfigError: the target has no packing for the line.
-    """
+    """The first packing that holds the site's line; else LoRA through the smallest cut, exactly (of every expert)."""
     for packing in packings:
         if (found := fitted(site, packing)) is not None:
             return packing, found
@@ -76,21 +74,12 @@ def held(site: SiteAdapter, packings: Sequence[Packing]) -> tuple[Packing, SiteA
             line=str(net),
             remedy="use tnpeft.export_lora(model, path, rank=...), which states its error",
         )
-    pairs = [sides(one, sizes, _chosen(site, expert)) for expert in range(over.get("expert", 1))]
+    values = {label: value.double() for label, value in site.factors.items()}
+    pairs = [sides(net, sizes, values, **dict.fromkeys(net.stack, k)) for k in range(over.get("expert", 1))]
     dtype = next(iter(site.factors.values())).dtype
     b, a = (torch.stack(matrices).to(dtype) for matrices in zip(*pairs, strict=True))
     factors = {"B": b, "A": a} if over else {"B": b[0], "A": a[0]}
     return target, replace(site, network=target.site, factors=factors, rounded=True)
-
-
-def _chosen(site: SiteAdapter, expert: int) -> dict[str, Tensor]:
-    """The factors of one expert, in double precision."""
-    values = {}
-    for factor in site.network.factors:
-        value = site.factors[site.network.label(factor)].double()
-        over = "expert" in factor.indices
-        values[site.network.label(factor)] = value.select(factor.indices.index("expert"), expert) if over else value
-    return values
 
 
 def stored(packing: Packing, site: SiteAdapter) -> dict[str, Tensor]:
@@ -106,11 +95,7 @@ def stored(packing: Packing, site: SiteAdapter) -> dict[str, Tensor]:
 
 
 def write_peft(lines: AdapterLines, folder: Path, to: str) -> None:
-    """Write the lines as a folder that PEFT reads (``per_expert`` and ``shared_outer``: that servers read).
-
-    Raises:
-        ConfigError: the target cannot hold a line, or not all of them in one folder.
-    """
+    """Write the lines as a folder that PEFT reads (``per_expert`` and ``shared_outer``: that servers read)."""
     pairs = [held(site, TARGETS[to]) for site in lines.sites]
     methods = {next((k for k, packings in PEFT.items() if packing in packings), "LORA") for packing, _ in pairs}
     if len(methods) > 1 and to == "peft":  # lines of one site each that only LoRA holds together
@@ -124,17 +109,17 @@ def write_peft(lines: AdapterLines, folder: Path, to: str) -> None:
         arrays = stored(packing, site)
         for name in packing.shared:
             whole[name] = _widest(name, whole.get(name), _uncut(packing, name, site, arrays.pop(name)))
-        tensors |= {f"{PREFIX}{_inside(packing, site, lines)}.{name}": value for name, value in arrays.items()}
+        tensors |= {f"{PEFT_PREFIX}{_inside(packing, site, lines)}.{name}": value for name, value in arrays.items()}
         if site.magnitude is not None:
-            tensors[f"{PREFIX}{site.module}.lora_magnitude_vector"] = site.magnitude
+            tensors[f"{PEFT_PREFIX}{site.module}.lora_magnitude_vector"] = site.magnitude
     if kind == "RANDLORA":
         whole = _as_peft_sizes(whole, [site.shape for _, site in pairs])
     tensors |= {f"base_model.{name}": value for name, value in whole.items()}
-    tensors |= {f"{PREFIX}{name}": value for name, value in lines.others.items()}
+    tensors |= {f"{PEFT_PREFIX}{name}": value for name, value in lines.others.items()}
     config = _config(kind, pairs, lines.about)
     config.save_pretrained(str(folder))
-    _tidy(folder / CONFIG)
-    save(tensors, folder / TENSORS, {})
+    _tidy(folder / CONFIG_NAME)
+    save(tensors, folder / SAFETENSORS_WEIGHTS_NAME, {})
 
 
 def _uncut(packing: Packing, name: str, site: SiteAdapter, value: Tensor) -> Tensor:
@@ -175,26 +160,15 @@ def _inside(packing: Packing, site: SiteAdapter, lines: AdapterLines) -> str:
     """The name of the wrapped module: parameters of one owner are wrapped one inside the other."""
     if packing.method != "LoRA over target_parameters":
         return site.module
-    owner, _, own = site.module.rpartition(".")
-    names = [other.module.rpartition(".")[2] for other in lines.sites if other.module.rpartition(".")[0] == owner]
-    names.sort(key=lambda name: name == "down_proj")
-    return owner + ".base_layer" * (len(names) - 1 - names.index(own))
+    return parameter_place(site.module, [other.module for other in lines.sites])
 
 
 def _config(kind: str, pairs: Sequence[tuple[Packing, SiteAdapter]], about: Mapping[str, Any]) -> Any:
     import peft
 
-    own: dict[str, Any] = {
-        key: value
-        for key, value in about.items()
-        if value and key in ("base_model_name_or_path", "task_type", "revision")
-    }
-    own["inference_mode"] = True
-    own["modules_to_save"] = about.get("modules_to_save")
-    if kind != "LORA" and kind != "RANDLORA" and kind != "VERA":
-        own.pop("fan_in_fan_out", None)
-    elif about.get("fan_in_fan_out"):
-        own["fan_in_fan_out"] = True
+    names = ["base_model_name_or_path", "task_type", "revision", "modules_to_save"]
+    names += ["fan_in_fan_out"] if kind in ("LORA", "RANDLORA", "VERA") else []
+    own: dict[str, Any] = {"inference_mode": True} | {key: about[key] for key in names if about.get(key)}
     experts = [site.module for packing, site in pairs if packing.method == "LoRA over target_parameters"]
     own["target_modules"] = sorted(site.module for packing, site in pairs if site.module not in experts)
     ranks = {site.module: _rank(packing, site) for packing, site in pairs}
@@ -279,11 +253,7 @@ def _tidy(path: Path) -> None:
 
 
 def write_image(lines: AdapterLines, path: Path, to: str) -> None:
-    """Write the lines as one file in the names of kohya's and LyCORIS' trainers.
-
-    Raises:
-        ConfigError: such a file cannot hold a line.
-    """
+    """Write the lines as one file in the names of kohya's and LyCORIS' trainers."""
     plain(lines, "a trainer's file")
     tensors: dict[str, Tensor] = {}
     for site in lines.sites:
@@ -314,8 +284,3 @@ def plain(lines: AdapterLines, what: str) -> None:
         raise ConfigError(
             f"{what} holds no modules trained in full ({next(iter(lines.others))})", remedy='use to="peft"'
         )
-
-
-def packings_of(to: str) -> Iterable[Packing]:
-    """The packings of a target."""
-    return TARGETS[to]

@@ -6,6 +6,7 @@ and up side by side or row by row in turn, transposed or not, with biases or wit
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -114,3 +115,11 @@ def check_local(module: nn.Module) -> None:
             "the weights of experts are offloaded or distributed over processes, and adapters read them here",
             remedy="keep the experts on one device",
         )
+
+
+def parameter_place(path: str, paths: Iterable[str]) -> str:
+    """PEFT's place of a Parameter's factors: wrappers of one module's Parameters stand one in the other."""
+    owner, _, own = path.rpartition(".")
+    names = [its.rpartition(".")[2] for its in paths if its.rpartition(".")[0] == owner]
+    names.sort(key="down_proj".__eq__)
+    return owner + ".base_layer" * (len(names) - 1 - names.index(own))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 PEFT_PREFIX = "base_model.model."  # of every name in a file
-AGAIN = "copy the adapter's folder again from where it was saved"
+AGAIN = "copy the adapter again from where it was saved"
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 _SHOWN = 3  # names that an error lists
@@ -49,11 +49,7 @@ class Contents:
 
 
 def entries(tensors: Mapping[str, Any], where: str) -> Stored:
-    """Shape and kind of every tensor, once all are known to be finite numbers.
-
-    Raises:
-        AdapterFileError: one is not.
-    """
+    """Shape and kind of every tensor, once all are known to be finite numbers."""
     found = {}
     for name, tensor in tensors.items():
         known = FLOATS if f".{PREFIX}" in f".{name}" else (*FLOATS, *_WHOLE)
@@ -67,11 +63,7 @@ def entries(tensors: Mapping[str, Any], where: str) -> Stored:
 
 
 def unprefixed(stored: Mapping[str, Entry], where: str, needed: bool = True) -> Stored:
-    """The entries by their names in the model, which in a file all stand behind one prefix.
-
-    Raises:
-        AdapterFileError: a name lacks the prefix though others have it, or it is ``needed``: PEFT would pass it over.
-    """
+    """The entries by their names in the model, which in a file all stand behind one prefix."""
     bare = [name for name in stored if not name.startswith(PEFT_PREFIX)]
     if bare and (needed or len(bare) < len(stored)):
         raise AdapterFileError(
@@ -107,11 +99,7 @@ def factor_shapes(
 
 
 def contents(model: nn.Module, config: PeftConfig, found: Layout) -> Contents:
-    """The tensors in a file of the configuration's adapter on this model, as PEFT writes and reads them.
-
-    Raises:
-        ConfigError: what is trained besides factors does not fit the model.
-    """
+    """The tensors in a file of the configuration's adapter on this model, as PEFT writes and reads them."""
     widths = {
         f"{name}.{weight.name}": weight.out_features
         for name, module in (model.named_modules() if config.dora else ())

@@ -38,9 +38,6 @@ def fetch(name: str, subfolder: str | None = None, **hub: Any) -> Path:
         name: the folder, or the repository: then the file is taken from the cache, or downloaded into it.
         subfolder: the adapter's folder in it.
         hub: options of ``hf_hub_download``, such as ``revision`` and ``cache_dir``.
-
-    Raises:
-        AdapterFileError: there is none, or it cannot be had.
     """
     folder = Path(name, subfolder or "")
     if not folder.is_dir():
@@ -54,33 +51,30 @@ def fetch(name: str, subfolder: str | None = None, **hub: Any) -> Path:
                 f"{SAFETENSORS_WEIGHTS_NAME} of {str(name)!r} cannot be had from the hub ({type(error).__name__})",
                 remedy=f"check the name and the connection; pickles ({WEIGHTS_NAME}) are not read",
             ) from error
-    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
-        pickled = (folder / WEIGHTS_NAME).is_file()
-        remedy = "save it with safe_serialization=True: pickles are not read" if pickled else AGAIN
-        raise AdapterFileError(f"no {SAFETENSORS_WEIGHTS_NAME} in {str(folder)!r}", remedy=remedy)
-    return folder / SAFETENSORS_WEIGHTS_NAME
+    pickled = (folder / WEIGHTS_NAME).is_file()
+    remedy = "save it with safe_serialization=True: pickles are not read" if pickled else AGAIN
+    return file_in(folder, SAFETENSORS_WEIGHTS_NAME, remedy)
+
+
+def file_in(folder: str | Path, name: str, remedy: str = "pass a folder that save_pretrained wrote") -> Path:
+    """The path of a file of an adapter's folder, once it is known to be there."""
+    if not (path := Path(folder, name)).is_file():
+        raise AdapterFileError(f"no {name} in {str(folder)!r}", remedy=remedy)
+    return path
 
 
 def stored(path: Path) -> Stored:
-    """Shape and kind of every array in an adapter's file, by its name in the model.
-
-    Raises:
-        AdapterFileError: the file is damaged, or holds something that is not a finite number.
-    """
+    """Shape and kind of every array in an adapter's file, by its name in the model."""
     return unprefixed(entries(read(path), SAFETENSORS_WEIGHTS_NAME), SAFETENSORS_WEIGHTS_NAME)
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The arrays of a file by name.
-
-    Raises:
-        AdapterFileError: it cannot be read.
-    """
+    """The arrays of a file by name."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise AdapterFileError(f"{SAFETENSORS_WEIGHTS_NAME} is damaged: {error}", remedy=AGAIN) from None
+        raise AdapterFileError(f"{path.name} is damaged: {error}", remedy=AGAIN) from None
 
 
 def hotswap(model: Any, folder: str, adapter: str = "default") -> None:
@@ -107,10 +101,8 @@ def hotswap(model: Any, folder: str, adapter: str = "default") -> None:
 
     from tnpeft.adapters.state import bank_of
 
-    path = Path(folder) / SAFETENSORS_WEIGHTS_NAME
-    for file in (path, path.with_name(CONFIG_NAME)):
-        if not file.is_file():
-            raise AdapterFileError(f"no {file.name} in {folder!r}", remedy="pass a folder that save_pretrained wrote")
+    path = file_in(folder, SAFETENSORS_WEIGHTS_NAME)
+    file_in(folder, CONFIG_NAME)
     own = model.peft_config[adapter]
     new = type(own).from_pretrained(folder)
     if not isinstance(new, type(own)):
@@ -227,11 +219,7 @@ def describe(folder: str, adapters: Mapping[str, Factorization]) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all.
-
-    Raises:
-        AdapterFileError: the disk does not take it; what was there stays.
-    """
+    """Write a file as a whole or not at all."""
     try:
         with whole(path) as part:
             part.write_text(text, encoding="utf-8")
@@ -241,11 +229,7 @@ def write(path: Path, text: str) -> None:
 
 @contextmanager
 def written(folder: Any, writes: bool = True) -> Iterator[Any]:
-    """A folder to write files to, which end up in ``folder`` once all are written; if any cannot be, none does.
-
-    Raises:
-        AdapterFileError: the disk does not take them; what was in the folder stays.
-    """
+    """A folder to write files to, which end up in ``folder`` once all are written; if any cannot be, none does."""
     if not writes:
         yield folder
         return

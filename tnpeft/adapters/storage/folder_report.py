@@ -16,7 +16,7 @@ from tnpeft.adapters.config import TensorNetworkConfig
 from tnpeft.adapters.constants import PREFIX
 from tnpeft.adapters.layer.bank import BANK
 from tnpeft.adapters.storage.contents import Stored
-from tnpeft.adapters.storage.files import fetch
+from tnpeft.adapters.storage.files import fetch, file_in
 from tnpeft.counting.cuts import rank_bound
 from tnpeft.models.cards import Model, at_hand, card
 from tnpeft.networks import AdapterFileError, Factorization, Network, NetworkError, Site
@@ -126,10 +126,7 @@ def explain_folder(folder: str | Path, *, model: Model = None) -> FolderReport:
     tnpeft.networks.errors.AdapterFileError: no adapter_config.json in 'no/such/folder'
     pass a folder that save_pretrained wrote
     """
-    if not Path(folder, CONFIG_NAME).is_file():
-        raise AdapterFileError(
-            f"no {CONFIG_NAME} in {str(folder)!r}", remedy="pass a folder that save_pretrained wrote"
-        )
+    file_in(folder, CONFIG_NAME)
     config = TensorNetworkConfig.from_pretrained(str(folder))
     if not isinstance(config, TensorNetworkConfig):
         raise AdapterFileError(

@@ -594,7 +594,7 @@ def test_a_folder_without_a_configuration_is_named(hub: bool, saved: Path, tmp_p
     for call in calls.values():
         with pytest.raises(AdapterFileError, match=r"no adapter_config.json in '.*sub'\ncopy the adapter"):
             call(str(where[0]), **where[1])
-    with pytest.raises(AdapterFileError, match="no adapter_config.json in"):
+    with pytest.raises(AdapterFileError, match=r"no adapter_config.json in"):
         plain.load_adapter(str(where[0]), adapter_kwargs=where[1])
     assert [*model.peft_config] == ["default"]
     assert {name for name, _ in plain.named_parameters()} == BASE

@@ -36,8 +36,8 @@ _Group = tuple[Network, tuple[tuple[str, int], ...]]
 # ---- writing
 
 
-def write_folder(lines: AdapterLines, folder: Path, card: Card | None) -> None:
-    """Write the lines as a tnpeft adapter."""
+def write_folder(lines: AdapterLines, folder: Path, card: Card | None) -> bool:
+    """Write the lines as a tnpeft adapter; true if that rounds them, as scales that differ go into factors."""
     names = _names([site.module for site in lines.sites], card)
     scale = Counter(site.scale for site in lines.sites).most_common(1)[0][0]
     ranks = {site.module: _ranks(site) for site in lines.sites}
@@ -71,6 +71,7 @@ def write_folder(lines: AdapterLines, folder: Path, card: Card | None) -> None:
         folder / SAFETENSORS_WEIGHTS_NAME,
         {_NOTE: json.dumps({"axes": axes, "ranks": padded, "scales": scales}, sort_keys=True)},
     )
+    return bool(scales)
 
 
 def _names(modules: Sequence[str], card: Card | None) -> dict[str, tuple[str, str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +18,8 @@ _NAMES = {"mistral": "llama", "ministral": "llama", "mixtral": "llama", "bert": 
 _ROTATED = ("llama",)  # architectures whose q and k rows llama.cpp stores half by half
 
 
-def write_gguf(lines: AdapterLines, path: Path, card: Card | None) -> None:
-    """Write the lines as a GGUF LoRA."""
+def write_gguf(lines: AdapterLines, path: Path, card: Card | None) -> bool:
+    """Write the lines as a GGUF LoRA; true, as it holds single precision."""
     try:
         import gguf
     except ImportError:
@@ -48,6 +47,7 @@ def write_gguf(lines: AdapterLines, path: Path, card: Card | None) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return True
 
 
 def read_updates(path: Path, lines: AdapterLines, card: Card) -> list[Array]:
@@ -97,8 +97,3 @@ def _rotated(b: Tensor, site: SiteAdapter, card: Card, arch: str, name: str) -> 
     if not heads:
         return b
     return b.reshape(heads, 2, b.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(b.shape)
-
-
-def rounded(lines: AdapterLines) -> AdapterLines:
-    """The lines with every site marked as rounded: a GGUF file holds single precision."""
-    return replace(lines, sites=tuple(replace(site, rounded=True) for site in lines.sites))

@@ -5,23 +5,22 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
-from tnpeft.adapters.convert import gguf
 from tnpeft.adapters.convert.folder import read_folder, write_folder
-from tnpeft.adapters.convert.formats import TARGETS as PACKINGS
 from tnpeft.adapters.convert.formats import Array
+from tnpeft.adapters.convert.gguf import read_updates, write_gguf
 from tnpeft.adapters.convert.lines import AdapterLines
 from tnpeft.adapters.convert.read import Source, load, read_peft
 from tnpeft.adapters.convert.trainers import read_trainers_file
-from tnpeft.adapters.convert.write import held, write_image, write_peft
+from tnpeft.adapters.convert.write import write_image, write_peft
 from tnpeft.adapters.storage.files import ROOM
 from tnpeft.models import Card, cards
 from tnpeft.networks import AdapterFileError, ConfigError, NetworkError
@@ -92,7 +91,7 @@ def convert(source: str | Path, target: str | Path, to: str = "tnpeft", *, model
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as aside:
             new = Path(aside, f"file{_FILES[to]}" if to in _FILES else "folder")
             lines = _write(found.lines, new, to, card)
-            back = _updates(new, to, lines, model, card)
+            back = _updates(new, to, lines, card)
             difference = _compare(found, lines, back)
             os.chmod(new, 0o755 if new.is_dir() else 0o644)
             os.replace(new, path)
@@ -109,42 +108,32 @@ def _read(path: Path, shapes: Mapping[str, tuple[int, int]]) -> Source:
 
 
 def _write(lines: AdapterLines, new: Path, to: str, card: Card | None) -> AdapterLines:
-    """Write a target; what its updates may differ by is marked in the lines that come back."""
-    if to == "gguf":
-        gguf.write_gguf(lines, new, card)
-        return gguf.rounded(lines)
-    if to in _FILES:
-        write_image(lines, new, to)
-    elif to == "tnpeft":
+    """Write a target; sites whose values it rounds are marked in the lines that come back."""
+    if to not in _FILES:
         new.mkdir()
-        write_folder(lines, new, card)
-        return gguf.rounded(lines) if len({site.scale for site in lines.sites}) > 1 else lines
+    if to in ("gguf", "tnpeft"):
+        rounded = (write_gguf if to == "gguf" else write_folder)(lines, new, card)
     else:
-        new.mkdir()
-        write_peft(lines, new, to)
-    marked = tuple(held(site, PACKINGS[to])[1] for site in lines.sites)
-    return gguf.rounded(lines) if any(site.rounded for site in marked) else lines
+        rounded = (write_image if to in _FILES else write_peft)(lines, new, to)
+    return replace(lines, sites=tuple(replace(site, rounded=True) for site in lines.sites)) if rounded else lines
 
 
-def _updates(new: Path, to: str, lines: AdapterLines, model: Any, card: Card | None) -> Mapping[str, Array]:
+def _updates(new: Path, to: str, lines: AdapterLines, card: Card | None) -> Mapping[str, tuple[Array, Tensor | None]]:
+    """The updates and magnitudes that were written, by module."""
     if to == "gguf":
         assert card is not None
-        return dict(zip((s.module for s in lines.sites), gguf.read_updates(new, lines, card), strict=True))
-    shapes = {site.module: site.shape for site in lines.sites if not site.network.stack}
-    back = _read(new, shapes)
-    return {site.module: update for site, update in zip(back.lines.sites, back.updates, strict=True)} | {
-        f"{site.module}/magnitude": site.magnitude.double().numpy()
-        for site in back.lines.sites
-        if site.magnitude is not None
-    }
+        written = read_updates(new, lines, card)
+        return {site.module: (update, None) for site, update in zip(lines.sites, written, strict=True)}
+    back = _read(new, {site.module: site.shape for site in lines.sites if not site.network.stack})
+    return {s.module: (update, s.magnitude) for s, update in zip(back.lines.sites, back.updates, strict=True)}
 
 
-def _compare(found: Source, lines: AdapterLines, back: Mapping[str, Array]) -> float:
+def _compare(found: Source, lines: AdapterLines, back: Mapping[str, tuple[Array, Tensor | None]]) -> float:
     """The largest relative difference between the outputs of the updates on drawn inputs."""
     rng = np.random.default_rng(0)
     worst = 0.0
     for site, written, update in zip(found.lines.sites, lines.sites, found.updates, strict=True):
-        other = back.get(site.module)
+        other, magnitude = back.get(site.module, (None, None))
         if other is None or other.shape != update.shape:
             shape = None if other is None else other.shape
             raise AdapterFileError(
@@ -163,9 +152,7 @@ def _compare(found: Source, lines: AdapterLines, back: Mapping[str, Array]) -> f
                 f"{allowed:.3g} is rounding",
                 remedy="nothing was written",
             )
-        if site.magnitude is not None and not np.array_equal(
-            back.get(f"{site.module}/magnitude", np.empty(0)), site.magnitude.double().numpy()
-        ):
+        if site.magnitude is not None and (magnitude is None or not torch.equal(magnitude, site.magnitude)):
             raise AdapterFileError(f"the magnitude of {site.module} would change", remedy="nothing was written")
     return worst
 

@@ -94,8 +94,11 @@ def stored(packing: Packing, site: SiteAdapter) -> dict[str, Tensor]:
 # ---- PEFT's folders
 
 
-def write_peft(lines: AdapterLines, folder: Path, to: str) -> None:
-    """Write the lines as a folder that PEFT reads (``per_expert`` and ``shared_outer``: that servers read)."""
+def write_peft(lines: AdapterLines, folder: Path, to: str) -> bool:
+    """Write the lines as a folder that PEFT reads (``per_expert`` and ``shared_outer``: that servers read).
+
+    It is true if that rounds them.
+    """
     pairs = [held(site, TARGETS[to]) for site in lines.sites]
     methods = {next((k for k, packings in PEFT.items() if packing in packings), "LORA") for packing, _ in pairs}
     if len(methods) > 1 and to == "peft":  # lines of one site each that only LoRA holds together
@@ -120,6 +123,7 @@ def write_peft(lines: AdapterLines, folder: Path, to: str) -> None:
     config.save_pretrained(str(folder))
     _tidy(folder / CONFIG_NAME)
     save(tensors, folder / SAFETENSORS_WEIGHTS_NAME, {})
+    return any(site.rounded for _, site in pairs)
 
 
 def _uncut(packing: Packing, name: str, site: SiteAdapter, value: Tensor) -> Tensor:
@@ -252,21 +256,20 @@ def _tidy(path: Path) -> None:
 # ---- single files
 
 
-def write_image(lines: AdapterLines, path: Path, to: str) -> None:
-    """Write the lines as one file in the names of kohya's and LyCORIS' trainers."""
+def write_image(lines: AdapterLines, path: Path, to: str) -> bool:
+    """Write the lines as one file in the names of kohya's and LyCORIS' trainers; true if that rounds them."""
     plain(lines, "a trainer's file")
     tensors: dict[str, Tensor] = {}
+    rounded = False
     for site in lines.sites:
         packing, fit = held(site, TARGETS[to])
         rank = fit.sizes.get("r", fit.sizes.get("q"))
         if rank is None:
             fit = fit.scaled(1.0)
-        known = re.fullmatch(r"(lora|lycoris)_\w+", site.module)
-        name = (
-            site.module
-            if known
-            else f"{'lycoris' if to == 'lycoris' else 'lora_unet'}_{site.module.replace('.', '_')}"
-        )
+        rounded |= fit.rounded
+        name = site.module
+        if not re.fullmatch(r"(lora|lycoris)_\w+", name):
+            name = f"{'lycoris' if to == 'lycoris' else 'lora_unet'}_{name.replace('.', '_')}"
         arrays = stored(packing, fit)
         if rank is not None:
             arrays["alpha"] = torch.tensor(float(_alpha(fit.scale, rank)), dtype=torch.float64)
@@ -274,6 +277,7 @@ def write_image(lines: AdapterLines, path: Path, to: str) -> None:
                 arrays["alpha"] = arrays["alpha"].float()
         tensors |= {f"{name}.{end}": value for end, value in arrays.items()}
     save(tensors, path, {"ss_network_module": "tnpeft"})
+    return rounded
 
 
 def plain(lines: AdapterLines, what: str) -> None:

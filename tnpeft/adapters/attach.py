@@ -40,18 +40,16 @@ def attach(
 ) -> None:
     """Give targeted modules an adapter, all checks before the first of them is touched.
 
-    ``meant`` is PEFT's answer for the path of a weight: true if it is a target itself, an ``_ExcludedModule`` if it
-    is excluded.
+    ``meant`` is PEFT's answer for the path of a weight, as in :func:`targets_of`.
     """
-    quantised = get_quantization_kwargs(model)
-    bases = targets_of(model, modules, config, quantised, meant)
+    bases = targets_of(model, modules, config, meant)
     for name, base in bases.items():
         for path in () if isinstance(base, RawWeight) else name.replace("*", "0").split("="):
             check_owner(model, path)
-        check_kind(name, base, config, quantised)
+        check_kind(name, base, config, get_quantization_kwargs(model))
     layout = build_layout(model, bases, config)
     check_name(adapter, layout, getattr(model, BANK, None))
-    values = start_values(config, layout, partial(site_weight, model, bases, quantised))
+    values = start_values(config, layout, partial(site_weight, model, bases))
     holders = [getattr(base, "module", base) for base in bases.values()]  # of fused weights of experts
     if any(array.dtype == torch.float64 for holder in holders for array in holder.parameters()):
         values = {param: value.double() for param, value in values.items()}  # or loading would round them
@@ -68,7 +66,7 @@ def attach(
         for expert, path in enumerate(site_layout.site.paths):
             site_layouts.setdefault((path, expert), []).append(site_layout)
     for (path, expert), its in site_layouts.items():
-        layer = adapted_layer(model, path, bases.get(path), bank, quantised)
+        layer = adapted_layer(model, path, bases.get(path), bank)
         _register(layer, path, expert, adapter, config, values, sorted(its, key=lambda p: p.site.start))
     for names in shared_input_groups(model, [site_layout.site for site_layout in layout.site_layouts]):
         join(adapter, map(model.get_submodule, names))

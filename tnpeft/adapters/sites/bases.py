@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import _ExcludedModule
+from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from tnpeft.adapters.experts.fused import FusedWeight, check_experts, check_floating
@@ -34,23 +35,15 @@ def base_of(module: nn.Module) -> nn.Module:
 
 
 def targets_of(
-    model: nn.Module,
-    modules: Mapping[str, nn.Module],
-    config: Any,
-    quantised: dict[str, Any],
-    meant: Callable[[str], Any],
+    model: nn.Module, modules: Mapping[str, nn.Module], config: Any, meant: Callable[[str], Any]
 ) -> dict[str, Any]:
     """What targeted modules adapt, by path: layers, and in place of modules that hold several weights these.
 
-    Args:
-        model: the model.
-        modules: its targeted modules by path.
-        config: the configuration, whose line, axes and source matter.
-        quantised: PEFT's options for finding a back end.
-        meant: PEFT's answer for the path of a weight.
+    ``meant`` is PEFT's answer for the path of a weight: true if it is a target itself, an ``_ExcludedModule`` if it
+    is excluded.
     """
-    left = dict(modules)
-    bases: dict[str, Any] = dict(_take_listed(model, left, quantised, meant, config.factorization))
+    left, quantised = dict(modules), get_quantization_kwargs(model)
+    bases: dict[str, Any] = dict(_take_listed(model, left, meant, config.factorization))
     axes = config.axes or {}
     unused = {*axes}
     for name, module in left.items():
@@ -109,7 +102,6 @@ def _named(owner: str, raw: RawWeight, meant: Callable[[str], Any]) -> bool:
 def _take_listed(
     model: nn.Module,
     modules: dict[str, nn.Module],
-    quantised: dict[str, Any],
     meant: Callable[[str], Any],
     f: Factorization,
 ) -> dict[str, ListedWeight]:
@@ -117,6 +109,7 @@ def _take_listed(
 
     If a line has the index ``expert``, so are targeted linears inside such lists.
     """
+    quantised = get_quantization_kwargs(model)
     by_expert = any("expert" in rule.network.indices for rule in f.lines)
     targeted = [name for name, module in modules.items() if is_list(name, module)]
     for name in targeted:
@@ -149,7 +142,7 @@ def excluded_weights(held: Mapping[str, Sequence[str]], meant: Callable[[str], A
         yield
 
 
-def site_weight(model: nn.Module, bases: Mapping[str, Any], quantised: dict[str, Any], site: Site) -> Tensor:
+def site_weight(model: nn.Module, bases: Mapping[str, Any], site: Site) -> Tensor:
     """The base weight of a site, fp32 ``[out, inp]``, of experts ``[expert, out, inp]``."""
     base = bases[site.module]
     if isinstance(base, FusedWeight):
@@ -158,15 +151,19 @@ def site_weight(model: nn.Module, bases: Mapping[str, Any], quantised: dict[str,
         matrix = base.matrix()
     else:
         layers = map(model.get_submodule, site.paths if site.listed else site.paths[:1])
-        adapted = [its if isinstance(its, DenseLinear) else wrapped(its, FactorBank(), quantised) for its in layers]
-        matrices = [layer.base_matrix() for layer in adapted]
+        matrices = [_adapted(model, layer, FactorBank()).base_matrix() for layer in layers]
         matrix = torch.stack(matrices) if site.listed else matrices[0]
     rows = slice(site.start, site.start + site.out) if "/out:" in site.proj else slice(None)
     cols = slice(site.start, site.start + site.inp) if "/inp:" in site.proj else slice(None)
     return matrix[..., rows, cols]
 
 
-def adapted_layer(model: nn.Module, path: str, base: Any, bank: FactorBank, quantised: dict[str, Any]) -> DenseLinear:
+def _adapted(model: nn.Module, layer: nn.Module, bank: FactorBank) -> DenseLinear:
+    """The layer if it is adapted, else another that adapts it."""
+    return layer if isinstance(layer, DenseLinear) else wrapped(layer, bank, get_quantization_kwargs(model))
+
+
+def adapted_layer(model: nn.Module, path: str, base: Any, bank: FactorBank) -> DenseLinear:
     """The adapted layer or weight at a path of the model; it takes the place of its base if there is none."""
     owner, _, name = path.rpartition(".")
     if isinstance(base, RawWeight):
@@ -175,10 +172,9 @@ def adapted_layer(model: nn.Module, path: str, base: Any, bank: FactorBank, quan
         return experts_at(model, owner, bank).get_submodule(name)  # type: ignore[return-value]
     parent = model.get_submodule(owner)
     target = getattr(parent, name)
-    if isinstance(target, DenseLinear):
-        return target
-    found = wrapped(target, bank, quantised).train(target.training)
-    if fused(parent):
-        found.register_forward_pre_hook(keep_unfused)
-    setattr(parent, name, found)
+    found = _adapted(model, target, bank)
+    if found is not target:
+        if fused(parent):
+            found.register_forward_pre_hook(keep_unfused)
+        setattr(parent, name, found.train(target.training))
     return found

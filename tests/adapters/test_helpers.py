@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from tnpeft.adapters.attach import check_name
 from tnpeft.adapters.config_validation import check_fields, shown
 from tnpeft.adapters.placement import check_patterns, extract_replica, match_parameters
 from tnpeft.adapters.replicas.batch import expect_blocks
 from tnpeft.adapters.rollback import or_as_before, outside
-from tnpeft.adapters.sites.names import check_name
 from tnpeft.adapters.sites.selection import choose, described
 from tnpeft.adapters.state import entries
 from tnpeft.adapters.targets import features, names_by_path

@@ -11,6 +11,7 @@ from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
 
 from tnpeft.adapters.config import TensorNetworkConfig
+from tnpeft.adapters.constants import PREFIX
 from tnpeft.adapters.layer.bank import BANK, FactorBank
 from tnpeft.adapters.layer.binding import update
 from tnpeft.adapters.layer.checkpointing import watch
@@ -20,15 +21,16 @@ from tnpeft.adapters.placement import base_constants, build_layout, start_values
 from tnpeft.adapters.replicas.batch import expect_blocks
 from tnpeft.adapters.sites.bases import adapted_layer, site_weight, targets_of
 from tnpeft.adapters.sites.kinds import check_kind
-from tnpeft.adapters.sites.names import check_name
 from tnpeft.adapters.sites.owners import check_owner
 from tnpeft.adapters.sites.raw import RawWeight
 from tnpeft.adapters.sites.tied import note_tied
 from tnpeft.adapters.targets import shared_input_groups
-from tnpeft.layout import ParameterSpec, SiteLayout
+from tnpeft.layout import Layout, ParameterSpec, SiteLayout
 from tnpeft.networks import NetworkError
 
 _Values = Mapping[ParameterSpec, Tensor]
+_CONTAINERS = type("Containers", (nn.ModuleDict, nn.ParameterDict), {})()  # of adapters, by name
+_MEANT = ("__base__", "base_layer", "original_module", "modules_to_save", "token_adapter")
 
 
 def attach(
@@ -70,6 +72,26 @@ def attach(
         _register(layer, path, expert, adapter, config, values, sorted(its, key=lambda p: p.site.start))
     for names in shared_input_groups(model, [site_layout.site for site_layout in layout.site_layouts]):
         join(adapter, map(model.get_submodule, names))
+
+
+def check_name(adapter: str, layout: Layout, bank: Any) -> None:
+    """Raise if an adapter cannot have a name: it is part of the names of modules, Parameters and entries of files."""
+    others = bank.keys if isinstance(bank, FactorBank) else {}
+    printed = adapter != "" and adapter.isprintable()
+    if not printed or "." in adapter or PREFIX in adapter or hasattr(_CONTAINERS, adapter):
+        raise NetworkError(
+            f"no adapter can be called {adapter!r}: its name is part of the names of its factors",
+            remedy=f"choose a printable name without a dot or {PREFIX!r}, and not that of a module's method",
+        )
+    if adapter in _MEANT:
+        raise NetworkError(f"{adapter!r} means something else to PEFT", remedy="choose another adapter name")
+    keys = {param.key for param in layout.parameters}
+    taken = [adapter] if adapter in keys or any(adapter in its for its in others.values()) else []
+    for name in [*taken, *(name for name in others if name in keys)]:
+        raise NetworkError(
+            f"the adapter {name!r} is called as one of the factors, and PEFT would mix the two up in files",
+            remedy="choose another adapter name",
+        )
 
 
 def _bank(model: nn.Module, first: nn.Module) -> FactorBank:

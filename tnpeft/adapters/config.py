@@ -9,9 +9,8 @@ from typing import Any
 
 from peft.config import PeftConfig
 
-from tnpeft.adapters.config_validation import check_fields, check_replicas
+from tnpeft.adapters.config_validation import check_fields, check_replicas, check_stack
 from tnpeft.adapters.constants import TENSOR_NETWORK
-from tnpeft.adapters.sites.selection import check_stack
 from tnpeft.adapters.storage.files import AGAIN, LOADING, Stored, describe, fetch, stored, written
 from tnpeft.adapters.storage.serialization import factorization, lower, with_rank_pattern
 from tnpeft.networks import AdapterFileError, ConfigError, Factorization, replicated

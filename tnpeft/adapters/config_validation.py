@@ -8,6 +8,7 @@ from functools import partial
 from sys import float_info
 from typing import Any
 
+from tnpeft.adapters.sites.selection import RESERVED
 from tnpeft.adapters.storage.expressions import MOST_TEXT
 from tnpeft.networks import ConfigError
 
@@ -83,6 +84,31 @@ def check_replicas(config: Any) -> None:
             )
     if config.dora:
         raise ConfigError("replicas have no magnitudes", remedy="train with dora one adapter at a time")
+
+
+def check_stack(stack: Mapping[str, int] | None, config: Any) -> None:
+    """Raise unless a configuration's lines carry the stack indices that it declares, and it has one update only."""
+    if not stack:
+        return
+    lines = [rule.network for rule in config.factorization.lines]
+    for index in stack:
+        if index in RESERVED:
+            raise ConfigError(f"stack names {index!r}, which a model gives its size", remedy="leave it out of stack")
+        if not any(index in line.stack for line in lines):
+            raise ConfigError(
+                f"stack declares {index!r}, which no line has among its stack indices",
+                line=str(lines[0]),
+                remedy=f"write it before the rows in the output, such as {index} out inp, or leave it out of stack",
+            )
+    if config.dora:
+        raise ConfigError(
+            "a magnitude belongs to one update, and a stack index has several",
+            remedy="leave out dora, or attach one adapter for each value",
+        )
+    if config.replicas > 1:
+        raise ConfigError(
+            "replicas of a named stack cannot be told apart in one batch", remedy="leave out replicas or stack"
+        )
 
 
 # ---- kinds

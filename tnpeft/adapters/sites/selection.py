@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tnpeft.networks import REPLICA, ConfigError, Factor, Network, NetworkError, Term
+from tnpeft.networks import REPLICA, Factor, Network, NetworkError, Term
 
 Selected = Mapping[str, Tensor]  # the values of stack indices, each without axes or with one value for each row
 Axes = tuple[tuple[int, str], ...]  # where an array has axes of named stack indices
@@ -202,28 +202,3 @@ def one_value(
         return net, sizes, ()
     net = rowwise(net, stack, ())
     return net, {index: size for index, size in sizes.items() if index in net.indices}, stack
-
-
-def check_stack(stack: Mapping[str, int] | None, config: Any) -> None:
-    """Raise unless a configuration's lines carry the stack indices that it declares, and it has one update only."""
-    if not stack:
-        return
-    lines = [rule.network for rule in config.factorization.lines]
-    for index in stack:
-        if index in RESERVED:
-            raise ConfigError(f"stack names {index!r}, which a model gives its size", remedy="leave it out of stack")
-        if not any(index in line.stack for line in lines):
-            raise ConfigError(
-                f"stack declares {index!r}, which no line has among its stack indices",
-                line=str(lines[0]),
-                remedy=f"write it before the rows in the output, such as {index} out inp, or leave it out of stack",
-            )
-    if config.dora:
-        raise ConfigError(
-            "a magnitude belongs to one update, and a stack index has several",
-            remedy="leave out dora, or attach one adapter for each value",
-        )
-    if config.replicas > 1:
-        raise ConfigError(
-            "replicas of a named stack cannot be told apart in one batch", remedy="leave out replicas or stack"
-        )

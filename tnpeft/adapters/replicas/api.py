@@ -23,7 +23,8 @@ from torch.optim.optimizer import Optimizer
 
 from tnpeft.adapters.placement import extract_replica, match_parameters
 from tnpeft.adapters.state import arrays, bank_of, set_factors, stacked
-from tnpeft.adapters.storage.contents import factor_shapes
+from tnpeft.adapters.storage.contents import PEFT_PREFIX, factor_shapes
+from tnpeft.adapters.storage.files import written
 from tnpeft.layout import Layout, ParameterSpec
 from tnpeft.networks import REPLICA, NetworkError
 
@@ -231,12 +232,11 @@ def save(model: nn.Module, k: int, folder: str | Path, adapter: str = "default")
 
     config = _config(model, k, adapter)
     one, values = _own(model, k, adapter, ("trainable", "frozen") if config.save_frozen else ("trainable",))
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
     named = zip(factor_shapes(config, one), values.values(), strict=True)
-    tensors = {f"base_model.model.{name}": value.detach().cpu().contiguous() for name, value in named}
-    save_file(tensors, path / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-    config.save_pretrained(str(path))
+    tensors = {f"{PEFT_PREFIX}{name}": value.detach().cpu().contiguous() for name, value in named}
+    with written(folder) as new:
+        save_file(tensors, Path(new, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
+        config.save_pretrained(str(new))
 
 
 # ---- inside

@@ -18,7 +18,6 @@ from typing import Any
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from tnpeft._files import whole
 from tnpeft.adapters.storage.contents import AGAIN, Stored, check_contents, contents, entries, unprefixed
 from tnpeft.layout import Layout
 from tnpeft.networks import AdapterFileError, Factorization
@@ -215,16 +214,7 @@ def describe(folder: str, adapters: Mapping[str, Factorization]) -> None:
     before, _, after = card.read_text(encoding="utf-8").partition(_MARK)
     kept = re.search(r"^#+ .*", after, re.MULTILINE | re.DOTALL)  # from the next heading on
     text = f"{before.rstrip()}\n\n" + "\n\n".join(parts) + (f"\n{kept[0]}" if kept else "")
-    write(card, text)
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all."""
-    try:
-        with whole(path) as part:
-            part.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise AdapterFileError(f"{path} cannot be written: {error}", remedy=ROOM) from error
+    card.write_text(text, encoding="utf-8")
 
 
 @contextmanager

@@ -41,7 +41,6 @@ _CHANGES: Kinds = {
 _LINE = {"network", "sites"}
 _CHECK = "check the file"
 _STORED: Kinds = {  # the entries of what `lower` writes, besides the schema
-    "name source": (text, _CHECK),
     "lines": (
         lambda lines: (
             list_of(map_of(_LINE.__contains__, text), list)(lines)
@@ -50,6 +49,7 @@ _STORED: Kinds = {  # the entries of what `lower` writes, besides the schema
         ),
         _CHECK,
     ),
+    "name source": (text, _CHECK),
     "ranks init lr_multiplier": (or_none(_table), _CHECK),
     "splits": (or_none(map_of(text, of_type(list))), _CHECK),
     "scale": (number, _CHECK),

@@ -7,14 +7,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from tnpeft.adapters.config import TensorNetworkConfig
 from tnpeft.adapters.constants import PREFIX
 from tnpeft.adapters.layer.bank import BANK, FactorBank
 from tnpeft.adapters.layer.binding import update
-from tnpeft.adapters.layer.checkpointing import watch
 from tnpeft.adapters.layer.merging import DenseLinear
 from tnpeft.adapters.layer.shared_input import join
 from tnpeft.adapters.placement import base_constants, build_layout, start_values
@@ -39,10 +38,12 @@ def attach(
     config: TensorNetworkConfig,
     adapter: str,
     meant: Callable[[str], Any],
+    bank_for: Callable[[nn.Module], FactorBank],
 ) -> None:
     """Give targeted modules an adapter, all checks before the first of them is touched.
 
-    ``meant`` is PEFT's answer for the path of a weight, as in :func:`targets_of`.
+    ``meant`` is PEFT's answer for the path of a weight, as in :func:`targets_of`; ``bank_for`` gives the model its
+    bank if it has none.
     """
     bases = targets_of(model, modules, config, meant)
     for name, base in bases.items():
@@ -55,7 +56,7 @@ def attach(
     holders = [getattr(base, "module", base) for base in bases.values()]  # of fused weights of experts
     if any(array.dtype == torch.float64 for holder in holders for array in holder.parameters()):
         values = {param: value.double() for param, value in values.items()}  # or loading would round them
-    bank = _bank(model, holders[0])
+    bank = bank_for(holders[0])
     bank.layouts[adapter], bank.configs[adapter] = layout, config
     bank.keys[adapter] = frozenset(param.key for param in layout.parameters)
     if config.replicas > 1:
@@ -92,21 +93,6 @@ def check_name(adapter: str, layout: Layout, bank: Any) -> None:
             f"the adapter {name!r} is called as one of the factors, and PEFT would mix the two up in files",
             remedy="choose another adapter name",
         )
-
-
-def _bank(model: nn.Module, first: nn.Module) -> FactorBank:
-    bank: FactorBank | None = getattr(model, BANK, None)
-    if bank is not None and not isinstance(bank, FactorBank):
-        raise NetworkError(
-            f"the model has something of its own called {BANK!r}, where shared factors would be kept",
-            remedy="rename it, or adapt a module that holds the model",
-        )
-    if bank is None:
-        bank = FactorBank(resolve_quantization_backend(first, **get_quantization_kwargs(model)))
-        setattr(model, BANK, bank.train(model.training))
-        model.register_forward_pre_hook(watch)
-    bank.device = next(first.parameters()).device
-    return bank
 
 
 def _register(

@@ -97,13 +97,14 @@ def test_what_is_pushed_to_the_hub(there: str | None, monkeypatch: pytest.Monkey
     assert ("A text." in card, "## More\n\nKept." in card) == (bool(there), bool(there))
 
 
-def test_a_card_of_other_adapters_is_left_to_peft(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_card_of_other_adapters_is_left_to_peft(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("theirs")
-    monkeypatch.setattr(
-        peft_patches, "_upload", lambda model, folder: sorted(file.name for file in Path(folder).iterdir())
-    )
+
+    def upload(model: Any, folder: str) -> list[str]:
+        return sorted(file.name for file in Path(folder).iterdir())
+
     model = peft.get_peft_model(opt(), peft.LoraConfig(target_modules=["q_proj"]))
-    assert model._upload_modified_files(str(tmp_path)) == ["README.md"]
+    assert peft_patches._upload_with_card(upload, model, str(tmp_path)) == ["README.md"]
     assert (tmp_path / "README.md").read_text() == "theirs"
 
 

@@ -79,7 +79,7 @@ class _Compiler:
         for step in self.steps:
             if step.kind == "add":
                 if step is not last or not self.plan.activation:
-                    self._add(step, step is last)
+                    self._add(step)
             elif step.result in parts and self.plan.activation:
                 self._accumulate(step, parts[step.result])
             else:
@@ -87,8 +87,7 @@ class _Compiler:
         output = Y if self.plan.activation else self.places[last.result]
         kinds = [self.plan.network.factor(label) for label in self.labels]
         trainable = [self.sizes.volume(f.indices) if f.kind == "trainable" else 0 for f in kinds]
-        width = self.sizes.volume(flat(self.layouts[X])) if self.plan.activation else 0
-        width //= self.plan.sizes.get(self.plan.activation, 1)
+        width = self._elements(self.layouts[X]) if self.plan.activation else 0
         return Listing(self.out, self.layouts, self.results, self.sizes, trainable, width, output)
 
     def _emit(
@@ -97,15 +96,14 @@ class _Compiler:
         register, self.next = self.next, self.next + 1
         self.layouts[register] = layout
         self.out.append(Instruction(kernel, operands, register, sign < 0))
-        elements = self.sizes.volume(flat(layout)) // self._rows(layout)
-        self.results[register] = Result(name, elements, self.sizes.volume(summed))
+        self.results[register] = Result(name, self._elements(layout), self.sizes.volume(summed))
         if name:
             self.places[name] = register
         return register
 
-    def _rows(self, layout: Layout) -> int:
-        token = self.plan.activation
-        return int(self.plan.sizes[token]) if token and token in flat(layout) else 1
+    def _elements(self, layout: Layout) -> int:
+        """The number of elements, of activations for each row."""
+        return self.sizes.volume(index for index in flat(layout) if index != self.plan.activation)
 
     def _operand(self, step: Step, k: int) -> tuple[int, Layout]:
         """Return an operand and its layout; a factor takes the names that its indices have in this use."""
@@ -152,7 +150,7 @@ class _Compiler:
         kernel, operands, layout, summed = self._einsum(step, singly(self._order(step)) if last else None)
         self._emit(step.result, kernel, operands, layout, summed)
 
-    def _add(self, step: Step, last: bool) -> None:
+    def _add(self, step: Step) -> None:
         """A sum of weights; one with the base weight begins with that and scales the others."""
         merged = self.base in step.operands and self.plan.activation
         layout = self.layouts[WEIGHT] if merged else singly(self.wanted[step.result])
@@ -160,11 +158,10 @@ class _Compiler:
         register = -1
         for k in order:
             place, own = self._operand(step, k)
+            kernel = Sum(own, layout, self.sizes)
             if register < 0:
-                kernel: Kernel = Sum(own, layout, self.sizes)
                 register = self._emit(step.result, kernel, (place,), layout, (), step.signs[k])
             else:
-                kernel = Sum(own, layout, self.sizes)
                 scaled = bool(merged) and self.linear
                 self.out.append(Instruction(kernel, (place,), register, step.signs[k] < 0, scaled))
 

@@ -58,10 +58,6 @@ def why_not_fused(linear: nn.Module, x: Tensor | None = None) -> str:
     """Return why a module and an update of ``x`` cannot be one operation; empty if they can.
 
     Without ``x`` only the module is asked: if it is more than the product with its weight.
-
-    >>> linear, x = nn.Linear(2, 2), torch.ones(1, 2)
-    >>> why_not_fused(linear, x), why_not_fused(linear, x.double())
-    ('', "the input's dtype is not the base weight's")
     """
     own = linear.__dict__
     if type(linear) is not nn.Linear:

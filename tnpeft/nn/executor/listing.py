@@ -13,12 +13,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tnpeft.nn.executor.kernels import ColumnNorm, Einsum2, Instruction, Layout, Linear, Normalize, Sizes, Sum, flat
+from tnpeft.nn.executor.kernels import ColumnNorm, Einsum2, Instruction, Layout, Linear, Sizes, Sum, flat
 from tnpeft.planning.planner import MACS_PER_ELEMENT
 
-X, WIDE, WEIGHT, BIAS, Y, FACTORS = range(
-    6
-)  # registers: ``WIDE`` is the linear's input; factors, then results follow
+# registers: ``WIDE`` is the linear's input; factors, then results follow
+X, WIDE, WEIGHT, BIAS, Y, FACTORS = range(6)
 Mask = tuple[bool, ...]  # which of these registers and factors want a gradient
 
 
@@ -73,6 +72,13 @@ class Listing:
         self.activation_steps = tuple(step for step in steps if step.result in self.active)
         self.forward = self.weight_steps + self.activation_steps
         self.size = max([FACTORS + len(trainable), *(step.result + 1 for step in steps)])
+        self.operands: dict[int, set[int]] = {}  # of each result
+        self.below = {
+            k: {k} for k in range(FACTORS + len(trainable))
+        }  # all that a register is computed from, with it
+        for step in self.forward:
+            self.operands.setdefault(step.result, set()).update(step.operands)
+            self.below.setdefault(step.result, {step.result}).update(*(self.below[k] for k in step.operands))
         self.codes: dict[Mask, Code] = {}
         self._usual = (True, True, False, False, False, *(size > 0 for size in trainable))
 
@@ -120,18 +126,14 @@ def _generate(listing: Listing, needs: Mask) -> Code:
     size = listing.size
     live = {k for k, on in enumerate(needs) if on}
     for step in listing.forward:
-        if not live.isdisjoint(step.operands):
+        if not live.isdisjoint(step.operands) and not isinstance(step.kernel, ColumnNorm):
             live.add(step.result)
     order = [step for step in listing.forward if isinstance(step.kernel, Linear)]  # what others are added to
     order += [step for step in reversed(listing.forward) if not isinstance(step.kernel, Linear)]
     back = []
     for step in order:
         for k, operand in enumerate(step.operands):
-            if (
-                operand in live
-                and not isinstance(step.kernel, ColumnNorm)
-                and (k, type(step.kernel)) != (1, Normalize)
-            ):
+            if operand in live and step.result in live:
                 kernel, others = step.kernel.vjp(k)
                 read = [step.result if other < 0 else step.operands[other] for other in others]
                 operands = (size + step.result, *read)
@@ -139,47 +141,33 @@ def _generate(listing: Listing, needs: Mask) -> Code:
     back, extra = _folded(listing, back)
     read = {k for step in back for k in step.operands if k < size}
     recomputed = _recomputed(listing, read)
-    producers: dict[int, list[Instruction]] = {}
-    for step in listing.forward:
-        producers.setdefault(step.result, []).append(step)
-    below, pending = set[int](), [*read]
-    while pending:
-        register = pending.pop()
-        if register not in below:
-            below.add(register)
-            pending += [k for step in producers.get(register, ()) for k in step.operands]
-    inputs = sorted(below & {X, WIDE, WEIGHT})
+    needed = {k for register in read for k in listing.below[register]}
     again = tuple(step for step in listing.forward if step.result in recomputed)
-    saved = (*inputs, *sorted((read & {*producers}) - recomputed))
-    values = tuple(step for step in listing.forward if step.result in below)
+    saved = (*sorted(needed & {X, WIDE, WEIGHT}), *sorted(read.intersection(listing.operands) - recomputed))
+    values = tuple(step for step in listing.forward if step.result in needed)
     own = () if listing.output == Y else (size + X,)  # what a prefix's input gets from elsewhere is added to
     return Code(listing.forward, values, again, tuple(_marked(back, own)), saved, size, 2 * size + extra)
 
 
 def _recomputed(listing: Listing, read: set[int]) -> set[int]:
     """Return the results that the backward pass computes again, and those that this takes."""
-    producers = dict[int, set[int]]()
-    factors = range(FACTORS, FACTORS + len(listing.trainable))
-    below = {k: {k} for k in range(factors.stop)}
-    for step in listing.forward:
-        producers.setdefault(step.result, set()).update(step.operands)
-        below.setdefault(step.result, set()).update(*(below[k] for k in step.operands))
+    operands, factors = listing.operands, range(FACTORS, FACTORS + len(listing.trainable))
 
     def cheap(register: int) -> bool:
         result = listing.results[register]
         if register not in listing.active:
-            sizes = (listing.trainable[k - FACTORS] for k in below[register] if k in factors)
+            sizes = (listing.trainable[k - FACTORS] for k in listing.below[register] if k in factors)
             return result.macs == 1 or result.elements > sum(sizes)
         inputs = {*factors, X, WIDE, WEIGHT}
-        at_hand = all(k in inputs | read or k not in listing.active for k in producers[register])
+        at_hand = all(k in inputs | read or k not in listing.active for k in operands[register])
         wide = bool(listing.width) and result.elements >= listing.width
         return X in read and (wide or (result.macs <= MACS_PER_ELEMENT and at_hand))
 
-    found = {register for register in producers if register in read and register != Y and cheap(register)}
+    found = {register for register in operands if register in read and register != Y and cheap(register)}
     pending = [*found]
     while pending:
-        for operand in producers[pending.pop()]:
-            if operand in producers and operand not in found and operand not in read:
+        for operand in operands[pending.pop()]:
+            if operand in operands and operand not in found and operand not in read:
                 found.add(operand)
                 pending.append(operand)
     return found

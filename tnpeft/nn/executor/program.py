@@ -42,11 +42,6 @@ def program(
 
     Raises:
         NetworkError: another stack index is still open, or a size is missing or not a positive integer.
-
-    >>> from tnpeft.networks import network
-    >>> run = program(network("B[out r] A[r inp] -> out inp"), {"out": 4, "r": 2, "inp": 3})
-    >>> run.labels, len(run.plan.steps)
-    (('B', 'A'), 2)
     """
     dims = integers(net, bind(net, sizes, {}))
     return _program(net, tuple(dims.items()), tokens, minimize, training, frozenset(unit_norm))
@@ -100,23 +95,13 @@ class SiteProgram:
 class Program(SiteProgram):
     """One site's update of its output, compiled from a plan.
 
-    ``plan`` is that of the update alone,
-    ``fused_plan`` the one that has the base weight as an operand; it runs where the two are one operation and the
-    weight can take the update, which half precision cannot. ``recomputed`` names the steps that the backward pass
-    computes again, ``has_weight_steps`` says that some need no activations, and ``prefix`` is the first product if it
-    can be computed apart. A call is a pure function of factors, activations and base output.
+    ``plan`` is that of the update alone, ``fused_plan`` the one that has the base weight as an operand; it runs where
+    the two are one operation and the weight can take the update, which half precision cannot. ``has_weight_steps``
+    says that some steps need no activations, and ``prefix`` is the first product if it can be computed apart. A call
+    is a pure function of factors, activations and base output.
 
     With ``replicas``, the activations are as many equal contiguous blocks of rows, and block k meets slice k of the
     factors that carry the index ``replica``.
-
-    >>> import torch
-    >>> from tnpeft.networks import network
-    >>> run = program(network("B[out r] A[r inp] -> out inp"), {"out": 4, "r": 2, "inp": 3})
-    >>> run(torch.ones(5, 3), [torch.ones(4, 2), torch.ones(2, 3)], base=torch.ones(5, 4), scale=0.5).unique()
-    tensor([4.])
-    >>> run = program(network("d[replica out] ^A[out inp] -> replica out inp"), {"replica": 2, "out": 1, "inp": 3})
-    >>> run(torch.ones(4, 3), [torch.tensor([[1.0], [10.0]]), torch.ones(1, 3)]).T
-    tensor([[ 3.,  3., 30., 30.]])
     """
 
     def __init__(self, plan: Plan, fused_plan: Plan, dense: Plan, unit_norm: frozenset[str]) -> None:
@@ -151,9 +136,7 @@ class Program(SiteProgram):
         rows, flat_base = self._rows_of(x), None if base is None else base.reshape(-1, self.rows)
         prefix, listing = self._update_prefix, self.update
         if prefix is not None and not torch.compiler.is_compiling():
-            values = prefix.steps.registers(operands, rows)  # by autograd, which saves nothing behind frozen factors
-            run(prefix.steps.forward, values)
-            rows, listing = values[prefix.steps.output], prefix.rest
+            rows, listing = prefix.narrow(rows, operands), prefix.rest
         result: Tensor = ProgramFunction.apply(listing, scale, None, rows, None, None, None, flat_base, *operands)
         return result.reshape(*x.shape[:-1], self.rows)
 
@@ -176,24 +159,15 @@ class Program(SiteProgram):
         self, x: Tensor, operands: Sequence[Tensor], weight: Tensor, bias: Tensor | None, scale: float = 1.0
     ) -> Tensor:
         """Return ``linear(x, weight, bias) + scale * x @ dW.T`` as one operation, unless :func:`why_not_fused`."""
-        rows, prefix, listing = (
-            x.reshape(-1, self.cols) if self.replicas == 1 else self._rows_of(x),
-            self.prefix,
-            self.fused,
-        )
+        rows, prefix = x.reshape(-1, self.cols) if self.replicas == 1 else self._rows_of(x), self.prefix
         if self.merged is not None and can_absorb_update(weight):
-            listing = self.merged
-        elif prefix is not None and prefix.frozen and not torch.compiler.is_compiling():
-            rows, (narrow,), (link,) = self._alone([operands], rows)
+            result = ProgramFunction.apply(self.merged, scale, None, rows, None, weight, bias, None, *operands)
+        elif prefix is None or not prefix.frozen or torch.compiler.is_compiling():
+            result = ProgramFunction.apply(self.fused, scale, None, rows, None, weight, bias, None, *operands)
+        else:  # the gradient of x, which is wide, is added to in place
+            rows, (narrow,), (link,) = ProjectionGroup([prefix])([operands], rows)
             result = self.after_prefix(narrow, operands, rows, weight, bias, scale, link)
-            return result.reshape(*x.shape[:-1], self.rows)
-        result = ProgramFunction.apply(listing, scale, None, rows, None, weight, bias, None, *operands)
         return result.reshape(*x.shape[:-1], self.rows)
-
-    @cached_property
-    def _alone(self) -> ProjectionGroup:
-        assert self.prefix is not None  # the caller has asked
-        return ProjectionGroup([self.prefix])
 
     def after_prefix(
         self,
@@ -309,7 +283,7 @@ class ProgramFunction(torch.autograd.Function):
             if not twice or k < FACTORS:
                 values[k] = value
         if twice and brought is not None:
-            values[X] = link.recomputed(brought, factors)
+            values[X] = link.prefix.narrow(brought, factors)
         values[code.size + Y] = grad
         with _PLAIN if ctx.autocast is None else torch.autocast(*ctx.autocast):
             run(code.values if twice else code.recomputed, values, scale)

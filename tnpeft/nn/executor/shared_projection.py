@@ -6,15 +6,16 @@ matrices, in forward and backward.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tnpeft.nn.executor.kernels import NARROW, Einsum2, Instruction, Layout, Linear, View, run, see, view
-from tnpeft.nn.executor.listing import FACTORS, WIDE, Listing, X, Y
+from tnpeft.nn.executor.kernels import NARROW, Einsum2, Instruction, Layout, Linear, Sum, run
+from tnpeft.nn.executor.listing import FACTORS, WIDE, Code, Listing, X, Y
 
 # ---- the steps
 
@@ -24,29 +25,33 @@ class Prefix:
     """The leading steps on the activations, which end in a narrower result, and the list of all others.
 
     ``factors`` are the places of those that they read. ``matrix`` computes the matrix ``[narrow, inp]`` of a first
-    step that can be shared, which ``see`` shows as such and ``give`` puts back; None where it cannot.
+    step that can be shared; None where it cannot.
     """
 
     factors: tuple[int, ...]
     matrix: Listing | None
-    see: View | None
-    give: View | None
     steps: Listing
     frozen: bool
     rest: Listing
 
-    def registers(self, listing: Listing, own: Sequence[Tensor], total: int = 0) -> list[Any]:
-        """Return registers with the prefix's own factors and what a listing computes from them alone."""
-        values: list[Any] = [None] * max(total, listing.size)
+    def registers(self, listing: Listing, own: Sequence[Tensor], x: Tensor | None = None) -> list[Any]:
+        """Return registers after a listing has run on ``x`` and the prefix's own factors."""
+        values: list[Any] = [x, *[None] * (listing.size - 1)]
         for k, factor in zip(self.factors, own, strict=True):
             values[FACTORS + k] = factor
-        run(listing.weight_steps, values)
+        run(listing.weight_steps if x is None else listing.forward, values)
         return values
 
-    def needs(self, on: Sequence[bool], on_x: bool = False) -> tuple[bool, ...]:
-        """Return which registers want a gradient if the prefix's own factors do."""
+    def code(self, listing: Listing, on: Sequence[bool], on_x: bool = False) -> Code:
+        """Return a listing's instructions for the gradients of ``x`` and of its own factors that want one."""
         wanted = {k for k, yes in zip(self.factors, on, strict=True) if yes}
-        return (on_x, *[False] * (FACTORS - 1), *[k in wanted for k in range(len(self.steps.trainable))])
+        return listing.code((on_x, *[False] * (FACTORS - 1), *[k in wanted for k in range(len(listing.trainable))]))
+
+    def narrow(self, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
+        """Return the result from all factors by operations that autograd sees, which keeps ``x`` for trained ones."""
+        values = self.steps.registers(factors, x)
+        run(self.steps.forward, values)
+        return values[self.steps.output]  # type: ignore[no-any-return]
 
 
 def split(listing: Listing) -> Prefix | None:
@@ -58,8 +63,7 @@ def split(listing: Listing) -> Prefix | None:
     first = uses[0]
     if not isinstance(first.kernel, Einsum2) or first.operands[0] != X or first.result == Y:
         return None
-    kernel, matrix = first.kernel, first.operands[1]
-    rows, cols = ((listing.sizes.token,), listing.layouts[X][1])
+    kernel, rows, cols = first.kernel, (listing.sizes.token,), listing.layouts[X][1]
     narrow = kernel.out[1] if len(kernel.out) == 2 and kernel.out[0] == rows else ()
     plain = kernel.product and kernel.left == (rows, cols) and {*kernel.summed} == {*cols} and bool(narrow)
     shared = plain and 2 * listing.sizes.volume(narrow) <= listing.sizes.volume(cols)
@@ -73,24 +77,25 @@ def split(listing: Listing) -> Prefix | None:
     if not shared and not frozen:
         return None
     last = chain[-1].result
-    moved = {X: WIDE, last: X}
+    before = [step for step in listing.weight_steps if step.result in listing.below[last]]
     after = [step for step in body if step not in chain]
-    weights = _reached(listing, after)
-    after = [step._replace(operands=tuple(moved.get(k, k) for k in step.operands)) for step in after]
+    weights = {k for step in after for operand in {*step.operands} - listing.active for k in listing.below[operand]}
+    moved = {X: WIDE, last: X}
+    rest = [step for step in listing.weight_steps if step.result in weights]
+    rest += [step._replace(operands=tuple(moved.get(k, k) for k in step.operands)) for step in after]
     layouts = {**listing.layouts, X: listing.layouts[last], WIDE: listing.layouts[X]}
     wide = listing.results[last].elements  # where it is as wide as the input, so may be what is recomputed from it
-    before = _reached(listing, chain)
-    factors = {
-        k for step in (*before, *chain) for k in step.operands if FACTORS <= k < FACTORS + len(listing.trainable)
-    }
+    matrix = None
+    if shared:
+        as_rows = Sum(kernel.right, (narrow, cols), listing.sizes)
+        steps = [*before, Instruction(as_rows, (first.operands[1],), listing.size)]
+        matrix = _part(listing, steps, listing.layouts, listing.size)
     return Prefix(
-        tuple(k - FACTORS for k in sorted(factors)),
-        _part(listing, before, listing.layouts, matrix) if shared else None,
-        view(kernel.right, (narrow, cols), listing.sizes)[0],
-        view((narrow, cols), kernel.right, listing.sizes)[0],
+        tuple(k for k in range(len(listing.trainable)) if FACTORS + k in listing.below[last]),
+        matrix,
         _part(listing, [*before, *chain], listing.layouts, last),
         frozen,
-        _part(listing, [*weights, *after], layouts, Y, wide if wide >= listing.width else 0),
+        _part(listing, rest, layouts, Y, wide if wide >= listing.width else 0),
     )
 
 
@@ -99,17 +104,6 @@ def _frozen(step: Instruction, listing: Listing) -> bool:
     factor = step.operands[-1] - FACTORS
     whole = isinstance(step.kernel, Einsum2) and step.operands[0] in listing.active
     return whole and 0 <= factor < len(listing.trainable) and not listing.trainable[factor]
-
-
-def _reached(listing: Listing, steps: Iterable[Instruction]) -> list[Instruction]:
-    """Return the steps on factors alone that the operands of some steps are computed by."""
-    needed = {k for step in steps for k in step.operands}
-    found = []
-    for step in reversed(listing.weight_steps):
-        if step.result in needed:
-            needed.update(step.operands)
-            found.append(step)
-    return found[::-1]
 
 
 def _part(
@@ -133,12 +127,6 @@ class Link:
     reads: bool
     inbox: list[Tensor]
     keep_alive: Any = None
-
-    def recomputed(self, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
-        """Return the narrow result from the input by operations that autograd sees."""
-        values = self.prefix.steps.registers(factors, x)
-        run(self.prefix.steps.forward, values)
-        return values[self.prefix.steps.output]  # type: ignore[no-any-return]
 
 
 class SharedProjection(torch.autograd.Function):
@@ -191,30 +179,25 @@ class ProjectionGroup:
 
     def project(self, x: Tensor, operands: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return the narrow result of each prefix."""
-        first, steps = self.prefixes[0], self.prefixes[0].steps
+        first = self.prefixes[0]
         if first.matrix is None:  # frozen steps of one program
-            values = first.registers(steps, operands)
-            values[X] = x
-            run(steps.activation_steps, values)
-            return [values[steps.output]]
-        matrices = [see(one.see, self._matrix(one, own)[1]) for one, own in self._own(operands)]
+            return [first.registers(first.steps, operands, x)[first.steps.output]]
+        matrices = [values[listing.output] for listing, values in self._matrices(operands)]
         result = _columns_first(x, _rows(matrices))
         return [result] if len(matrices) == 1 else result.split_with_sizes([len(matrix) for matrix in matrices], 1)
 
-    def _own(self, values: Sequence[Any]) -> list[tuple[Prefix, Sequence[Any]]]:
-        """Return the prefixes, each with its part of the operands, or of something about them."""
-        found, at = [], 0
-        for prefix in self.prefixes:
-            found.append((prefix, values[at : at + len(prefix.factors)]))
-            at += len(prefix.factors)
-        return found
+    def _own(self, values: Sequence[Any]) -> list[Sequence[Any]]:
+        """Return each prefix's part of the operands, or of something about them."""
+        ends = [*accumulate(len(prefix.factors) for prefix in self.prefixes)]
+        return [values[end - len(prefix.factors) : end] for prefix, end in zip(self.prefixes, ends, strict=True)]
 
-    @staticmethod
-    def _matrix(prefix: Prefix, own: Sequence[Tensor]) -> tuple[list[Any], Tensor]:
-        """Return the registers that a prefix's matrix is computed in, and the matrix."""
-        assert prefix.matrix is not None  # a group of several consists of such
-        values = prefix.registers(prefix.matrix, own, 2 * prefix.matrix.size)
-        return values, values[prefix.matrix.output]
+    def _matrices(self, operands: Sequence[Tensor]) -> list[tuple[Listing, list[Any]]]:
+        """Return what computes each prefix's matrix, and the registers after that."""
+        found = []
+        for prefix, own in zip(self.prefixes, self._own(operands), strict=True):
+            assert prefix.matrix is not None  # a group of several consists of such
+            found.append((prefix.matrix, prefix.registers(prefix.matrix, own)))
+        return found
 
     def gradients(
         self,
@@ -226,40 +209,35 @@ class ProjectionGroup:
         on_operands: Sequence[bool],
     ) -> list[Tensor | None]:
         """Return the gradients of the input, added to ``to_x``, and of the operands, which may read ``x``."""
-        first = self.prefixes[0]
-        if first.matrix is None:
-            return self._chain(first, grads[0], x, to_x, operands, on_x, on_operands)
-        both = zip(self._own(operands), grads, strict=True)
-        matrices = [None if grad is None else self._matrix(*own) for own, grad in both]
-        seen = [see(p.see, both[1]) for p, both in zip(self.prefixes, matrices, strict=True) if both is not None]
+        if self.prefixes[0].matrix is None:
+            return self._chain(grads[0], x, to_x, operands, on_x, on_operands)
+        computed = self._matrices(operands)
+        pairs = zip(computed, grads, strict=True)
+        matrices = [values[listing.output] for (listing, values), grad in pairs if grad is not None]
         inner = _side_by_side([grad for grad in grads if grad is not None])
-        to_operands: list[Tensor | None] = []
         parts = None
         if x is not None:
-            parts = iter(_columns_first(inner.mT, x.mT).split_with_sizes([len(matrix) for matrix in seen]))
-        for (prefix, on), both in zip(self._own(on_operands), matrices, strict=True):
-            if both is None or parts is None:
+            parts = iter(_columns_first(inner.mT, x.mT).split_with_sizes([len(matrix) for matrix in matrices]))
+        to_operands: list[Tensor | None] = []
+        for k, ((listing, values), on) in enumerate(zip(computed, self._own(on_operands), strict=True)):
+            if parts is None or grads[k] is None:
                 to_operands += [None] * len(on)
                 continue
-            values, listing = both[0], prefix.matrix
-            assert listing is not None  # as above
-            code = listing.code(prefix.needs(on))
+            code = self.prefixes[k].code(listing, on)
             values += [None] * (code.total - len(values))
-            values[code.size + listing.output] = see(prefix.give, next(parts))
+            values[code.size + listing.output] = next(parts)
             run(code.backward, values)
-            own = [values[code.size + FACTORS + k] for k in prefix.factors]
-            to_operands += [grad if yes else None for grad, yes in zip(own, on, strict=True)]
+            to_operands += [values[code.size + FACTORS + place] for place in self.prefixes[k].factors]
         if on_x:
-            matrix = _rows(seen)
+            matrix = _rows(matrices)
             if to_x is None:
                 to_x = inner @ matrix
             else:  # it comes from linears that keep nothing of it
                 to_x = (to_x.addmm if torch.is_grad_enabled() else to_x.addmm_)(inner, matrix)
         return [to_x, *to_operands]
 
-    @staticmethod
     def _chain(
-        prefix: Prefix,
+        self,
         grad: Tensor | None,
         x: Tensor | None,
         to_x: Tensor | None,
@@ -267,13 +245,11 @@ class ProjectionGroup:
         on_x: bool,
         on_operands: Sequence[bool],
     ) -> list[Tensor | None]:
-        steps = prefix.steps
-        code = steps.code(prefix.needs(on_operands, on_x))
-        values = prefix.registers(steps, operands, code.total)
-        if x is not None:
-            values[X] = x
-            run(steps.activation_steps, values)
-        values[code.size + steps.output], values[code.size + X] = grad, to_x
+        """Return the gradients of frozen steps of one program."""
+        (prefix,) = self.prefixes
+        code = prefix.code(prefix.steps, on_operands, on_x)
+        values = prefix.registers(prefix.steps, operands, x) + [None] * (code.total - code.size)
+        values[code.size + prefix.steps.output], values[code.size + X] = grad, to_x
         run(code.backward, values, inplace=not torch.is_grad_enabled())
         return [values[code.size + X], *[values[code.size + FACTORS + k] for k in prefix.factors]]
 

@@ -93,7 +93,8 @@ def test_dora_on_convolutions_is_pefts(kind: str) -> None:
     x = KINDS[kind].example()
     wanted = model(x)
     for layer in (m for m in model.modules() if isinstance(m, TensorNetworkConvolution)):
-        delta = layer.updates["default"][0].delta(layer.operands("default", layer.updates["default"][0]))
+        (item,) = layer.updates["default"]
+        delta = item.program.delta(layer.operands("default", item), item.scale)
         weight = layer.get_base_layer().weight.flatten(1)
         new = weight + delta
         new = new * (weight.norm(dim=1) / new.norm(dim=1))[:, None]

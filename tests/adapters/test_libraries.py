@@ -125,7 +125,7 @@ def test_the_update_is_added_and_its_gradients_flow(kind: str, folder: Path) -> 
         assert close(x.grad, plain.grad + seed @ delta)
         (item,) = layer.updates["default"]
         dense = [operand.detach().requires_grad_() for operand in layer.operands("default", item)]
-        (rows() @ item.delta(dense).T).backward(seed)
+        (rows() @ item.program.delta(dense, item.scale).T).backward(seed)
         factors = [layer.owner(o).tnpeft_factors["default"].get(o.key) for o in item.operands]
         for factor, wanted in zip(factors, dense, strict=True):
             assert close(factor.grad, wanted.grad)

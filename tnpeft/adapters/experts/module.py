@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tnpeft.adapters.experts.fused import FusedWeight, check_local, fused_weights, is_eager, matrices
 from tnpeft.adapters.experts.weight import ExpertWeight
 from tnpeft.adapters.layer.bank import FactorBank
-from tnpeft.adapters.layer.checkpointing import check_recomputation, refuse_reentrant, selection_seen
+from tnpeft.adapters.layer.checkpointing import check_recomputation, refuse_reentrant
 from tnpeft.networks import NetworkError
 from tnpeft.nn.executor.groups import Groups
 
@@ -78,12 +78,11 @@ class TensorNetworkExperts(nn.Module):
         routing_weights: Tensor | None = None,
     ) -> Tensor:
         first, second = self.weights()
-        if first.bank.selected and (seen := selection_seen(first, first.bank)) is not None:  # by a checkpoint
+        if (seen := check_recomputation(first)) is not None:  # by a checkpoint
             with first.bank.selecting(seen):
                 given = top_k_index, top_k_weights, router_indices, routing_weights
                 return self._adapted(names, hidden_states, *given)
         check_local(self.base_layer)
-        check_recomputation(first)
         refuse_reentrant(first.bank)
         index = router_indices if top_k_index is None else top_k_index
         shares = routing_weights if top_k_weights is None else top_k_weights

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from tnpeft.adapters.experts.fused import FusedWeight, is_eager
 from tnpeft.adapters.layer.bank import FactorBank
 from tnpeft.adapters.layer.binding import SiteUpdate
-from tnpeft.adapters.layer.merging import HeldWeight, rescaling, wide
+from tnpeft.adapters.layer.merging import HeldWeight, Route, rescaling, wide
 from tnpeft.adapters.layer.mixed_batch import BASE
-from tnpeft.adapters.layer.protocol import Route
 from tnpeft.networks import Site
 from tnpeft.nn.executor.eligibility import autocast_active, can_use_custom_backward
 from tnpeft.nn.executor.grouped import Part, grouped_linear
@@ -45,9 +44,9 @@ class ExpertWeight(HeldWeight):
         """The Parameter."""
         return self._fused.parameter()
 
-    def site_matrix(self, item: SiteUpdate) -> Tensor:
-        """The base matrices of a site."""
-        return self.site_matrices(item.site_layout.site)
+    def site_part(self, matrix: Tensor, item: SiteUpdate) -> Tensor:
+        """The slices of the matrices that belong to a site, a view."""
+        return matrix[..., *self.region(item)]
 
     def site_input(self, item: SiteUpdate, x: Tensor) -> Tensor:
         """The part of the rows that a site reads."""
@@ -64,20 +63,6 @@ class ExpertWeight(HeldWeight):
 
     def _stored(self, matrix: Tensor) -> Tensor:
         return matrix.mT if self._fused.transposed else matrix
-
-    def _delta(self, adapter: str) -> Tensor:
-        """The adapter's scaled update, ``[expert, out, inp]``."""
-        items = self.updates[adapter]
-        shape = (self.experts, self.out_features, self.in_features)
-        with torch.autocast(self.home_device().type, enabled=False):
-            deltas = [item.delta(self.operands(adapter, item)) for item in items]
-        if not items[0].side:
-            return deltas[0].expand(shape)
-        whole = deltas[0].new_zeros(shape)
-        for item, delta in zip(items, deltas, strict=True):
-            rows, cols = self.region(item)
-            whole[:, rows, cols] += delta
-        return whole
 
     # ---- forward
 

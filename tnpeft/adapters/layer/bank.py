@@ -21,11 +21,6 @@ class FactorStore(nn.Module):
     """The arrays of one adapter that one module owns: Parameters if they are trained, else buffers.
 
     It has no forward and no attribute ``weight``, so that no wrapping policy takes it for a layer.
-
-    >>> own = FactorStore()
-    >>> own.add("B", torch.zeros(2), trained=True)
-    >>> own.get("B").requires_grad
-    True
     """
 
     def add(self, key: str, value: Tensor, *, trained: bool, kept: bool = True) -> None:
@@ -58,7 +53,7 @@ class TensorNetworkLayer(BaseTunerLayer):
     cast_input_dtype_enabled = True  # PEFT's helper switches it; inputs and factors are widened in either case
     tnpeft_factors: nn.ModuleDict
     _trained: set[str]  # adapters that may hold Parameters with requires_grad
-    _paused: set[tuple[str, str, str]] | None  # what required gradients when the adapters were switched off
+    _paused: list[nn.Parameter]  # what required gradients when the adapters were switched off
 
     def register_factors(self, adapter: str, pieces: Mapping[ParameterSpec, Tensor], kept: bool) -> None:
         """Own the arrays of an adapter; frozen ones go to files only if ``kept``."""
@@ -72,14 +67,17 @@ class TensorNetworkLayer(BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move the device only: PEFT would also round the factors to the base weight's dtype."""
         target = device if device is not None else self.home_device()
-        for name in self.adapter_layer_names:
-            held = getattr(self, name)
-            if adapter_name not in held or target is None:
-                continue
-            item = held[adapter_name]
-            tensors = [item] if isinstance(item, Tensor) else [*item.parameters(), *item.buffers()]
-            if all(tensor.device.type != "meta" for tensor in tensors):
-                held[adapter_name] = item.to(target)
+        for array in self._arrays_held(adapter_name) if target is not None else ():
+            if array.device.type != "meta":
+                array.data = array.data.to(target)
+
+    def _arrays_held(self, adapter: str) -> list[Tensor]:
+        """All arrays of an adapter, its magnitude among them."""
+        containers = [getattr(self, name) for name in self.adapter_layer_names]
+        items = [held[adapter] for held in containers if adapter in held]
+        modules = [item for item in items if isinstance(item, nn.Module)]
+        arrays = [array for module in modules for array in (*module.parameters(), *module.buffers())]
+        return arrays + [item for item in items if isinstance(item, Tensor)]
 
     @abstractmethod
     def home_device(self) -> torch.device | None:
@@ -88,25 +86,18 @@ class TensorNetworkLayer(BaseTunerLayer):
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters on or off: off unmerges first, on again trains what was trained before."""
         if enabled:
-            for place, array in self._parameters_held():
-                if place in (self._paused or ()):
-                    array.requires_grad_(True)
-            self._paused = None
+            for array in self._paused:
+                array.requires_grad_(True)
+            self._paused = []
         else:
             if self.merged:
                 self.unmerge()
-            trained = [(place, array) for place, array in self._parameters_held() if array.requires_grad]
-            self._paused = (self._paused or set()) | {place for place, _ in trained}
-            for _, array in trained:
+            held = (array for name in self.adapter_layer_names for array in getattr(self, name).parameters())
+            trained = [array for array in held if array.requires_grad]
+            for array in trained:
                 array.requires_grad_(False)
+            self._paused = self._paused + trained
         self._disable_adapters = not enabled
-
-    def _parameters_held(self) -> Iterator[tuple[tuple[str, str, str], nn.Parameter]]:
-        """Every Parameter of the adapters, by the container, the adapter and the key that hold it."""
-        for name in self.adapter_layer_names:
-            for adapter, item in getattr(self, name).items():
-                own = {"": item} if isinstance(item, nn.Parameter) else item._parameters
-                yield from (((name, adapter, key), array) for key, array in own.items() if array is not None)
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make adapters the active ones and, unless for inference, trainable; those that were trained are frozen.
@@ -118,7 +109,7 @@ class TensorNetworkLayer(BaseTunerLayer):
         self._flag(self._trained - {*names}, False)
         self._flag(names, not inference_mode)
         self._trained = set() if inference_mode else {*names}
-        self._paused = None
+        self._paused = []
         self._active_adapter = names
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -130,22 +121,15 @@ class TensorNetworkLayer(BaseTunerLayer):
 
     def cast(self, adapter: str, dtype: torch.dtype | None) -> None:
         """Cast all arrays of an adapter, its magnitude among them; None widens those of 16 bits or fewer to fp32."""
-        for name in self.adapter_layer_names:
-            held = getattr(self, name)
-            if adapter not in held:
-                continue
-            item = held[adapter]
-            own = [*item.parameters(), *item.buffers()] if isinstance(item, nn.Module) else [item]
-            for array in own:
-                if array.is_floating_point() and (dtype is not None or array.element_size() < 4):
-                    array.data = array.data.to(dtype or torch.float32)
+        for array in self._arrays_held(adapter):
+            if array.is_floating_point() and (dtype is not None or array.element_size() < 4):
+                array.data = array.data.to(dtype or torch.float32)
 
     def _flag(self, adapters: Iterable[str], flag: bool) -> None:
-        for name in self.adapter_layer_names:
-            held = getattr(self, name)
-            for adapter in adapters:
-                if adapter in held:
-                    held[adapter].requires_grad_(flag)
+        for adapter in adapters:
+            for array in self._arrays_held(adapter):
+                if isinstance(array, nn.Parameter):
+                    array.requires_grad_(flag)
 
 
 class FactorBank(nn.Module, TensorNetworkLayer):
@@ -154,10 +138,6 @@ class FactorBank(nn.Module, TensorNetworkLayer):
     ``layouts`` holds the layout of each adapter's factors, ``configs`` the configuration, ``keys`` the names of the
     arrays; ``selected`` has the chosen values of named stacks; ``watching`` says whether a forward is on its way that
     must not meet reentrant checkpointing (see :mod:`tnpeft.adapters.layer.checkpointing`).
-
-    >>> bank = FactorBank(None)
-    >>> bank.merged_adapters, [*bank.tnpeft_factors]
-    ([], [])
     """
 
     other_param_names: tuple[str, ...] = ("layouts", "configs", "keys")
@@ -172,7 +152,7 @@ class FactorBank(nn.Module, TensorNetworkLayer):
         self.quantization_backend = quantization_backend
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
-        self._trained, self._paused = set(), None
+        self._trained, self._paused = set(), []
         self.configs: dict[str, Any] = {}
         self.keys: dict[str, frozenset[str]] = {}
         self.selected: dict[str, Tensor] = {}
@@ -216,9 +196,6 @@ def find_bank(model: Any) -> FactorBank | None:
 
     Raises:
         ConfigError: it is no model of torch.
-
-    >>> find_bank(nn.Linear(2, 2)) is None
-    True
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(
@@ -234,8 +211,4 @@ class _NotTheBank(type):
 
 
 class AdaptedLayer(metaclass=_NotTheBank):
-    """A tuner layer for PEFT's conversion to LoRA and its reports: any but the bank, which has no update of its own.
-
-    >>> isinstance(FactorBank(), BaseTunerLayer), isinstance(FactorBank(), AdaptedLayer)
-    (True, False)
-    """
+    """A tuner layer for PEFT's conversion to LoRA and its reports: any but the bank, which has no update itself."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from tnpeft.adapters.sites.selection import Axes, Selected, one_value, rowwise
-from tnpeft.layout import ParameterSpec, SiteLayout
+from tnpeft.adapters.sites.selection import Axes, Selected, chosen_rows, one_value, rowwise
+from tnpeft.layout import SiteLayout
 from tnpeft.networks import REPLICA, Network
 from tnpeft.nn.executor.grouped import grouped_program
 from tnpeft.nn.executor.kernels import normalize_columns
@@ -36,7 +36,6 @@ class Operand:
     stack: Axes = ()
 
 
-@dataclass(frozen=True)
 class SiteUpdate:
     """The update of one site: its program, its operands in the program's order, and its part of the linear.
 
@@ -44,31 +43,58 @@ class SiteUpdate:
     ``keeps`` says that something is computed from the adapter's own factors alone, ``data`` that it has constants
     besides the base weight. The program normalises the operands that are to be; it is that of one value of each
     named stack index, ``stack``, and :meth:`by_rows` that of one value for each row. ``fixed`` are values that are
-    nobody's to choose: the expert of a linear that is one of a list.
-    Copies and pickles hold the site_layout and build the program anew.
+    nobody's to choose: the expert of a linear that is one of a list. Copies and pickles are made anew.
+
+    Args:
+        site_layout: the site and the Parameters that its factors are.
+        unit_norm: factors whose columns are normalised.
+        constants: factors that are the base weight itself.
+        scale: what the update is multiplied by.
+        tokens: the number of rows that its program is best at.
+        expert: the expert of which the linear is, where each is a linear of its own.
+        turned: its rows are the site's columns, as in a head that is tied to an embedding.
     """
 
-    site_layout: SiteLayout
-    unit_norm: tuple[str, ...]
-    constants: tuple[str, ...]
-    scale: float
-    tokens: int
-    expert: int
-    turned: bool
-    program: Any = field(compare=False, repr=False)
-    operands: tuple[Operand, ...]
-    side: Side
-    start: int
-    length: int
-    keeps: bool
-    data: bool
-    stack: tuple[str, ...] = ()
-    fixed: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
-    _cached: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
+    def __init__(
+        self,
+        site_layout: SiteLayout,
+        unit_norm: tuple[str, ...],
+        constants: tuple[str, ...],
+        scale: float,
+        tokens: int,
+        expert: int = 0,
+        turned: bool = False,
+    ) -> None:
+        self._given = site_layout, unit_norm, constants, scale, tokens, expert, turned
+        self.unit_norm, self.constants, self.scale, self.tokens = unit_norm, constants, scale, tokens
+        self.site_layout = place = _turned(site_layout) if turned else site_layout
+        site = place.site
+        one = site.listed or not site.experts  # of a linear, which is one expert, too
+        self.fixed = {"expert": torch.tensor(expert)} if one and "expert" in place.network.stack else {}
+        net, sizes, self.stack = one_value(place.network, place.sizes, self.fixed)
+        make: Any = program if one else grouped_program
+        self.program = make(net, sizes, tokens=tokens, unit_norm=unit_norm)
+        self.operands = tuple(map(self._operand, self.program.labels))
+        last = site.proj.rpartition("/")[2]
+        side: Side = "out" if last.startswith("out:") else "inp" if last.startswith("inp:") else ""
+        self.side = _OTHER[side] if turned else side
+        self.start, self.length = site.start, site.inp if side == "inp" else site.out
+        self.keeps = self.program.has_weight_steps and not constants
+        self.data = any(its.kind == "constant" and label not in constants for label, its in place.parameters.items())
+        self._cached: dict[Hashable, Any] = {}
+
+    def _operand(self, label: str) -> Operand:
+        if label in self.constants:
+            return Operand("base", label)
+        place, param = self.site_layout, self.site_layout.parameters[label]
+        stack = tuple((axis, index) for axis, index in enumerate(param.indices) if index in self.stack)
+        columns = {*place.network.rows, *place.network.cols} if label in self.unit_norm else ()
+        kept = [index for index in param.indices if index not in self.stack]
+        norm = tuple(axis for axis, index in enumerate(kept) if index in columns)
+        return Operand("site" if param.home else "bank", param.key, norm, stack)
 
     def __reduce__(self) -> tuple[object, ...]:
-        place = _turned(self.site_layout) if self.turned else self.site_layout
-        return update, (place, self.unit_norm, self.constants, self.scale, self.tokens, self.expert, self.turned)
+        return SiteUpdate, self._given
 
     def cached(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """Return what ``make`` made for the key at the first call; a copy of the update makes it anew."""
@@ -76,13 +102,13 @@ class SiteUpdate:
             self._cached[key] = make()
         return self._cached[key]
 
-    def delta(self, operands: list[Tensor]) -> Tensor:
-        """The scaled update of this site, ``[out, inp]``."""
-        return self.program.delta(operands, self.scale)
-
     def chosen(self, selected: Selected) -> Selected:
         """The values of all its stack indices: the chosen ones, and those that are fixed."""
         return {**selected, **self.fixed} if self.fixed else selected
+
+    def rows(self, selected: Selected) -> tuple[tuple[str, ...], int]:
+        """The stack indices with a value for each row of a batch, and the number of rows, see :func:`chosen_rows`."""
+        return chosen_rows(self.stack, self.site_layout.sizes, self.chosen(selected))
 
     def by_rows(self, rows: tuple[str, ...], count: int) -> Program:
         """Return the program of ``count`` values of the stack indices ``rows``, one for each row of a batch."""
@@ -105,56 +131,6 @@ class SiteUpdate:
         ]
 
 
-def update(
-    site_layout: SiteLayout,
-    unit_norm: tuple[str, ...],
-    constants: tuple[str, ...],
-    scale: float,
-    tokens: int,
-    expert: int = 0,
-    turned: bool = False,
-) -> SiteUpdate:
-    """The update of the site_layout's site; ``constants`` are the factors that are the base weight itself.
-
-    Where each expert is a linear of its own, it is that of ``expert``. If it is ``turned``, its rows are the site's
-    columns, as in a head that is tied to an embedding.
-
-    >>> from tnpeft.layout import layout
-    >>> from tnpeft.networks import Factorization, Site
-    >>> f = Factorization.of("B[layer proj out r] A[r inp] -> layer proj out inp", ranks={"r": 2})
-    >>> place = layout(f, [Site(0, "q_proj", 8, 4, module="q")]).site_layouts[0]
-    >>> [(operand.source, operand.key) for operand in update(place, (), (), 1.0, 64).operands]
-    [('site', 'B'), ('bank', 'A')]
-    """
-    site, site_layout = site_layout.site, _turned(site_layout) if turned else site_layout
-    one = site.listed or not site.experts  # of a linear, which is one expert, too
-    fixed = {"expert": torch.tensor(expert)} if one and "expert" in site_layout.network.stack else {}
-    net, sizes, stack = one_value(site_layout.network, site_layout.sizes, fixed)
-    make = grouped_program if site.experts and not site.listed else program
-    run = make(net, sizes, tokens=tokens, unit_norm=unit_norm)
-    last = site.proj.rpartition("/")[2]
-    side: Side = "out" if last.startswith("out:") else "inp" if last.startswith("inp:") else ""
-    operands = tuple(_operand(site_layout, label, unit_norm, constants, stack) for label in run.labels)
-    return SiteUpdate(
-        site_layout,
-        unit_norm,
-        constants,
-        scale,
-        tokens,
-        expert,
-        turned,
-        run,
-        operands,
-        side if not turned else _OTHER[side],
-        site.start,
-        site.inp if side == "inp" else site.out,
-        run.has_weight_steps and not constants,
-        any(param.kind == "constant" and label not in constants for label, param in site_layout.parameters.items()),
-        stack,
-        fixed,
-    )
-
-
 def _turned(place: SiteLayout) -> SiteLayout:
     """The same site as the transposed matrix."""
     *stack, rows, cols = place.network.output
@@ -162,54 +138,8 @@ def _turned(place: SiteLayout) -> SiteLayout:
 
 
 def as_base_factor(item: SiteUpdate, label: str, weight: Tensor) -> Tensor:
-    """A site's base weight, ``[out, inp]`` or ``[expert, out, inp]``, as the constant factor that stands for it.
-
-    >>> from tnpeft.layout import layout
-    >>> from tnpeft.networks import Factorization, Site
-    >>> f = Factorization.of("d[out] ^W[out inp] -> out inp", init={"W": "base"})
-    >>> item = update(layout(f, [Site(0, "q_proj", 2, 3)]).site_layouts[0], (), ("W",), 1.0, 64)
-    >>> import torch
-    >>> as_base_factor(item, "W", torch.ones(2, 3)).shape
-    torch.Size([2, 3])
-    """
+    """A site's base weight, ``[out, inp]`` or ``[expert, out, inp]``, as the constant factor that stands for it."""
     place = item.site_layout
     if item.fixed:
         place = without_experts(replace(place, site=replace(place.site, experts=0)))
     return as_factor(place.parameters[label], place, weight)
-
-
-def part(weight: Tensor, item: SiteUpdate) -> Tensor:
-    """The slice of a linear's ``[out, inp]`` matrix, or of one for every expert, that belongs to the site.
-
-    >>> from tnpeft.layout import layout
-    >>> from tnpeft.networks import Factorization, Site
-    >>> f = Factorization.of("A[out inp] -> out inp")
-    >>> place = layout(f, [Site(0, "c_attn/out:1", 2, 3, start=2)]).site_layouts[0]
-    >>> import torch
-    >>> part(torch.arange(12.0).reshape(4, 3), update(place, (), (), 1.0, 64))[:, 0]
-    tensor([6., 9.])
-    """
-    if not item.side:
-        return weight
-    return weight.narrow(-2 if item.side == "out" else -1, item.start, item.length)
-
-
-def _operand(
-    site_layout: SiteLayout,
-    label: str,
-    unit_norm: tuple[str, ...],
-    constants: tuple[str, ...],
-    named: tuple[str, ...],
-) -> Operand:
-    param = site_layout.parameters[label]
-    if label in constants:
-        return Operand("base", label)
-    stack = tuple((axis, index) for axis, index in enumerate(param.indices) if index in named)
-    norm = _columns(param, site_layout, named) if label in unit_norm else ()
-    return Operand("site" if param.home else "bank", param.key, norm, stack)
-
-
-def _columns(param: ParameterSpec, site_layout: SiteLayout, named: tuple[str, ...]) -> tuple[int, ...]:
-    features = {*site_layout.network.rows, *site_layout.network.cols}
-    kept = [index for index in param.indices if index not in named]
-    return tuple(axis for axis, index in enumerate(kept) if index in features)

@@ -22,7 +22,7 @@ from tnpeft.networks import NetworkError
 
 if TYPE_CHECKING:
     from tnpeft.adapters.layer.bank import FactorBank
-    from tnpeft.adapters.layer.protocol import AdaptedLinear
+    from tnpeft.adapters.layer.merging import DenseLinear
 
 saving_hooks = torch._C._autograd._top_saved_tensors_default_hooks  # None outside of non-reentrant checkpointing
 backward_task = torch._C._current_graph_task_id  # -1 outside of a backward pass
@@ -57,23 +57,22 @@ def refuse_reentrant(bank: FactorBank) -> None:
         )
 
 
-def in_checkpoint(layer: AdaptedLinear) -> bool:
-    """Return True if a call may be inside of a checkpoint, which is looked for only then."""
-    return saving_hooks(True) is not None or backward_task() != -1 or (layer.training and not torch.is_grad_enabled())
+def check_recomputation(layer: DenseLinear) -> dict[str, Tensor] | None:
+    """Note, in the forward of a checkpoint, which adapters a layer uses, and compare in the recomputation.
 
-
-def check_recomputation(layer: AdaptedLinear) -> None:
-    """Note, in the forward of a checkpoint, which adapters a linear uses, and compare in the recomputation.
+    Return the values of named stacks that the forward saw, if others are chosen in the recomputation.
 
     Raises:
         NetworkError: adapters were switched, merged or disabled between the two.
     """
-    if not in_checkpoint(layer):
-        return
-    active = layer._active_adapter
+    if saving_hooks(True) is None and backward_task() == -1 and (torch.is_grad_enabled() or not layer.training):
+        return None  # not in a checkpoint
+    active, selected = layer._active_adapter, layer.bank.selected
     state = (active if isinstance(active, str) else (*active,), layer._disable_adapters, (*layer.merged_adapters,))
+    seen: dict[str, Tensor] | None = None
     for region, again in _regions():
         noted = region.__dict__.setdefault("_tnpeft_adapters", {})
+        chosen = region.__dict__.setdefault("_tnpeft_selected", selected)
         if not again:
             noted[id(layer)] = state
         elif noted.get(id(layer), state) != state:
@@ -81,17 +80,9 @@ def check_recomputation(layer: AdaptedLinear) -> None:
                 "adapters were switched, merged or disabled between a checkpointed forward and its recomputation",
                 remedy="call backward() before switching, or train without gradient checkpointing",
             )
-
-
-def selection_seen(layer: AdaptedLinear, bank: FactorBank) -> dict[str, Tensor] | None:
-    """Return the values of named stacks that a checkpoint's forward saw if it is recomputed with others now."""
-    if not in_checkpoint(layer):
-        return None
-    for region, again in _regions():
-        seen: dict[str, Tensor] = region.__dict__.setdefault("_tnpeft_selected", bank.selected)
-        if again:
-            return None if seen is bank.selected else seen
-    return None
+        if again and seen is None:
+            seen = chosen
+    return None if seen is selected else seen
 
 
 def _regions() -> Iterator[tuple[Any, bool]]:

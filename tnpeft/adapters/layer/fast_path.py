@@ -7,33 +7,15 @@ is remembered and revalidated by identity and version counters. Factors are fetc
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from tnpeft.adapters.layer.binding import SiteUpdate
+from tnpeft.adapters.layer.merging import DenseLinear
 from tnpeft.adapters.layer.weight_cache import VersionStamp, is_cacheable, is_plain_inference
 from tnpeft.nn.executor.eligibility import why_not_fused
-
-if TYPE_CHECKING:
-    from tnpeft.adapters.layer.protocol import AdaptedLinear
-
-
-_Tables = tuple[tuple[dict[str, Tensor | None], str], ...]
-
-
-def _tables(layer: AdaptedLinear, adapter: str, item: SiteUpdate) -> _Tables | None:
-    """Return where the factors are kept; None if some are computed from the base weight."""
-    if any(operand.source == "base" for operand in item.operands):
-        return None
-    return tuple(
-        (layer.owner(operand).tnpeft_factors[adapter].table(operand.key), operand.key) for operand in item.operands
-    )
-
-
-def _noted(active: str | list[str]) -> str | list[str]:
-    return active if isinstance(active, str) else [*active]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,12 +30,13 @@ class ActiveAdapter:
     adapter: str
     item: SiteUpdate
     apart: str
-    tables: _Tables
+    tables: tuple[tuple[dict[str, Tensor | None], str], ...]
 
     @staticmethod
-    def of(layer: AdaptedLinear, compiling: bool = False) -> ActiveAdapter:
+    def of(layer: DenseLinear, compiling: bool = False) -> ActiveAdapter:
         """Return that of a linear; a compiler looks up factors itself."""
-        active, noted = layer.active_here, _noted(layer._active_adapter)
+        active, given = layer.active_here, layer._active_adapter
+        noted = given if isinstance(given, str) else [*given]
         if not active:
             return ActiveAdapter(noted, "", None, "", ())  # type: ignore[arg-type]
         item = layer.updates[active[0]][0]
@@ -63,8 +46,15 @@ class ActiveAdapter:
             apart = "the update is of slices of the layer"
         else:
             apart = "DoRA rescales the output" if active[0] in layer.tnpeft_magnitude else ""
-        tables = None if compiling or item.stack else _tables(layer, active[0], item)
-        return ActiveAdapter(noted, active[0], item, apart, tables or ())
+        tables: Any = ()
+        if not (compiling or item.stack or any(operand.source == "base" for operand in item.operands)):
+            owners = [layer.owner(operand).tnpeft_factors[active[0]] for operand in item.operands]
+            tables = tuple((own.table(o.key), o.key) for own, o in zip(owners, item.operands, strict=True))
+        return ActiveAdapter(noted, active[0], item, apart, tables)
+
+    def arrays(self) -> list[Any]:
+        """Return what is in the factors' places now, perhaps None: tensors of a module's own."""
+        return [table.get(key) for table, key in self.tables]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,51 +64,40 @@ class InferenceFastPath:
     ``first`` is ``[inp, narrow]``, ``last`` ``[narrow, out]``: views of the factors wherever they are factors.
     """
 
-    active: str | list[str]
-    tables: _Tables
-    arrays: tuple[Tensor, ...]
+    known: ActiveAdapter
+    arrays: list[Tensor]
     stamp: VersionStamp
     first: Tensor
     last: Tensor
     scale: float
 
     @staticmethod
-    def of(layer: AdaptedLinear, adapter: str, x: Tensor) -> InferenceFastPath | None:
-        """Return the path of an adapter of a linear; None where nothing may be kept, or it is not that simple."""
-        item = layer.updates[adapter][0]
-        if (
-            not item.program.is_low_rank
-            or item.side
-            or adapter in layer.tnpeft_magnitude
-            or _computed(layer.base_layer)
-        ):
+    def of(layer: Any, known: ActiveAdapter, x: Tensor) -> InferenceFastPath | None:
+        """Return the path of a linear's active adapter; None where nothing may be kept, or it is not that simple."""
+        item, arrays = known.item, known.arrays()
+        if known.apart or not arrays or not item.program.is_low_rank or _computed(layer.base_layer):
             return None
-        tables = _tables(layer, adapter, item)
-        if tables is None:
+        if not is_cacheable(arrays, x.device.type) or any(a.dtype != x.dtype or a.device != x.device for a in arrays):
             return None
-        arrays = [table.get(key) for table, key in tables]
-        if not is_cacheable(arrays, x.device.type) or any(a.dtype != x.dtype or a.device != x.device for a in arrays):  # type: ignore[arg-type, union-attr]
-            return None
-        first, last, sign = item.program.matrices(layer.values(adapter, item, x))
-        found: tuple[Tensor, ...] = tuple(arrays)  # type: ignore[arg-type]
-        active, scale = _noted(layer._active_adapter), sign * item.scale
-        return InferenceFastPath(active, tables, found, VersionStamp(found), first.t(), last.t(), scale)
+        kept = layer.prepared(known.adapter, item, x)
+        first, last, sign = item.program.matrices(item.program.prepare(arrays) if kept is None else kept)
+        return InferenceFastPath(known, arrays, VersionStamp(arrays), first.t(), last.t(), sign * item.scale)
 
-    def __call__(self, layer: AdaptedLinear, x: Tensor) -> Tensor | None:
+    def __call__(self, layer: DenseLinear, x: Tensor) -> Tensor | None:
         """Return the linear's output with the update, ``[..., out]``; None if anything has changed."""
         base: nn.Linear = layer._modules["base_layer"]  # type: ignore[assignment]
         if (
             layer.training
             or layer._disable_adapters
             or layer.merged
-            or layer._active_adapter != self.active
+            or layer._active_adapter != self.known.active
             or x.dtype != self.first.dtype
             or _computed(base)
             or not is_plain_inference(x.device.type)
         ):
             return None
-        for (table, key), source in zip(self.tables, self.arrays, strict=True):
-            if table.get(key) is not source:
+        for (table, key), array in zip(self.known.tables, self.arrays, strict=True):
+            if table.get(key) is not array:
                 return None
         if not self.stamp.holds(self.arrays):
             return None

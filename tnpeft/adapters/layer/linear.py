@@ -10,23 +10,17 @@ from torch import Tensor, nn
 
 from tnpeft.adapters.layer.bank import FactorBank
 from tnpeft.adapters.layer.binding import SiteUpdate
-from tnpeft.adapters.layer.checkpointing import (
-    backward_task,
-    check_recomputation,
-    refuse_reentrant,
-    saving_hooks,
-    selection_seen,
-)
+from tnpeft.adapters.layer.checkpointing import backward_task, check_recomputation, refuse_reentrant, saving_hooks
 from tnpeft.adapters.layer.fast_path import ActiveAdapter, InferenceFastPath
-from tnpeft.adapters.layer.merging import DenseLinear, rescaling, wide
-from tnpeft.adapters.layer.mixed_batch import block_rows, group_by_network, update_blocks
-from tnpeft.adapters.layer.protocol import FUSED, Route
+from tnpeft.adapters.layer.merging import DenseLinear, Route
+from tnpeft.adapters.layer.mixed_batch import adapters_of_rows, block_rows, group_by_network, update_blocks
 from tnpeft.adapters.layer.weight_cache import WeightCache, is_cacheable
-from tnpeft.adapters.sites.selection import check_rows, chosen_rows
+from tnpeft.adapters.sites.selection import check_rows
 from tnpeft.layout import ParameterSpec
-from tnpeft.networks import NetworkError
 from tnpeft.nn.executor.eligibility import why_not_fused
 from tnpeft.nn.executor.program import Program
+
+FUSED = Route("fused", "")
 
 
 class TensorNetworkLinear(DenseLinear):
@@ -40,22 +34,18 @@ class TensorNetworkLinear(DenseLinear):
         super().__init__(base_layer, bank, **kwargs)
         self._cache = WeightCache()
 
-    def _ready(self, adapter: str, item: SiteUpdate, x: Tensor) -> list[Tensor] | None:
-        """Return the cached results of one site's update, from factors alone; None where nothing may be cached."""
-        keeps = not self.training and item.keeps and not item.stack
-        if keeps and is_cacheable(arrays := self._arrays(adapter, item), x.device.type):
-            key = adapter, item.start, x.dtype, x.device
-            return self._cache.get(key, arrays, lambda: item.program.prepare(self.operands(adapter, item, x)))
-        return None
-
-    def values(self, adapter: str, item: SiteUpdate, x: Tensor) -> list[Tensor]:
-        """All but ``x`` that one site's update needs."""
-        kept = self._ready(adapter, item, x)
-        return item.program.prepare(self.operands(adapter, item, x)) if kept is None else kept
+    def prepared(self, adapter: str, item: SiteUpdate, x: Tensor) -> list[Tensor] | None:
+        """Return what one site's update computes from factors alone; None where it may not be kept."""
+        if self.training or not item.keeps or item.stack:
+            return None
+        sources = self._arrays(adapter, item)
+        return self._cache.get(
+            (adapter, item.start), sources, x, lambda: item.program.prepare(self.operands(adapter, item, x))
+        )
 
     def _run(self, adapter: str, item: SiteUpdate, x: Tensor, result: Tensor | None) -> Tensor:
         """``result`` plus one site's update of ``x``."""
-        kept = self._ready(adapter, item, x)
+        kept = self.prepared(adapter, item, x)
         if kept is None:
             return self._program(item, x)(x, self.operands(adapter, item, x), result, item.scale)
         return item.program.apply(x, kept, result, item.scale)
@@ -64,7 +54,7 @@ class TensorNetworkLinear(DenseLinear):
         """The program of a call with ``x``: of one value of each named stack index, or of one for each row."""
         if not item.stack:
             return item.program
-        rows, count = chosen_rows(item.stack, item.site_layout.sizes, item.chosen(self.bank.selected))
+        rows, count = item.rows(self.bank.selected)
         if rows:
             check_rows(x.shape, count)
         return item.by_rows(rows, count)
@@ -93,28 +83,20 @@ class TensorNetworkLinear(DenseLinear):
         items = self.updates[adapter]
         if not items[0].side:
             return self._run(adapter, items[0], x, result)
-        parts: list[Tensor] = []
-        at = 0
+        if result is None:
+            result = x.new_zeros((*x.shape[:-1], self.out_features))
+        parts, at = [], 0
         for item in items:
             if item.side == "inp":
-                narrow = x.narrow(-1, item.start, item.length)
-                result = self._run(adapter, item, narrow, result)
-                continue
-            parts.append(self._rows(x, result, at, item.start))
-            rows = None if result is None else result.narrow(-1, item.start, item.length)
-            parts.append(self._run(adapter, item, x, rows))
-            at = item.start + item.length
+                result = self._run(adapter, item, x.narrow(-1, item.start, item.length), result)
+            else:
+                before, rows = result.narrow(-1, at, item.start - at), result.narrow(-1, item.start, item.length)
+                parts += [before, self._run(adapter, item, x, rows)]
+                at = item.start + item.length
         if not parts:
-            assert result is not None  # a slice of the input's side has made it
             return result
-        parts.append(self._rows(x, result, at, self.out_features))
-        return torch.cat([rows for rows in parts if rows.shape[-1]], dim=-1)
-
-    @staticmethod
-    def _rows(x: Tensor, result: Tensor | None, start: int, stop: int) -> Tensor:
-        if result is None:
-            return x.new_zeros((*x.shape[:-1], stop - start))
-        return result.narrow(-1, start, stop - start)
+        parts.append(result.narrow(-1, at, self.out_features - at))
+        return torch.cat([part for part in parts if part.shape[-1]], dim=-1)
 
     def _adapted(self, adapter: str, x: Tensor, result: Tensor, base: Tensor) -> Tensor:
         """``result`` with the update of one adapter added; ``base`` is the output of the base linear alone."""
@@ -131,10 +113,7 @@ class TensorNetworkLinear(DenseLinear):
     def _dora(self, adapter: str, x: Tensor, base: Tensor, dropped: bool) -> Tensor:
         """Return what rescaling the rows to the learned magnitudes adds to ``base`` (arXiv 2402.09353, 4.3)."""
         dtype = self._compute_dtype(adapter, x)
-        magnitude = self.tnpeft_magnitude[adapter].to(dtype)
-        with torch.no_grad():
-            updated = self.base_matrix() + wide(self._delta(adapter))
-        ratio = rescaling(magnitude, updated.detach().norm(dim=1).to(dtype))  # forward derivatives heed detach alone
+        ratio = self._ratio(adapter, dtype)
         bias = self.get_base_layer().bias
         if dropped:
             plain = nn.functional.linear(x.to(dtype), self.base_matrix().to(dtype))
@@ -150,12 +129,10 @@ class TensorNetworkLinear(DenseLinear):
         plain = not args and not kwargs
         if plain and adapter_names is None and not torch.compiler.is_compiling():
             grads = torch.is_grad_enabled()
-            # in_checkpoint, without the call
-            if saving_hooks(True) is not None or backward_task() != -1 or (self.training and not grads):
-                check_recomputation(self)
-                if self.bank.selected and (seen := selection_seen(self, self.bank)) is not None:
-                    with self.bank.selecting(seen):
-                        return self.forward(x)
+            inside = saving_hooks(True) is not None or backward_task() != -1 or (self.training and not grads)
+            if inside and (seen := check_recomputation(self)) is not None:  # inside a checkpoint, perhaps
+                with self.bank.selecting(seen):
+                    return self.forward(x)
             if not grads and (path := self._cache.inference) is not None and (result := path(self, x)) is not None:
                 return result  # type: ignore[no-any-return]
         route, known, factors = self.path(x, adapter_names, plain)
@@ -172,8 +149,8 @@ class TensorNetworkLinear(DenseLinear):
         if route.kind in ("base", "merged"):
             return self.base_layer(x, *args, **kwargs)
         refuse_reentrant(self.bank)
-        if route.kind == "cached" and plain and len(active := self.active_here) == 1:
-            self._cache.inference = path = InferenceFastPath.of(self, active[0], x)
+        if route.kind == "cached" and plain:
+            self._cache.inference = path = InferenceFastPath.of(self, known, x)
             if path is not None and (result := path(self, x)) is not None:
                 return result
         result = base = self.base_layer(x, *args, **kwargs)
@@ -193,43 +170,39 @@ class TensorNetworkLinear(DenseLinear):
 
     def path(
         self, x: Tensor, adapter_names: Sequence[str] | None = None, plain: bool = True
-    ) -> tuple[Route, Any, list[Tensor] | None]:
+    ) -> tuple[Route, ActiveAdapter, list[Tensor] | None]:
         """Return the path of a call, what is known of its active adapter, and factors that are at hand as they are.
 
         ``plain``: the base layer is called with ``x`` alone. Factors are those of a fused path in eager mode; None if
         they are to be cast, moved, selected, gathered or computed, or the weight of the base layer is.
         """
-        if (
-            adapter_names is not None
-            or self._disable_adapters
-            or self.merged_adapters
-            or self._bank[0].merged_adapters
-        ):
-            return self.route_by_state(adapter_names), None, None  # type: ignore[return-value]
         compiling = torch.compiler.is_compiling()
         known: ActiveAdapter | None = None if compiling else self._cache.active
         if known is None or known.active != self._active_adapter:
             known = ActiveAdapter.of(self, compiling)
             if not compiling:
                 self._cache.active = known
-        if not known.adapter:
-            return self.route_by_state(None), None, None  # type: ignore[return-value]
+        merged = self.merged_adapters or self._bank[0].merged_adapters
+        if adapter_names is not None or self._disable_adapters or merged or not known.adapter:
+            return self.route_by_state(adapter_names), known, None  # type: ignore[return-value]
         own: Any = self._modules["base_layer"]
-        reason = known.apart
-        if not reason and not plain:
+        if known.apart:
+            reason = known.apart
+        elif not plain:
             reason = "the base layer is called with further arguments"
-        if not reason and self.training and self.dropouts[known.adapter]:
+        elif self.training and self.dropouts[known.adapter]:
             reason = "dropout in training"
-        reason = reason or why_not_fused(own, x)
+        else:
+            reason = why_not_fused(own, x)
         if not reason:
-            factors = [table.get(key) for table, key in known.tables]
+            factors: list[Any] = [table.get(key) for table, key in known.tables]
             dtype, device = x.dtype, x.device
             for array in factors:
-                if type(array) not in (nn.Parameter, Tensor) or array.dtype != dtype or array.device != device:  # type: ignore[union-attr]
+                if type(array) not in (nn.Parameter, Tensor) or array.dtype != dtype or array.device != device:
                     break
             else:
                 if factors and own._parameters.get("weight") is not None:  # else it is computed, or kept elsewhere
-                    return FUSED, known, factors  # type: ignore[return-value]
+                    return FUSED, known, factors
             if dtype == self._compute_dtype(known.adapter, x):
                 return FUSED, known, None
             reason = "the factors are wider than the input"
@@ -244,17 +217,8 @@ class TensorNetworkLinear(DenseLinear):
 
     def _mixed(self, x: Tensor, base: Tensor, names: Sequence[str]) -> Tensor:
         """``base`` with the update of every row's own adapter added."""
-        if len(names) != len(x):
-            raise NetworkError(
-                f"adapter_names has {len(names)} entries for {len(x)} rows",
-                remedy="name one adapter per row; linears that see other rows than the batch's take one adapter only",
-            )
-        for name in {*names} & {*self.updates}:
-            self._refuse_by_row(name)
         result = base.clone()
-        for group in group_by_network(
-            self, [adapter for adapter in dict.fromkeys(names) if adapter in self.updates], x
-        ):
+        for group in group_by_network(self, adapters_of_rows(self, names, x), x):
             rows, own = (torch.tensor(places, device=x.device) for places in block_rows(group, names))
             given = base[rows]
             if len(group) == 1:

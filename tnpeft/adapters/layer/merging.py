@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
@@ -14,16 +14,24 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tnpeft.adapters.layer.bank import FactorBank, TensorNetworkLayer
-from tnpeft.adapters.layer.binding import Operand, SiteUpdate, as_base_factor, part
-from tnpeft.adapters.layer.protocol import Route
+from tnpeft.adapters.layer.binding import Operand, SiteUpdate, as_base_factor
 from tnpeft.adapters.layer.snapshot import WeightSnapshot
-from tnpeft.adapters.sites.selection import choose, chosen_rows
+from tnpeft.adapters.sites.selection import choose
 from tnpeft.adapters.targets import features
 from tnpeft.networks import REPLICA, NetworkError
 from tnpeft.nn.executor.eligibility import autocast_active
 
-if TYPE_CHECKING:
-    from tnpeft.adapters.layer.shared_input import SharedInputGroup
+
+class Route(NamedTuple):
+    """The path that a call takes, and why not a faster one.
+
+    The paths are ``base`` (no update), ``merged``, ``mixed`` (an adapter for each row), ``shared`` and ``fused`` (one
+    operation with the base layer; several layers may share their first product), ``cached`` (inference with results
+    kept from call to call) and ``plain``.
+    """
+
+    kind: str
+    reason: str
 
 
 class DenseLinear(nn.Module, TensorNetworkLayer):
@@ -51,10 +59,10 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
         self.tnpeft_magnitude = nn.ParameterDict()
         self.updates: dict[str, tuple[SiteUpdate, ...]] = {}
         self.dropouts: dict[str, float] = {}
-        self.input_groups: dict[str, SharedInputGroup] = {}
+        self.input_groups: dict[str, Any] = {}  # a SharedInputGroup for an adapter
         self.merged_adapters: list[str] = []
         self._disable_adapters = bank.disable_adapters
-        self._trained, self._paused = set(), None
+        self._trained, self._paused = set(), []
         self._bank = (bank,)
         self._kept: WeightSnapshot | None = None
         self.tied: list[DenseLinear] = []
@@ -126,17 +134,16 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
         return self if operand.source == "site" else self.bank
 
     def _arrays(self, adapter: str, item: SiteUpdate) -> list[Tensor]:
-        own, shared = self.tnpeft_factors[adapter], self.bank.tnpeft_factors[adapter]
         found = [
             self.constant(item, operand.key)
             if operand.source == "base"
-            else (own if operand.source == "site" else shared).get(operand.key)
+            else self.owner(operand).tnpeft_factors[adapter].get(operand.key)
             for operand in item.operands
         ]
         if not item.stack:
             return found
+        item.rows(self.bank.selected)  # each index has a value
         selected = item.chosen(self.bank.selected)
-        chosen_rows(item.stack, item.site_layout.sizes, selected)
         return [choose(a, operand.stack, selected) for a, operand in zip(found, item.operands, strict=True)]
 
     def constant(self, item: SiteUpdate, label: str) -> Tensor:
@@ -145,7 +152,11 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
 
     def site_matrix(self, item: SiteUpdate) -> Tensor:
         """The base weight of a site before any merge, fp32 or wider: ``[out, inp]``, with experts before."""
-        return part(self.base_matrix(), item)
+        return self.site_part(self.base_matrix(), item)
+
+    def site_part(self, matrix: Tensor, item: SiteUpdate) -> Tensor:
+        """The slice of a matrix like the weight's that belongs to a site, a view."""
+        return matrix.narrow(-2 if item.side == "out" else -1, item.start, item.length) if item.side else matrix
 
     def site_input(self, item: SiteUpdate, x: Tensor) -> Tensor:
         """The part of an input that a site reads."""
@@ -153,14 +164,10 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
 
     def _compute_dtype(self, adapter: str, x: Tensor) -> torch.dtype:
         """The wider dtype of input and factors; under autocast, which casts by itself, that of the input."""
-        if autocast_active(x.device.type):
+        own = next((operand for operand in self.updates[adapter][0].operands if operand.source != "base"), None)
+        if own is None or autocast_active(x.device.type):
             return x.dtype
-        for operand in self.updates[adapter][0].operands:
-            if operand.source != "base":
-                arrays = self.tnpeft_factors if operand.source == "site" else self.bank.tnpeft_factors
-                dtype = arrays[adapter].get(operand.key).dtype
-                return x.dtype if x.dtype == dtype else torch.promote_types(x.dtype, dtype)
-        return x.dtype
+        return torch.promote_types(x.dtype, self.owner(own).tnpeft_factors[adapter].get(own.key).dtype)
 
     # ---- dense updates and merging
 
@@ -175,13 +182,13 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
         self._refuse_several(adapter)
         items = self.updates[adapter]
         with torch.autocast(self.home_device().type, enabled=False):
-            deltas = [item.delta(self.operands(adapter, item)) for item in items]
+            deltas = [item.program.delta(self.operands(adapter, item), item.scale) for item in items]
         shape = (*((self.experts,) if self.experts else ()), self.out_features, self.in_features)
         if not items[0].side:
             return deltas[0].expand(shape)
         whole = deltas[0].new_zeros(shape)
         for item, delta in zip(items, deltas, strict=True):
-            part(whole, item).add_(delta)
+            self.site_part(whole, item).add_(delta)
         return whole
 
     @property
@@ -223,22 +230,10 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
                 f"{adapter!r} is several replicas, not one update",
                 remedy="take one out with tnpeft.replicas.attach(model, k, name), then use that",
             )
-        if item.stack and (
-            rows := chosen_rows(item.stack, item.site_layout.sizes, item.chosen(self.bank.selected))[0]
-        ):
+        if rows := item.rows(self.bank.selected)[0]:
             raise NetworkError(
                 f"{adapter!r} has a value of {rows[0]!r} for each row, not one update",
                 remedy=f"choose one value first: tnpeft.select(model, {rows[0]}=0)",
-            )
-
-    def _refuse_by_row(self, adapter: str) -> None:
-        item = self.updates[adapter][0]
-        if item.stack and (
-            rows := chosen_rows(item.stack, item.site_layout.sizes, item.chosen(self.bank.selected))[0]
-        ):
-            raise NetworkError(
-                f"rows cannot have both an adapter and a value of {rows[0]!r} of their own",
-                remedy=f"choose one value for all, tnpeft.select(model, {rows[0]}=0), or leave out adapter_names",
             )
 
     @torch.no_grad()
@@ -261,6 +256,13 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
         updated = base + wide(delta)
         ratio = rescaling(wide(self.tnpeft_magnitude[adapter]), updated.norm(dim=-1))
         return updated * ratio[..., None] - base
+
+    def _ratio(self, adapter: str, dtype: torch.dtype) -> Tensor:
+        """What the rows of the updated weight take to have their learned magnitudes; lengths have no gradient."""
+        with torch.no_grad():
+            updated = self.base_matrix() + wide(self._delta(adapter))
+        length = updated.detach().norm(dim=1)  # forward derivatives heed detach alone
+        return rescaling(self.tnpeft_magnitude[adapter].to(dtype), length.to(dtype))
 
     def _matrix(self, weight: Tensor) -> Tensor:
         """The base weight, or another of its layout, as an ``[out, inp]`` matrix."""
@@ -379,19 +381,11 @@ class HeldWeight(DenseLinear):
 
 
 def rescaling(magnitude: Tensor, length: Tensor) -> Tensor:
-    """Return the factors that give rows of some length a magnitude; a row of zeros has no direction and stays.
-
-    >>> rescaling(torch.tensor([2.0, 0.0]), torch.tensor([4.0, 0.0]))
-    tensor([0.5000, 1.0000])
-    """
+    """Return the factors that give rows of some length a magnitude; a row of zeros has no direction and stays."""
     there = length > 0
     return torch.where(there, magnitude / torch.where(there, length, 1.0), 1.0)
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """The tensor in fp32, or as it is if that is wider.
-
-    >>> wide(torch.zeros(1, dtype=torch.bfloat16)).dtype
-    torch.float32
-    """
+    """The tensor in fp32, or as it is if that is wider."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

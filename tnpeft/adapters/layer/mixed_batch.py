@@ -4,33 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from tnpeft.adapters.layer.weight_cache import is_cacheable
+from tnpeft.adapters.layer.merging import DenseLinear
 from tnpeft.networks import REPLICA, NetworkError
 from tnpeft.networks.replicas import with_replicas
 from tnpeft.nn.executor.program import Program, program
-
-if TYPE_CHECKING:
-    from tnpeft.adapters.layer.protocol import AdaptedLinear
-
 
 BASE = "__base__"  # PEFT's name for "no adapter" in mixed batches
 _TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")  # [rows, tokens, ...]
 
 
 class BatchAdapterNames:
-    """The adapter of every row of one batch, for modules that see its rows or, as OPT's ``fc1``, its tokens as rows.
-
-    >>> named = BatchAdapterNames(["a", "b"])
-    >>> named.enter(nn.Identity(), (torch.ones(2, 3, 5),), {})
-    >>> named.of(torch.ones(2, 3, 5)), named.of(torch.ones(6, 5)), named.of(torch.ones(3, 2, 5))
-    (['a', 'b'], ['a', 'a', 'a', 'b', 'b', 'b'], ['a', 'b'])
-    """
+    """The adapter of every row of one batch, for modules that see its rows or, as OPT's ``fc1``, all its tokens."""
 
     def __init__(self, names: Sequence[str], each: int = 1) -> None:
         self._given = [*names]
@@ -69,11 +59,6 @@ def check_names(names: Sequence[str], configs: Mapping[str, Any]) -> None:
 
     Raises:
         NetworkError: the names are missing, an adapter is unknown, or it is several replicas.
-
-    >>> check_names(["a", "__base__"], {"b": None})
-    Traceback (most recent call last):
-    tnpeft.networks.errors.NetworkError: unknown adapter 'a'
-    the adapters are b
     """
     if not names:
         raise NetworkError("adapter_names is empty", remedy="name one adapter per row")
@@ -89,11 +74,7 @@ def check_names(names: Sequence[str], configs: Mapping[str, Any]) -> None:
 
 
 def rows_for_each(options: Mapping[str, Any], model: nn.Module) -> int:
-    """The rows that ``generate`` makes of each of a batch with its options: several beams or sequences.
-
-    >>> rows_for_each({"num_beams": 2}, nn.Identity())
-    2
-    """
+    """The rows that ``generate`` makes of each of a batch with its options: several beams or sequences."""
     for given in (options, options.get("generation_config"), getattr(model, "generation_config", None)):
         get = given.get if isinstance(given, Mapping) else partial(getattr, given)
         counts = [get(key, None) for key in ("num_beams", "num_return_sequences")]
@@ -102,7 +83,32 @@ def rows_for_each(options: Mapping[str, Any], model: nn.Module) -> int:
     return 1
 
 
-def group_by_network(layer: AdaptedLinear, adapters: Sequence[str], x: Tensor) -> list[list[str]]:
+# ---- in a layer
+
+
+def adapters_of_rows(layer: DenseLinear, names: Sequence[str], x: Tensor) -> list[str]:
+    """Return the adapters of the rows that have an update of a layer.
+
+    Raises:
+        NetworkError: the input has other rows than there are names, or an adapter has a value of a named stack index
+            for each row.
+    """
+    if len(names) != len(x):
+        raise NetworkError(
+            f"adapter_names has {len(names)} entries for {len(x)} rows",
+            remedy="name one adapter per row; layers that see other rows than the batch's take one adapter only",
+        )
+    found = [adapter for adapter in dict.fromkeys(names) if adapter in layer.updates]
+    for adapter in found:
+        if rows := layer.updates[adapter][0].rows(layer.bank.selected)[0]:
+            raise NetworkError(
+                f"rows cannot have both an adapter and a value of {rows[0]!r} of their own",
+                remedy=f"choose one value for all, tnpeft.select(model, {rows[0]}=0), or leave out adapter_names",
+            )
+    return found
+
+
+def group_by_network(layer: DenseLinear, adapters: Sequence[str], x: Tensor) -> list[list[str]]:
     """The adapters in groups of one network here, each of which can be one contraction of ``x``; any other is alone.
 
     It takes one update of the whole linear, factors of one dtype, and no constants but the base weight.
@@ -113,7 +119,7 @@ def group_by_network(layer: AdaptedLinear, adapters: Sequence[str], x: Tensor) -
     return [*found.values()]
 
 
-def _kind(layer: AdaptedLinear, adapter: str, x: Tensor) -> Hashable:
+def _kind(layer: DenseLinear, adapter: str, x: Tensor) -> Hashable:
     item = layer.updates[adapter][0]
     if item.side or item.data or item.stack or adapter in layer.tnpeft_magnitude:
         return adapter
@@ -134,30 +140,29 @@ def block_rows(group: Sequence[str], names: Sequence[str]) -> tuple[list[int], l
     return rows, [k * longest + place for k, block in enumerate(blocks) for place in range(len(block))]
 
 
-def update_blocks(layer: AdaptedLinear, group: Sequence[str], x: Tensor, result: Tensor) -> Tensor:
-    """``result`` plus the updates of a group's adapters, each of its own block of the rows of ``x``."""
+def update_blocks(layer: Any, group: Sequence[str], x: Tensor, result: Tensor) -> Tensor:
+    """``result`` plus the updates of a linear by a group's adapters, each of its own block of the rows of ``x``."""
     items = [layer.updates[adapter][0] for adapter in group]
     first = items[0]
     run = _beside(first.program, len(group))
     rows = x.to(layer._compute_dtype(group[0], x))
 
-    def values() -> list[Tensor]:
+    def stacked() -> list[Tensor]:
         own = [layer.operands(adapter, item, rows) for adapter, item in zip(group, items, strict=True)]
-        stacked = [
+        return [
             arrays[0] if operand.source == "base" else torch.stack(arrays)
             for operand, arrays in zip(first.operands, zip(*own, strict=True), strict=True)
         ]
-        return run.prepare(stacked)
 
-    prepared = None
+    kept = None
     if not layer.training and not first.constants:
-        arrays = [array for adapter, item in zip(group, items, strict=True) for array in layer._arrays(adapter, item)]
-        if is_cacheable(arrays, x.device.type):
-            prepared = layer._cache.get((tuple(group), rows.dtype, x.device), arrays, values)
-    prepared = values() if prepared is None else prepared
-    if rows.dtype == result.dtype:
-        return run.apply(rows, prepared, result, first.scale)
-    return result + run.apply(rows, prepared, None, first.scale).to(result.dtype)
+        sources = [
+            array for adapter, item in zip(group, items, strict=True) for array in layer._arrays(adapter, item)
+        ]
+        kept = layer._cache.get(tuple(group), sources, rows, lambda: run.prepare(stacked()))
+    base = result if rows.dtype == result.dtype else None
+    updated = run(rows, stacked(), base, first.scale) if kept is None else run.apply(rows, kept, base, first.scale)
+    return updated if base is not None else result + updated.to(result.dtype)
 
 
 @lru_cache(maxsize=256)

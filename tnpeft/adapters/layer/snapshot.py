@@ -23,14 +23,7 @@ class WeightSnapshot:
 
     @staticmethod
     def of(module: nn.Module, name: str = "") -> WeightSnapshot:
-        """Return a snapshot of the module, or of its one Parameter of a ``name``, without copying any array.
-
-        >>> linear = nn.Linear(2, 2)
-        >>> kept = WeightSnapshot.of(linear)
-        >>> linear.weight = nn.Parameter(linear.weight * 2)
-        >>> kept.restore().weight is kept.parameters["weight"]
-        True
-        """
+        """Return a snapshot of the module, or of its one Parameter of a ``name``, without copying any array."""
         if name:
             return WeightSnapshot(module, {name: module._parameters[name]}, {}, None, name)
         state = copy(getattr(module, "state", None))

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from tnpeft.adapters.layer.binding import SiteUpdate
-from tnpeft.adapters.layer.checkpointing import check_recomputation, refuse_reentrant, selection_seen
-from tnpeft.adapters.layer.merging import DenseLinear
-from tnpeft.adapters.layer.protocol import Route
-from tnpeft.adapters.sites.selection import chosen_rows
+from tnpeft.adapters.layer.checkpointing import check_recomputation, refuse_reentrant
+from tnpeft.adapters.layer.merging import DenseLinear, Route
+from tnpeft.adapters.layer.mixed_batch import adapters_of_rows
 from tnpeft.networks import REPLICA, Network, NetworkError
 from tnpeft.nn.executor.kernels import normalize_columns
 
@@ -53,12 +52,9 @@ class CalledLayer(DenseLinear):
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
         """The base layer's output plus the updates of the active adapters, or of each row's own adapter."""
-        if not torch.compiler.is_compiling():
-            layer: Any = self
-            check_recomputation(layer)
-            if self.bank.selected and (seen := selection_seen(layer, self.bank)) is not None:
-                with self.bank.selecting(seen):
-                    return self.forward(x, *args, adapter_names=adapter_names, **kwargs)
+        if not torch.compiler.is_compiling() and (seen := check_recomputation(self)) is not None:
+            with self.bank.selecting(seen):
+                return self.forward(x, *args, adapter_names=adapter_names, **kwargs)
         base: Tensor = self.base_layer(x, *args, **kwargs)
         if self.route(x, adapter_names).kind in ("base", "merged"):
             return base
@@ -102,7 +98,7 @@ class CalledLayer(DenseLinear):
         own: set[str] = set()
         count = 1
         if item.stack:
-            rows, count = chosen_rows(item.stack, item.site_layout.sizes, item.chosen(self.bank.selected))
+            rows, count = item.rows(self.bank.selected)
             both = zip(item.program.labels, item.operands, strict=True)
             own = {label for label, operand in both if any(index in rows for _, index in operand.stack)}
         elif item.program.replicas > 1:
@@ -124,14 +120,8 @@ class CalledLayer(DenseLinear):
 
     def _mixed(self, x: Tensor, base: Tensor, names: Sequence[str]) -> Tensor:
         """``base`` with the update of every row's own adapter added."""
-        if len(names) != len(x):
-            raise NetworkError(
-                f"adapter_names has {len(names)} entries for {len(x)} rows",
-                remedy="name one adapter per row; layers that see other rows than the batch's take one adapter only",
-            )
         result = base.clone()
-        for adapter in dict.fromkeys(name for name in names if name in self.updates):
-            self._refuse_by_row(adapter)
+        for adapter in adapters_of_rows(self, names, x):
             rows = torch.tensor([k for k, name in enumerate(names) if name == adapter], device=x.device)
             result[rows] = base[rows] + self.change(adapter, x[rows], base[rows]).to(base.dtype)
         return result

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters.layer.binding import SiteUpdate
-from tnpeft.adapters.layer.merging import rescaling, wide
 from tnpeft.adapters.sites.call import CalledLayer, network_of
 from tnpeft.networks import NetworkError
 from tnpeft.nn.dense import evaluator
@@ -110,10 +109,7 @@ class TensorNetworkConvolution(CalledLayer):
         update = self.update_of(adapter, x)
         if adapter not in self.tnpeft_magnitude:
             return update
-        magnitude = self.tnpeft_magnitude[adapter].to(dtype)
-        with torch.no_grad():
-            updated = self.base_matrix() + wide(self._delta(adapter))
-        ratio = self._channels(rescaling(magnitude, updated.detach().norm(dim=1).to(dtype)))
+        ratio = self._channels(self._ratio(adapter, dtype))
         module: Any = self.get_base_layer()
         if dropped:
             plain = self._convolved(x, module.weight.to(dtype))

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters.layer.bank import FactorBank
-from tnpeft.adapters.layer.checkpointing import check_recomputation, refuse_reentrant, selection_seen
-from tnpeft.adapters.layer.merging import DenseLinear, HeldWeight, rescaling, wide
-from tnpeft.adapters.layer.protocol import Route
+from tnpeft.adapters.layer.checkpointing import check_recomputation, refuse_reentrant
+from tnpeft.adapters.layer.merging import DenseLinear, HeldWeight, Route, rescaling, wide
 from tnpeft.adapters.sites.raw import RawWeight
 from tnpeft.networks import NetworkError
 
@@ -70,12 +69,9 @@ class TensorNetworkParameter(HeldWeight):
         return found
 
     def _formed(self) -> Tensor:
-        if not torch.compiler.is_compiling():
-            layer: Any = self
-            check_recomputation(layer)
-            if self.bank.selected and (seen := selection_seen(layer, self.bank)) is not None:
-                with self.bank.selecting(seen):
-                    return self._formed()
+        if not torch.compiler.is_compiling() and (seen := check_recomputation(self)) is not None:
+            with self.bank.selecting(seen):
+                return self._formed()
         refuse_reentrant(self.bank)
         total = wide(self.weight)
         for adapter in self.active_here:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
@@ -80,14 +81,40 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield address
 
 
-def go(home: Path, address: str, *command: str) -> subprocess.CompletedProcess[str]:
-    """A command with the caches below ``home``; offline without an address."""
+APART = """
+import json, os, sys
+import datasets, peft, torch, transformers, tnpeft.studies.running.finetune
+from tnpeft.__main__ import main
+
+folder, commands = sys.argv[1:]
+for number, command in enumerate(json.loads(commands)):
+    if not (child := os.fork()):
+        for place, kind in enumerate(("out", "err"), 1):
+            os.dup2(os.open(f"{folder}/{number}.{kind}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), place)
+        if command[0] == "-c":
+            exec(command[1])
+        else:
+            sys.argv = ["tnpeft", *command]
+            main()
+        sys.exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def go(home: Path, address: str, *commands: list[str]) -> list[subprocess.CompletedProcess[str]]:
+    """Commands with the caches below ``home``, each a process of its own, but all after one import of the libraries;
+    offline without an address."""
     environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0" if address else "1"}
     environment |= {"HF_ENDPOINT": address} if address else {}
     environment.pop("HF_DATASETS_CACHE", None)
-    return subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, env=environment, timeout=300, check=False
-    )
+    home.mkdir(exist_ok=True)
+    done = subprocess.run(
+        [sys.executable, "-c", APART, str(home), json.dumps(commands)],
+        capture_output=True, text=True, env=environment, timeout=300, check=True,
+    )  # fmt: skip
+    said = [[(home / f"{k}.{kind}").read_text() for kind in ("out", "err")] for k in range(len(commands))]
+    codes = map(int, done.stdout.split())
+    return [subprocess.CompletedProcess([], *each) for each in zip(codes, *zip(*said, strict=True), strict=True)]
 
 
 LOAD = """
@@ -100,29 +127,24 @@ print(json.dumps(facts))
 """
 
 
-def test_every_task_is_read_from_the_hub_and_again_from_its_cache(hub: str, tmp_path: Path) -> None:
-    load = LOAD % list(LAYOUT)
-    online = go(tmp_path, hub, "-c", load)
-    assert online.returncode == 0, online.stderr
-    found = json.loads(online.stdout)
-    for name, (_, _, columns, _, _) in LAYOUT.items():
-        train, evaluation, prompt, label, _ = found[name]
-        assert (train, evaluation, label) == (SIZES["train"], SIZES["validation"], 1)
-        texts = {column: f"train {column} 3" for column in columns}
-        assert prompt == TASKS[name].prompt.format(**texts)
-    offline = go(tmp_path, "", "-c", load)
-    assert offline.returncode == 0, offline.stderr
-    assert json.loads(offline.stdout) == found
-
-
-def test_a_model_and_a_task_of_the_hub_are_trained_online_and_then_offline(hub: str, tmp_path: Path) -> None:
-    command = ["-m", "tnpeft", "train", "lora", "--model", "someone/tiny-opt", "--task", "mrpc", "--data", "hub"]
-    command += ["--steps", "2", "--settings", "dev=8; eval=0; max_length=120", "--json", "--out"]
-    results = []
+def test_every_task_and_a_model_are_had_from_the_hub_and_again_from_its_cache(hub: str, tmp_path: Path) -> None:
+    train = ["train", "lora", "--model", "someone/tiny-opt", "--task", "mrpc", "--data", "hub", "--steps", "2"]
+    train += ["--settings", "dev=8; eval=0; max_length=120", "--json", "--out"]
+    other = ["train", "lora", "--model", "someone/else", "--task", "digits_upright", "--out", str(tmp_path / "other")]
+    facts, results = [], []
     for address in (hub, ""):
-        done = go(tmp_path / "home", address, *command, str(tmp_path / f"out{len(results)}"))
-        assert done.returncode == 0, done.stderr
-        results.append(json.loads(done.stdout))
+        commands = [["-c", LOAD % list(LAYOUT)], [*train, str(tmp_path / f"out{len(results)}")], other]
+        loaded, trained, missing = go(tmp_path / "home", address, *commands)
+        assert (loaded.returncode, trained.returncode) == (0, 0), loaded.stderr + trained.stderr
+        facts.append(json.loads(loaded.stdout))
+        results.append(json.loads(trained.stdout))
+        assert (missing.returncode, missing.stderr.count("\n")) == (2, 1), missing.stderr
+        assert "cannot load the model 'someone/else'" in missing.stderr
+    for name, (_, _, columns, _, _) in LAYOUT.items():
+        texts = {column: f"train {column} 3" for column in columns}
+        expected = [SIZES["train"], SIZES["validation"], TASKS[name].prompt.format(**texts), 1]
+        assert facts[0][name][:4] == expected
+    assert facts[1] == facts[0]
     assert results[0]["eval_loss"] == results[1]["eval_loss"]
     assert set(results[0]["scores"]) == {"accuracy", "f1", "matthews"}
     assert results[0]["examples"] == [SIZES["train"] - 8, 8, SIZES["validation"]]
@@ -140,39 +162,29 @@ family = "lora"
 """
 
 
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        (
-            ["train", "lora", "--model", "someone/tiny-opt", "--task", "sst2", "--data", "hub", "--out", "{out}"],
-            "glue",
-        ),
-        (["train", "lora", "--model", "someone/tiny-opt", "--task", "{own}", "--out", "{out}"], "someone/tiny-opt"),
-        (["sweep", "{study}", "--data", "hub", "--out", "{out}"], "glue"),
-        (["sweep", "{study}", "--data", "{folder}", "--out", "{out}"], "someone/tiny-opt"),
-    ],
-)
-def test_offline_one_line_says_what_and_how(tmp_path: Path, command: list[str], message: str) -> None:
+OFFLINE = [
+    ("train lora --model someone/tiny-opt --task sst2 --data hub --out {out}", "glue"),
+    ("train lora --model someone/tiny-opt --task {own} --out {out}", "someone/tiny-opt"),
+    ("sweep {study} --data hub --out {out}", "glue"),
+    ("sweep {study} --data {folder} --out {out}", "someone/tiny-opt"),
+]
+
+
+def test_offline_one_line_says_what_and_how(tmp_path: Path) -> None:
     (tmp_path / "study.toml").write_text(STUDY)
     (tmp_path / "sst2").mkdir()
     for name in ("train", "dev"):
         rows = [{"sentence": f"film {k}", "label": k % 2} for k in range(600)]
-        (tmp_path / "sst2" / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-        subprocess.run(["gzip", str(tmp_path / "sst2" / f"{name}.jsonl")], check=True)
+        with gzip.open(tmp_path / "sst2" / f"{name}.jsonl.gz", "wt") as file:
+            file.writelines(f"{json.dumps(row)}\n" for row in rows)
     (tmp_path / "own.toml").write_text('name = "sst2"')
     names = {"out": tmp_path / "out", "own": tmp_path / "own.toml", "study": tmp_path / "study.toml"}
-    done = go(tmp_path / "home", "", "-m", "tnpeft", *(part.format(folder=tmp_path, **names) for part in command))
-    assert done.returncode == 2
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("error: ")
-    assert message in lines[0]
-    assert "folder" in lines[0]  # the remedy
+    commands = [command.format(folder=tmp_path, **names).split() for command, _ in OFFLINE]
+    for done, (_, message) in zip(go(tmp_path / "home", "", *commands), OFFLINE, strict=True):
+        assert done.returncode == 2
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        assert len(lines) == 1, done.stderr
+        assert lines[0].startswith("error: ")
+        assert message in lines[0]
+        assert "folder" in lines[0]  # the remedy
     assert not list(tmp_path.glob("out/*.json"))
-
-
-def test_a_name_that_the_hub_does_not_have(hub: str, tmp_path: Path) -> None:
-    command = ["-m", "tnpeft", "train", "lora", "--model", "someone/else", "--task", "digits_upright", "--out"]
-    done = go(tmp_path / "home", hub, *command, str(tmp_path / "out"))
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert "cannot load the model 'someone/else'" in done.stderr

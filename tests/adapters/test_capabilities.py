@@ -46,7 +46,6 @@ LAYERS = {
     "LayerNorm": lambda: nn.LayerNorm(SIZE),
     "MultiheadAttention": lambda: nn.MultiheadAttention(SIZE, num_heads=4),
 }
-LINEAR = ("Linear", "Conv1D")
 REFUSED = ("LayerNorm", "MultiheadAttention")
 
 
@@ -88,26 +87,6 @@ def test_layers_that_can_be_targeted(kind: str) -> None:
 
 def test_raw_parameters_are_not_claimed() -> None:
     assert "target_parameters" not in {field.name for field in dataclasses.fields(tnpeft.TensorNetworkConfig)}
-
-
-def test_several_adapters() -> None:
-    model = host()
-    model.add_adapter("second", settings())
-    model.set_adapter("second")
-    assert model.active_adapters == ["second"]
-
-
-@pytest.mark.parametrize("kind", LINEAR)
-def test_merging(kind: str) -> None:
-    model = host(kind)
-    shake(model)
-    x = torch.randn(2, SIZE, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        before = model(x)
-        assert not torch.equal(before, model.get_base_model().layer.base_layer(x))
-        merged = model.merge_and_unload()
-        assert type(merged.layer) is type(LAYERS[kind]())
-        assert close(merged(x), before, SIZE)
 
 
 def test_mixed_batches_weighted_sums_and_saved_modules() -> None:

@@ -25,66 +25,36 @@ from tnpeft.counting.min_cut import Edge, _logarithm, min_cut
 from tnpeft.models.cards import Card, Projection
 from tnpeft.networks import Network, NetworkError
 
-# name: line, sizes, rank of one site's matrix
-CASES = {
-    "lora": ("B[o r] A[r i] -> o i", "o=7 i=6 r=2", 2),
-    "lora per layer": ("B[layer o r] A[layer r i] -> layer o i", "layer=3 o=5 i=6 r=2", 2),
-    "svd": ("B[o r] d[r] A[r i] -> o i", "o=5 i=6 r=3", 3),
-    "cp": ("A[o1 r] B[o2 r] C[i1 r] D[i2 r] -> (o1 o2) (i1 i2)", "o1=3 o2=4 i1=2 i2=5 r=2", 2),
-    "cp with weights": (
-        "w[r] A[o1 r] B[o2 r] C[i1 r] D[i2 r] -> (o1 o2) (i1 i2)",
-        "o1=3 o2=4 i1=2 i2=5 r=3",
-        3,
-    ),
-    "cp of sites": (
-        "w[layer r] A[layer o1 r] B[layer o2 r] C[layer i r] -> layer (o1 o2) i",
-        "layer=2 o1=3 o2=3 i=4 r=2",
-        2,
-    ),
-    "cp over layers": ("A[o r] B[i r] L[layer r] -> layer o i", "o=5 i=4 layer=3 r=3", 3),
-    "lorta": ("A[o r] B[d r] H[h r] L[layer r] -> layer o (h d)", "o=6 d=3 h=2 layer=3 r=2", 2),
-    "tucker": (
-        "G[a b c] U[o a] V[i b] W[layer c] -> layer o i",
-        "o=5 i=4 layer=4 a=2 b=3 c=3",
-        2,
-    ),
-    "lotr": ("U[o a] G[layer a b] V[i b] -> layer o i", "o=6 i=5 layer=3 a=3 b=2", 2),
-    "train": (
-        "G1[o1 a] G2[a o2 b] G3[b i1 c] G4[c i2] -> (o1 o2) (i1 i2)",
-        "o1=3 o2=4 i1=4 i2=3 a=2 b=3 c=2",
-        3,
-    ),
-    "train, interleaved": (
-        "G1[o1 a] G2[a i1 b] G3[b o2 c] G4[c i2] -> (o1 o2) (i1 i2)",
-        "o1=3 o2=4 i1=4 i2=3 a=2 b=3 c=2",
-        8,
-    ),
-    "train per layer": (
-        "G1[layer o1 a] G2[layer a o2 b] G3[layer b i] -> layer (o1 o2) i",
-        "layer=2 o1=3 o2=3 i=4 a=2 b=3",
-        3,
-    ),
-    "ring": ("X[o1 a b] Y[o2 b c] Z[i c a] -> (o1 o2) i", "o1=5 o2=5 i=5 a=2 b=2 c=2", 4),
-    "tree": (
-        "R[a b] U[a o1 c] X[c o2] V[b i1 d] Y[d i2] -> (o1 o2) (i1 i2)",
-        "a=3 b=3 c=2 d=2 o1=3 o2=4 i1=3 i2=4",
-        3,
-    ),
-    "loha": ("B1[o r] A1[r i] B2[o s] A2[s i] -> o i", "o=11 i=10 r=2 s=3", 6),
-    "kronecker": ("A[o1 i1] B[o2 i2] -> (o1 o2) (i1 i2)", "o1=2 i1=3 o2=3 i2=2", 4),
-    "kronecker sum": ("A[r o1 i1] B[r o2 i2] -> (o1 o2) (i1 i2)", "r=2 o1=3 i1=3 o2=3 i2=2", 6),
-    "lokr": ("C[o1 i1] B[o2 r] A[r i2] -> (o1 o2) (i1 i2)", "o1=2 i1=2 o2=4 i2=5 r=2", 4),
-    "monarch": ("L[k o1 a] R[a k i1] -> (k o1) (a i1)", "k=3 o1=4 a=2 i1=3", 6),
-    "vera": ("b[layer o] ~B[o r] d[layer r] ~A[r i] -> layer o i", "layer=3 o=6 i=5 r=4", 4),
-    "lora-fa": ("B[layer o r] ~A[r i] -> layer o i", "layer=2 o=4 i=5 r=2", 2),
-    "lora-xs": ("~U[o a] R[layer a b] ~V[b i] -> layer o i", "layer=2 o=5 i=6 a=2 b=3", 2),
-    "refta": (
-        "A[proj o a] ^u[layer a] B[proj a i] -> layer proj o i",
-        "layer=4 proj=2 o=4 i=5 a=2",
-        2,
-    ),
-    "diagonal of a constant": ("d[layer o] ^W[o i] -> layer o i", "layer=2 o=4 i=5", 4),
-}
+# name, line, sizes, rank of one site's matrix
+TABLE = """
+lora | B[o r] A[r i] -> o i | o=7 i=6 r=2 | 2
+lora per layer | B[layer o r] A[layer r i] -> layer o i | layer=3 o=5 i=6 r=2 | 2
+svd | B[o r] d[r] A[r i] -> o i | o=5 i=6 r=3 | 3
+cp | A[o1 r] B[o2 r] C[i1 r] D[i2 r] -> (o1 o2) (i1 i2) | o1=3 o2=4 i1=2 i2=5 r=2 | 2
+cp with weights | w[r] A[o1 r] B[o2 r] C[i1 r] D[i2 r] -> (o1 o2) (i1 i2) | o1=3 o2=4 i1=2 i2=5 r=3 | 3
+cp of sites | w[layer r] A[layer o1 r] B[layer o2 r] C[layer i r] -> layer (o1 o2) i | layer=2 o1=3 o2=3 i=4 r=2 | 2
+cp over layers | A[o r] B[i r] L[layer r] -> layer o i | o=5 i=4 layer=3 r=3 | 3
+lorta | A[o r] B[d r] H[h r] L[layer r] -> layer o (h d) | o=6 d=3 h=2 layer=3 r=2 | 2
+tucker | G[a b c] U[o a] V[i b] W[layer c] -> layer o i | o=5 i=4 layer=4 a=2 b=3 c=3 | 2
+lotr | U[o a] G[layer a b] V[i b] -> layer o i | o=6 i=5 layer=3 a=3 b=2 | 2
+train | G1[o1 a] G2[a o2 b] G3[b i1 c] G4[c i2] -> (o1 o2) (i1 i2) | o1=3 o2=4 i1=4 i2=3 a=2 b=3 c=2 | 3
+train, interleaved | G1[o1 a] G2[a i1 b] G3[b o2 c] G4[c i2] -> (o1 o2) (i1 i2) | o1=3 o2=4 i1=4 i2=3 a=2 b=3 c=2 | 8
+train per layer | G1[layer o1 a] G2[layer a o2 b] G3[layer b i] -> layer (o1 o2) i | layer=2 o1=3 o2=3 i=4 a=2 b=3 | 3
+ring | X[o1 a b] Y[o2 b c] Z[i c a] -> (o1 o2) i | o1=5 o2=5 i=5 a=2 b=2 c=2 | 4
+tree | R[a b] U[a o1 c] X[c o2] V[b i1 d] Y[d i2] -> (o1 o2) (i1 i2) | a=3 b=3 c=2 d=2 o1=3 o2=4 i1=3 i2=4 | 3
+loha | B1[o r] A1[r i] B2[o s] A2[s i] -> o i | o=11 i=10 r=2 s=3 | 6
+kronecker | A[o1 i1] B[o2 i2] -> (o1 o2) (i1 i2) | o1=2 i1=3 o2=3 i2=2 | 4
+kronecker sum | A[r o1 i1] B[r o2 i2] -> (o1 o2) (i1 i2) | r=2 o1=3 i1=3 o2=3 i2=2 | 6
+lokr | C[o1 i1] B[o2 r] A[r i2] -> (o1 o2) (i1 i2) | o1=2 i1=2 o2=4 i2=5 r=2 | 4
+monarch | L[k o1 a] R[a k i1] -> (k o1) (a i1) | k=3 o1=4 a=2 i1=3 | 6
+vera | b[layer o] ~B[o r] d[layer r] ~A[r i] -> layer o i | layer=3 o=6 i=5 r=4 | 4
+lora-fa | B[layer o r] ~A[r i] -> layer o i | layer=2 o=4 i=5 r=2 | 2
+lora-xs | ~U[o a] R[layer a b] ~V[b i] -> layer o i | layer=2 o=5 i=6 a=2 b=3 | 2
+refta | A[proj o a] ^u[layer a] B[proj a i] -> layer proj o i | layer=4 proj=2 o=4 i=5 a=2 | 2
+diagonal of a constant | d[layer o] ^W[o i] -> layer o i | layer=2 o=4 i=5 | 4
+"""
+ROWS = (row.split(" | ") for row in TABLE.strip().split("\n"))
+CASES = {name: (line, sizes, int(rank)) for name, line, sizes, rank in ROWS}
 
 
 def sized(text: str) -> dict[str, int]:

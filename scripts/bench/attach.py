@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from statistics import median
 from typing import Any
@@ -22,7 +22,7 @@ from torch import nn
 
 import tnpeft
 from bench import models
-from bench.driver import stopwatch
+from bench.driver import once
 from tnpeft.networks import Factorization
 from tnpeft.nn.executor import program
 from tnpeft.planning import planner, search
@@ -60,18 +60,10 @@ def model(layers: int) -> nn.Module:
         return models.opt(2048, 32, layers, ffn_dim=64, vocab_size=64, dtype="bfloat16").to(torch.bfloat16)
 
 
-def seconds(run: Callable[[], Any], samples: int, clock: str) -> float:
-    """Return the median of some samples."""
-    watch = stopwatch(run, clock)
-    return median(watch() for _ in range(samples))
-
-
 def imported() -> dict[str, float]:
     """Return wall seconds of fresh interpreters, the interpreter's own start subtracted."""
-    found = {
-        name: stopwatch(lambda code=code: subprocess.run([sys.executable, "-c", code], check=True), "wall")()
-        for name, code in {"": "pass", **IMPORTS}.items()
-    }
+    runs = {name: [sys.executable, "-c", code] for name, code in {"": "pass", **IMPORTS}.items()}
+    found = {name: once(partial(subprocess.run, run, check=True), "wall")[1] for name, run in runs.items()}
     return {name: value - found[""] for name, value in found.items() if name}
 
 
@@ -86,19 +78,19 @@ def attached(layers: int, name: str, targets: Sequence[str], samples: int, clock
     """Return seconds to plan and attach one family to a new model, from an empty cache."""
     planning, attaching = [], []
     for _ in range(samples):
-        base, found = model(layers), list[Any]()
+        base = model(layers)
         config = tnpeft.TensorNetworkConfig(network=families(layers)[name], target_modules=list(targets))
         forget()
-        attaching.append(stopwatch(lambda b=base, c=config, f=found: f.append(peft.get_peft_model(b, c)), clock)())
-        site_layouts = found[0].base_model.model.factor_bank.layouts["default"].site_layouts
+        found, seconds = once(partial(peft.get_peft_model, base, config), clock)
+        attaching.append(seconds)
+        site_layouts = found.base_model.model.factor_bank.layouts["default"].site_layouts
         forget()
-        planning.append(
-            stopwatch(lambda all_=site_layouts: [program.program(its.network, its.sizes) for its in all_], clock)()
-        )
+        plan = lambda all_=site_layouts: [program.program(its.network, its.sizes) for its in all_]  # noqa: E731
+        planning.append(once(plan, clock)[1])
     return {
         "family": name,
         "sites": len(site_layouts),
-        "parameters": sum(p.numel() for p in found[0].parameters() if p.requires_grad),
+        "parameters": sum(p.numel() for p in found.parameters() if p.requires_grad),
         "attach s": median(attaching),
         "of which planning s": median(planning),
     }
@@ -109,12 +101,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     how = options.samples, options.clock
     rows = [attached(24, name, TARGETS, *how) for name in families(24)]
     for row, f in zip(rows, families(24).values(), strict=True):
-        count = lambda f=f: tnpeft.parameters(f, model="facebook/opt-1.3b", targets=list(TARGETS))  # noqa: E731
-        row["count s"] = seconds(count, options.samples, "cpu")
-    config, theirs = peft.LoraConfig(r=8, target_modules=list(TARGETS)), []
-    for _ in range(options.samples):
-        base = model(24)
-        theirs.append(stopwatch(partial(peft.get_peft_model, base, config), options.clock)())
+        count = partial(tnpeft.parameters, f, model="facebook/opt-1.3b", targets=list(TARGETS))
+        row["count s"] = median(once(count, "cpu")[1] for _ in range(options.samples))
+    config = peft.LoraConfig(r=8, target_modules=list(TARGETS))
+    bases = (model(24) for _ in range(options.samples))
+    theirs = [once(partial(peft.get_peft_model, base, config), options.clock)[1] for base in bases]
     rows.append({"family": "PEFT LoRA r=8", "sites": 96, "attach s": median(theirs)})
     grown = ("lora rank=8", "cp rank=21", "tenslora qkv_depth ranks=8")
     growth = [attached(sites // 4, name, TARGETS, *how) for sites in options.sites for name in grown]

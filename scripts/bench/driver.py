@@ -144,6 +144,12 @@ def stopwatch(run: Callable[[], Any], clock: str, device: str = "cpu") -> Callab
     return sample
 
 
+def once(run: Callable[[], Any], clock: str) -> tuple[Any, float]:
+    """Return what a run returns, and the seconds that it took."""
+    start = CLOCKS[clock]()
+    return run(), CLOCKS[clock]() - start
+
+
 def in_turn(samplers: Mapping[str, Callable[[], float]], samples: int, warm: int = 1) -> dict[str, list[float]]:
     """Return seconds of each, one sample of each in turn, so that a busy machine slows all of them alike."""
     times: dict[str, list[float]] = {name: [] for name in samplers}

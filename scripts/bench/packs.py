@@ -49,9 +49,8 @@ def study(options: argparse.Namespace) -> Study:
 
 def made(runs: list[Run], size: int, clock: str) -> tuple[list[dict[str, Any]], float]:
     """Return the records of runs made in packs of a size, and the seconds that it took."""
-    found: list[dict[str, Any]] = []
-    lots = [tuple(runs[k : k + size]) for k in range(0, len(runs), size)]
-    return found, driver.stopwatch(lambda: [found.extend(train_and_evaluate(lot)) for lot in lots], clock)()
+    lots = [runs[k : k + size] for k in range(0, len(runs), size)]
+    return driver.once(lambda: [record for lot in lots for record in train_and_evaluate(lot)], clock)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

@@ -42,6 +42,11 @@ def program(
 
     Raises:
         NetworkError: another stack index is still open, or a size is missing or not a positive integer.
+
+    >>> from tnpeft.networks import network
+    >>> run = program(network("B[out r] A[r inp] -> out inp"), {"out": 4, "r": 2, "inp": 3})
+    >>> run.labels, len(run.plan.steps)
+    (('B', 'A'), 2)
     """
     dims = integers(net, bind(net, sizes, {}))
     return _program(net, tuple(dims.items()), tokens, minimize, training, frozenset(unit_norm))
@@ -102,6 +107,12 @@ class Program(SiteProgram):
 
     With ``replicas``, the activations are as many equal contiguous blocks of rows, and block k meets slice k of the
     factors that carry the index ``replica``.
+
+    >>> import torch
+    >>> from tnpeft.networks import network
+    >>> run = program(network("B[out r] A[r inp] -> out inp"), {"out": 4, "r": 2, "inp": 3})
+    >>> run(torch.ones(5, 3), [torch.ones(4, 2), torch.ones(2, 3)], base=torch.ones(5, 4), scale=0.5).unique()
+    tensor([4.])
     """
 
     def __init__(self, plan: Plan, fused_plan: Plan, dense: Plan, unit_norm: frozenset[str]) -> None:

@@ -105,12 +105,13 @@ class Facts:
         """The mean score over seeds in percent, with its interval and number."""
         return _percent(summary(self.point(study, name).scores))
 
-    def difference(self, study: str, one: str, other: str) -> str:
-        """``one`` minus ``other`` over shared replicates, in points, with its interval and number."""
-        its = paired(self.point(study, one).scores, self.point(study, other).scores)
+    def difference(self, study: str, one: str, other: str, measure: str = "metric") -> str:
+        """``one`` minus ``other`` over shared replicates, in points or in cross-entropy, with interval and number."""
+        held, scale, unit = ("scores", 100, " points") if measure == "metric" else ("losses", 1, "")
+        its = paired(*(getattr(self.point(study, name), held) for name in (one, other)))
         if its is None:
             raise Missing(f"{one} and {other} have no common seed in {study}")
-        return _percent(its, "+.1f", " points")
+        return _scaled(its, scale, unit)
 
     def _findings(self, study: str) -> list[tuple[Finding, str, str]]:
         """The declared contrasts of a study, each with its difference and margin as text."""
@@ -119,7 +120,8 @@ class Facts:
         for its, row in zip(tables.contrasts(self.points(study), declared), declared, strict=True):
             scale, unit = (100, " points") if row["measure"] == "metric" else (1, "")
             difference = _scaled(its.summary, scale, unit) if its.summary else "not run"
-            found.append((its, difference, f"{its.margin * scale:g}{unit}"))
+            margin = f"{its.margin * scale:g}{unit}"
+            found.append((its, difference, margin.removesuffix("s") if margin == "1 points" else margin))
         return found
 
     def contrast(self, study: str, name: str) -> str:

@@ -28,7 +28,6 @@ STUDIES = (
     "study0_smollm2",
     "study1_structure_or_step",
     "study1_controls",
-    "study2_short",
     "study2_finer_steps",
     "study3_constructions",
     "study2_mpnet",

@@ -36,10 +36,11 @@ class Summary:
     replicates: int
 
 
-def interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float]:
+def interval(values: Sequence[float], level: float = LEVEL, draws: int = 0) -> tuple[float, float]:
     """Return Student's t interval of the mean; of one value the whole line.
 
-    It covers the mean of normal observations with probability ``level`` at every number of them.
+    It covers the mean of normal observations with probability ``level`` at every number of them. ``draws`` is
+    accepted for callers of the bootstrap that this replaced, and has no effect.
 
     >>> low, high = interval([0.0, 1.0, 2.0, 3.0])
     >>> round(low, 3), round(high, 3), interval([0.5])

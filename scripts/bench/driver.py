@@ -61,6 +61,14 @@ PUBLISHED = {
     "step_lora": "step --layers 2 --samples 41 --clock cpu --only 'PEFT LoRA r=8' 'lora rank=8'",
     "sst2": "sst2 --steps 7 --samples 3 --clock cpu",
     "full_size": "full_size",
+    "forward_gpu": "forward --samples 15 --device cuda --dtype bfloat16",
+    "forward_gpu_narrow": "forward --samples 15 --device cuda --dtype bfloat16 --narrow",
+    "step_gpu_narrow": "step --samples 15 --shape opt-1.3b --length 512 --device cuda --dtype bfloat16 --narrow "
+    "--only 'PEFT LoRA r=8' 'lora rank=8' 'cp rank=8' 'lorta rank=8' 'tenslora qkv_depth ranks=8' 'tera ranks=8' "
+    "'PEFT VeRA r=256' 'vera rank=256' 'PEFT LoKr r=8' 'lokr rank=8'",
+    "replicas_gpu": "replicas --samples 9 --device cuda --dtype bfloat16 --shapes opt-125m:12 "
+    "--families none 'lora r=8' 'cp r=16' --batches 16x32 16x64",
+    "mixed_gpu": "mixed --samples 15 --shape opt-1.3b --layers 12 --device cuda --dtype bfloat16",
 }
 NAMES = tuple(dict.fromkeys(command.split()[0] for command in PUBLISHED.values()))
 SENTENCES = ("sst2",)  # which take data and a tokenizer, from the Hugging Face hub unless they are given
@@ -268,6 +276,16 @@ def _commit(root: Path) -> str:
 # ---- pages
 
 
+def by_column(cases: Mapping[str, Any], fact: str, head: str, shown: str) -> list[dict[str, Any]]:
+    """Return a row for each kind of case and a column for each value of a fact; cases are named "kind, value ..."."""
+    rows: dict[str, dict[str, Any]] = {}
+    for name, case in cases.items():
+        cell = f"{case['milliseconds']:.3g} ms" if name.startswith("floor") else shown.format(case["overhead"])
+        kind = name.rpartition(", ")[0]
+        rows.setdefault(kind, {"case": kind})[head.format(case[fact])] = cell
+    return [*rows.values()]
+
+
 def machine(threads: int | None = None) -> dict[str, Any]:
     """Return what it ran on and with."""
     import peft
@@ -382,6 +400,9 @@ def run_published(arguments: Sequence[str]) -> None:
     if unknown:
         sys.exit(f"unknown benchmark {unknown[0]!r}; those published are {', '.join(PUBLISHED)}")
     for name in options.names or PUBLISHED:
+        if "--device cuda" in PUBLISHED[name] and not torch.cuda.is_available():
+            progress(f"== {name} needs a GPU: left as it is")
+            continue
         note, what = options.done / f"{name}.txt", f"{code()} {PUBLISHED[name]}\n"
         ran = note.is_file() and note.read_text() == what and (options.out / f"{name}.json").is_file()
         progress(f"== {name}{' has run' if ran and not options.again else ''}")

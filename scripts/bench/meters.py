@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -91,13 +92,16 @@ def meters(module: nn.Module, forward: Callable[[], Tensor], device: str = "cpu"
     module.zero_grad()
     if device == "cpu":
         return Meters(flops, saved, dispatched.peak, dispatched.kernels)
+    gc.collect()  # what was counted is kept alive in circles
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     forward().backward()
     peak = torch.cuda.max_memory_allocated() - before
     module.zero_grad()
-    return Meters(flops, saved, peak, _launched(forward))
+    found = Meters(flops, saved, peak, _launched(forward))
+    gc.collect()
+    return found
 
 
 def _launched(forward: Callable[[], Tensor]) -> int:

@@ -54,9 +54,4 @@ def cases(options: argparse.Namespace) -> dict[str, driver.Case]:
 
 def tables(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return a row for each kind of adapter, a column for each length."""
-    rows: dict[str, dict[str, Any]] = {}
-    for name, case in data["cases"].items():
-        cell = f"{case['milliseconds']:.3g} ms" if name.startswith("floor") else f"{case['overhead']:+.0%}"
-        kind = name.rpartition(", ")[0]
-        rows.setdefault(kind, {"case": kind})[f"{case['tokens']} tokens a row"] = cell
-    return [*rows.values()]
+    return driver.by_column(data["cases"], "tokens", "{} tokens a row", "{:+.0%}")

@@ -50,6 +50,7 @@ FAMILIES: Sequence[tuple[str, Mapping[str, Any]]] = (
     ("hira", {"rank": 8}),
     ("ia3", {}),
 )
+NARROW = {"narrow": {"action": "store_true", "help": "factors in the dtype of the model, not in float32"}}
 SHAPE = {
     "shape": {"choices": SHAPES, "default": "opt-125m"},
     "layers": {"type": int, "help": "layers of the model, if not the shape's own"},
@@ -131,11 +132,21 @@ def sharing(base: nn.Module) -> nn.Module:
     return copy.deepcopy(base, {id(p): p for p in base.parameters()})
 
 
-def adapted(base: nn.Module, config: Any) -> Any:
-    """Return a copy of a frozen model, whose parameters it shares, with adapters."""
+def adapted(base: nn.Module, config: Any, narrow: bool = False) -> Any:
+    """Return a copy of a frozen model, whose parameters it shares, with adapters; ``narrow``: in its dtype.
+
+    Else the factors of a model in half precision are in float32, as PEFT has them by default.
+    """
     import peft
 
-    return peft.get_peft_model(sharing(base), config)
+    return peft.get_peft_model(sharing(base), config, autocast_adapter_dtype=not narrow)
+
+
+def described(settings: Mapping[str, Any]) -> str:
+    """Return how a model is run and what dtype the factors have, for a table's text."""
+    half = settings["dtype"] != "float32"
+    factors = f", factors in {settings['dtype'] if settings['narrow'] else 'float32'}" if half else ""
+    return f"{'compiled' if settings['compile'] else 'eager'}{factors}"
 
 
 def network(f: Factorization, tokens: int, targets: Sequence[str] = TARGETS, **fields: Any) -> Any:

@@ -32,15 +32,18 @@ OPTIONS = {
     "length": 128,
     **driver.DTYPE,
     **driver.DEVICE,
+    **models.NARROW,
     "compile": False,
     **driver.ONLY,
 }
 
 
-def makers(tokens: int) -> dict[str, Callable[[nn.Module], nn.Module]]:
+def makers(tokens: int, narrow: bool = False) -> dict[str, Callable[[nn.Module], nn.Module]]:
     """Return what turns a backbone into a case, by the case's name."""
     found: dict[str, Callable[[nn.Module], nn.Module]] = {"floor": models.sharing}
-    found |= {name: partial(models.adapted, config=config) for name, config in models.configs(tokens).items()}
+    found |= {
+        name: partial(models.adapted, config=config, narrow=narrow) for name, config in models.configs(tokens).items()
+    }
     for construction in CONSTRUCTIONS:
         f = tnpeft.families.tenslora(construction, ranks=8)
         found[f"rebuilt tensor: {construction}"] = partial(models.rebuilt, f=f, whole=True)
@@ -55,7 +58,7 @@ def cases(options: argparse.Namespace) -> dict[str, driver.Case]:
     base = models.Bare(base) if options.bare else base
     forward_of = models.stepper((options.batch, options.length), SHAPES[options.shape][0], **kind)
     found = {}
-    for name, make in driver.chosen(makers(options.batch * options.length), options.only).items():
+    for name, make in driver.chosen(makers(options.batch * options.length, options.narrow), options.only).items():
         model = make(base).train()
         forward = forward_of(model)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -71,7 +74,7 @@ def about(data: Mapping[str, Any]) -> str:
     s = data["settings"]
     return (
         f"{'The bare linears of ' * s['bare']}{s['shape']} with {s['layers']} layers, {', '.join(TARGETS)}, "
-        f"{s['batch']} x {s['length']} tokens, {'compiled' if s['compile'] else 'eager'}. Time: median of the ratios "
+        f"{s['batch']} x {s['length']} tokens, {models.described(s)}. Time: median of the ratios "
         "to the floor's step in the same turn. Flops (torch's counter), bytes kept for backward (distinct storages, "
         "no parameters), peak and operations are exact and not timed; the floor's row holds its own numbers."
     )

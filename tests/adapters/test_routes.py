@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -259,3 +260,56 @@ def test_a_model_is_explained() -> None:
     assert "default: no layer matches o_proj" in str(replace(found, unmatched={"default": ("o_proj",)}))
     with pytest.raises(tnpeft.networks.ConfigError, match="no adapter"):
         tnpeft.explain(nn.Linear(2, 2))
+
+
+# ---- half precision: the model in bfloat16, the factors in float32, as PEFT has them by default
+
+
+def in_half_precision(network: str) -> tuple[Any, Tensor]:
+    torch.manual_seed(0)
+    line = {"cp": tnpeft.families.cp(3), "tenslora": tnpeft.families.tenslora(ranks=3)}.get(network, network)
+    config = tnpeft.TensorNetworkConfig(
+        network=line, ranks={"r": 3} if network == "lora" else {}, target_modules=["q_proj"]
+    )
+    net = peft.get_peft_model(nn.ModuleDict({"self_attn": Attention(64)}).bfloat16(), config)
+    for parameter in net.parameters():
+        if parameter.requires_grad:
+            assert parameter.dtype == torch.float32
+            nn.init.normal_(parameter, std=0.3)
+    return net, torch.randn(20, 64).bfloat16().requires_grad_()
+
+
+@pytest.mark.parametrize("network", ["lora", "cp", "tenslora"])
+def test_an_input_narrower_than_the_factors_is_kept_as_it_is(network: str) -> None:
+    net, x = in_half_precision(network)
+    layer, kept = three(net)[0], []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = layer(x)
+    wide = [
+        t for t in kept if t.dtype == torch.float32 and t.numel() >= x.numel() and not isinstance(t, nn.Parameter)
+    ]
+    assert not wide
+    assert out.dtype == torch.bfloat16
+    grad = torch.randn(20, 64).bfloat16()
+    out.backward(grad)
+    exact, double = x.detach().double().requires_grad_(), copy.deepcopy(net).double()
+    three(double)[0](exact).backward(grad.double())
+    for (name, ours), theirs in zip(net.named_parameters(), double.parameters(), strict=True):
+        if theirs.grad is not None:  # computed in float32 from the very input
+            assert (ours.grad - theirs.grad).norm() <= 1e-5 * theirs.grad.norm(), name
+    assert x.grad.dtype == torch.bfloat16
+    assert (x.grad - exact.grad).norm() <= 0.01 * exact.grad.norm()
+    assert (out - three(double)[0](exact)).norm() <= 0.01 * out.norm()
+
+
+@pytest.mark.parametrize("network", ["lora", "cp", "tenslora"])
+def test_inference_adds_the_update_in_the_factors_dtype(network: str) -> None:
+    net, x = in_half_precision(network)
+    layer, seen = three(net.eval())[0], x.detach()
+    with torch.no_grad():
+        found, again = layer(seen), layer(seen)
+        assert layer._cache.inference is not None
+        base = layer.base_layer(seen).double()
+        wanted = base + copy.deepcopy(layer).get_delta_weight("default").double().matmul(seen.double().T).T
+    assert torch.equal(found, again)
+    assert (found.double() - wanted).abs().max() <= 2**-8 * wanted.abs().max()  # rounded once

@@ -126,6 +126,10 @@ EACH: dict[str, tuple[str, Callable[[Any], None]]] = {
         "mixed --shape tiny --layers 1 --adapters 3 --tokens 1 4",
         names("floor, 1 tokens", "PEFT LoRA r=8, 4 tokens", "cp rank=8, 4 tokens"),
     ),
+    "forward": (
+        "forward --shape tiny --layers 1 --tokens 4 8 --length 4 --dtype bfloat16 --only 'lora rank=8'",
+        names("floor, 4 tokens", "lora rank=8, 8 tokens"),
+    ),
     "decode": (
         "decode --shape tiny --layers 1 --tokens 4 --prompt 3",
         names("floor", "PEFT LoRA r=8", "lora rank=8", "lora rank=8, merged"),
@@ -295,6 +299,18 @@ class Faked(goals.Results):
             "rebuilt_short": rebuilt,
             "sst2": {"cases": [gain]},
         }
+        tokens = [1024, 4096, 16384]
+        self.data["forward_gpu_narrow"] = {
+            "cases": {
+                f"{name}, {count} tokens": {"tokens": count, "overhead": over[name]["overhead"] / 2}
+                for name in ("PEFT LoRA r=8", "lora rank=8", "cp rank=8")
+                for count in tokens
+            }
+        }
+        self.data["step_gpu_narrow"] = {"cases": over}
+        mixed = {name: row for name, row in over.items() if name in ("PEFT LoRA r=8", "lora rank=8")}
+        self.data["mixed_gpu"] = {"cases": {f"{name}, 1 tokens": row for name, row in mixed.items()}}
+        self.data["replicas_gpu"] = {"cases": [{**gain, "gain": {"8": 6.0 if good else 4.0}}]}
         self.data["saved"] = {"cases": [{"case": name, "saved": value, **site} for name, value in saved.items()]}
         self.data["growth"] = {"growth": dict.fromkeys(("sites", "tokens", "width"), points)}
         theirs_too = {"family": "PEFT", "sites": 4, "attach s": 0.9}
@@ -306,7 +322,6 @@ class Faked(goals.Results):
 
 def test_goals_are_judged_by_the_measurements() -> None:
     good, bad = ([*goals.goals(Faked(which))] for which in (True, False))
-    assert {goal.measured for goal in good if goal.reached is None} == {"no GPU was at hand"}
     assert [goal.what for goal in good if goal.reached is False] == []
     assert [goal.what for goal in bad if goal.reached] == []
     machine = {"cores": 2, "processor": "P", "torch": "T", "peft": "F"}

@@ -95,6 +95,32 @@ def test_a_relative_step_is_a_rate_by_the_gain(cache: Path) -> None:
     assert by_rule.method["change"]["init"] == {"G": "orthogonal"}
 
 
+def test_weights_are_found_by_the_models_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of a slice of a fused linear; the end of a path stands for no other module that ends so too."""
+    import torch
+    from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
+
+    sizes = {"num_attention_heads": 2, "num_hidden_layers": 2, "hidden_size": 8, "intermediate_size": 12}
+    bert, gpt2 = BertModel(BertConfig(**sizes)), GPT2Model(GPT2Config(n_embd=8, n_layer=2, n_head=2))
+    for model in (bert, gpt2):
+        its = str(tmp_path / model.config.model_type)
+        model.save_pretrained(its)
+        monkeypatch.setattr(backbones, "shape", lambda _, config=model.config: config)
+        names = ("output", "intermediate", "attn_output") if model is bert else ("c_attn/out:1", "mlp_c_proj")
+        found = backbones.weight_rms(its, names, tmp_path)
+        blocks = model.encoder.layer if model is bert else model.h
+        weights = {
+            "output": lambda b: b.output.dense.weight,
+            "intermediate": lambda b: b.intermediate.dense.weight,
+            "attn_output": lambda b: b.attention.output.dense.weight,
+            "c_attn/out:1": lambda b: b.attn.c_attn.weight[:, 8:16],
+            "mlp_c_proj": lambda b: b.mlp.c_proj.weight,
+        }
+        for name in names:
+            own = torch.stack([weights[name](block).detach() for block in blocks]).double()
+            assert found[name] == pytest.approx(float(own.square().mean().sqrt()), rel=1e-9)
+
+
 def test_the_last_bits_of_a_rate_change_no_runs_name(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     its = study(cache)
     cell = next(cell for cell in its.cells if cell.name == "P1: LoTR (rank=10)")

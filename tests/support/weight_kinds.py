@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -9,12 +10,14 @@ from functools import cache, partial
 from typing import Any
 
 import oracles
+import peft
 import torch
 from adapter_models import MODELS, TARGETS, inputs
 from expert_models import CONFIGS, KeepDouble, mixture, tokens
 from torch import Tensor, nn
 from torch.func import functional_call
 
+import tnpeft
 from tnpeft.adapters.state import bank_of
 from tnpeft.layout import ParameterSpec, SiteLayout
 from tnpeft.networks import Factorization, Site
@@ -246,6 +249,10 @@ RAW = {
 EXPERTS = {name: _experts(name) for name in CONFIGS if name != "qwen2_moe"}  # which is stored as qwen3_moe
 LISTED = {"list of experts": Kind(Mixtures, sequence, ("experts",))}
 KINDS = {**LINEARS, **CALLED, **RAW, **EXPERTS, **LISTED}
+FAMILIES = {name: tnpeft.families.get(name)() for name in tnpeft.families.names()}
+# Of the founding papers: CP steps, LoRTA, TensLoRA and TeRA, and what they are compared with.
+FOUNDING = ("cp", "lorta", "tenslora", "tera", "tucker", "tensor_train", "lora")
+STACKS = {"tuka": {"scene": 2, "env": 3}, "lotra": {"basis": 2}}
 BY_EXPERT = {**EXPERTS, **LISTED, "parameter of experts": RAW["parameter of experts"]}
 
 
@@ -254,6 +261,17 @@ def frozen(kind: str) -> nn.Module:
     """The model of a kind in double precision, to be copied."""
     torch.manual_seed(0)
     return KINDS[kind].make().double().eval().requires_grad_(False)
+
+
+def adapted(f: Factorization, name: str) -> tuple[nn.Module, Any]:
+    """The frozen model of a kind, and a copy with an adapter."""
+    kind, base = KINDS[name], frozen(name)
+    options = {"stack": STACKS.get(f.name), "axes": dict(kind.axes)}
+    config = tnpeft.TensorNetworkConfig(network=f, target_modules=[*kind.targets], **options)
+    model = peft.get_peft_model(copy.deepcopy(base), config).double().eval()
+    if f.name in STACKS:
+        tnpeft.select(model, **dict.fromkeys(STACKS[f.name], 0))
+    return base, model
 
 
 def shake(model: nn.Module, size: float = 0.5) -> None:

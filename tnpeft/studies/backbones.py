@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tnpeft.studies import packaged
 from tnpeft.studies.files import StudyError, digest, new_folder
+
+if TYPE_CHECKING:
+    from tnpeft.models.cards import Projection
 
 RANDOM = "random:"
 BYTES = "bytes"
@@ -240,31 +245,36 @@ def shape(name: str) -> Any:
 
 
 def weight_rms(name: str, projections: tuple[str, ...], cache: Path) -> dict[str, float]:
-    """Return the root mean square of an entry of the frozen weights by projection, over all layers.
+    """Return the root mean square of a frozen weight's entries over all layers, by projection of the model's card.
 
     Raises:
         StudyError: the model has random weights, or a projection has none.
     """
     if name.startswith(RANDOM):
         raise StudyError(f"{name} has no weights before it is drawn", remedy="give learning_rates")
+    from tnpeft.counting import card
+
+    its = card(shape(name))
     where = Path(packaged.folder(name, cache))
     where = Path(_unpacked(where, cache)) if where.is_dir() else _snapshot(name)
-    return dict(_weight_rms(str(where), projections))
+    chosen = tuple(p for p in its.projections if p.name in projections)
+    return dict(_weight_rms(str(where), its.stem, chosen))
 
 
 @lru_cache(maxsize=64)
-def _weight_rms(where: str, projections: tuple[str, ...]) -> tuple[tuple[str, float], ...]:
+def _weight_rms(where: str, stem: str, projections: tuple[Projection, ...]) -> tuple[tuple[str, float], ...]:
     from safetensors import safe_open
 
-    sums = {name: [0.0, 0] for name in projections}
+    sums = {p.name: [0.0, 0] for p in projections}
     for file in sorted(Path(where).glob("*.safetensors")):
         with safe_open(file, framework="pt") as weights:
-            for key in weights.keys():  # noqa: SIM118
-                name = next((its for its in projections if key.endswith(f".{its}.weight")), None)
-                if name is not None:
+            for key, p in itertools.product(weights.keys(), projections):
+                if re.fullmatch(rf"(.*\.)?{re.escape(stem)}\.\d+\.{re.escape(p.path)}(\.weight)?", key):
                     entries = weights.get_tensor(key).double()
-                    sums[name][0] += float((entries * entries).sum())
-                    sums[name][1] += entries.numel()
+                    entries = entries if entries.shape[-1] == p.inp else entries.mT
+                    own = entries[..., p.start : p.start + p.out, :]
+                    sums[p.name][0] += float((own * own).sum())
+                    sums[p.name][1] += own.numel()
     empty = [name for name, (_, count) in sums.items() if not count]
     if empty:
         raise StudyError(f"no weights of {empty[0]!r}", where=where, remedy="give learning_rates")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from tnpeft.nn.executor.kernels import normalize_columns
 from tnpeft.nn.executor.program import Program, program
 from tnpeft.nn.init.initializer import without_experts
 from tnpeft.nn.init.patterns import base as as_factor
+from tnpeft.nn.lowrank import compiled_sides, cut_rank
 
 Source = Literal["site", "bank", "base"]
 Side = Literal["", "out", "inp"]
@@ -101,6 +103,18 @@ class SiteUpdate:
         if key not in self._cached:
             self._cached[key] = make()
         return self._cached[key]
+
+    @cached_property
+    def thin(self) -> Callable[[list[Tensor]], tuple[Tensor, Tensor]] | None:
+        """The update as a function of its operands, ``[out, narrow]`` times ``[narrow, inp]``, without its scale.
+
+        None where the two are more than half as large as the update, where it is several, or of the base weight.
+        """
+        its, net, sizes = self.program, self.program.plan.network, self.program.plan.sizes
+        if net.stack or self.constants or 2 * cut_rank(net, sizes) * (its.rows + its.cols) > its.rows * its.cols:
+            return None
+        sides = compiled_sides(net, sizes)
+        return lambda operands: sides(dict(zip(its.labels, self.normalized(operands), strict=True)))
 
     def chosen(self, selected: Selected) -> Selected:
         """The values of all its stack indices: the chosen ones, and those that are fixed."""

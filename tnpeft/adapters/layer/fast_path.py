@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from tnpeft.adapters.layer.binding import SiteUpdate
-from tnpeft.adapters.layer.merging import DenseLinear
+from tnpeft.adapters.layer.merging import DenseLinear, wide
 from tnpeft.adapters.layer.weight_cache import VersionStamp, is_cacheable, is_plain_inference
 from tnpeft.nn.executor.eligibility import why_not_fused
 
@@ -61,10 +62,12 @@ class ActiveAdapter:
 class InferenceFastPath:
     """The two matrices of an adapter's update, and all that has to be unchanged for them to hold.
 
-    ``first`` is ``[inp, narrow]``, ``last`` ``[narrow, out]``: views of the factors wherever they are factors.
+    ``first`` is ``[inp, narrow]``, ``last`` ``[narrow, out]``: the update through its smallest cut, computed in fp32
+    or wider, in the dtype of the factors, which may be wider than ``dtype``, that of the input.
     """
 
     known: ActiveAdapter
+    dtype: torch.dtype
     arrays: list[Tensor]
     stamp: VersionStamp
     first: Tensor
@@ -75,13 +78,14 @@ class InferenceFastPath:
     def of(layer: Any, known: ActiveAdapter, x: Tensor) -> InferenceFastPath | None:
         """Return the path of a linear's active adapter; None where nothing may be kept, or it is not that simple."""
         item, arrays = known.item, known.arrays()
-        if known.apart or not arrays or not item.program.is_low_rank or _computed(layer.base_layer):
+        if known.apart or not arrays or item.thin is None or _computed(layer.base_layer):
             return None
-        if not is_cacheable(arrays, x.device.type) or any(a.dtype != x.dtype or a.device != x.device for a in arrays):
+        if not is_cacheable(arrays, x.device.type) or any(a.device != x.device for a in arrays):
             return None
-        kept = layer.prepared(known.adapter, item, x)
-        first, last, sign = item.program.matrices(item.program.prepare(arrays) if kept is None else kept)
-        return InferenceFastPath(known, arrays, VersionStamp(arrays), first.t(), last.t(), sign * item.scale)
+        if {a.dtype for a in arrays} not in ({x.dtype}, {torch.promote_types(x.dtype, arrays[0].dtype)}):
+            return None
+        last, first = (side.to(arrays[0].dtype).t() for side in item.thin([wide(array) for array in arrays]))
+        return InferenceFastPath(known, x.dtype, arrays, VersionStamp(arrays), first, last, item.scale)
 
     def __call__(self, layer: DenseLinear, x: Tensor) -> Tensor | None:
         """Return the linear's output with the update, ``[..., out]``; None if anything has changed."""
@@ -91,7 +95,7 @@ class InferenceFastPath:
             or layer._disable_adapters
             or layer.merged
             or layer._active_adapter != self.known.active
-            or x.dtype != self.first.dtype
+            or x.dtype != self.dtype
             or _computed(base)
             or not is_plain_inference(x.device.type)
         ):
@@ -103,8 +107,11 @@ class InferenceFastPath:
             return None
         own = base._parameters
         result = linear(x, own["weight"], own["bias"])  # type: ignore[arg-type]
-        last = self.last
-        result.view(-1, last.shape[1]).addmm_(x.reshape(-1, x.shape[-1]).mm(self.first), last, alpha=self.scale)
+        rows, last, flat = x.reshape(-1, x.shape[-1]), self.last, result.view(-1, self.last.shape[1])
+        if result.dtype == last.dtype:
+            flat.addmm_(rows.mm(self.first), last, alpha=self.scale)
+        else:  # rounded once, on the way into the result
+            flat.add_(rows.to(last.dtype).mm(self.first).mm(last), alpha=self.scale)
         return result
 
 

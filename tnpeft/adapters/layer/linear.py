@@ -44,10 +44,11 @@ class TensorNetworkLinear(DenseLinear):
         )
 
     def _run(self, adapter: str, item: SiteUpdate, x: Tensor, result: Tensor | None) -> Tensor:
-        """``result`` plus one site's update of ``x``."""
+        """``result`` plus one site's update of ``x``; the update alone in the wider dtype of ``x`` and factors."""
         kept = self.prepared(adapter, item, x)
         if kept is None:
-            return self._program(item, x)(x, self.operands(adapter, item, x), result, item.scale)
+            dtype = self._compute_dtype(adapter, x)
+            return self._program(item, x)(x, self.operands(adapter, item, x, dtype), result, item.scale)
         return item.program.apply(x, kept, result, item.scale)
 
     def _program(self, item: SiteUpdate, x: Tensor) -> Program:
@@ -79,12 +80,12 @@ class TensorNetworkLinear(DenseLinear):
         self._cache.clear()
 
     def _update(self, adapter: str, x: Tensor, result: Tensor | None) -> Tensor:
-        """``result`` plus the adapter's update of ``x``, both in one dtype; the update alone for None."""
+        """``result`` plus the adapter's update of ``x``; for None the update alone, in the wider dtype of both."""
         items = self.updates[adapter]
         if not items[0].side:
             return self._run(adapter, items[0], x, result)
         if result is None:
-            result = x.new_zeros((*x.shape[:-1], self.out_features))
+            result = x.new_zeros((*x.shape[:-1], self.out_features), dtype=self._compute_dtype(adapter, x))
         parts, at = [], 0
         for item in items:
             if item.side == "inp":
@@ -108,7 +109,8 @@ class TensorNetworkLinear(DenseLinear):
         dtype = self._compute_dtype(adapter, x)
         if x.dtype == dtype == result.dtype:
             return self._update(adapter, x, result)
-        return result + self._update(adapter, x.to(dtype), None).to(result.dtype)
+        x = x if torch.is_grad_enabled() else x.to(dtype)  # in training a program casts, and keeps what it was given
+        return result + self._update(adapter, x, None).to(result.dtype)
 
     def _dora(self, adapter: str, x: Tensor, base: Tensor, dropped: bool) -> Tensor:
         """Return what rescaling the rows to the learned magnitudes adds to ``base`` (arXiv 2402.09353, 4.3)."""
@@ -119,7 +121,7 @@ class TensorNetworkLinear(DenseLinear):
             plain = nn.functional.linear(x.to(dtype), self.base_matrix().to(dtype))
         else:
             plain = base.to(dtype) if bias is None else base.to(dtype) - bias.to(dtype)
-        change = (ratio - 1) * plain + ratio * self._update(adapter, x.to(dtype), None)
+        change = (ratio - 1) * plain + ratio * self._update(adapter, x, None)
         return change.to(base.dtype)
 
     # ---- which path a call takes
@@ -211,7 +213,7 @@ class TensorNetworkLinear(DenseLinear):
     def _cacheable(self, known: ActiveAdapter, x: Tensor) -> bool:
         """Return True if results computed from factors alone, or which these are, may be kept from call to call."""
         item = known.item
-        if self.training or item.stack or not (item.keeps or item.program.is_low_rank):
+        if self.training or item.stack or torch.compiler.is_compiling() or (not item.keeps and item.thin is None):
             return False
         return is_cacheable(self._arrays(known.adapter, item), x.device.type)
 

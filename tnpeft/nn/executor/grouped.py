@@ -71,8 +71,6 @@ class GroupedProgram(SiteProgram):
     ``plan`` is for equal groups, which rows at run time need not be; ``replicas`` is the number of matrices.
     """
 
-    is_low_rank = False
-
     def __init__(self, plan: Plan, dense: Plan, unit_norm: frozenset[str]) -> None:
         super().__init__(plan, dense, unit_norm)
         self.fused_plan = plan

@@ -19,7 +19,7 @@ from tnpeft.networks import REPLICA, Network, NetworkError
 from tnpeft.networks.sizes import Size, bind, integers
 from tnpeft.nn.executor.compile import compile_plan
 from tnpeft.nn.executor.eligibility import autocast_active, can_absorb_update, can_use_custom_backward
-from tnpeft.nn.executor.kernels import Einsum2, flat, run, see, view
+from tnpeft.nn.executor.kernels import run
 from tnpeft.nn.executor.listing import FACTORS, Listing, X, Y
 from tnpeft.nn.executor.shared_projection import Link, ProjectionGroup, split
 from tnpeft.planning.planner import planned
@@ -141,12 +141,17 @@ class Program(SiteProgram):
     def __call__(
         self, x: Tensor, operands: Sequence[Tensor], base: Tensor | None = None, scale: float = 1.0
     ) -> Tensor:
-        """Return ``base + scale * x @ dW.T``, out of place; ``x [..., inp]``, ``base [..., out]`` or None."""
+        """Return ``base + scale * x @ dW.T``, out of place; ``x [..., inp]``, ``base [..., out]`` or None.
+
+        An ``x`` narrower than the factors is kept as it is for the backward, and computed with in their dtype.
+        """
+        narrower = x.dtype != operands[0].dtype and not autocast_active(x.device.type)
         if not can_use_custom_backward(x):
-            return self.apply(x, self.prepare(operands), base, scale)
+            return self.apply(x.to(operands[0].dtype) if narrower else x, self.prepare(operands), base, scale)
         rows, flat_base = self._rows_of(x), None if base is None else base.reshape(-1, self.rows)
         prefix, listing = self._update_prefix, self.update
         if prefix is not None and not torch.compiler.is_compiling():
+            rows = rows.to(operands[0].dtype) if narrower else rows
             rows, listing = prefix.narrow(rows, operands), prefix.rest
         result: Tensor = ProgramFunction.apply(listing, scale, None, rows, None, None, None, flat_base, *operands)
         return result.reshape(*x.shape[:-1], self.rows)
@@ -200,40 +205,6 @@ class Program(SiteProgram):
         """True if the first product can be shared with other programs on the same input."""
         return self.merged is None and self.prefix is not None and self.prefix.matrix is not None
 
-    # ---- as matrices
-
-    @cached_property
-    def _pair(self) -> tuple[Any, Any] | None:
-        listing = self.update
-        if len(listing.activation_steps) != 2:
-            return None
-        first, last = listing.activation_steps
-        one, two = first.kernel, last.kernel
-        if not (isinstance(one, Einsum2) and isinstance(two, Einsum2) and one.product and two.product):
-            return None
-        x, y = listing.layouts[X], listing.layouts[Y]
-        chained = first.operands[0] == X and last.operands[0] == first.result and last.operands[1] != X
-        plain = x[0] == (self.plan.activation,) == one.out[0] and len(one.out) == 2 and {*one.summed} == {*x[1]}
-        narrow = one.out[-1]
-        if not (chained and plain and {*two.summed} == {*narrow} and {*flat(two.right)} == {*narrow, *y[1]}):
-            return None
-        return (first, view(one.right, (narrow, x[1]), listing.sizes)[0]), (
-            last,
-            view(two.right, (y[1], narrow), listing.sizes)[0],
-        )
-
-    @property
-    def is_low_rank(self) -> bool:
-        """True if the activations meet two matrices and nothing else, ``x @ first.T @ last.T``."""
-        return self._pair is not None
-
-    def matrices(self, prepared: Sequence[Any]) -> tuple[Tensor, Tensor, float]:
-        """Return ``first [narrow, inp]``, ``last [out, narrow]`` and the sign, of a program that is low-rank."""
-        assert self._pair is not None  # the caller has asked
-        (one, see_one), (two, see_two) = self._pair
-        first, last = see(see_one, prepared[one.operands[1]]), see(see_two, prepared[two.operands[1]])
-        return first, last, -1.0 if one.negative != two.negative else 1.0
-
     def _rows_of(self, x: Tensor) -> Tensor:
         """Return the activations as rows."""
         if self.replicas > 1 and (x.dim() < 2 or x.shape[0] % self.replicas):
@@ -248,6 +219,11 @@ class Program(SiteProgram):
 
 
 _PLAIN = nullcontext()
+
+
+def _in_dtype_of(factors: Sequence[Tensor], x: Tensor, ctx: Any) -> Tensor:
+    """Return the activations in the dtype that they are computed in; they are kept in their own, perhaps narrower."""
+    return x if ctx.autocast is not None or x.dtype == factors[0].dtype else x.to(factors[0].dtype)
 
 
 class ProgramFunction(torch.autograd.Function):
@@ -274,12 +250,13 @@ class ProgramFunction(torch.autograd.Function):
             code = listing.traced_code(needs)
         else:
             code = listing.codes.get(needs) or listing.code(needs)
-        ctx.code, ctx.scale, ctx.link, kind = code, scale, link, x.device.type
+        ctx.code, ctx.scale, ctx.link, ctx.dtype, kind = code, scale, link, x.dtype, x.device.type
         ctx.autocast = (kind, torch.get_autocast_dtype(kind)) if weight is None and autocast_active(kind) else None
-        values = [x, wide, weight, bias, base, *factors, *[None] * (code.size - FACTORS - len(factors))]
+        seen = _in_dtype_of(factors, x, ctx)
+        values = [seen, wide, weight, bias, base, *factors, *[None] * (code.size - FACTORS - len(factors))]
         run(code.forward, values, scale, inplace=ctx.autocast is None)
         brought = wide if link is not None and link.reads else None
-        ctx.save_for_backward(*factors, *[values[k] for k in code.saved], brought)
+        ctx.save_for_backward(*factors, *[x if k == X else values[k] for k in code.saved], brought)
         return values[Y]  # type: ignore[return-value]
 
     @staticmethod
@@ -292,7 +269,7 @@ class ProgramFunction(torch.autograd.Function):
         values[FACTORS : FACTORS + count] = factors = saved[:count]
         for k, value in zip(code.saved, saved[count:], strict=True):
             if not twice or k < FACTORS:
-                values[k] = value
+                values[k] = _in_dtype_of(factors, value, ctx) if k == X else value
         if twice and brought is not None:
             values[X] = link.prefix.narrow(brought, factors)
         values[code.size + Y] = grad
@@ -306,4 +283,6 @@ class ProgramFunction(torch.autograd.Function):
         if not ctx.needs_input_grad[7]:  # the base output's gradient is that of the result
             grad = None  # type: ignore[assignment]
         grads = values[code.size :]
+        if grads[X] is not None:
+            grads[X] = grads[X].to(ctx.dtype)
         return None, None, None, *grads[X:Y], grad, *grads[FACTORS : FACTORS + count]

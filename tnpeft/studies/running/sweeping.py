@@ -113,6 +113,8 @@ def prepare(study: Study) -> None:
                 if "peft" in cell.method and tokenizer:
                     _check_peft(cell, backbones.module_names(name, protocol.head, cache), protocol.targets)
             seen.add(key)
+            if study.relative(cell, task) and protocol.rate_rule == "rate":
+                study.rate_of_step(cell, task, name)
             if tokenizer:
                 Scorer(task, tokenizer, protocol.head, protocol.max_length)
 

@@ -14,8 +14,9 @@ from weight_kinds import FAMILIES, FOUNDING, KINDS, STACKS, adapted, frozen, sha
 
 import tnpeft
 
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
 DEVICE = "cuda"
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CASES = [(family, "opt") for family in FAMILIES if "expert" not in FAMILIES[family].network.indices]
 CASES += [(family, kind) for kind in KINDS if kind != "opt" for family in FOUNDING]
 CASES += [(family, "mixtral") for family in ("expert_cp", "shared_outer_lora")]

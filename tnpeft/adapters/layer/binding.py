@@ -14,7 +14,7 @@ from tnpeft.adapters.sites.selection import Axes, Selected, chosen_rows, one_val
 from tnpeft.layout import SiteLayout
 from tnpeft.networks import REPLICA, Network
 from tnpeft.nn.executor.grouped import grouped_program
-from tnpeft.nn.executor.kernels import normalize_columns
+from tnpeft.nn.executor.kernels import NARROW, normalize_columns
 from tnpeft.nn.executor.program import Program, program
 from tnpeft.nn.init.initializer import without_experts
 from tnpeft.nn.init.patterns import base as as_factor
@@ -108,12 +108,17 @@ class SiteUpdate:
     def thin(self) -> Callable[[list[Tensor]], tuple[Tensor, Tensor]] | None:
         """The update as a function of its operands, ``[out, narrow]`` times ``[narrow, inp]``, without its scale.
 
-        None where the two are more than half as large as the update, where it is several, or of the base weight.
+        None where the two are more than half as large as the update or, unless they are narrow, cost more than the
+        plan; also where the update is several, or of the base weight.
         """
-        its, net, sizes = self.program, self.program.plan.network, self.program.plan.sizes
-        if net.stack or self.constants or 2 * cut_rank(net, sizes) * (its.rows + its.cols) > its.rows * its.cols:
+        its, plan = self.program, self.program.plan
+        if plan.network.stack or self.constants:
             return None
-        sides = compiled_sides(net, sizes)
+        narrow = cut_rank(plan.network, plan.sizes)
+        macs = narrow * (its.rows + its.cols)
+        if 2 * macs > its.rows * its.cols or (narrow > NARROW and macs * self.tokens > plan.macs):
+            return None
+        sides = compiled_sides(plan.network, plan.sizes)
         return lambda operands: sides(dict(zip(its.labels, self.normalized(operands), strict=True)))
 
     def chosen(self, selected: Selected) -> Selected:

@@ -48,7 +48,7 @@ PUBLISHED = {
     "step_bare": "step --bare --layers 2 --samples 9 --clock cpu",
     "rebuilt": "rebuilt --samples 9 --clock cpu",
     "rebuilt_short": "rebuilt --samples 9 --clock cpu --tokens 128",
-    "decode": "decode --samples 9 --clock cpu",
+    "decode": "decode --samples 21 --clock cpu",
     "mixed": "mixed --samples 15 --clock cpu",
     "optimizer": "optimizer --samples 9 --clock cpu",
     "attach": "attach --clock cpu",

@@ -221,11 +221,6 @@ class Program(SiteProgram):
 _PLAIN = nullcontext()
 
 
-def _in_dtype_of(factors: Sequence[Tensor], x: Tensor, ctx: Any) -> Tensor:
-    """Return the activations in the dtype that they are computed in; they are kept in their own, perhaps narrower."""
-    return x if ctx.autocast is not None or x.dtype == factors[0].dtype else x.to(factors[0].dtype)
-
-
 class ProgramFunction(torch.autograd.Function):
     """A program on ``x``, or on the result of its prefix with the linear's input ``wide``, added to the linear.
 
@@ -250,9 +245,11 @@ class ProgramFunction(torch.autograd.Function):
             code = listing.traced_code(needs)
         else:
             code = listing.codes.get(needs) or listing.code(needs)
-        ctx.code, ctx.scale, ctx.link, ctx.dtype, kind = code, scale, link, x.dtype, x.device.type
+        ctx.code, ctx.scale, ctx.link, kind = code, scale, link, x.device.type
         ctx.autocast = (kind, torch.get_autocast_dtype(kind)) if weight is None and autocast_active(kind) else None
-        seen = _in_dtype_of(factors, x, ctx)
+        own = factors[0].dtype  # the activations are kept in theirs, which may be narrower
+        ctx.cast = None if x.dtype == own or ctx.autocast is not None else (x.dtype, own)
+        seen = x if ctx.cast is None else x.to(own)
         values = [seen, wide, weight, bias, base, *factors, *[None] * (code.size - FACTORS - len(factors))]
         run(code.forward, values, scale, inplace=ctx.autocast is None)
         brought = wide if link is not None and link.reads else None
@@ -269,7 +266,7 @@ class ProgramFunction(torch.autograd.Function):
         values[FACTORS : FACTORS + count] = factors = saved[:count]
         for k, value in zip(code.saved, saved[count:], strict=True):
             if not twice or k < FACTORS:
-                values[k] = _in_dtype_of(factors, value, ctx) if k == X else value
+                values[k] = value if k != X or ctx.cast is None else value.to(ctx.cast[1])
         if twice and brought is not None:
             values[X] = link.prefix.narrow(brought, factors)
         values[code.size + Y] = grad
@@ -283,6 +280,6 @@ class ProgramFunction(torch.autograd.Function):
         if not ctx.needs_input_grad[7]:  # the base output's gradient is that of the result
             grad = None  # type: ignore[assignment]
         grads = values[code.size :]
-        if grads[X] is not None:
-            grads[X] = grads[X].to(ctx.dtype)
+        if ctx.cast is not None and grads[X] is not None:
+            grads[X] = grads[X].to(ctx.cast[0])
         return None, None, None, *grads[X:Y], grad, *grads[FACTORS : FACTORS + count]

@@ -265,11 +265,11 @@ def test_a_model_is_explained() -> None:
 # ---- half precision: the model in bfloat16, the factors in float32, as PEFT has them by default
 
 
-def in_half_precision(network: str) -> tuple[Any, Tensor]:
+def in_half_precision(network: str, **options: Any) -> tuple[Any, Tensor]:
     torch.manual_seed(0)
     line = {"cp": tnpeft.families.cp(3), "tenslora": tnpeft.families.tenslora(ranks=3)}.get(network, network)
     config = tnpeft.TensorNetworkConfig(
-        network=line, ranks={"r": 3} if network == "lora" else {}, target_modules=["q_proj"]
+        network=line, ranks={"r": 3} if network == "lora" else {}, target_modules=["q_proj"], **options
     )
     net = peft.get_peft_model(nn.ModuleDict({"self_attn": Attention(64)}).bfloat16(), config)
     for parameter in net.parameters():
@@ -313,3 +313,14 @@ def test_inference_adds_the_update_in_the_factors_dtype(network: str) -> None:
         wanted = base + copy.deepcopy(layer).get_delta_weight("default").double().matmul(seen.double().T).T
     assert torch.equal(found, again)
     assert (found.double() - wanted).abs().max() <= 2**-8 * wanted.abs().max()  # rounded once
+
+
+@pytest.mark.parametrize("network", ["lora", "cp", "tenslora"])
+def test_dora_computes_its_update_in_the_factors_dtype_in_inference_too(network: str) -> None:
+    net, x = in_half_precision(network, dora=True)
+    layer, seen = three(net.eval())[0], x.detach()
+    trained = layer._update("default", seen.requires_grad_(), None)
+    with torch.no_grad():
+        found = layer._update("default", seen.detach(), None)
+    assert found.dtype == trained.dtype == torch.float32
+    assert (found - trained).norm() <= 1e-5 * trained.norm()

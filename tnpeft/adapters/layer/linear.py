@@ -81,11 +81,12 @@ class TensorNetworkLinear(DenseLinear):
 
     def _update(self, adapter: str, x: Tensor, result: Tensor | None) -> Tensor:
         """``result`` plus the adapter's update of ``x``; for None the update alone, in the wider dtype of both."""
-        items = self.updates[adapter]
+        items, dtype = self.updates[adapter], self._compute_dtype(adapter, x)
+        x = x if torch.is_grad_enabled() else x.to(dtype)  # in training a program casts, and keeps what it was given
         if not items[0].side:
             return self._run(adapter, items[0], x, result)
         if result is None:
-            result = x.new_zeros((*x.shape[:-1], self.out_features), dtype=self._compute_dtype(adapter, x))
+            result = x.new_zeros((*x.shape[:-1], self.out_features), dtype=dtype)
         parts, at = [], 0
         for item in items:
             if item.side == "inp":
@@ -109,7 +110,6 @@ class TensorNetworkLinear(DenseLinear):
         dtype = self._compute_dtype(adapter, x)
         if x.dtype == dtype == result.dtype:
             return self._update(adapter, x, result)
-        x = x if torch.is_grad_enabled() else x.to(dtype)  # in training a program casts, and keeps what it was given
         return result + self._update(adapter, x, None).to(result.dtype)
 
     def _dora(self, adapter: str, x: Tensor, base: Tensor, dropped: bool) -> Tensor:

@@ -286,6 +286,18 @@ def test_forward_differentiation_and_traces_take_the_general_way(tmp_path: Path)
     torch.testing.assert_close(torch.jit.load(tmp_path / "net.pt")(2 * x), net(2 * x), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("key", LINES)
+def test_a_trace_of_a_half_precision_model_passes_its_own_check(key: str) -> None:
+    """The check traces again without gradients: the same operations must be seen."""
+    net = model(key).float()
+    for module in net.modules():
+        if isinstance(module, nn.Linear):
+            module.to(torch.bfloat16)
+    x = torch.linspace(-1, 1, 2 * 48).reshape(2, 48).bfloat16()
+    assert torch.equal(torch.jit.trace(net, x)(-x), net(-x))
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_on_the_meta_device(training: bool) -> None:
     net = model("lora").train(training)

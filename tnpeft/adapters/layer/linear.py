@@ -17,7 +17,7 @@ from tnpeft.adapters.layer.mixed_batch import adapters_of_rows, block_rows, grou
 from tnpeft.adapters.layer.weight_cache import WeightCache, is_cacheable
 from tnpeft.adapters.sites.selection import check_rows
 from tnpeft.layout import ParameterSpec
-from tnpeft.nn.executor.eligibility import why_not_fused
+from tnpeft.nn.executor.eligibility import can_use_custom_backward, why_not_fused
 from tnpeft.nn.executor.program import Program
 
 FUSED = Route("fused", "")
@@ -82,7 +82,8 @@ class TensorNetworkLinear(DenseLinear):
     def _update(self, adapter: str, x: Tensor, result: Tensor | None) -> Tensor:
         """``result`` plus the adapter's update of ``x``; for None the update alone, in the wider dtype of both."""
         items, dtype = self.updates[adapter], self._compute_dtype(adapter, x)
-        x = x if torch.is_grad_enabled() else x.to(dtype)  # in training a program casts, and keeps what it was given
+        if x.dtype != dtype and not can_use_custom_backward(x):  # such a pass casts, and keeps what it was given
+            x = x.to(dtype)
         if not items[0].side:
             return self._run(adapter, items[0], x, result)
         if result is None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tnpeft.adapters.config import TensorNetworkConfig
 from tnpeft.adapters.constants import PREFIX
+from tnpeft.adapters.layer import columns
 from tnpeft.adapters.layer.bank import BANK, FactorBank
 from tnpeft.adapters.layer.binding import SiteUpdate
 from tnpeft.adapters.layer.merging import DenseLinear
@@ -58,7 +59,7 @@ def attach(
         values = {param: value.double() for param, value in values.items()}  # or loading would round them
     bank = bank_for(holders[0])
     bank.layouts[adapter], bank.configs[adapter] = layout, config
-    bank.keys[adapter] = frozenset(param.key for param in layout.parameters)
+    bank.keys[adapter], bank.unit_norm[adapter] = frozenset(param.key for param in layout.parameters), {}
     if config.replicas > 1:
         expect_blocks(model)
     shared = {param: value for param, value in values.items() if not param.home}
@@ -71,6 +72,8 @@ def attach(
     for (path, expert), its in site_layouts.items():
         layer = adapted_layer(model, path, bases.get(path), bank)
         _register(layer, path, expert, adapter, config, values, sorted(its, key=lambda p: p.site.start))
+    if bank.unit_norm[adapter]:
+        columns.share(model)
     for names in shared_input_groups(model, [site_layout.site for site_layout in layout.site_layouts]):
         join(adapter, map(model.get_submodule, names))
 
@@ -123,3 +126,6 @@ def _register(
             )
         layer.tnpeft_magnitude[adapter] = nn.Parameter(length)
     layer._move_adapter_to_device_of_base_layer(adapter)
+    for its in (its for item in layer.updates[adapter] for its in item.operands):
+        if its.norm and not its.stack and its.source != "base":
+            layer.bank.unit_norm[adapter][layer.owner(its).tnpeft_factors[adapter], its.key, its.norm] = None

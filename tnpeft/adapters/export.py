@@ -165,7 +165,7 @@ def _through_cuts(linear: TensorNetworkLinear | ExpertWeight, adapter: str, expe
     lefts, rights = [], []
     for item in linear.updates[adapter]:
         net = item.program.plan.network
-        arrays = zip(item.program.labels, item.normalized(linear.operands(adapter, item)), strict=True)
+        arrays = zip(item.program.labels, linear.operands(adapter, item), strict=True)
         values = {label: array.float() for label, array in arrays}
         left, right = sides(net, item.site_layout.sizes, values, **dict.fromkeys(net.stack, expert))
         part = slice(item.start, item.start + item.length)

@@ -20,6 +20,7 @@ from tnpeft.adapters.config_validation import check_replicas
 from tnpeft.adapters.constants import PREFIX
 from tnpeft.adapters.experts.module import TensorNetworkExperts, stacks
 from tnpeft.adapters.experts.weight import ExpertWeight
+from tnpeft.adapters.layer import columns
 from tnpeft.adapters.layer.bank import BANK, FactorBank, TensorNetworkLayer, find_bank
 from tnpeft.adapters.layer.checkpointing import watch
 from tnpeft.adapters.layer.merging import DenseLinear
@@ -216,8 +217,10 @@ class TensorNetworkModel(TiedTargets):
                 self.unmerge_adapter()
             model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
             delattr(model, BANK)
-            for key in [key for key, hook in model._forward_pre_hooks.items() if hook in (watch, check_blocks)]:
-                del model._forward_pre_hooks[key]
+            for hooks in (model._forward_pre_hooks, model._forward_hooks):
+                for key in [key for key, hook in hooks.items() if hook in (watch, check_blocks, *columns.HOOKS)]:
+                    del hooks[key]
+                    model._forward_hooks_always_called.pop(key, None)
         return model
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: Any, child: nn.Module) -> None:

@@ -136,11 +136,12 @@ class FactorBank(nn.Module, TensorNetworkLayer):
     """The owner of every factor that several sites share; one per model, a child of the model itself.
 
     ``layouts`` holds the layout of each adapter's factors, ``configs`` the configuration, ``keys`` the names of the
-    arrays; ``selected`` has the chosen values of named stacks; ``watching`` says whether a forward is on its way that
-    must not meet reentrant checkpointing (see :mod:`tnpeft.adapters.layer.checkpointing`).
+    arrays, ``unit_norm`` owners, keys and axes of those that are normalised; ``selected`` has the chosen values of
+    named stacks; ``watching`` says whether a forward is on its way that must not meet reentrant checkpointing (see
+    :mod:`tnpeft.adapters.layer.checkpointing`).
     """
 
-    other_param_names: tuple[str, ...] = ("layouts", "configs", "keys")
+    other_param_names: tuple[str, ...] = ("layouts", "configs", "keys", "unit_norm")
     weight = None
     bias = None
     in_features = out_features = 0  # PEFT's tuner layers have them
@@ -155,6 +156,7 @@ class FactorBank(nn.Module, TensorNetworkLayer):
         self._trained, self._paused = set(), []
         self.configs: dict[str, Any] = {}
         self.keys: dict[str, frozenset[str]] = {}
+        self.unit_norm: dict[str, dict[tuple[FactorStore, str, tuple[int, ...]], None]] = {}
         self.selected: dict[str, Tensor] = {}
         self.tied: dict[str, list[Any]] = {}  # layers that hold one Parameter, by their site's path
         self.device: torch.device | None = None

@@ -10,11 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tnpeft.adapters.layer.columns import unit_columns
 from tnpeft.adapters.sites.selection import Axes, Selected, chosen_rows, one_value, rowwise
 from tnpeft.layout import SiteLayout
 from tnpeft.networks import REPLICA, Network
 from tnpeft.nn.executor.grouped import grouped_program
-from tnpeft.nn.executor.kernels import NARROW, normalize_columns
+from tnpeft.nn.executor.kernels import NARROW
 from tnpeft.nn.executor.program import Program, program
 from tnpeft.nn.init.initializer import without_experts
 from tnpeft.nn.init.patterns import base as as_factor
@@ -29,7 +30,7 @@ _OTHER: dict[Side, Side] = {"": "", "out": "inp", "inp": "out"}
 class Operand:
     """The owner and key of a factor's array of one site, its normalised axes, and those of named stacks.
 
-    The normalised ones (none: it is not) are counted without those of named stacks.
+    The normalised ones (none: it is not) are counted from the last, as if those of named stacks were not there.
     """
 
     source: Source
@@ -43,8 +44,8 @@ class SiteUpdate:
 
     ``side`` is the side of the linear that the site is a slice of, from ``start`` on, or ``""`` for the whole;
     ``keeps`` says that something is computed from the adapter's own factors alone, ``data`` that it has constants
-    besides the base weight. The program normalises the operands that are to be; it is that of one value of each
-    named stack index, ``stack``, and :meth:`by_rows` that of one value for each row. ``fixed`` are values that are
+    besides the base weight. Its program takes :meth:`normalized` operands; it is that of one value of each named
+    stack index, ``stack``, and :meth:`by_rows` that of one value for each row. ``fixed`` are values that are
     nobody's to choose: the expert of a linear that is one of a list. Copies and pickles are made anew.
 
     Args:
@@ -75,24 +76,25 @@ class SiteUpdate:
         self.fixed = {"expert": torch.tensor(expert)} if one and "expert" in place.network.stack else {}
         net, sizes, self.stack = one_value(place.network, place.sizes, self.fixed)
         make: Any = program if one else grouped_program
-        self.program = make(net, sizes, tokens=tokens, unit_norm=unit_norm)
+        self.program = make(net, sizes, tokens=tokens)
         self.operands = tuple(map(self._operand, self.program.labels))
         last = site.proj.rpartition("/")[2]
         side: Side = "out" if last.startswith("out:") else "inp" if last.startswith("inp:") else ""
         self.side = _OTHER[side] if turned else side
         self.start, self.length = site.start, site.inp if side == "inp" else site.out
-        self.keeps = self.program.has_weight_steps and not constants
+        self.norms = any(operand.norm for operand in self.operands)
+        self.keeps = (self.program.has_weight_steps or self.norms) and not constants
         self.data = any(its.kind == "constant" and label not in constants for label, its in place.parameters.items())
         self._cached: dict[Hashable, Any] = {}
 
     def _operand(self, label: str) -> Operand:
-        if label in self.constants:
-            return Operand("base", label)
         place, param = self.site_layout, self.site_layout.parameters[label]
         stack = tuple((axis, index) for axis, index in enumerate(param.indices) if index in self.stack)
         columns = {*place.network.rows, *place.network.cols} if label in self.unit_norm else ()
         kept = [index for index in param.indices if index not in self.stack]
-        norm = tuple(axis for axis, index in enumerate(kept) if index in columns)
+        norm = tuple(axis - len(kept) for axis, index in enumerate(kept) if index in columns)
+        if label in self.constants:
+            return Operand("base", label, norm)
         return Operand("site" if param.home else "bank", param.key, norm, stack)
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -138,16 +140,16 @@ class SiteUpdate:
             net = rowwise(self.site_layout.network, self.stack, rows)
             sizes = {index: size for index, size in self.site_layout.sizes.items() if index in net.indices}
             tokens = max(1, self.tokens // count)
-            return program(net, {**sizes, REPLICA: count}, tokens=tokens, unit_norm=self.unit_norm)
+            return program(net, {**sizes, REPLICA: count}, tokens=tokens)
 
         return self.cached((rows, count), make)  # type: ignore[no-any-return]
 
-    def normalized(self, operands: list[Tensor]) -> list[Tensor]:
-        """Return the operands as the line has them: columns of length one where they are to be."""
-        return [
-            normalize_columns(array, operand.norm) if operand.norm else array
-            for array, operand in zip(operands, self.operands, strict=True)
-        ]
+    def normalized(self, arrays: list[Tensor]) -> list[Tensor]:
+        """Return the arrays as the line has them: with columns of length one where they are to be."""
+        if not self.norms:
+            return arrays
+        both = zip(arrays, self.operands, strict=True)
+        return [unit_columns(array, operand.norm) if operand.norm else array for array, operand in both]
 
 
 def _turned(place: SiteLayout) -> SiteLayout:

@@ -148,7 +148,8 @@ class TensorNetworkLinear(DenseLinear):
             if group is not None and (shared := group.forward(self, known, x, factors)) is not None:
                 return shared
             own = self._modules["base_layer"]._parameters
-            return item.program.with_linear(x, factors, own["weight"], own["bias"], item.scale)
+            operands = item.normalized(factors) if item.norms else factors
+            return item.program.with_linear(x, operands, own["weight"], own["bias"], item.scale)
         if route.kind in ("base", "merged"):
             return self.base_layer(x, *args, **kwargs)
         refuse_reentrant(self.bank)

@@ -124,12 +124,14 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
     def operands(
         self, adapter: str, item: SiteUpdate, like: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> list[Tensor]:
-        """Return the arrays of one site's update in the program's order, on the device and in the dtype of ``like``.
+        """Return the operands of one site's update in the program's order.
 
-        Columns that are to be normalised are so by the program. ``dtype`` is taken instead of that of ``like``.
+        They are on the device and in the dtype of ``like``, or of ``dtype`` instead.
         """
         found = self._arrays(adapter, item)
-        return found if like is None else [array.to(like.device, dtype or like.dtype) for array in found]
+        return item.normalized(
+            found if like is None else [array.to(like.device, dtype or like.dtype) for array in found]
+        )
 
     def owner(self, operand: Operand) -> TensorNetworkLayer:
         """Who owns an operand's array: this linear or the bank."""

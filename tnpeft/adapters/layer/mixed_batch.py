@@ -170,4 +170,4 @@ def _beside(run: Program, count: int) -> Program:
     """The program of so many adapters of one network, block by block."""
     plan = run.plan
     sizes = {**plan.sizes, REPLICA: count}
-    return program(with_replicas(plan.network), sizes, tokens=int(sizes[plan.activation]), unit_norm=run.unit_norm)
+    return program(with_replicas(plan.network), sizes, tokens=int(sizes[plan.activation]))

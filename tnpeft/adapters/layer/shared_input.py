@@ -88,7 +88,7 @@ class SharedInputGroup:
             pending = self._begin(linear, x)
         if pending is None:
             return None
-        (narrow, link, *_), rows = pending.waiting.pop(linear), pending.rows
+        (narrow, link, _, operands), rows = pending.waiting.pop(linear), pending.rows
         assert rows is not None  # something still waited
         if pending.waiting:
             link.keep_alive = pending
@@ -97,7 +97,7 @@ class SharedInputGroup:
         own, item = linear._modules["base_layer"]._parameters, path.item  # type: ignore[union-attr]
         weight, bias = own["weight"], own["bias"]
         assert weight is not None  # the path holds
-        result = item.program.after_prefix(narrow, factors, rows, weight, bias, item.scale, link)
+        result = item.program.after_prefix(narrow, operands, rows, weight, bias, item.scale, link)
         return result.reshape(*x.shape[:-1], item.program.rows)
 
     def ready(self, x: Tensor) -> dict[DenseLinear, tuple[ActiveAdapter, Sequence[Tensor]]]:
@@ -117,10 +117,11 @@ class SharedInputGroup:
         if not x.requires_grad and not any(factor.requires_grad for _, own in ready.values() for factor in own):
             return None  # no graph would keep it
         rows = x.reshape(-1, x.shape[-1])
-        rows, narrow, links = self._group(ready)([own for _, own in ready.values()], rows)
+        operands = [path.item.normalized(own) for path, own in ready.values()]
+        rows, narrow, links = self._group(ready)(operands, rows)
         pending = PendingProjection(x, rows)
-        for (one, (_, own)), part, link in zip(ready.items(), narrow, links, strict=True):
-            pending.waiting[one] = part, link, _state(x, own), own
+        for (one, (_, own)), *result, factors in zip(ready.items(), narrow, links, operands, strict=True):
+            pending.waiting[one] = *result, _state(x, own), factors
         self._pending = weakref.ref(pending)
         return pending
 

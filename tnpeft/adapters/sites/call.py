@@ -15,7 +15,6 @@ from tnpeft.adapters.layer.checkpointing import check_recomputation, refuse_reen
 from tnpeft.adapters.layer.merging import DenseLinear, Route
 from tnpeft.adapters.layer.mixed_batch import adapters_of_rows
 from tnpeft.networks import REPLICA, Network, NetworkError
-from tnpeft.nn.executor.kernels import normalize_columns
 
 
 class CalledLayer(DenseLinear):
@@ -90,11 +89,10 @@ class CalledLayer(DenseLinear):
         return update * item.scale
 
     def _labelled(self, adapter: str, item: SiteUpdate, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        arrays = self.operands(adapter, item)
-        return {label: array.to(x.device, dtype) for label, array in zip(item.program.labels, arrays, strict=True)}
+        return dict(zip(item.program.labels, self.operands(adapter, item, x, dtype), strict=True))
 
     def _by_block(self, item: SiteUpdate, x: Tensor, arrays: dict[str, Tensor]) -> Tensor:
-        net, params = item.cached("network", lambda: network_of(item)), item.site_layout.parameters
+        params = item.site_layout.parameters
         own: set[str] = set()
         count = 1
         if item.stack:
@@ -105,7 +103,7 @@ class CalledLayer(DenseLinear):
             count = item.program.replicas
             own = {label for label in arrays if REPLICA in params[label].indices}
         if not own:
-            return self.apply_update(item, x, _normalized(item, net, arrays))
+            return self.apply_update(item, x, arrays)
         if len(x) % count:
             what = "values, one for each row" if item.stack else "replicas"
             raise NetworkError(
@@ -115,7 +113,7 @@ class CalledLayer(DenseLinear):
         parts = []
         for k, block in enumerate(x.chunk(count)):
             values = {label: array[k] if label in own else array for label, array in arrays.items()}
-            parts.append(self.apply_update(item, block, _normalized(item, net, values)))
+            parts.append(self.apply_update(item, block, values))
         return torch.cat(parts)
 
     def _mixed(self, x: Tensor, base: Tensor, names: Sequence[str]) -> Tensor:
@@ -131,12 +129,3 @@ def network_of(item: SiteUpdate) -> Network:
     """The network of one update: of one replica, and of one value of each named stack index."""
     net = item.program.plan.network
     return net.select(REPLICA) if REPLICA in net.stack else net
-
-
-def _normalized(item: SiteUpdate, net: Network, arrays: dict[str, Tensor]) -> dict[str, Tensor]:
-    for label in item.unit_norm:
-        if label in arrays:
-            indices = net.factor(label).indices
-            axes = tuple(axis for axis, index in enumerate(indices) if index in (*net.rows, *net.cols))
-            arrays = {**arrays, label: normalize_columns(arrays[label], axes)}
-    return arrays

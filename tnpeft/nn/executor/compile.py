@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from tnpeft.networks.factor import Group
 from tnpeft.nn.executor.kernels import (
-    ColumnNorm,
     Einsum2,
     Instruction,
     Kernel,
     Layout,
     Linear,
-    Normalize,
     Sizes,
     Sum,
     flat,
@@ -22,22 +20,17 @@ from tnpeft.nn.executor.listing import BIAS, FACTORS, WEIGHT, Listing, Result, X
 from tnpeft.planning.steps import Plan, Step, fresh
 
 
-def compile_plan(
-    plan: Plan, labels: Sequence[str], unit_norm: Collection[str] = (), linear: bool = False, token: str = ""
-) -> Listing:
+def compile_plan(plan: Plan, labels: Sequence[str], linear: bool = False, token: str = "") -> Listing:
     """Return the instructions of a plan whose factors come in the order of ``labels``.
 
-    Columns of the factors in ``unit_norm`` are normalised first. With ``linear`` the frozen product with the base
-    weight is part of the list; without, ``y`` is what the update is added to, or empty. An index ``token`` of a plan
-    without activations may have any size at run time.
+    With ``linear`` the frozen product with the base weight is part of the list; without, ``y`` is what the update is
+    added to, or empty. An index ``token`` of a plan without activations may have any size at run time.
     """
-    return _Compiler(plan, labels, unit_norm, linear, token).listing()
+    return _Compiler(plan, labels, linear, token).listing()
 
 
 class _Compiler:
-    def __init__(
-        self, plan: Plan, labels: Sequence[str], unit_norm: Collection[str], linear: bool, token: str = ""
-    ) -> None:
+    def __init__(self, plan: Plan, labels: Sequence[str], linear: bool, token: str = "") -> None:
         net = plan.network
         self.plan, self.labels, self.linear = plan, labels, linear
         self.sizes = Sizes(plan.sizes, plan.activation or token)
@@ -53,20 +46,11 @@ class _Compiler:
         self.layouts[Y] = (tokens, rows)
         self.next = FACTORS + len(labels)
         for k, label in enumerate(labels, FACTORS):
-            self.places[label] = self._input(k, net.factor(label).indices, label in unit_norm)
+            self.places[label], self.layouts[k] = k, singly(net.factor(label).indices)
         self.factors = {*self.places.values()}
         for name, (register, layout) in inputs.items() if plan.activation else ():
             self.places[name], self.layouts[register] = register, layout
         self.wanted = _wanted(self.steps, {name: flat(self.layouts[k]) for name, k in self.places.items()})
-
-    def _input(self, register: int, indices: Group, normalised: bool) -> int:
-        net = self.plan.network
-        layout = self.layouts[register] = singly(indices)
-        if not normalised:
-            return register
-        axes = tuple(k for k, index in enumerate(indices) if index in (*net.rows, *net.cols))
-        length = self._emit("", ColumnNorm(axes), (register,), layout, ())
-        return self._emit("", Normalize(axes), (register, length), layout, ())
 
     def listing(self) -> Listing:
         """Return all instructions."""

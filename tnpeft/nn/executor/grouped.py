@@ -6,7 +6,7 @@ no update of all experts is formed. The product with the frozen weight and the u
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -30,9 +30,7 @@ EXPERT = "expert"
 ALL = slice(None)
 
 
-def grouped_program(
-    net: Network, sizes: Mapping[str, Size], *, tokens: int = 2048, unit_norm: Collection[str] = ()
-) -> GroupedProgram:
+def grouped_program(net: Network, sizes: Mapping[str, Size], *, tokens: int = 2048) -> GroupedProgram:
     """Return the program of a network over experts, best at about ``tokens`` rows in all; cached by value.
 
     Raises:
@@ -47,13 +45,11 @@ def grouped_program(
     >>> run(x, groups, [torch.ones(64, 2), e, torch.ones(32, 2)])[:, 0]
     tensor([ 64., 192.])
     """
-    return _grouped(net, tuple(integers(net, bind(net, sizes, {})).items()), tokens, frozenset(unit_norm))
+    return _grouped(net, tuple(integers(net, bind(net, sizes, {})).items()), tokens)
 
 
 @lru_cache(maxsize=1024)
-def _grouped(
-    net: Network, dims: tuple[tuple[str, int], ...], tokens: int, unit_norm: frozenset[str]
-) -> GroupedProgram:
+def _grouped(net: Network, dims: tuple[tuple[str, int], ...], tokens: int) -> GroupedProgram:
     net.require_matrix()
     if net.stack not in ((), (EXPERT,)):
         raise NetworkError(
@@ -62,7 +58,7 @@ def _grouped(
             remedy="leave it out of the line",
         )
     each = max(1, tokens // dict(dims).get(EXPERT, 1))
-    return GroupedProgram(planned(net, dims, each), planned(net, dims, None), unit_norm)
+    return GroupedProgram(planned(net, dims, each), planned(net, dims, None))
 
 
 class GroupedProgram(SiteProgram):
@@ -71,10 +67,10 @@ class GroupedProgram(SiteProgram):
     ``plan`` is for equal groups, which rows at run time need not be; ``replicas`` is the number of matrices.
     """
 
-    def __init__(self, plan: Plan, dense: Plan, unit_norm: frozenset[str]) -> None:
-        super().__init__(plan, dense, unit_norm)
+    def __init__(self, plan: Plan, dense: Plan) -> None:
+        super().__init__(plan, dense)
         self.fused_plan = plan
-        self.listing = _GroupedCompiler(plan, self.labels, unit_norm).listing()
+        self.listing = _GroupedCompiler(plan, self.labels).listing()
         self.has_weight_steps = bool(self.listing.weight_steps)
         self._codes: dict[tuple[bool, ...], Code] = {}
 
@@ -111,7 +107,7 @@ class GroupedProgram(SiteProgram):
         ]
         one = net.select(EXPERT)
         sizes = tuple((index, int(size)) for index, size in self.plan.sizes.items() if index in one.indices)
-        return _grouped(one, sizes, 1, self.unit_norm).delta(own, scale)
+        return _grouped(one, sizes, 1).delta(own, scale)
 
 
 # ---- the compiler
@@ -123,8 +119,8 @@ class _GroupedCompiler(_Compiler):
     The register of a linear's input, which there is none of, holds the groups.
     """
 
-    def __init__(self, plan: Plan, labels: Sequence[str], unit_norm: Collection[str]) -> None:
-        super().__init__(plan, labels, unit_norm, linear=False)
+    def __init__(self, plan: Plan, labels: Sequence[str]) -> None:
+        super().__init__(plan, labels, linear=False)
         token, net = (plan.activation,), plan.network
         self.layouts[X], self.layouts[Y] = (token, net.cols), (token, net.rows)
 

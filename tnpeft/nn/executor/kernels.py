@@ -283,47 +283,6 @@ class Sum(Kernel):
         return Sum(self.out, self.operand, self.sizes), ()
 
 
-class OnColumns(Kernel):
-    """The base of what is done with a factor's columns, which run over ``axes``."""
-
-    def __init__(self, axes: tuple[int, ...]) -> None:
-        self.axes = axes
-
-
-class ColumnNorm(OnColumns):
-    """Lengths of columns; zero columns count as the smallest number."""
-
-    def __call__(self, alpha: float, a: Array) -> Array:
-        """Return the lengths with the axes kept."""
-        import torch  # numpy does without torch
-
-        length = torch.linalg.vector_norm(a, dim=self.axes, keepdim=True)
-        return length.clamp_min(torch.finfo(length.dtype).tiny)
-
-
-class Normalize(OnColumns):
-    """A factor divided by the lengths of its columns, which are not an operand of their own."""
-
-    def __call__(self, alpha: float, a: Array, length: Array) -> Array:
-        """Return the factor with columns of length one."""
-        return a / length
-
-    def vjp(self, k: int) -> tuple[Kernel, tuple[int, ...]]:
-        """The part of the gradient that is orthogonal to each column, by the lengths."""
-        return _Orthogonal(self.axes), (-1, 1)
-
-
-class _Orthogonal(OnColumns):
-    def __call__(self, alpha: float, grad: Array, unit: Array, length: Array) -> Array:
-        along = (grad * unit).sum(self.axes, keepdim=True)
-        return grad.addcmul(unit, along, value=-1) / length
-
-
-def normalize_columns(array: Array, axes: tuple[int, ...]) -> Array:
-    """Return a factor whose columns, along ``axes``, have length one; zero columns stay zero."""
-    return Normalize(axes)(1.0, array, ColumnNorm(axes)(1.0, array))
-
-
 # ---- the interpreter
 
 

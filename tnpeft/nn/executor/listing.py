@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tnpeft.nn.executor.kernels import ColumnNorm, Einsum2, Instruction, Layout, Linear, Sizes, Sum, flat
+from tnpeft.nn.executor.kernels import Einsum2, Instruction, Layout, Linear, Sizes, Sum, flat
 from tnpeft.planning.planner import MACS_PER_ELEMENT
 
 # registers: ``WIDE`` is the linear's input; factors, then results follow
@@ -126,7 +126,7 @@ def _generate(listing: Listing, needs: Mask) -> Code:
     size = listing.size
     live = {k for k, on in enumerate(needs) if on}
     for step in listing.forward:
-        if not live.isdisjoint(step.operands) and not isinstance(step.kernel, ColumnNorm):
+        if not live.isdisjoint(step.operands):
             live.add(step.result)
     order = [step for step in listing.forward if isinstance(step.kernel, Linear)]  # what others are added to
     order += [step for step in reversed(listing.forward) if not isinstance(step.kernel, Linear)]

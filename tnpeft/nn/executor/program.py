@@ -6,7 +6,7 @@ result is written twice.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property, lru_cache
 from math import prod
@@ -33,12 +33,11 @@ def program(
     tokens: int = 2048,
     minimize: str = "time",
     training: bool = True,
-    unit_norm: Collection[str] = (),
 ) -> Program:
     """Return the program of one site's network, best at about ``tokens`` rows of activations; cached by value.
 
     It runs on any number of rows. ``minimize`` and ``training`` are those of :func:`tnpeft.plan`. If ``replica`` is
-    open, ``tokens`` are those of each replica. The columns of the factors in ``unit_norm`` are normalised.
+    open, ``tokens`` are those of each replica.
 
     Raises:
         NetworkError: another stack index is still open, or a size is missing or not a positive integer.
@@ -49,7 +48,7 @@ def program(
     (('B', 'A'), 2)
     """
     dims = integers(net, bind(net, sizes, {}))
-    return _program(net, tuple(dims.items()), tokens, minimize, training, frozenset(unit_norm))
+    return _program(net, tuple(dims.items()), tokens, minimize, training)
 
 
 @lru_cache(maxsize=1024)
@@ -59,7 +58,6 @@ def _program(
     tokens: int,
     minimize: str,
     training: bool,
-    unit_norm: frozenset[str],
 ) -> Program:
     net.require_matrix()
     for index in net.stack:
@@ -70,7 +68,7 @@ def _program(
                 remedy=f"select one site first: net.select({index!r})",
             )
     update, fused = (planned(net, dims, tokens, minimize, training, base) for base in (None, "fp32"))
-    return Program(update, fused, planned(net, dims, None, minimize, training), unit_norm)
+    return Program(update, fused, planned(net, dims, None, minimize, training))
 
 
 class SiteProgram:
@@ -79,13 +77,13 @@ class SiteProgram:
     ``labels`` is the order in which the factors' tensors are passed, ``replicas`` the size of the open stack index.
     """
 
-    def __init__(self, plan: Plan, dense: Plan, unit_norm: frozenset[str]) -> None:
+    def __init__(self, plan: Plan, dense: Plan) -> None:
         net, sizes = plan.network, plan.sizes
-        self.plan, self.unit_norm = plan, unit_norm
+        self.plan = plan
         self.replicas = int(sizes[net.stack[0]]) if net.stack else 1
         self.labels = tuple(net.label(factor) for factor in net.factors)
         self.rows, self.cols = (prod(sizes[index] for index in side) for side in (net.rows, net.cols))
-        self._dense = compile_plan(dense, self.labels, unit_norm)  # now: it may be read while a compiler traces
+        self._dense = compile_plan(dense, self.labels)  # now: it may be read while a compiler traces
 
     def delta(self, operands: Sequence[Tensor], scale: float = 1.0) -> Tensor:
         """Return ``scale * dW``, ``[rows, cols]``; with an open stack index ``[replica or expert, rows, cols]``."""
@@ -115,14 +113,12 @@ class Program(SiteProgram):
     tensor([4.])
     """
 
-    def __init__(self, plan: Plan, fused_plan: Plan, dense: Plan, unit_norm: frozenset[str]) -> None:
-        super().__init__(plan, dense, unit_norm)
+    def __init__(self, plan: Plan, fused_plan: Plan, dense: Plan) -> None:
+        super().__init__(plan, dense)
         self.fused_plan = fused_plan
-        self.update = compile_plan(plan, self.labels, unit_norm)
-        self.fused = compile_plan(plan, self.labels, unit_norm, linear=True)
-        self.merged = (
-            compile_plan(fused_plan, self.labels, unit_norm, linear=True) if fused_plan.form == "merged" else None
-        )
+        self.update = compile_plan(plan, self.labels)
+        self.fused = compile_plan(plan, self.labels, linear=True)
+        self.merged = compile_plan(fused_plan, self.labels, linear=True) if fused_plan.form == "merged" else None
         self.prefix = split(self.fused)
         update_prefix = split(self.update)
         self._update_prefix = update_prefix if update_prefix is not None and update_prefix.frozen else None

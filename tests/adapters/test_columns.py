@@ -1,0 +1,93 @@
+"""Factors with columns of length one: computed for all sites at once, with the values and gradients of each alone."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tnpeft
+from tnpeft.adapters.layer.columns import _forward
+
+
+class Counted(TorchDispatchMode):
+    """How often lengths of columns were computed, and how many operations ran in all but views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.norms += func._opname == "linalg_vector_norm"
+        return func(*args, **(kwargs or {}))
+
+
+def model(**config: Any) -> Any:
+    torch.manual_seed(0)
+    base = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3)))
+    net = peft.get_peft_model(base, tnpeft.TensorNetworkConfig(network="cp", target_modules=["0", "1", "2"], **config))
+    for parameter in net.parameters():
+        parameter.data = torch.randn_like(parameter, dtype=torch.float64)
+    return net
+
+
+def grads(net: Any) -> list[Tensor]:
+    return [parameter.grad for parameter in net.parameters() if parameter.requires_grad]
+
+
+X = torch.linspace(-1, 1, 5 * 16, dtype=torch.float64).reshape(5, 16)
+
+
+def test_once_in_a_forward_and_once_in_its_backward() -> None:
+    net = model()
+    alone = copy.deepcopy(net)
+    with Counted() as forward:
+        loss = net(X).square().sum()
+    with Counted() as backward:
+        loss.backward()
+    assert (forward.norms, backward.norms) == (1, 1)
+    with Counted() as forward:
+        x = X
+        for layer in alone.base_model.model[:3]:
+            x = layer(x)
+    assert forward.norms == 12
+    x.square().sum().backward()
+    torch.testing.assert_close(grads(net), grads(alone), rtol=1e-12, atol=1e-12)
+
+
+def test_of_the_active_adapter_alone() -> None:
+    net = model()
+    net.add_adapter("wide", tnpeft.TensorNetworkConfig(network="cp", ranks={"r": 9}, target_modules=["1"]))
+    net.set_adapter("wide")
+    with Counted() as forward:
+        net(X)
+    assert forward.norms == 1
+    net.set_adapter("default")
+    net.delete_adapter("wide")
+    assert set(net.base_model.model.factor_bank.unit_norm) == {"default"}
+
+
+def test_nothing_is_left_of_a_forward_that_fails() -> None:
+    net = model()
+    with pytest.raises(RuntimeError, match="invalid for input"):
+        net(torch.ones(2, 3, dtype=torch.float64))
+    assert not _forward.units
+
+
+def test_a_factor_changed_before_the_backward_is_an_error() -> None:
+    net = model()
+    loss = net(X).sum()
+    with torch.no_grad():
+        next(parameter for name, parameter in net.named_parameters() if name.endswith("A")).mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        loss.backward()
+
+
+def test_unloading_takes_the_hooks_along() -> None:
+    base = model().unload()
+    assert not (base._forward_pre_hooks or base._forward_hooks or base._forward_hooks_always_called)

@@ -1,0 +1,100 @@
+"""Factors with columns of length one, which a forward of the model computes for all sites at once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tnpeft.nn.executor.eligibility import under_transform
+
+if TYPE_CHECKING:
+    from tnpeft.adapters.layer.bank import FactorBank
+
+_forward = threading.local()  # ``units``: what the forward on its way in this thread has computed
+
+
+def unit_columns(array: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Return a factor whose columns, along ``axes``, have length one; zero columns stay zero."""
+    if torch.compiler.is_compiling() or not _apart():
+        return _divided(array, axes)[0]
+    units = getattr(_forward, "units", {})
+    _, unit = units.get(_key(array, axes), (None, None)) if units else (None, None)
+    return UnitColumns.apply(axes, array)[0] if unit is None else unit
+
+
+def share(model: nn.Module) -> None:
+    """Have every forward of a model, which owns the bank, compute them at once."""
+    if _begin not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_begin)
+        model.register_forward_hook(_end, always_call=True)
+
+
+def _begin(model: nn.Module, inputs: Any) -> None:
+    sharded = torch.distributed.is_available() and torch.distributed.is_initialized()
+    sharded = sharded and DistributedDataParallel._get_active_ddp_module() is None  # perhaps: FSDP, ZeRO
+    if torch.compiler.is_compiling() or not _apart() or sharded:
+        return
+    bank: FactorBank = model.factor_bank  # type: ignore[assignment]
+    found: dict[Hashable, list[Tensor]] = {}
+    for store, key, axes in (item for name in bank.active_adapters for item in bank.unit_norm.get(name, ())):
+        array = store.get(key)
+        if type(array) is nn.Parameter:
+            found.setdefault((axes, array.shape, array.dtype, array.device), []).append(array)
+    _forward.units = {}
+    for (axes, *_), arrays in found.items():  # type: ignore[misc]
+        for array, unit in zip(arrays, UnitColumns.apply(axes, *arrays), strict=True):
+            _forward.units[_key(array, axes)] = array, unit  # the array, so that its id stays its own
+
+
+def _end(model: nn.Module, inputs: Any, result: Any) -> None:
+    if not torch.compiler.is_compiling():
+        _forward.units = {}
+
+
+HOOKS = (_begin, _end)
+
+
+class UnitColumns(torch.autograd.Function):
+    """Factors of one shape divided by the lengths of their columns, which the backward pass computes again.
+
+    They are not saved as autograd does: sites may run backward each on its own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, axes: tuple[int, ...], *arrays: Tensor) -> tuple[Tensor, ...]:
+        ctx.axes, ctx.arrays, ctx.versions = axes, arrays, [array._version for array in arrays]
+        ctx.set_materialize_grads(False)
+        return _divided(torch.stack(arrays), axes)[0].unbind()  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        wanted = [k for k, grad in enumerate(grads) if grad is not None]
+        if any(ctx.arrays[k]._version != ctx.versions[k] for k in wanted):
+            raise RuntimeError("a factor was changed in place between the forward pass and its backward pass")
+        if not wanted:
+            return None, *grads
+        grad = torch.stack([grads[k] for k in wanted])  # type: ignore[misc]
+        unit, length = _divided(torch.stack([ctx.arrays[k] for k in wanted]), ctx.axes)
+        found = grad.addcmul(unit, (grad * unit).sum(ctx.axes, keepdim=True), value=-1) / length
+        given = dict(zip(wanted, found.unbind(), strict=True))
+        return None, *(given.get(k) for k in range(len(grads)))
+
+
+def _divided(array: Tensor, axes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    length = torch.linalg.vector_norm(array, dim=tuple(axes), keepdim=True)
+    length = length.clamp_min(torch.finfo(length.dtype).tiny)
+    return array / length, length
+
+
+def _key(array: Tensor, axes: tuple[int, ...]) -> Hashable:
+    return id(array), array._version, axes, torch.is_autocast_enabled(array.device.type)
+
+
+def _apart() -> bool:
+    """True if a backward pass of our own may be used."""
+    return torch.is_grad_enabled() and not under_transform()

@@ -324,3 +324,64 @@ def test_dora_computes_its_update_in_the_factors_dtype_in_inference_too(network:
         found = layer._update("default", seen.detach(), None)
     assert found.dtype == trained.dtype == torch.float32
     assert (found - trained).norm() <= 1e-5 * trained.norm()
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    return float(((found.double() - wanted).norm() / wanted.norm()).detach())
+
+
+@pytest.mark.parametrize("mode", ["training", "inference_mode", "autocast", "no_grad"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_half_precision_is_at_least_as_exact_as_pefts(dora: bool, mode: str) -> None:
+    """The sum with the base's output is rounded once, and a magnitude as little as PEFT's, autocast or not."""
+    net, x = in_half_precision("lora", dora=dora)
+    theirs = peft.get_peft_model(
+        nn.ModuleDict({"self_attn": Attention(64)}).bfloat16(),
+        peft.LoraConfig(r=3, lora_alpha=3, use_dora=dora, target_modules=["q_proj"]),
+    )
+    ours, lora = three(net)[0], three(theirs)[0]
+    lora.base_layer.load_state_dict(ours.base_layer.state_dict())
+    factors = ours.tnpeft_factors["default"]
+    with torch.no_grad():
+        lora.lora_A["default"].weight.copy_(factors.A)
+        lora.lora_B["default"].weight.copy_(factors.B)
+        if dora:
+            ours.tnpeft_magnitude["default"].copy_(1 + torch.rand(64))
+            lora.lora_magnitude_vector["default"].weight.copy_(ours.tnpeft_magnitude["default"])
+    double = three(copy.deepcopy(net).double())[0]
+    wanted = double(x.detach().double())
+    modes = {"inference_mode": torch.inference_mode, "no_grad": torch.no_grad}
+    with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"), modes.get(mode, contextlib.nullcontext)():
+        found, peer = ours.train(mode == "training")(x), lora.train(mode == "training")(x)
+    assert found.dtype == torch.bfloat16
+    assert error(found, wanted) <= 1.1 * error(peer, wanted)
+
+
+@pytest.mark.parametrize("network", ["vera", "tera", "lora_xs"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_trained_factors_alone_in_float32(network: str, dora: bool) -> None:
+    """A frozen factor may be narrower: the dtype of the trained ones counts, and merging takes the widest."""
+    line = tnpeft.families.get(network)()
+    config = tnpeft.TensorNetworkConfig(network=line, target_modules=["q_proj"], dora=dora)
+    net = peft.get_peft_model(nn.ModuleDict({"self_attn": Attention(64)}), config).bfloat16()
+    for parameter in net.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.rand_like(parameter, dtype=torch.float32)
+    layer, x = three(net)[0], torch.randn(20, 64).bfloat16()
+    double = three(copy.deepcopy(net).double())[0]
+    wanted, base = double(x.double()).detach(), layer.base_layer(x).double()
+    change = double.get_delta_weight("default")
+    assert layer._update("default", x, None).dtype == torch.float32
+    for grads in (True, False):
+        with torch.set_grad_enabled(grads):
+            assert error(layer(x), wanted) <= 1.1 * error((base + x.double() @ change.T).bfloat16(), wanted)
+    assert error(layer.get_delta_weight("default"), change) <= 1e-5
+    net.merge_adapter()
+    assert error(layer.base_layer.weight, double.base_layer.weight + change) <= 2**-8
+
+
+@torch.no_grad()
+def test_an_update_in_half_precision_is_merged_as_computed_in_float32() -> None:
+    net, _ = in_half_precision("cp")
+    layer, double = three(net.bfloat16())[0], three(copy.deepcopy(net).double())[0]
+    assert error(layer.get_delta_weight("default"), double.get_delta_weight("default")) <= 1e-6

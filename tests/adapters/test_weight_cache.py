@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tnpeft
 
@@ -313,3 +314,13 @@ def test_the_direct_way_takes_the_dtypes_of_the_call() -> None:
     half = net.to(torch.bfloat16)
     assert half(X.bfloat16()).dtype == torch.bfloat16
     assert layer(half)._cache.inference is not None
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@torch.no_grad()
+def test_numbers_of_another_mode_are_not_kept(dora: bool) -> None:
+    """A trial run on fake tensors, as for an estimate of memory, leaves the next call its real ones."""
+    net = model(dora=dora)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert net(mode.from_tensor(X)).shape == X.shape
+    assert torch.equal(net(X), plain(net))

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from tnpeft.adapters.experts.fused import FusedWeight, is_eager
 from tnpeft.adapters.layer.bank import FactorBank
 from tnpeft.adapters.layer.binding import SiteUpdate
-from tnpeft.adapters.layer.merging import HeldWeight, Route, rescaling, wide
+from tnpeft.adapters.layer.merging import HeldWeight, Route, rescaling
 from tnpeft.adapters.layer.mixed_batch import BASE
 from tnpeft.networks import Site
-from tnpeft.nn.executor.eligibility import autocast_active, can_use_custom_backward
+from tnpeft.nn.executor.eligibility import added, autocast_active, can_use_custom_backward
 from tnpeft.nn.executor.grouped import Part, grouped_linear
 from tnpeft.nn.executor.groups import Groups
 
@@ -91,7 +91,7 @@ class ExpertWeight(HeldWeight):
         base = result
         for adapter in active:
             if adapter not in inside:
-                result = result + self._apart(adapter, source, base, groups)
+                result = added(result, self._apart(adapter, source, base, groups))
         return result if names is None else self._mixed(source, base, groups, names)
 
     def _oriented(self) -> Tensor:
@@ -147,9 +147,9 @@ class ExpertWeight(HeldWeight):
         return "the base weight is trained" if trained else ""
 
     def _compute_dtype(self, adapter: str, x: Tensor) -> torch.dtype:
-        item = self.updates[adapter][0]
-        arrays = [a for a, o in zip(self._arrays(adapter, item), item.operands, strict=True) if o.source != "base"]
-        return torch.promote_types(x.dtype, arrays[0].dtype) if arrays else x.dtype
+        own = self.updates[adapter][0].trained
+        held = x if own is None else self.owner(own).tnpeft_factors[adapter].get(own.key)
+        return torch.promote_types(x.dtype, held.dtype)
 
     def _apart(self, adapter: str, x: Tensor, base: Tensor, groups: Groups) -> Tensor:
         """Return what one adapter adds to ``base``, the output of the weight alone, computed apart."""
@@ -161,7 +161,7 @@ class ExpertWeight(HeldWeight):
             change = grouped_linear(rows, groups, self._parts(adapter, rows), width=self.out_features)
             if adapter in self.tnpeft_magnitude:
                 change = self._rescaled(adapter, rows, base, change, groups, bool(drop))
-        return change.to(base.dtype)
+        return change
 
     def _rescaled(
         self, adapter: str, x: Tensor, base: Tensor, update: Tensor, groups: Groups, dropped: bool
@@ -186,7 +186,7 @@ class ExpertWeight(HeldWeight):
         for expert, _, _ in groups.used():
             matrix = base[expert].clone()
             for item, operands in zip(items, arrays, strict=True):
-                matrix[self.region(item)] += wide(item.program.delta_of(expert, operands, item.scale))
+                matrix[self.region(item)] += item.program.delta_of(expert, operands, item.scale)
             found[expert] = matrix.norm(dim=-1)
         return found
 
@@ -198,7 +198,7 @@ class ExpertWeight(HeldWeight):
                 continue
             rows = torch.tensor([k for k, name in enumerate(names) if name == adapter], device=x.device)
             change = self._apart(adapter, x[rows], base[rows], groups.subset(rows))
-            result = result.index_add(0, rows, change)
+            result = result.index_add(0, rows, change.to(base.dtype))
         return result
 
     # ---- what is asked about it

@@ -78,6 +78,9 @@ class SiteUpdate:
         make: Any = program if one else grouped_program
         self.program = make(net, sizes, tokens=tokens)
         self.operands = tuple(map(self._operand, self.program.labels))
+        own = [pair for pair in zip(self.program.labels, self.operands, strict=True) if pair[1].source != "base"]
+        own.sort(key=lambda pair: place.parameters[pair[0]].kind != "trainable")
+        self.trained = own[0][1] if own else None
         last = site.proj.rpartition("/")[2]
         side: Side = "out" if last.startswith("out:") else "inp" if last.startswith("inp:") else ""
         self.side = _OTHER[side] if turned else side

@@ -17,7 +17,7 @@ from tnpeft.adapters.layer.mixed_batch import adapters_of_rows, block_rows, grou
 from tnpeft.adapters.layer.weight_cache import WeightCache, is_cacheable
 from tnpeft.adapters.sites.selection import check_rows
 from tnpeft.layout import ParameterSpec
-from tnpeft.nn.executor.eligibility import can_use_custom_backward, why_not_fused
+from tnpeft.nn.executor.eligibility import added, can_use_custom_backward, why_not_fused
 from tnpeft.nn.executor.program import Program
 
 FUSED = Route("fused", "")
@@ -107,23 +107,22 @@ class TensorNetworkLinear(DenseLinear):
         if drop and self.training:
             x = nn.functional.dropout(x, drop)
         if adapter in self.tnpeft_magnitude:
-            return result + self._dora(adapter, x, base, dropped=bool(drop) and self.training)
+            return added(result, self._dora(adapter, x, base, dropped=bool(drop) and self.training))
         dtype = self._compute_dtype(adapter, x)
         if x.dtype == dtype == result.dtype:
             return self._update(adapter, x, result)
-        return result + self._update(adapter, x, None).to(result.dtype)
+        return added(result, self._update(adapter, x, None))
 
     def _dora(self, adapter: str, x: Tensor, base: Tensor, dropped: bool) -> Tensor:
         """Return what rescaling the rows to the learned magnitudes adds to ``base`` (arXiv 2402.09353, 4.3)."""
-        dtype = self._compute_dtype(adapter, x)
+        dtype = torch.promote_types(x.dtype, self.tnpeft_magnitude[adapter].dtype)
         ratio = self._ratio(adapter, dtype)
         bias = self.get_base_layer().bias
         if dropped:
             plain = nn.functional.linear(x.to(dtype), self.base_matrix().to(dtype))
         else:
             plain = base.to(dtype) if bias is None else base.to(dtype) - bias.to(dtype)
-        change = (ratio - 1) * plain + ratio * self._update(adapter, x, None)
-        return change.to(base.dtype)
+        return (ratio - 1) * plain + ratio * self._update(adapter, x, None)
 
     # ---- which path a call takes
 

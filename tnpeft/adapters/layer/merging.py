@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -126,12 +127,14 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
     ) -> list[Tensor]:
         """Return the operands of one site's update in the program's order.
 
-        They are on the device and in the dtype of ``like``, or of ``dtype`` instead.
+        They are on the device and in the dtype of ``like``, or of ``dtype`` instead; without ``like`` in the widest
+        of their own, fp32 at least.
         """
         found = self._arrays(adapter, item)
-        return item.normalized(
-            found if like is None else [array.to(like.device, dtype or like.dtype) for array in found]
-        )
+        if like is None:
+            dtype = reduce(torch.promote_types, (array.dtype for array in found), torch.float32)
+        place = (None, dtype) if like is None else (like.device, dtype or like.dtype)
+        return item.normalized([array.to(*place) for array in found])
 
     def owner(self, operand: Operand) -> TensorNetworkLayer:
         """Who owns an operand's array: this linear or the bank."""
@@ -167,8 +170,8 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
         return x.narrow(-1, item.start, item.length) if item.side == "inp" else x
 
     def _compute_dtype(self, adapter: str, x: Tensor) -> torch.dtype:
-        """The wider dtype of input and factors; under autocast, which casts by itself, that of the input."""
-        own = next((operand for operand in self.updates[adapter][0].operands if operand.source != "base"), None)
+        """The wider dtype of input and trained factors; under autocast, which casts by itself, that of the input."""
+        own = self.updates[adapter][0].trained
         if own is None or autocast_active(x.device.type):
             return x.dtype
         return torch.promote_types(x.dtype, self.owner(own).tnpeft_factors[adapter].get(own.key).dtype)
@@ -242,7 +245,7 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return the adapter's change of the base weight, in the factors' dtype and the base weight's layout.
+        """Return the adapter's change of the base weight, in fp32 or wider and in the base weight's layout.
 
         Raises:
             NetworkError: the adapter is unknown.
@@ -251,20 +254,20 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
             raise NetworkError(f"this linear has no adapter {adapter!r}", remedy=f"it has {', '.join(self.updates)}")
         return self._stored(self._change(adapter))
 
-    def _change(self, adapter: str) -> Tensor:
-        """Return the adapter's change of the base weight, ``[out, inp]``: its update, perhaps rescaled."""
+    def _change(self, adapter: str, base: Tensor | None = None) -> Tensor:
+        """Return the adapter's change of a base weight, ``[out, inp]``: its update, perhaps rescaled."""
         delta = self._delta(adapter)
         if adapter not in self.tnpeft_magnitude:
             return delta
-        base = self.base_matrix()
-        updated = base + wide(delta)
-        ratio = rescaling(wide(self.tnpeft_magnitude[adapter]), updated.norm(dim=-1))
+        base = self.base_matrix() if base is None else base
+        updated = base + delta
+        ratio = rescaling(wide(self.tnpeft_magnitude[adapter]), updated.detach().norm(dim=-1))
         return updated * ratio[..., None] - base
 
     def _ratio(self, adapter: str, dtype: torch.dtype) -> Tensor:
         """What the rows of the updated weight take to have their learned magnitudes; lengths have no gradient."""
         with torch.no_grad():
-            updated = self.base_matrix() + wide(self._delta(adapter))
+            updated = self.base_matrix() + self._delta(adapter)
         length = updated.detach().norm(dim=1)  # forward derivatives heed detach alone
         return rescaling(self.tnpeft_magnitude[adapter].to(dtype), length.to(dtype))
 

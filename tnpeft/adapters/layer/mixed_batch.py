@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tnpeft.adapters.layer.merging import DenseLinear
 from tnpeft.networks import REPLICA, NetworkError
 from tnpeft.networks.replicas import with_replicas
+from tnpeft.nn.executor.eligibility import added
 from tnpeft.nn.executor.program import Program, program
 
 BASE = "__base__"  # PEFT's name for "no adapter" in mixed batches
@@ -162,7 +163,7 @@ def update_blocks(layer: Any, group: Sequence[str], x: Tensor, result: Tensor) -
         kept = layer._cache.get(tuple(group), sources, rows, lambda: run.prepare(stacked()))
     base = result if rows.dtype == result.dtype else None
     updated = run(rows, stacked(), base, first.scale) if kept is None else run.apply(rows, kept, base, first.scale)
-    return updated if base is not None else result + updated.to(result.dtype)
+    return added(result, updated) if base is None else updated
 
 
 @lru_cache(maxsize=256)

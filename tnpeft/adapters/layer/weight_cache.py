@@ -96,5 +96,6 @@ def is_plain_inference(device: str) -> bool:
         or torch.is_inference_mode_enabled()
         or autocast_active(device)
         or under_transform()
+        or torch._C._len_torch_dispatch_stack()
         or (torch.distributed.is_available() and torch.distributed.is_initialized())
     )

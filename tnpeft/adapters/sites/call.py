@@ -15,6 +15,7 @@ from tnpeft.adapters.layer.checkpointing import check_recomputation, refuse_reen
 from tnpeft.adapters.layer.merging import DenseLinear, Route
 from tnpeft.adapters.layer.mixed_batch import adapters_of_rows
 from tnpeft.networks import REPLICA, Network, NetworkError
+from tnpeft.nn.executor.eligibility import added
 
 
 class CalledLayer(DenseLinear):
@@ -62,7 +63,7 @@ class CalledLayer(DenseLinear):
             return self._mixed(x, base, adapter_names)
         result = base
         for adapter in self.active_here:
-            result = result + self.change(adapter, x, base).to(base.dtype)
+            result = added(result, self.change(adapter, x, base))
         return result
 
     def route_of_update(self, x: Tensor) -> Route:
@@ -121,7 +122,7 @@ class CalledLayer(DenseLinear):
         result = base.clone()
         for adapter in adapters_of_rows(self, names, x):
             rows = torch.tensor([k for k, name in enumerate(names) if name == adapter], device=x.device)
-            result[rows] = base[rows] + self.change(adapter, x[rows], base[rows]).to(base.dtype)
+            result[rows] = added(base[rows], self.change(adapter, x[rows], base[rows]))
         return result
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tnpeft.adapters.layer.bank import FactorBank
 from tnpeft.adapters.layer.checkpointing import check_recomputation, refuse_reentrant
-from tnpeft.adapters.layer.merging import DenseLinear, HeldWeight, Route, rescaling, wide
+from tnpeft.adapters.layer.merging import DenseLinear, HeldWeight, Route, wide
 from tnpeft.adapters.sites.raw import RawWeight
 from tnpeft.networks import NetworkError
 
@@ -75,17 +75,8 @@ class TensorNetworkParameter(HeldWeight):
         refuse_reentrant(self.bank)
         total = wide(self.weight)
         for adapter in self.active_here:
-            total = total + self._stored(self._with_gradients(adapter))
+            total = total + self._stored(self._change(adapter, self._matrix(wide(self.weight))))
         return total.to(self.weight.dtype)
-
-    def _with_gradients(self, adapter: str) -> Tensor:
-        delta = wide(self._delta(adapter))
-        if adapter not in self.tnpeft_magnitude:
-            return delta
-        base = self._matrix(wide(self.weight))
-        updated = base + delta
-        ratio = rescaling(wide(self.tnpeft_magnitude[adapter]), updated.detach().norm(dim=-1))
-        return updated * ratio[..., None] - base
 
     def route_of_update(self, x: Tensor) -> Route:
         """The path of a read with updates, which forms the adapted weight."""

@@ -85,3 +85,12 @@ def why_not_fused(linear: nn.Module, x: Tensor | None = None) -> str:
     if not torch.compiler.is_compiling() and under_transform():
         return "a transform sees every operation"
     return ""
+
+
+def added(result: Tensor, update: Tensor) -> Tensor:
+    """Return the sum in the dtype of ``result``, rounded once."""
+    if update.dtype == result.dtype:
+        return result + update
+    if not torch.compiler.is_compiling() and under_transform():
+        return (result + update).to(result.dtype)
+    return result.clone().add_(update)  # nothing as wide as both is written

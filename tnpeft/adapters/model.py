@@ -26,7 +26,7 @@ from tnpeft.adapters.layer.checkpointing import watch
 from tnpeft.adapters.layer.merging import DenseLinear
 from tnpeft.adapters.layer.mixed_batch import BatchAdapterNames, check_names, rows_for_each
 from tnpeft.adapters.replicas.batch import check_blocks
-from tnpeft.adapters.rollback import Parked, Snapshot, layers, or_as_before, outside, walk
+from tnpeft.adapters.rollback import layers, or_as_before, outside, parked, walk
 from tnpeft.adapters.sites.bases import excluded_weights
 from tnpeft.adapters.sites.parameter import check_one_for_all
 from tnpeft.adapters.sites.raw import raw_names
@@ -79,31 +79,24 @@ class TensorNetworkModel(TiedTargets):
         bank = getattr(model, BANK, None)
         known = bank.configs.get(adapter_name) if isinstance(bank, FactorBank) else None
         given = self.peft_config[adapter_name]
-        parked = Parked()
-        before = None
         try:
             if known is not None:
                 raise ConfigError(
                     f"the model has an adapter {adapter_name!r} already",
                     remedy="delete it first, or choose another name",
                 )
-            parked.take(model)
-            before = Snapshot(self)
-            config = self.peft_config[adapter_name] = copy.deepcopy(translated(model, given).copied())
-            config.keep_model()
-            names = [name for name, _ in model.named_modules()]
-            for field in ("target_modules", "exclude_modules"):
-                if isinstance(pattern := getattr(config, field), str):
-                    check_expression(field, pattern, names)
-            check_modules(model, config, adapter_name)
-            self._inside = {name: (*stacks(module), *raw_names(module)) for name, module in model.named_modules()}
-            with excluded_weights(self._inside, partial(check_target_module_exists, config)):
-                super().inject_adapter(model, adapter_name, *args, **kwargs)
-            parked.restore()
+            with or_as_before(self), parked(model):
+                config = self.peft_config[adapter_name] = copy.deepcopy(translated(model, given).copied())
+                config.keep_model()
+                names = [name for name, _ in model.named_modules()]
+                for field in ("target_modules", "exclude_modules"):
+                    if isinstance(pattern := getattr(config, field), str):
+                        check_expression(field, pattern, names)
+                check_modules(model, config, adapter_name)
+                self._inside = {name: (*stacks(module), *raw_names(module)) for name, module in model.named_modules()}
+                with excluded_weights(self._inside, partial(check_target_module_exists, config)):
+                    super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException as error:
-            if before is not None:
-                before.restore()
-            parked.restore()
             if known is None:  # the table may be the model's own, which transformers leaves as it is
                 self.peft_config.pop(adapter_name, None)
             else:
@@ -240,7 +233,7 @@ class TensorNetworkModel(TiedTargets):
         bank: FactorBank = getattr(self.model, BANK)
         others = [name for name in bank.active_adapters if name != adapter_name]
         others = others or sorted({*bank.layouts} - {adapter_name})[:1]
-        with or_as_before(self, adapter_name, *others):
+        with or_as_before(self, (adapter_name, *others)):
             if adapter_name in bank.active_adapters and adapter_name not in bank.merged_adapters:
                 for layer in layers(self.model):
                     layer.set_adapter(others)

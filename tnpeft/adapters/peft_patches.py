@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from tnpeft.adapters.config_validation import check_depth, shown
 from tnpeft.adapters.constants import PREFIX, TENSOR_NETWORK
 from tnpeft.adapters.layer.bank import AdaptedLayer
 from tnpeft.adapters.layer.merging import DenseLinear
-from tnpeft.adapters.rollback import Parked, Snapshot, layers
+from tnpeft.adapters.rollback import layers, or_as_before, parked
 from tnpeft.adapters.storage.contents import AGAIN, PEFT_PREFIX, embeddings, entries, unprefixed
 from tnpeft.adapters.storage.files import LOADING, check_fits, describe, fetch, stored, written
 from tnpeft.networks import AdapterFileError, TnpeftError
@@ -92,21 +92,14 @@ def _whole(method: _Method, reads: bool = True) -> _Method:
         given = signature.bind_partial(model, *args, **kwargs).arguments
         name = given.get("adapter_name") or "default"
         there = _holds(model, name)
-        parked = Parked()
-        before = None
-        try:
-            if not reads:  # the other adapters stay as they are
-                parked.take(model)
-            before = Snapshot(model, None if reads else (), name if there else None)
-            result = method(model, *args, **kwargs)
-            parked.restore()
-            return result
-        except BaseException:
-            ours = there or _holds(model, name) or isinstance(given.get("adapter_config"), TensorNetworkConfig)
-            if before is not None and ours:
-                before.restore()
-            parked.restore()
-            raise
+
+        def ours() -> bool:
+            added = isinstance(given.get("adapter_config"), TensorNetworkConfig)
+            return there or added or _holds(model, name)
+
+        others = nullcontext() if reads else parked(model)  # which stay as they are
+        with or_as_before(model, None if reads else (), name if there else None, undone=ours), others:
+            return method(model, *args, **kwargs)
 
     return whole
 
@@ -122,14 +115,11 @@ def _made(original: _Method, self: Any, model: Any, peft_config: Any, *args: Any
     if not isinstance(peft_config, TensorNetworkConfig):
         original(self, model, peft_config, *args, **kwargs)
         return
-    before = Snapshot(model)
-    try:
-        original(self, model, peft_config.copied(_HEADS.get(type(self), ())), *args, **kwargs)
-        peft_config.forget_model()
-    except BaseException:
-        before.restore()
-        peft_config.forget_model()
-        raise
+    with or_as_before(model):
+        try:
+            original(self, model, peft_config.copied(_HEADS.get(type(self), ())), *args, **kwargs)
+        finally:
+            peft_config.forget_model()
 
 
 def _with_copy(original: _Method, self: Any, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -221,15 +211,10 @@ def _model_from_pretrained(
     **kwargs: Any,
 ) -> Any:
     """Load an adapter onto a base model, or leave that as it was."""
-    before = Snapshot(model)
-    try:
+    with or_as_before(model, undone=lambda: _holds(model, adapter_name)):
         config = _with_stored(config, model_id, kwargs)
         with _loading(model_id, **kwargs):
             return original(cls, model, model_id, adapter_name, is_trainable, config, *args, **kwargs)
-    except BaseException:
-        if _holds(model, adapter_name):
-            before.restore()
-        raise
 
 
 @_patch(PeftModel, "load_adapter", _whole)

@@ -7,7 +7,7 @@ visited, so that the cost of attaching does not grow with their number.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from copy import copy
 from typing import Any
@@ -66,21 +66,20 @@ def layers(root: nn.Module) -> Iterator[TensorNetworkLayer]:
     return (module for _, module in walk(root) if isinstance(module, TensorNetworkLayer))
 
 
-class Snapshot:
-    """Everything about the modules of a model but the numbers: submodules, Parameters, buffers, hooks, flags.
+class _Snapshot:
+    """Everything about the modules of a model but the numbers: submodules, Parameters, buffers, hooks, flags."""
 
-    ``adapters`` are those that are already there and may be touched, None for all; ``values`` is one of them whose
-    numbers may be touched as well, and are copied.
-    """
-
-    def __init__(self, root: nn.Module, adapters: Collection[str] | None = (), values: str | None = None) -> None:
+    def __init__(self, root: nn.Module, adapters: Collection[str] | None, values: str | None) -> None:
         self._states: list[tuple[nn.Module, type, dict[str, Any], dict[str, Any]]] = []
         self._flags: list[tuple[Tensor, bool, Tensor]] = []
         self._values: list[tuple[Tensor, Tensor]] = []
+        self._quantised: list[WeightSnapshot] = []
         for name, module in walk(root, adapters):
             state = dict(module.__dict__)
             held = {k: copy(v) for k, v in state.items() if type(v) in _CONTAINERS}
             self._states.append((module, type(module), state, held))
+            if isinstance(module, DenseLinear) and module.quantization_backend is not None:
+                self._quantised.append(WeightSnapshot.of(module.get_base_layer()))
             own = [*module._parameters.items()]
             self._flags += [(array, array.requires_grad, array.data) for _, array in own if array is not None]
             for key, array in own if values is not None else ():
@@ -107,53 +106,55 @@ class Snapshot:
         with torch.no_grad():
             for array, value in self._values:
                 array.copy_(value)
+        for base in self._quantised:
+            base.restore()
 
 
 @contextmanager
-def or_as_before(root: nn.Module, *adapters: str) -> Iterator[None]:
-    """Run something that changes base weights, modules or these adapters, and undo what it has done if it fails."""
-    linears = [layer for layer in layers(root) if isinstance(layer, DenseLinear)]
-    quantised = [layer.get_base_layer() for layer in linears if layer.quantization_backend is not None]
-    kept = [WeightSnapshot.of(base) for base in quantised]
-    before = Snapshot(root, adapters)
+def or_as_before(
+    root: nn.Module,
+    adapters: Collection[str] | None = (),
+    values: str | None = None,
+    *,
+    undone: Callable[[], bool] = lambda: True,
+) -> Iterator[None]:
+    """Run something that changes a model, and undo what it has done if it fails.
+
+    Args:
+        root: the model.
+        adapters: those that are already there and may be touched, None for all.
+        values: one of them whose numbers may be touched as well, and are copied.
+        undone: asked after a failure; False leaves the model as it is then.
+    """
+    before = _Snapshot(root, adapters, values)
     try:
         yield
     except BaseException:
-        before.restore()
-        for base in kept:
-            base.restore()
+        if undone():
+            before.restore()
         raise
 
 
-class Parked:
-    """The modules of a model's adapters, which can be taken out of it for a while: walks over it do not meet them."""
-
-    def __init__(self) -> None:
-        self._held: list[tuple[nn.Module, str, dict[str, Any]]] = []
-        self._trained: list[tuple[TensorNetworkLayer, set[str]]] = []
-
-    def take(self, root: nn.Module) -> None:
-        """Take them out."""
+@contextmanager
+def parked(root: nn.Module) -> Iterator[None]:
+    """Take the modules of a model's adapters out of it for a while: walks over it do not meet them."""
+    held: list[tuple[nn.Module, str, dict[str, Any]]] = []
+    trained: list[tuple[TensorNetworkLayer, set[str]]] = []
+    try:
         for layer in layers(root):
-            self._trained.append((layer, set(layer._trained)))
-            for name in layer.adapter_layer_names:
-                container = getattr(layer, name)
+            trained.append((layer, set(layer._trained)))
+            for container in (getattr(layer, name) for name in layer.adapter_layer_names):
                 for slot in ("_modules", "_parameters", "_keys"):
-                    if (held := container.__dict__.get(slot)) is not None:
-                        self._held.append((container, slot, held))
+                    if (items := container.__dict__.get(slot)) is not None:
+                        held.append((container, slot, items))
                         container.__dict__[slot] = {}
-
-    def restore(self) -> None:
-        """Put them back, beside those that have come since."""
-        while self._held:
-            container, slot, held = self._held[-1]
-            if (now := container.__dict__[slot]) is not held:
-                held.update(now)
-                container.__dict__[slot] = held
-            self._held.pop()
-        while self._trained:  # what stayed away was not frozen, whatever was set meanwhile
-            layer, trained = self._trained.pop()
-            layer._trained = layer._trained | trained
+        yield
+    finally:  # beside those that have come since
+        for container, slot, items in held:
+            items.update(container.__dict__[slot])
+            container.__dict__[slot] = items
+        for layer, names in trained:  # what stayed away was not frozen, whatever was set meanwhile
+            layer._trained = layer._trained | names
 
 
 def _refill(container: Any, content: Any) -> None:

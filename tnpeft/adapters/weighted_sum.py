@@ -12,6 +12,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 
 from tnpeft.adapters.layer.bank import FactorBank
+from tnpeft.adapters.rollback import or_as_before
 from tnpeft.adapters.state import arrays, bank_of
 from tnpeft.adapters.storage.serialization import lower
 from tnpeft.adapters.targets import natural
@@ -44,15 +45,10 @@ def combine(tuner: BaseTuner, adapters: Sequence[str], weights: Sequence[float],
     layers = sorted({path for each in configs for path in each.layers}, key=natural)
     config.layers = {path: k for k, path in enumerate(layers)}
     config.projections = {proj: k for k, proj in enumerate(dict.fromkeys(p for c in configs for p in c.projections))}
-    tuner.peft_config[name] = config
-    try:
+    with or_as_before(tuner):
+        tuner.peft_config[name] = config
         tuner.inject_adapter(tuner.model, name)
         _fill(tuner, adapters, weights, name, found)
-    except BaseException:
-        if name in bank.layouts:
-            tuner.delete_adapter(name)
-        tuner.peft_config.pop(name, None)
-        raise
 
 
 def direct_sum(found: Sequence[Factorization], sites: Sequence[Sequence[Site]]) -> Factorization:

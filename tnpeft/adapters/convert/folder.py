@@ -18,18 +18,18 @@ from torch import Tensor
 from tnpeft.adapters.config import TensorNetworkConfig
 from tnpeft.adapters.constants import PREFIX as OURS
 from tnpeft.adapters.convert.formats import KOHYA, LYCORIS, PEFT, PER_EXPERT, SHARED_OUTER
-from tnpeft.adapters.convert.lines import AdapterLines, SiteAdapter, save
-from tnpeft.adapters.convert.read import Source, shape_of
+from tnpeft.adapters.convert.lines import AdapterLines, SiteAdapter, grown, save
+from tnpeft.adapters.convert.read import ABOUT, Shapes, Source, shape_of
+from tnpeft.adapters.layer.bank import BANK
 from tnpeft.adapters.placement import frozen_hashes
 from tnpeft.adapters.storage.contents import PEFT_PREFIX, factor_shapes
+from tnpeft.adapters.storage.stored_sites import StoredFactors
 from tnpeft.adapters.targets import names_by_path, natural, on_card
 from tnpeft.layout import Layout, ParameterSpec, layout, sorted_projs
 from tnpeft.models import Card
 from tnpeft.networks import AdapterFileError, ConfigError, Factorization, Network, NetworkError, Site, SiteRule
 
-_NOTE = (
-    "tnpeft_converted"  # entry of the file's header: axes of every array, ranks and scales as they were in the source
-)
+_NOTE = "tnpeft_converted"  # entry of the file's header: axes of every array, ranks and scales as in the source
 _Group = tuple[Network, tuple[tuple[str, int], ...]]
 
 
@@ -59,7 +59,7 @@ def write_folder(lines: AdapterLines, folder: Path, card: Card | None) -> bool:
     config.layers, config.projections = places, {proj: k for k, proj in enumerate(placed.projs)}
     config.frozen = frozen_hashes(values)
     config.inference_mode = True
-    arrays = {f"{param.home or 'factor_bank'}.{OURS}factors.{param.key}": value for param, value in values.items()}
+    arrays = {f"{param.home or BANK}.{OURS}factors.{param.key}": value for param, value in values.items()}
     arrays |= {f"{module}.{OURS}magnitude": value for module, value in magnitudes.items()}
     assert {name: tuple(value.shape) for name, value in arrays.items()} == factor_shapes(config, placed)
     axes = {param.key: list(param.indices) for param in placed.parameters}
@@ -94,23 +94,15 @@ def _ranks(site: SiteAdapter) -> dict[str, int]:
 
 def _padded(sites: Sequence[SiteAdapter], names: Mapping[str, tuple[str, str]]) -> list[SiteAdapter]:
     """The sites with the bonds of a projection equally large in all layers: zeros fill the smaller ones."""
-    most: dict[tuple[str, Network, str], int] = {}
+    most: Counter[tuple[str, Network, str]] = Counter()
     for site in sites:
-        for bond, rank in _ranks(site).items():
-            key = names[site.module][1], site.network, bond
-            most[key] = max(most.get(key, 0), rank)
+        most |= Counter({(names[site.module][1], site.network, bond): rank for bond, rank in _ranks(site).items()})
     wide = []
     for site in sites:
-        factors = dict(site.factors)
-        for factor in site.network.factors:
-            label = site.network.label(factor)
-            lacking = [
-                most[names[site.module][1], site.network, index] - size if index in site.network.bonds else 0
-                for index, size in zip(factor.indices, factors[label].shape, strict=True)
-            ]
-            if any(lacking):
-                ends = [part for lack in reversed(lacking) for part in (0, lack)]
-                factors[label] = torch.nn.functional.pad(factors[label], ends)
+        proj = names[site.module][1]
+        sizes = {index: most[proj, site.network, index] or size for index, size in site.sizes.items()}
+        axes = {site.network.label(factor): factor.indices for factor in site.network.factors}
+        factors = {label: grown(its, [sizes[index] for index in axes[label]]) for label, its in site.factors.items()}
         wide.append(replace(site, factors=factors))
     return wide
 
@@ -164,38 +156,35 @@ def _factorization(
 def _splits(f: Factorization, sites: Sequence[SiteAdapter], chosen: Mapping[str, Site]) -> dict[str, Any]:
     """The splits that give every site the sizes it has: none if the even split does, else one digit held fixed."""
     found: dict[str, Any] = {}
-    for side, name in (("out", "rows"), ("inp", "cols")):
-        groups = {getattr(site.network, name) for site in sites}
-        wide = [group for group in groups if len(group) > 1]
-        if not wide:
+    for k, side in enumerate(("out", "inp")):
+        wanted = {site.module: {i: site.sizes[i] for i in site.network.output[k - 2]} for site in sites}
+        shapes = [tuple(sizes.values()) for sizes in wanted.values()]
+        if all(len(shape) == 1 for shape in shapes):
             continue
-        wanted = [[site.sizes[i] for i in getattr(site.network, name)] for site in sites]
         fixed = [
-            tuple(size if k == place else None for k in range(len(wanted[0])))
-            for place in range(len(wanted[0]))
-            for size in {sizes[place] for sizes in wanted}
+            {side: tuple(size if axis == place else None for axis in range(len(shapes[0])))}
+            for place in range(len(shapes[0]))
+            for size in {shape[place] for shape in shapes}
         ]
-        for split in ((), *fixed):
-            trial = replace(f, splits={side: split} if split else {})
-            try:
-                same = all(
-                    [
-                        trial.sizes(out=site.shape[0], inp=site.shape[1], line=trial.rule_for(chosen[site.module]))[i]
-                        for i in getattr(site.network, name)
-                    ]
-                    == sizes
-                    for site, sizes in zip(sites, wanted, strict=True)
-                )
-            except (NetworkError, KeyError):
-                continue
-            if same:
-                found |= {side: split} if split else {}
-                break
-        else:
+        given = next((splits for splits in ({}, *fixed) if _gives(f, splits, chosen, wanted)), None)
+        if given is None:
             raise ConfigError(
                 f"the sites split their {side} sides in ways that no one rule gives", remedy="convert them apart"
             )
+        found |= given
     return found
+
+
+def _gives(
+    f: Factorization, splits: dict[str, Any], chosen: Mapping[str, Site], wanted: Mapping[str, Mapping[str, int]]
+) -> bool:
+    """True if splits give the indices of every site the sizes that are wanted."""
+    trial = replace(f, splits=splits)
+    try:
+        sizes = {m: trial.sizes(out=its.out, inp=its.inp, line=trial.rule_for(its)) for m, its in chosen.items()}
+        return all(sizes[module][i] == size for module, its in wanted.items() for i, size in its.items())
+    except (NetworkError, KeyError):
+        return False
 
 
 def _values(placed: Layout, sites: Mapping[str, SiteAdapter]) -> dict[ParameterSpec, Tensor]:
@@ -212,7 +201,7 @@ def _values(placed: Layout, sites: Mapping[str, SiteAdapter]) -> dict[ParameterS
 # ---- reading
 
 
-def read_folder(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]]) -> Source:
+def read_folder(path: Path, tensors: Mapping[str, Tensor], shapes: Shapes) -> Source:
     """A tnpeft adapter as lines; its updates are contracted from the stored factors."""
     config = TensorNetworkConfig.from_pretrained(str(path))
     f = config.factorization
@@ -220,6 +209,7 @@ def read_folder(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, 
         "replicas": config.replicas > 1,
         "trained biases": config.bias != "none",
         "trained tokens": config.trainable_token_indices is not None,
+        "constant factors": any(a.kind == "constant" for rule in f.lines for a in rule.network.factors),
         "columns of unit norm": bool(f.unit_norm),
         "square slices": f.square,
         "resized embeddings": bool(config.embeddings),
@@ -229,50 +219,47 @@ def read_folder(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, 
             raise ConfigError(
                 f"an adapter with {what} is not converted", remedy="use tnpeft.export_lora(model, path) instead"
             )
-    homes, bank, magnitudes, others = _stored(tensors)
-    for name in others:
-        if not any(f".{part}." in f".{name}." for part in config.modules_to_save or ()):
-            raise AdapterFileError(f"{name} is not part of an adapter that can be converted", remedy="take it out")
-    ranks, scales = _note(path)
-    names = _match(list(homes), config)
-    found, updates = [], []
-    for module, own in homes.items():
-        layer, proj = names[module]
-        site = _site(f, module, own, bank, layer, proj, shape_of(module, shapes))
-        updates.append(np.asarray(site.dense().numpy()))
-        for bond, rank in ranks.get(module, {}).items():
-            site = _narrowed(site, bond, rank)
-        site = replace(site.scaled(scales.get(module, site.scale)), magnitude=magnitudes.get(module))
-        found.append(site)
-    about = {
-        key: getattr(config, key) for key in ("base_model_name_or_path", "task_type", "revision", "modules_to_save")
-    }
-    return Source("tnpeft", AdapterLines(tuple(found), about, others), tuple(updates))
-
-
-def _stored(
-    tensors: Mapping[str, Tensor],
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    homes: dict[str, dict[str, Tensor]] = {}
-    bank: dict[str, Tensor] = {}
-    magnitudes, others = {}, {}
-    for name, tensor in tensors.items():
-        name = name.removeprefix(PEFT_PREFIX)
-        module, ours, key = name.partition(f".{OURS}factors.")
-        if ours and module.rpartition(".")[2] == "factor_bank":
-            bank[key] = tensor
-        elif ours:
-            homes.setdefault(module, {})[key] = tensor
-        elif name.endswith(f".{OURS}magnitude"):
-            magnitudes[name.removesuffix(f".{OURS}magnitude")] = tensor
-        else:
-            others[name] = tensor
-    if not homes:
+    stored = StoredFactors(config, {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()})
+    if not stored.homes:
         raise ConfigError(
             "no site has a factor of its own, so the file does not tell which modules are adapted",
             remedy="use tnpeft.export_lora(model, path) instead",
         )
-    return homes, bank, magnitudes, others
+    end = f".{OURS}magnitude"
+    magnitudes = {name.removesuffix(end): its for name, its in stored.others.items() if name.endswith(end)}
+    others = {name: its for name, its in stored.others.items() if not name.endswith(end)}
+    for name in others:
+        if not any(f".{part}." in f".{name}." for part in config.modules_to_save or ()):
+            raise AdapterFileError(f"{name} is not part of an adapter that can be converted", remedy="take it out")
+    ranks, scales = _note(path)
+    found, updates = [], []
+    for module, part in stored.homes:
+        site = _site(stored, module, part, shape_of(module, shapes), float(f.scale))
+        updates.append(np.asarray(site.dense().numpy()))
+        for bond, rank in ranks.get(module, {}).items():
+            site = _narrowed(site, bond, rank)
+        found.append(replace(site.scaled(scales.get(module, site.scale)), magnitude=magnitudes.get(module)))
+    about = {key: getattr(config, key) for key in ABOUT}
+    return Source("tnpeft", AdapterLines(tuple(found), about, others), tuple(updates))
+
+
+def _site(stored: StoredFactors, module: str, part: str, shape: tuple[int, int] | None, scale: float) -> SiteAdapter:
+    place = None if part else stored.place(module)
+    if place is None:
+        raise ConfigError(
+            f"{module} is adapted slice by slice ({part})"
+            if part
+            else f"{module} is none of the layers and projections that the configuration names",
+            remedy="adapters on slices of a fused weight are exported with tnpeft.export_lora(model, path)",
+        )
+    found = stored.site(module, part, *place, dict(zip(("out", "inp"), shape or (), strict=False)))
+    if found is None or len(found.factors) < len(found.network.factors):
+        raise ConfigError(
+            f"the file does not hold every factor of {module}",
+            remedy="pass model=, and save the adapter with save_frozen=True, so that its frozen factors are in the "
+            "file",
+        )
+    return SiteAdapter(module, found.network, found.factors, scale)
 
 
 def _note(path: Path) -> tuple[dict[str, dict[str, int]], dict[str, float]]:
@@ -288,87 +275,6 @@ def _note(path: Path) -> tuple[dict[str, dict[str, int]], dict[str, float]]:
         return ranks, scales
     except (ValueError, AttributeError, TypeError):
         raise AdapterFileError(f"the header entry {_NOTE} is damaged", remedy="copy the adapter again") from None
-
-
-def _match(modules: Sequence[str], config: TensorNetworkConfig) -> dict[str, tuple[int, str]]:
-    """The position of the layer and the projection of every module, by the configuration's maps."""
-    layers, projs = config.layers or {}, config.projections or {}
-    by_path = names_by_path(modules)
-    found = {}
-    for module in modules:
-        layer = max(
-            (name for name in layers if f"{module}.".startswith(f"{name}.") or not name), key=len, default=None
-        )
-        inside = module[len(layer) :].strip(".") if layer is not None else ""
-        options = [
-            by_path[module][1],
-            inside.replace(".", "_"),
-            *(p for p in projs if p.rpartition("_")[2] in inside),
-        ]
-        proj = next((name for name in options if name in projs), None)
-        if layer is None or proj is None:
-            raise ConfigError(
-                f"{module} is none of the layers and projections that the configuration names",
-                remedy="adapters on slices of a fused linear are exported with tnpeft.export_lora(model, path)",
-            )
-        found[module] = layers[layer], proj
-    return found
-
-
-def _site(
-    f: Factorization,
-    module: str,
-    own: Mapping[str, Tensor],
-    bank: Mapping[str, Tensor],
-    layer: int,
-    proj: str,
-    shape: tuple[int, int] | None,
-) -> SiteAdapter:
-    if sliced := [key for key in own if "@out:" in key or "@inp:" in key]:
-        raise ConfigError(
-            f"{module} is adapted slice by slice ({sliced[0]})",
-            remedy="adapters on slices of a fused weight are exported with tnpeft.export_lora(model, path)",
-        )
-    for rule in f.lines:
-        whole = rule.network
-        if not _by_name(rule, proj):
-            continue
-        net = whole.select(*(index for index in whole.stack if index in ("layer", "proj")))
-        factors: dict[str, Tensor] = {}
-        sizes: dict[str, int] = {bond: rank for bond, rank in f.ranks.items() if isinstance(rank, int)}
-        for group, size in zip((net.rows, net.cols), shape or (), strict=False):
-            sizes |= {group[0]: size} if len(group) == 1 else {}
-        labels = [(whole.label(a), a, b) for a, b in zip(whole.factors, net.factors, strict=True)]
-        for label, factor, one in sorted(labels, key=lambda item: item[0] not in own):
-            if factor.kind == "constant":
-                raise ConfigError(f"{label} is a constant of the model", remedy="use tnpeft.export_lora instead")
-            tags = [f"@{layer}"] * ("layer" in factor.indices) + [f"@{proj}"] * ("proj" in factor.indices)
-            base = label + "".join(tags)
-            options = [own[label]] if len(tags) == 2 and label in own else []
-            options += [t for key, t in bank.items() if len(tags) < 2 and key.partition("#")[0] == base]
-            fit = [t for t in options if _agree(t, one.indices, sizes)]
-            if len(fit) != 1:
-                break
-            factors[label] = fit[0]
-            sizes |= dict(zip(one.indices, fit[0].shape, strict=True))
-        else:
-            site = SiteAdapter(module, net, factors, float(f.scale))
-            if rule.serves(Site(layer, proj, *site.shape)) and f.rule_for(Site(layer, proj, *site.shape)) is rule:
-                return site
-    raise ConfigError(
-        f"the file does not hold every factor of {module}",
-        remedy="pass model=, and save the adapter with save_frozen=True, so that its frozen factors are in the file",
-    )
-
-
-def _by_name(rule: SiteRule, proj: str) -> bool:
-    return "<" in rule.sites or ">" in rule.sites or rule.serves(Site(0, proj, 1, 1))
-
-
-def _agree(tensor: Tensor, indices: Sequence[str], sizes: Mapping[str, int]) -> bool:
-    return tensor.ndim == len(indices) and all(
-        sizes.get(index, size) == size for index, size in zip(indices, tensor.shape, strict=True)
-    )
 
 
 def _narrowed(site: SiteAdapter, bond: str, rank: int) -> SiteAdapter:

@@ -27,8 +27,7 @@ class Packing:
 
     ``tensors`` maps the end of a stored name to the factor it holds, with its axes in stored order; those in
     ``shared`` are stored once for all sites, larger than a site needs, and first cut to the sizes of the axes named
-    there; ``update`` is the project's own
-    formula, ``[*stack, out, inp]`` without the scale.
+    there; ``update`` is the project's own formula, ``[*stack, out, inp]`` without the scale.
     """
 
     method: str
@@ -146,33 +145,23 @@ PEFT: Mapping[str, tuple[Packing, ...]] = {
             shared={"vera_B": "B[out r]", "vera_A": "A[r inp]"},
         ),
     ),
-    "RANDLORA": (
+    "RANDLORA": tuple(  # tall matrices, then wide ones: its vectors sit on the shorter side
         Packing(
             "RandLoRA",
-            f"~B[out n a] lam[layer proj a n] ~A[a inp] gam[layer proj n inp] {_SITE}",
+            f"~B{t}[{long} n a] lam{t}[layer proj a n] ~A{t}[a {short}] gam{t}[layer proj n {short}] {_SITE}",
             {
-                "randlora_B": "B[out (a n)]",
-                "randlora_lambda": "lam[a n]",
-                "randlora_A": "A[a 1 inp]",
-                "randlora_gamma": "gam[n inp]",
+                "randlora_B": f"B{t}[{long} (a n)]",
+                "randlora_lambda": f"lam{t}[a n]",
+                "randlora_A": f"A{t}[a 1 {short}]",
+                "randlora_gamma": f"gam{t}[n {short}]",
             },
             _randlora,
-            shared={"randlora_B": "B[out n a]", "randlora_A": "A[a 1 inp]"},
-        ),
-        Packing(
-            "RandLoRA",
-            f"~BT[inp n a] lamT[layer proj a n] ~AT[a out] gamT[layer proj n out] {_SITE}",
-            {
-                "randlora_B": "BT[inp (a n)]",
-                "randlora_lambda": "lamT[a n]",
-                "randlora_A": "AT[a 1 out]",
-                "randlora_gamma": "gamT[n out]",
-            },
-            _randlora,
-            shared={"randlora_B": "BT[inp n a]", "randlora_A": "AT[a 1 out]"},
-        ),
+            shared={"randlora_B": f"B{t}[{long} n a]", "randlora_A": f"A{t}[a 1 {short}]"},
+        )
+        for t, long, short in (("", "out", "inp"), ("T", "inp", "out"))
     ),
 }
+LORA, NESTED = PEFT["LORA"]  # the second is that of ``target_parameters``
 
 # Adapters over experts as three-dimensional tensors, a side that all share with one entry or none.
 PER_EXPERT = Packing(
@@ -200,9 +189,9 @@ LYCORIS: tuple[Packing, ...] = (Packing("LoHa", _LOHA, _HADA, _loha), *_KRONECKE
 
 TARGETS: Mapping[str, tuple[Packing, ...]] = {
     "peft": tuple(packing for packings in PEFT.values() for packing in packings),
-    "lora": PEFT["LORA"][:1],
-    "per_expert": (PER_EXPERT, PEFT["LORA"][0]),
-    "shared_outer": (*SHARED_OUTER[:2], PEFT["LORA"][0]),
+    "lora": (LORA,),
+    "per_expert": (PER_EXPERT, LORA),
+    "shared_outer": (*SHARED_OUTER[:2], LORA),
     "kohya": KOHYA[:1],
     "lycoris": (*KOHYA[:1], *LYCORIS),
 }

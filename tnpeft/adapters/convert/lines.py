@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
@@ -126,6 +126,12 @@ def pack(factor: Tensor, packed: str, declared: Group) -> Tensor:
     sizes = dict(zip(declared, factor.shape, strict=True))
     moved = factor.permute([declared.index(index) for index in flat])
     return moved.reshape([prod(sizes[index] for index in group) for group in axes]).contiguous()
+
+
+def grown(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """The tensor with zeros behind its end along each axis, up to a shape."""
+    lacking = [size - own for size, own in zip(shape, tensor.shape, strict=True)]
+    return torch.nn.functional.pad(tensor, [part for lack in reversed(lacking) for part in (0, lack)])
 
 
 def save(tensors: Mapping[str, Tensor], path: Any, metadata: Mapping[str, str]) -> None:

@@ -18,8 +18,7 @@ from tnpeft.adapters.convert.folder import read_folder, write_folder
 from tnpeft.adapters.convert.formats import Array
 from tnpeft.adapters.convert.gguf import read_updates, write_gguf
 from tnpeft.adapters.convert.lines import AdapterLines
-from tnpeft.adapters.convert.read import Source, load, read_peft
-from tnpeft.adapters.convert.trainers import read_trainers_file
+from tnpeft.adapters.convert.read import Source, load, read_peft, read_trainers_file
 from tnpeft.adapters.convert.write import write_image, write_peft
 from tnpeft.adapters.storage.files import ROOM
 from tnpeft.models import Card, cards

@@ -15,14 +15,13 @@ import torch
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
-from tnpeft.adapters.convert.formats import PEFT, TARGETS, Packing
-from tnpeft.adapters.convert.lines import AdapterLines, SiteAdapter, pack, save
+from tnpeft.adapters.convert.formats import LORA, NESTED, PEFT, TARGETS, Packing
+from tnpeft.adapters.convert.lines import AdapterLines, SiteAdapter, grown, pack, save
+from tnpeft.adapters.convert.read import ABOUT
 from tnpeft.adapters.experts.fused import parameter_place
 from tnpeft.adapters.storage.contents import PEFT_PREFIX
 from tnpeft.networks import ConfigError
 from tnpeft.nn.lowrank import cut_rank, sides
-
-_LORA, _EXPERTS = PEFT["LORA"]
 
 
 def fitted(site: SiteAdapter, packing: Packing) -> SiteAdapter | None:
@@ -60,7 +59,7 @@ def held(site: SiteAdapter, packings: Sequence[Packing]) -> tuple[Packing, SiteA
             return packing, found
     net = site.network
     over = {"expert": site.sizes["expert"]} if net.stack == ("expert",) else {}
-    target = next((p for p in packings if p.site == (_EXPERTS if over else _LORA).site), None)
+    target = next((p for p in packings if p.site == (NESTED if over else LORA).site), None)
     if target is None or net.stack not in ((), ("expert",)):
         raise ConfigError(
             f"the target has no packing for the line of {site.module}",
@@ -111,8 +110,12 @@ def write_peft(lines: AdapterLines, folder: Path, to: str) -> bool:
     for packing, site in pairs:
         arrays = stored(packing, site)
         for name in packing.shared:
-            whole[name] = _widest(name, whole.get(name), _uncut(packing, name, site, arrays.pop(name)))
-        tensors |= {f"{PEFT_PREFIX}{_inside(packing, site, lines)}.{name}": value for name, value in arrays.items()}
+            value = _uncut(packing, name, site, arrays.pop(name))
+            whole[name] = _widest(name, whole.get(name, value), value)
+        path = site.module
+        if packing is NESTED:  # parameters of one owner are wrapped one inside the other
+            path = parameter_place(path, [other.module for other in lines.sites])
+        tensors |= {f"{PEFT_PREFIX}{path}.{name}": value for name, value in arrays.items()}
         if site.magnitude is not None:
             tensors[f"{PEFT_PREFIX}{site.module}.lora_magnitude_vector"] = site.magnitude
     if kind == "RANDLORA":
@@ -132,49 +135,34 @@ def _uncut(packing: Packing, name: str, site: SiteAdapter, value: Tensor) -> Ten
     return value.reshape([1 if index == "1" else site.sizes[index] for index in groups])
 
 
-def _widest(name: str, before: Tensor | None, value: Tensor) -> Tensor:
-    """The larger of two cuts of one shared tensor."""
-    if before is None:
-        return value
+def _widest(name: str, before: Tensor, value: Tensor) -> Tensor:
+    """The larger of two cuts of one shared tensor, or what both are cuts of."""
     common = tuple(slice(0, min(a, b)) for a, b in zip(before.shape, value.shape, strict=True))
-    larger = torch.zeros([max(a, b) for a, b in zip(before.shape, value.shape, strict=True)], dtype=value.dtype)
-    covered = [all(n == m for n, m in zip(one.shape, larger.shape, strict=True)) for one in (before, value)]
-    if not torch.equal(before[common], value[common]) or not (any(covered) or before.ndim):
+    if not torch.equal(before[common], value[common]):
         raise ConfigError(
             f"{name} is one tensor for all sites in PEFT, and these sites have different ones",
             remedy='convert it to="lora"',
         )
-    for one in (before, value):
-        larger[tuple(slice(0, n) for n in one.shape)] = one
+    larger = grown(before, [max(a, b) for a, b in zip(before.shape, value.shape, strict=True)])
+    larger[tuple(slice(0, n) for n in value.shape)] = value
     return larger
 
 
 def _as_peft_sizes(whole: Mapping[str, Tensor], shapes: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
     """RandLoRA's bases as large as PEFT makes them for these linears; what no linear uses is zero."""
     short, long = sorted((max(out for out, _ in shapes), max(inp for _, inp in shapes)))
-    a, b = whole["randlora_A"], whole["randlora_B"]
-    rank = a.shape[0]
-    wide = {"randlora_A": a.new_zeros(rank, 1, short), "randlora_B": b.new_zeros(long, -(-short // rank), rank)}
-    for name, value in (("randlora_A", a), ("randlora_B", b)):
-        wide[name][tuple(slice(0, n) for n in value.shape)] = value
-    return wide
-
-
-def _inside(packing: Packing, site: SiteAdapter, lines: AdapterLines) -> str:
-    """The name of the wrapped module: parameters of one owner are wrapped one inside the other."""
-    if packing.method != "LoRA over target_parameters":
-        return site.module
-    return parameter_place(site.module, [other.module for other in lines.sites])
+    rank = len(whole["randlora_A"])
+    sizes = {"randlora_A": (rank, 1, short), "randlora_B": (long, -(-short // rank), rank)}
+    return {name: grown(whole[name], shape) for name, shape in sizes.items()}
 
 
 def _config(kind: str, pairs: Sequence[tuple[Packing, SiteAdapter]], about: Mapping[str, Any]) -> Any:
     import peft
 
-    names = ["base_model_name_or_path", "task_type", "revision", "modules_to_save"]
-    names += ["fan_in_fan_out"] if kind in ("LORA", "RANDLORA", "VERA") else []
+    names = (*ABOUT, "fan_in_fan_out") if kind in ("LORA", "RANDLORA", "VERA") else ABOUT
     own: dict[str, Any] = {"inference_mode": True} | {key: about[key] for key in names if about.get(key)}
-    experts = [site.module for packing, site in pairs if packing.method == "LoRA over target_parameters"]
-    own["target_modules"] = sorted(site.module for packing, site in pairs if site.module not in experts)
+    experts = {site.module for packing, site in pairs if packing is NESTED}
+    own["target_modules"] = sorted(site.module for _, site in pairs if site.module not in experts)
     ranks = {site.module: _rank(packing, site) for packing, site in pairs}
     usual = Counter(ranks.values()).most_common(1)[0][0]
     if kind == "VERA":
@@ -199,8 +187,7 @@ def _config(kind: str, pairs: Sequence[tuple[Packing, SiteAdapter]], about: Mapp
         )
     if kind == "LOHA":
         return peft.LoHaConfig(alpha=alpha, **own)
-    sites = [site for _, site in pairs]
-    factor, both = _lokr(sites, ranks)
+    factor, both = _lokr([site for _, site in pairs], ranks)
     return peft.LoKrConfig(alpha=alpha, decompose_factor=factor, decompose_both=both, **own)
 
 
@@ -231,13 +218,9 @@ def _lokr(sites: Sequence[SiteAdapter], ranks: Mapping[str, int]) -> tuple[int, 
     for factor in (-1, *range(2, 129)):
         for site in sites:
             z, (rows, cols), r = site.sizes, site.shape, ranks[site.module]
-            shapes = factorization(rows, factor) == (z["o1"], z["o2"]) and factorization(cols, factor) == (
-                z["i1"],
-                z["i2"],
-            )
-            first = ("q" not in z) == (not (both and r < max(z["o1"], z["i1"]) / 2))
-            second = ("r" not in z) == (r >= max(z["o2"], z["i2"]) / 2)
-            if not (shapes and first and second):
+            made = (*factorization(rows, factor), *factorization(cols, factor))
+            cut = both and r < max(z["o1"], z["i1"]) / 2, r < max(z["o2"], z["i2"]) / 2
+            if made != (z["o1"], z["o2"], z["i1"], z["i2"]) or cut != ("q" in z, "r" in z):
                 break
         else:
             return factor, both

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import prod
@@ -14,16 +13,12 @@ from peft.utils.constants import CONFIG_NAME
 from tnpeft._text import Table, block
 from tnpeft.adapters.config import TensorNetworkConfig
 from tnpeft.adapters.constants import PREFIX
-from tnpeft.adapters.layer.bank import BANK
-from tnpeft.adapters.storage.contents import Stored
 from tnpeft.adapters.storage.files import fetch, file_in
+from tnpeft.adapters.storage.stored_sites import StoredFactors, label_of
 from tnpeft.counting.cuts import rank_bound
 from tnpeft.models.cards import Model, at_hand, card
-from tnpeft.networks import AdapterFileError, Factorization, Network, NetworkError, Site
-from tnpeft.networks.sizes import integers
+from tnpeft.networks import AdapterFileError, NetworkError, Site
 from tnpeft.planning.planner import plan
-
-_KEY = re.compile(r"(?P<label>~?[^@#]+)(?P<tags>(?:@[^@#]+)*)(?:#(?P<shape>.+))?")
 
 
 @dataclass(frozen=True)
@@ -135,12 +130,12 @@ def explain_folder(folder: str | Path, *, model: Model = None) -> FolderReport:
         )
     file = fetch(str(folder))  # says what is missing
     stored, f = config.stored or {}, config.factorization
-    factors = {name: entry for name, entry in stored.items() if f".{PREFIX}" in f".{name}"}
+    ours = {name: entry for name, entry in stored.items() if f".{PREFIX}" in f".{name}"}
+    frozen = {rule.network.label(a) for rule in f.lines for a in rule.network.factors if a.kind == "frozen"}
+    factors = StoredFactors(config, ours)
     named = config.base_model_name_or_path or ""
     shapes = _card_sites(model if model is not None else named, named=model is None)
-    frozen = {net.label(factor) for net in _nets(f) for factor in net.factors if factor.kind == "frozen"}
-    trained = sum(prod(e.shape or ()) for name, e in factors.items() if _parsed(name)[1] not in frozen)
-    projections = sorted(config.projections or {}, key=lambda p: (config.projections or {})[p])
+    places = config.projections or {}
     flags = {
         "DoRA": config.dora,
         f"{config.replicas} replicas": config.replicas > 1,
@@ -159,100 +154,41 @@ def explain_folder(folder: str | Path, *, model: Model = None) -> FolderReport:
         named,
         tuple(name for name, on in flags.items() if on),
         len(config.layers or {}),
-        trained,
-        len(stored) - len(factors),
+        sum(prod(entry.shape or ()) for name, entry in ours.items() if label_of(name) not in frozen),
+        len(stored) - len(ours),
         file.stat().st_size,
         config.tokens,
-        tuple(_place(p, config, factors, shapes.get(p)) for p in projections),
+        tuple(_place(p, config, factors, shapes.get(p, {})) for p in sorted(places, key=places.__getitem__)),
     )
 
 
-def _card_sites(model: Model, named: bool) -> dict[str, tuple[int, int, int]]:
+def _card_sites(model: Model, named: bool) -> dict[str, dict[str, int]]:
     """Features and heads of the model's projections; none where a recorded name tells nothing on this machine."""
     if named and not at_hand(model):
         return {}
     try:
-        return {p.name: (p.out, p.inp, p.heads) for p in card(model).projections}
+        return {p.name: {"out": p.out, "inp": p.inp, "heads": p.heads} for p in card(model).projections}
     except NetworkError:
         if not named:
             raise
         return {}
 
 
-def _nets(f: Factorization) -> list[Network]:
-    return [rule.network for rule in f.lines]
-
-
-def _parsed(name: str) -> tuple[str, str, str, bool]:
-    """Module, label, projection (of a shared factor, ``""`` for all) of a stored factor; True if its shapes vary."""
-    home, _, key = name.rpartition(f".{PREFIX}factors.")
-    found = _KEY.fullmatch(key)
-    if not home or found is None:
-        return name, "", "", False
-    tags = [tag for tag in found["tags"].split("@") if tag and not (home == BANK and tag.isdigit())]
-    base = home.rpartition(".")[2]
-    own = f"{base}/{tags[0]}" if home != BANK and tags else base if home != BANK else "@".join(tags)
-    return home, found["label"], own, found["shape"] is not None
-
-
-def _place(
-    projection: str, config: TensorNetworkConfig, factors: Stored, known: tuple[int, int, int] | None
-) -> Place:
-    """Sizes from the stored factors, then from the card; what is still open leaves the numbers out."""
-    f, places = config.factorization, set[tuple[str, str]]()
-    if f.square and known is not None:
-        one = Site(0, projection, known[0], known[1]).squares()[0]
-        known = (one.out, one.inp, 0)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, entry in factors.items():
-        home, label, own, varied = _parsed(name)
-        part = own.partition("/")[2]
-        paths = {own, own.partition("/")[0], home, f"{home}/{part}"} if home != BANK else {own, own.partition("/")[0]}
-        mine = any(f".{path}".endswith(f".{projection}") for path in paths) or (home == BANK and not own)
-        if mine and home != BANK:
-            places.add((home, part))
-        if mine and label and not varied and entry.shape is not None:
-            shapes.setdefault(label, entry.shape)
-    sites = len(places) or len(config.layers or {})
-    for rule in f.lines:
-        net = rule.network
-        site = None if known is None else Site(0, projection, known[0], known[1], known[2])
-        if site is not None and not rule.serves(site):
-            continue
-        sizes = _sizes(f, rule, shapes, known)
-        if sizes is None:
-            continue
-        single = net.select(*(index for index in net.stack if index in ("layer", "proj")))
-        out, inp = (prod(sizes[i] for i in group) for group in (net.rows, net.cols))
-        if site is None and not rule.serves(Site(0, projection, out, inp)):
-            continue
-        best = plan(single, sizes, tokens=config.tokens)
-        bound = rank_bound(single, {i: sizes[i] for i in single.indices})
-        return Place(projection, sites, out, inp, bound, best.macs / config.tokens, best.saved / config.tokens)
-    return Place(projection, sites, *((None, None) if known is None else known[:2]))
-
-
-def _sizes(
-    f: Factorization, rule: Any, shapes: Mapping[str, tuple[int, ...]], known: tuple[int, int, int] | None
-) -> dict[str, int] | None:
-    """The sizes of a line's indices, None if some stay open or the shapes are another line's."""
-    net, found = rule.network, dict[str, int]()
-    for factor in net.factors:
-        indices = [index for index in factor.indices if index not in ("layer", "proj")]
-        shape = shapes.get(net.label(factor))
-        if shape is None:
-            continue
-        if len(shape) != len(indices):
-            return None
-        for index, size in zip(indices, shape, strict=True):
-            if found.setdefault(index, size) != size:
-                return None
-    features = {} if known is None else {k: v for k, v in zip(("out", "inp", "heads"), known, strict=True) if v}
-    try:
-        sizes = {"layer": 1, "proj": 1, **f.sizes({**features, **found}, line=rule), **found}
-        return integers(net, {index: sizes[index] for index in net.indices if index in sizes})
-    except NetworkError:
-        return None
+def _place(projection: str, config: TensorNetworkConfig, factors: StoredFactors, known: dict[str, int]) -> Place:
+    """One projection, by the first of its sites; numbers that nothing tells are left out."""
+    if config.factorization.square and known:
+        square = Site(0, projection, known["out"], known["inp"]).squares()[0]
+        known = {"out": square.out, "inp": square.inp}
+    homes = {home: factors.place(*home) for home in factors.homes}
+    own = [(*home, place[0]) for home, place in homes.items() if place is not None and place[1] == projection]
+    home, part, layer = own[0] if own else ("", "", 0)
+    sites = len(own) or len(config.layers or {})
+    found = factors.site(home, part, layer, projection, {name: size for name, size in known.items() if size})
+    if found is None:
+        return Place(projection, sites, known.get("out"), known.get("inp"))
+    net, tokens = found.network, config.tokens
+    best, bound = plan(net, found.sizes, tokens=tokens), rank_bound(net, {i: found.sizes[i] for i in net.indices})
+    return Place(projection, sites, found.site.out, found.site.inp, bound, best.macs / tokens, best.saved / tokens)
 
 
 def _pairs(values: Mapping[str, Any]) -> str:

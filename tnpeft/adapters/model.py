@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -30,7 +30,6 @@ from tnpeft.adapters.rollback import layers, or_as_before, outside, parked, walk
 from tnpeft.adapters.sites.bases import excluded_weights
 from tnpeft.adapters.sites.parameter import check_one_for_all
 from tnpeft.adapters.sites.raw import raw_names
-from tnpeft.adapters.sites.tied import TiedTargets
 from tnpeft.adapters.storage.contents import AGAIN, check_modules
 from tnpeft.adapters.storage.expressions import check_expression
 from tnpeft.adapters.storage.files import check_state, translated
@@ -42,7 +41,7 @@ _UNFIT = (ValueError, TypeError, KeyError, AttributeError)  # of PEFT, whose cau
 _EXACT = {"combination_type": "cat", "svd_full_matrices": True, "majority_sign_method": "total"}  # else None
 
 
-class TensorNetworkModel(TiedTargets):
+class TensorNetworkModel(BaseTuner):
     """A model with tensor-network adapters, as ``peft.get_peft_model`` makes it from a configuration.
 
     All linears of an adapter, and the bank, are made when PEFT hands over the first one: earlier, PEFT would take
@@ -68,6 +67,13 @@ class TensorNetworkModel(TiedTargets):
             ordered = sorted(targets) if isinstance(targets, set) else targets
             peft_config.target_modules, peft_config.named = resolve(self.model, ordered)
         return peft_config
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: TensorNetworkConfig) -> None:
+        if peft_config.modules_to_save:  # tied targets are one site, and merging keeps the tie
+            super()._check_tied_modules(model, peft_config)
+
+    def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
+        return []
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Place an adapter, or leave the model as it was, whatever fails.

@@ -224,12 +224,7 @@ def _load_over(
     """Load an adapter; over one of that name only if the two are alike, as nothing but the factors is replaced."""
     with _loading(model_id, **kwargs):
         if isinstance(self.peft_config.get(adapter_name), TensorNetworkConfig):
-            new = PeftConfig.from_pretrained(model_id, **self._split_kwargs(kwargs)[0])
-            if not isinstance(new, TensorNetworkConfig):
-                raise AdapterFileError(
-                    f"the adapter in {str(model_id)!r} is a {new.peft_type}", remedy="load it under another name"
-                )
-            check_fits(self, adapter_name, new, f"the adapter in {str(model_id)!r}")
+            check_fits(self, adapter_name, model_id, **self._split_kwargs(kwargs)[0])
         if any(isinstance(config, TensorNetworkConfig) for config in self.peft_config.values()):
             moved = getattr(self.get_base_model(), "_checkpoint_conversion_mapping", None)  # as PEFT does at first
             kwargs |= {} if kwargs.get("key_mapping") or not moved else {"key_mapping": moved}

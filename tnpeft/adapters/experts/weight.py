@@ -13,7 +13,6 @@ from tnpeft.adapters.layer.bank import FactorBank
 from tnpeft.adapters.layer.binding import SiteUpdate
 from tnpeft.adapters.layer.merging import HeldWeight, Route, rescaling
 from tnpeft.adapters.layer.mixed_batch import BASE
-from tnpeft.networks import Site
 from tnpeft.nn.executor.eligibility import added, autocast_active, can_use_custom_backward
 from tnpeft.nn.executor.grouped import Part, grouped_linear
 from tnpeft.nn.executor.groups import Groups
@@ -55,11 +54,6 @@ class ExpertWeight(HeldWeight):
     def region(self, item: SiteUpdate) -> tuple[slice, slice]:
         """The output and input features of a site."""
         return self._fused.region(item.site_layout.site)
-
-    def site_matrices(self, site: Site) -> Tensor:
-        """The base matrices of a site, fp32 or wider, ``[expert, out, inp]``."""
-        rows, cols = self._fused.region(site)
-        return self.base_matrix()[:, rows, cols]
 
     def _stored(self, matrix: Tensor) -> Tensor:
         return matrix.mT if self._fused.transposed else matrix

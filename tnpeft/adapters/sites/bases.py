@@ -22,7 +22,7 @@ from tnpeft.adapters.layer.merging import DenseLinear
 from tnpeft.adapters.rollback import outside
 from tnpeft.adapters.sites.kinds import kind, wrapped
 from tnpeft.adapters.sites.owners import fused, keep_unfused
-from tnpeft.adapters.sites.parameter import TensorNetworkParameter, adapted_parameter
+from tnpeft.adapters.sites.parameter import TensorNetworkParameter, adapted_parameter, read_through
 from tnpeft.adapters.sites.raw import RawWeight, raw_weights
 from tnpeft.adapters.sites.tied import join_tied
 from tnpeft.adapters.targets import features
@@ -146,9 +146,9 @@ def site_weight(model: nn.Module, bases: Mapping[str, Any], site: Site) -> Tenso
     """The base weight of a site, fp32 ``[out, inp]``, of experts ``[expert, out, inp]``."""
     base = bases[site.module]
     if isinstance(base, FusedWeight):
-        return ExpertWeight(base, FactorBank()).site_matrices(site)
+        return ExpertWeight(base, FactorBank()).base_matrix()[:, *base.region(site)]
     if isinstance(base, RawWeight):
-        matrix = base.matrix()
+        matrix = adapted_parameter(base, FactorBank()).base_matrix()
     else:
         layers = map(model.get_submodule, site.paths if site.listed else site.paths[:1])
         matrices = [_adapted(model, layer, FactorBank()).base_matrix() for layer in layers]
@@ -167,7 +167,8 @@ def adapted_layer(model: nn.Module, path: str, base: Any, bank: FactorBank) -> D
     """The adapted layer or weight at a path of the model; it takes the place of its base if there is none."""
     owner, _, name = path.rpartition(".")
     if isinstance(base, RawWeight):
-        return adapted_parameter(base, bank)
+        read_through(base, layer := adapted_parameter(base, bank))
+        return layer
     if isinstance(base, FusedWeight):
         return experts_at(model, owner, bank).get_submodule(name)  # type: ignore[return-value]
     parent = model.get_submodule(owner)

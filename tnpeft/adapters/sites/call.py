@@ -77,17 +77,15 @@ class CalledLayer(DenseLinear):
     def update_of(self, adapter: str, x: Tensor) -> Tensor:
         """The adapter's scaled update of ``x``."""
         dtype = self.compute_dtype(adapter, x)
-        return self.joined(
-            [
-                (item, self._by_block(item, x, self._labelled(adapter, item, x, dtype)))
-                for item in self.updates[adapter]
-            ]
+        first, *rest = (
+            self.placed(item, self._by_block(item, x, self._labelled(adapter, item, x, dtype))) * item.scale
+            for item in self.updates[adapter]
         )
+        return sum(rest, first)
 
-    def joined(self, parts: Sequence[tuple[SiteUpdate, Tensor]]) -> Tensor:
-        """The updates of all sites of the layer, as one: there is one site, of the whole layer."""
-        [(item, update)] = parts
-        return update * item.scale
+    def placed(self, item: SiteUpdate, update: Tensor) -> Tensor:
+        """The update of one site as one of the whole layer; what :meth:`apply_update` gives is one already."""
+        return update
 
     def _labelled(self, adapter: str, item: SiteUpdate, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         return dict(zip(item.program.labels, self.operands(adapter, item, x, dtype), strict=True))

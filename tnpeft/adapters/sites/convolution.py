@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import prod
 from typing import Any
 
@@ -89,13 +89,6 @@ class TensorNetworkConvolution(CalledLayer):
         whole = matrix.new_zeros(self.out_features, self.in_features)
         whole.narrow(0 if item.side == "out" else 1, item.start, item.length).copy_(matrix)
         return whole
-
-    def joined(self, parts: Sequence[tuple[SiteUpdate, Tensor]]) -> Tensor:
-        """The sum of the updates of all slices."""
-        total = parts[0][1] * parts[0][0].scale
-        for item, update in parts[1:]:
-            total = total + update * item.scale
-        return total
 
     def _convolved(self, x: Tensor, kernel: Tensor) -> Tensor:
         module: Any = self.get_base_layer()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -64,16 +64,10 @@ class TensorNetworkEmbedding(CalledLayer):
         inside = (x >= item.start) & (x < item.start + item.length)
         return look((x - item.start).clamp(0, item.length - 1), arrays) * inside[..., None]
 
-    def joined(self, parts: Sequence[tuple[SiteUpdate, Tensor]]) -> Tensor:
-        """The updates of all slices, each added to its features."""
-        (item, update), *more = parts
-        if not item.side:
-            return update * item.scale
-        whole = update.new_zeros((*update.shape[:-1], self.out_features))
-        for item, update in (parts[0], *more):
-            rows = (item.start, item.length) if item.side == "out" else (0, self.out_features)
-            whole.narrow(-1, *rows).add_(update * item.scale)
-        return whole
+    def placed(self, item: SiteUpdate, update: Tensor) -> Tensor:
+        """The update of a slice of the features among zeros."""
+        behind = self.out_features - item.start - item.length
+        return nn.functional.pad(update, (item.start, behind)) if item.side == "out" else update
 
     def change(self, adapter: str, x: Tensor, base: Tensor) -> Tensor:
         """Return what an adapter adds to ``base``, the output of the base layer alone."""

@@ -95,14 +95,16 @@ class TensorNetworkParameter(HeldWeight):
 
 
 def adapted_parameter(raw: RawWeight, bank: FactorBank) -> TensorNetworkParameter:
-    """The adapted Parameter of a raw one, made if there is none."""
-    owner = raw.module
-    found = owner._modules.get(raw.child)
-    if not isinstance(found, TensorNetworkParameter):
-        found = TensorNetworkParameter(raw, bank).train(owner.training)
-        owner.add_module(raw.child, found)
-        _with_properties(owner, raw.name, raw.child)
-    return found
+    """The adapted Parameter of a raw one; if there is none, one that the module does not read yet."""
+    found = raw.module._modules.get(raw.child)
+    return found if isinstance(found, TensorNetworkParameter) else TensorNetworkParameter(raw, bank)
+
+
+def read_through(raw: RawWeight, layer: TensorNetworkParameter) -> None:
+    """Let the module of a raw Parameter read it through the layer that adapts it."""
+    if raw.module._modules.get(raw.child) is not layer:
+        raw.module.add_module(raw.child, layer.train(raw.module.training))
+        _with_properties(raw.module, raw.name, raw.child)
 
 
 def _with_properties(module: nn.Module, name: str, child: str | None) -> None:

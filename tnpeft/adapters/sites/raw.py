@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tnpeft.adapters.experts.fused import fused_weights
@@ -33,16 +33,6 @@ class RawWeight:
     heads: int = 0
     experts: int = 0
     transposed: bool = False
-
-    def matrix(self) -> Tensor:
-        """The Parameter before any merge, in fp32 or wider, ``[out, inp]`` or ``[expert, out, inp]``."""
-        layer = self.module._modules.get(self.child)
-        if isinstance(layer, TensorNetworkLayer):
-            return layer.base_matrix()  # type: ignore[no-any-return, attr-defined, operator]
-        weight = self.module._parameters[self.name]
-        assert weight is not None  # it was found there
-        weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-        return weight.mT if self.transposed else weight
 
     def with_axes(self, path: str, axes: str | None) -> RawWeight:
         """The same with its axes as they are declared; of a matrix they are ``out inp`` unless that is done."""

@@ -6,23 +6,12 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from peft.tuners.tuners_utils import _ExcludedModule
 from torch import nn
 
 from tnpeft.adapters.layer.merging import DenseLinear
 from tnpeft.adapters.rollback import outside
 from tnpeft.networks import Site
-
-
-class TiedTargets(BaseTuner):
-    """A tuner for which PEFT need not warn of tied targets: they are one site, and merging keeps the tie."""
-
-    def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
-        if peft_config.modules_to_save:
-            super()._check_tied_modules(model, peft_config)
-
-    def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
-        return []
 
 
 def join_tied(model: nn.Module, bases: dict[str, Any], meant: Callable[[str], Any], known: bool) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from tnpeft.adapters.storage.contents import AGAIN, Stored, check_contents, contents, entries, unprefixed
+from tnpeft.adapters.storage.contents import AGAIN, PEFT_PREFIX, Stored, check_contents, contents, entries, unprefixed
 from tnpeft.layout import Layout
 from tnpeft.networks import AdapterFileError, Factorization
 
@@ -95,40 +95,31 @@ def hotswap(model: Any, folder: str, adapter: str = "default") -> None:
     tnpeft.networks.errors.AdapterFileError: no adapter_model.safetensors in 'no/such/folder'
     pass a folder that save_pretrained wrote
     """
-    import torch
-    from peft import get_peft_model_state_dict
-
-    from tnpeft.adapters.state import bank_of
+    from peft import set_peft_model_state_dict
 
     path = file_in(folder, SAFETENSORS_WEIGHTS_NAME)
     file_in(folder, CONFIG_NAME)
-    own = model.peft_config[adapter]
-    new = type(own).from_pretrained(folder)
-    if not isinstance(new, type(own)):
-        raise AdapterFileError(
-            f"the adapter in {folder!r} is a {new.peft_type}", remedy="swap in one of this package"
-        )
-    check_fits(model, adapter, new, f"the adapter in {folder!r}")
-    if bank_of(model, adapter).merged:
-        raise AdapterFileError("a merged adapter cannot be swapped", remedy="call unmerge_adapter() first")
-    values = read(path)
-    state = get_peft_model_state_dict(model, adapter_name=adapter)
-    for name, array in state.items():
-        if name not in values or values[name].shape != array.shape:
-            raise AdapterFileError(
-                f"the adapter in {folder!r} has no {name} of shape {tuple(array.shape)}",
-                remedy="load it with load_adapter instead of swapping it in",
-            )
-    with torch.no_grad():
-        for name, array in state.items():
-            array.copy_(values[name])
+    check_fits(model, adapter, folder)
+    prefix = PEFT_PREFIX if not hasattr(model, "get_base_model") else ""  # which transformers' models do without
+    token = LOADING.set(True)
+    try:
+        values = {name.removeprefix(prefix): value for name, value in read(path).items()}
+        set_peft_model_state_dict(model, values, adapter_name=adapter)
+    finally:
+        LOADING.reset(token)
 
 
-def check_fits(model: Any, adapter: str, new: Any, what: str) -> None:
-    """Raise unless a configuration read from a folder, and its file, are of an adapter like the attached one."""
+def check_fits(model: Any, adapter: str, folder: Any, **hub: Any) -> None:
+    """Raise unless the adapter in a folder or repository is like the attached one, so that it may take its place."""
+    from peft import PeftConfig
+
     from tnpeft.adapters.state import bank_of
 
-    own, base = model.peft_config[adapter], bank_of(model, adapter)
+    own, what = model.peft_config[adapter], f"the adapter in {str(folder)!r}"
+    new: Any = PeftConfig.from_pretrained(folder, **hub)
+    if not isinstance(new, type(own)):
+        raise AdapterFileError(f"{what} is a {new.peft_type}", remedy="load it under another name")
+    base = bank_of(model, adapter)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     new = translated(inner, new)
     for name in _FIXED:

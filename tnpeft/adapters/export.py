@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from safetensors.torch import save_file
+from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -22,7 +22,8 @@ from tnpeft.adapters.experts.weight import ExpertWeight
 from tnpeft.adapters.layer.linear import TensorNetworkLinear
 from tnpeft.adapters.layer.merging import DenseLinear
 from tnpeft.adapters.state import bank_of
-from tnpeft.adapters.storage.files import written
+from tnpeft.adapters.storage.contents import PEFT_PREFIX
+from tnpeft.adapters.storage.files import save, written
 from tnpeft.networks import NetworkError
 from tnpeft.nn.lowrank import cut_rank, sides, truncated
 
@@ -130,11 +131,11 @@ def export_lora(model: nn.Module, path: str | Path, adapter: str = "default", *,
         row, left, right = _lora(name, linear, adapter, rank)
         place = parameter_place(name, fused) if name in fused else name
         rows.append(row)
-        tensors[f"base_model.model.{place}.lora_A.weight"] = right.float().cpu().contiguous()
-        tensors[f"base_model.model.{place}.lora_B.weight"] = left.float().cpu().contiguous()
+        tensors[f"{PEFT_PREFIX}{place}.lora_A.weight"] = right.float()
+        tensors[f"{PEFT_PREFIX}{place}.lora_B.weight"] = left.float()
     with written(path) as folder:
         _config(own, base, linears, {row.module: row.rank for row in rows}).save_pretrained(str(folder))
-        save_file(tensors, Path(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
+        save(tensors, Path(folder, SAFETENSORS_WEIGHTS_NAME))
     return Export(Path(path), tuple(rows), sum(t.numel() for name, t in tensors.items() if ".lora_" in name))
 
 
@@ -189,7 +190,7 @@ def _others(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     if not isinstance(model, PeftModel):
         return {}
     state: Mapping[str, Tensor] = get_peft_model_state_dict(model, adapter_name=adapter)
-    return {name: value.cpu().contiguous() for name, value in state.items() if PREFIX not in name}
+    return {name: value for name, value in state.items() if PREFIX not in name}
 
 
 def _config(

@@ -182,7 +182,7 @@ def _fill(
                 if param.kind != "constant":
                     its = replace(param, label=f"{param.label}_{k}", layer=layers.get(param.layer))
                     own[_place(its)] = array * (weight * f.scale) if param.label in scaled else array
-        for place in _zeros(adapters, bank, layout, own):
+        for place in _zeros(adapters, bank, layout, own.keys()):
             new[place].zero_()
         for place, array in own.items():
             new[place].copy_(array)
@@ -195,32 +195,29 @@ def _place(param: ParameterSpec) -> _Place:
     return param.label, param.layer, param.proj, param.shape, param.home
 
 
-def _zeros(adapters: Sequence[str], bank: FactorBank, layout: Layout, own: Collection[_Place]) -> list[_Place]:
+def _zeros(adapters: Sequence[str], bank: FactorBank, layout: Layout, own: Collection[_Place]) -> set[_Place]:
     """The arrays of the sum that are zero: those that only sites use where a summand has no site."""
     served = {
         (k, its.site.module, its.site.proj)
         for k, name in enumerate(adapters, 1)
         for its in bank.layouts[name].site_layouts
     }
-    found: list[_Place] = []
+    lacking = {
+        place
+        for param in layout.parameters
+        if param.kind == "trainable"
+        and param.label not in layout.factorization.unit_norm
+        and (place := _place(param)) not in own
+    }
     for site_layout in layout.site_layouts:
+        site = site_layout.site
         for term in site_layout.network.terms:
             labels = [site_layout.network.label(factor) for factor in term.factors]
             k = int(labels[0].rpartition("_")[2])
-            if (k, site_layout.site.module, site_layout.site.proj) in served:
-                continue
-            params = [site_layout.parameters[label] for label in labels]
-            mine = [
-                _place(param)
-                for param in params
-                if param.kind == "trainable"
-                and param.label not in layout.factorization.unit_norm
-                and _place(param) not in own
-            ]
-            if not mine:
+            places = {_place(site_layout.parameters[label]) for label in labels}
+            if (k, site.module, site.proj) not in served and places.isdisjoint(lacking):
                 raise NetworkError(
-                    f"{adapters[k - 1]!r} has no site at {site_layout.site.module}, and all its factors are shared",
+                    f"{adapters[k - 1]!r} has no site at {site.module}, and all its factors are shared",
                     remedy="keep the adapters active together instead: set_adapter([...])",
                 )
-            found += mine
-    return found
+    return lacking

@@ -18,11 +18,12 @@ from torch import Tensor
 from tnpeft.adapters.config import TensorNetworkConfig
 from tnpeft.adapters.constants import PREFIX as OURS
 from tnpeft.adapters.convert.formats import KOHYA, LYCORIS, PEFT, PER_EXPERT, SHARED_OUTER
-from tnpeft.adapters.convert.lines import AdapterLines, SiteAdapter, grown, save
+from tnpeft.adapters.convert.lines import AdapterLines, SiteAdapter, grown
 from tnpeft.adapters.convert.read import ABOUT, Shapes, Source, shape_of
 from tnpeft.adapters.layer.bank import BANK
 from tnpeft.adapters.placement import frozen_hashes
 from tnpeft.adapters.storage.contents import PEFT_PREFIX, factor_shapes
+from tnpeft.adapters.storage.files import save
 from tnpeft.adapters.storage.stored_sites import StoredFactors
 from tnpeft.adapters.targets import names_by_path, natural, on_card
 from tnpeft.layout import Layout, ParameterSpec, layout, sorted_projs

@@ -132,11 +132,3 @@ def grown(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     """The tensor with zeros behind its end along each axis, up to a shape."""
     lacking = [size - own for size, own in zip(shape, tensor.shape, strict=True)]
     return torch.nn.functional.pad(tensor, [part for lack in reversed(lacking) for part in (0, lack)])
-
-
-def save(tensors: Mapping[str, Tensor], path: Any, metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file; tensors may share memory."""
-    from safetensors.torch import save_file
-
-    own = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
-    save_file(own, path, metadata={"format": "pt", **metadata})

@@ -16,10 +16,11 @@ from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
 from tnpeft.adapters.convert.formats import LORA, NESTED, PEFT, TARGETS, Packing
-from tnpeft.adapters.convert.lines import AdapterLines, SiteAdapter, grown, pack, save
+from tnpeft.adapters.convert.lines import AdapterLines, SiteAdapter, grown, pack
 from tnpeft.adapters.convert.read import ABOUT
 from tnpeft.adapters.experts.fused import parameter_place
 from tnpeft.adapters.storage.contents import PEFT_PREFIX
+from tnpeft.adapters.storage.files import save
 from tnpeft.networks import ConfigError
 from tnpeft.nn.lowrank import cut_rank, sides
 
@@ -125,7 +126,7 @@ def write_peft(lines: AdapterLines, folder: Path, to: str) -> bool:
     config = _config(kind, pairs, lines.about)
     config.save_pretrained(str(folder))
     _tidy(folder / CONFIG_NAME)
-    save(tensors, folder / SAFETENSORS_WEIGHTS_NAME, {})
+    save(tensors, folder / SAFETENSORS_WEIGHTS_NAME)
     return any(site.rounded for _, site in pairs)
 
 

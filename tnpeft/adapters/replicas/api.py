@@ -24,6 +24,7 @@ from torch.optim.optimizer import Optimizer
 from tnpeft.adapters.placement import extract_replica, match_parameters
 from tnpeft.adapters.state import arrays, bank_of, set_factors, stacked
 from tnpeft.adapters.storage.contents import PEFT_PREFIX, factor_shapes
+from tnpeft.adapters.storage.files import save as write
 from tnpeft.adapters.storage.files import written
 from tnpeft.layout import Layout, ParameterSpec
 from tnpeft.networks import REPLICA, NetworkError
@@ -228,14 +229,12 @@ def save(model: nn.Module, k: int, folder: str | Path, adapter: str = "default")
     >>> bool((tnpeft.factors(again)["A"] == replica(model, 2)["A"]).all()), again.peft_config["default"].seed
     (True, 2)
     """
-    from safetensors.torch import save_file
-
     config = _config(model, k, adapter)
     one, values = _own(model, k, adapter, ("trainable", "frozen") if config.save_frozen else ("trainable",))
     named = zip(factor_shapes(config, one), values.values(), strict=True)
-    tensors = {f"{PEFT_PREFIX}{name}": value.detach().cpu().contiguous() for name, value in named}
+    tensors = {f"{PEFT_PREFIX}{name}": value for name, value in named}
     with written(folder) as new:
-        save_file(tensors, Path(new, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
+        write(tensors, Path(new, SAFETENSORS_WEIGHTS_NAME))
         config.save_pretrained(str(new))
 
 

@@ -6,7 +6,6 @@ A file is compared name by name with what PEFT will read into the model: nothing
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -31,21 +30,17 @@ _INSIDE = (BANK, f"{PREFIX}factors", f"{PREFIX}magnitude", "base_layer")  # modu
 
 
 class Entry(NamedTuple):
-    """The shape of a tensor (None where the model does not tell), and whether its numbers are floating-point."""
+    """The shape of a tensor (None where the model does not tell), and whether its numbers are floating-point.
+
+    A file must hold what is ``needed`` for an adapter, and may hold the rest besides.
+    """
 
     shape: tuple[int, ...] | None
     floating: bool = True
+    needed: bool = True
 
 
 Stored = dict[str, Entry]
-
-
-@dataclass
-class Contents:
-    """The tensors that a file must hold, and those that it may hold besides."""
-
-    required: Stored = field(default_factory=dict)
-    optional: Stored = field(default_factory=dict)
 
 
 def entries(tensors: Mapping[str, Any], where: str) -> Stored:
@@ -98,33 +93,30 @@ def factor_shapes(
     return shapes
 
 
-def contents(model: nn.Module, config: PeftConfig, found: Layout) -> Contents:
+def contents(model: nn.Module, config: PeftConfig, found: Layout) -> Stored:
     """The tensors in a file of the configuration's adapter on this model, as PEFT writes and reads them."""
     widths = {
         f"{name}.{weight.name}": weight.out_features
         for name, module in (model.named_modules() if config.dora else ())
         for weight in weights_in(module)
     }
-    its = Contents({name: Entry(shape) for name, shape in factor_shapes(config, found, widths).items()})
-    whole = _whole_modules(model, config)
+    whole, declared = _whole_modules(model, config), {*(config.embeddings or ())}
+    adapted = {path for site_layout in found.site_layouts for path in site_layout.site.paths}
+    its = {name: _optional(entry) for name, entry in embeddings(model).items() if name in declared}
+    its |= _biases(model, config, adapted, whole)
+    its |= {name: Entry(shape) for name, shape in factor_shapes(config, found, widths).items()}
     for path, module in whole.items():
-        its.required |= {f"{path}.{name}": _entry(value) for name, value in module.state_dict().items()}
+        its |= {f"{path}.{name}": _entry(value) for name, value in module.state_dict().items()}
     for path, (shape, tied) in _token_rows(model, config).items():
-        (its.optional if tied else its.required)[f"{path}.token_adapter.trainable_tokens_delta"] = Entry(shape)
-    _add_biases(
-        its, model, config, {path for site_layout in found.site_layouts for path in site_layout.site.paths}, whole
-    )
-    declared = {*(config.embeddings or ())}
-    its.optional |= {name: entry for name, entry in embeddings(model).items() if name in declared}
+        its[f"{path}.token_adapter.trainable_tokens_delta"] = Entry(shape, needed=not tied)
     return its
 
 
-def check_contents(stored: Stored, its: Contents, where: str) -> None:
+def check_contents(stored: Stored, its: Stored, where: str) -> None:
     """Raise unless the tensors are those that the adapter needs on this model; names are those in the model."""
-    known = {**its.optional, **its.required}
     factors, others = [], []
     for name, entry in stored.items():
-        wanted, factor = known.get(name), f".{PREFIX}" in f".{name}"
+        wanted, factor = its.get(name), f".{PREFIX}" in f".{name}"
         if wanted is None and not factor:
             raise AdapterFileError(
                 f"{where} holds {name}, which is not part of the adapter and would change the model",
@@ -140,9 +132,9 @@ def check_contents(stored: Stored, its: Contents, where: str) -> None:
         elif wanted.shape not in (None, entry.shape):
             plain = name.replace(".base_layer.", ".")
             others.append(f"{plain} is stored with shape {entry.shape}, and the model's is {wanted.shape}")
-    missing = [f"{name} {entry.shape} is missing" for name, entry in its.required.items() if name not in stored]
-    factors += [problem for problem in missing if f".{PREFIX}" in problem]
-    others += [problem for problem in missing if f".{PREFIX}" not in problem]
+    for name, entry in its.items():
+        if entry.needed and name not in stored:
+            (factors if f".{PREFIX}" in name else others).append(f"{name} {entry.shape} is missing")
     if factors:
         raise AdapterFileError(
             f"the stored factors are not those of the adapter's network here: {_few(factors)}",
@@ -184,6 +176,10 @@ def _entry(value: Any) -> Entry:
         return Entry(None)
     floating = value.is_floating_point()
     return Entry(tuple(value.shape) if value.numel() and value.dtype in (*FLOATS, torch.int64) else None, floating)
+
+
+def _optional(entry: Entry) -> Entry:
+    return entry._replace(needed=False)
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
@@ -245,13 +241,10 @@ def _token_rows(model: nn.Module, config: PeftConfig) -> dict[str, tuple[tuple[i
     return shapes
 
 
-def _add_biases(
-    its: Contents, model: nn.Module, config: PeftConfig, adapted: Collection[str], whole: Collection[str]
-) -> None:
-    """Add the biases that are trained; those inside PEFT's copies of whole modules may stand in the file twice."""
-    if config.bias == "none":
-        return
-    for name, value in model.state_dict().items():
+def _biases(model: nn.Module, config: PeftConfig, adapted: Collection[str], whole: Collection[str]) -> Stored:
+    """The biases that are trained; those inside PEFT's copies of whole modules may stand in the file twice."""
+    found: Stored = {}
+    for name, value in model.state_dict().items() if config.bias != "none" else ():
         owner, _, leaf = name.rpartition(".")
         if leaf != "bias" or f".{PREFIX}" in name:
             continue
@@ -261,9 +254,10 @@ def _add_biases(
         if inside is not None:
             rest = name.removeprefix(f"{inside}.").removeprefix("original_module.")
             copies = (f"{inside}.original_module.{rest}", f"{inside}.modules_to_save.{rest}")
-            its.optional |= dict.fromkeys(copies, _entry(value))
+            found |= dict.fromkeys(copies, _optional(_entry(value)))
         elif config.bias == "all" or own in adapted or isinstance(model.get_submodule(own), TensorNetworkLayer):
-            its.required[name] = _entry(value)
+            found[name] = _entry(value)
+    return found
 
 
 def embeddings(model: nn.Module) -> Stored:

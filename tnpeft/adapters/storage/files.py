@@ -15,8 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from tnpeft.adapters.storage.contents import AGAIN, PEFT_PREFIX, Stored, check_contents, contents, entries, unprefixed
 from tnpeft.layout import Layout
@@ -74,6 +77,12 @@ def read(path: Path) -> dict[str, Any]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise AdapterFileError(f"{path.name} is damaged: {error}", remedy=AGAIN) from None
+
+
+def save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file; tensors may share memory."""
+    own = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
+    save_file(own, path, metadata={"format": "pt", **(metadata or {})})
 
 
 def hotswap(model: Any, folder: str, adapter: str = "default") -> None:

@@ -72,16 +72,16 @@ def check_replicas(config: Any) -> None:
             raise ConfigError(f"{name} is for several replicas", remedy="give the one adapter its own network")
     if config.replicas == 1:
         return
-    for field, idle in (
-        ("modules_to_save", not config.modules_to_save),
-        ("trainable_token_indices", config.trainable_token_indices is None),
-        ("bias", config.bias == "none"),
-    ):
-        if not idle:
-            raise ConfigError(
-                f"{config.replicas} replicas would share what {field} trains",
-                remedy=f"train without {field} (score label words instead of a new head), or one adapter at a time",
-            )
+    asked = {
+        "modules_to_save": bool(config.modules_to_save),
+        "trainable_token_indices": config.trainable_token_indices is not None,
+        "bias": config.bias != "none",
+    }
+    for field in (name for name, there in asked.items() if there):
+        raise ConfigError(
+            f"{config.replicas} replicas would share what {field} trains",
+            remedy=f"train without {field} (score label words instead of a new head), or one adapter at a time",
+        )
     if config.dora:
         raise ConfigError("replicas have no magnitudes", remedy="train with dora one adapter at a time")
 

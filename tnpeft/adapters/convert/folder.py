@@ -37,7 +37,7 @@ _Group = tuple[Network, tuple[tuple[str, int], ...]]
 # ---- writing
 
 
-def write_folder(lines: AdapterLines, folder: Path, card: Card | None) -> bool:
+def write_folder(lines: AdapterLines, folder: Path, to: str, card: Card | None) -> bool:
     """Write the lines as a tnpeft adapter; true if that rounds them, as scales that differ go into factors."""
     names = _names([site.module for site in lines.sites], card)
     scale = Counter(site.scale for site in lines.sites).most_common(1)[0][0]

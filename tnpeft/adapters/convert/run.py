@@ -26,6 +26,7 @@ from tnpeft.networks import AdapterFileError, ConfigError, NetworkError
 
 TARGETS = ("tnpeft", "peft", "lora", "per_expert", "shared_outer", "kohya", "lycoris", "gguf")
 _FILES = {"kohya": ".safetensors", "lycoris": ".safetensors", "gguf": ".gguf"}
+_WRITERS = {"tnpeft": write_folder, "kohya": write_image, "lycoris": write_image, "gguf": write_gguf}  # else PEFT's
 _INPUTS = 4  # drawn per site
 _SLACK = 64  # of the dtype's rounding, where values were multiplied
 
@@ -110,10 +111,7 @@ def _write(lines: AdapterLines, new: Path, to: str, card: Card | None) -> Adapte
     """Write a target; sites whose values it rounds are marked in the lines that come back."""
     if to not in _FILES:
         new.mkdir()
-    if to in ("gguf", "tnpeft"):
-        rounded = (write_gguf if to == "gguf" else write_folder)(lines, new, card)
-    else:
-        rounded = (write_image if to in _FILES else write_peft)(lines, new, to)
+    rounded = _WRITERS.get(to, write_peft)(lines, new, to, card)
     return replace(lines, sites=tuple(replace(site, rounded=True) for site in lines.sites)) if rounded else lines
 
 

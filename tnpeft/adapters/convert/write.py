@@ -94,7 +94,7 @@ def stored(packing: Packing, site: SiteAdapter) -> dict[str, Tensor]:
 # ---- PEFT's folders
 
 
-def write_peft(lines: AdapterLines, folder: Path, to: str) -> bool:
+def write_peft(lines: AdapterLines, folder: Path, to: str, card: Any = None) -> bool:
     """Write the lines as a folder that PEFT reads (``per_expert`` and ``shared_outer``: that servers read).
 
     It is true if that rounds them.
@@ -240,7 +240,7 @@ def _tidy(path: Path) -> None:
 # ---- single files
 
 
-def write_image(lines: AdapterLines, path: Path, to: str) -> bool:
+def write_image(lines: AdapterLines, path: Path, to: str, card: Any = None) -> bool:
     """Write the lines as one file in the names of kohya's and LyCORIS' trainers; true if that rounds them."""
     plain(lines, "a trainer's file")
     tensors: dict[str, Tensor] = {}

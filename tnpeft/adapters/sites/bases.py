@@ -20,7 +20,7 @@ from tnpeft.adapters.layer.bank import FactorBank
 from tnpeft.adapters.layer.linear import TensorNetworkLinear
 from tnpeft.adapters.layer.merging import DenseLinear
 from tnpeft.adapters.rollback import outside
-from tnpeft.adapters.sites.kinds import kind, wrapped
+from tnpeft.adapters.sites.kinds import kind
 from tnpeft.adapters.sites.owners import fused, keep_unfused
 from tnpeft.adapters.sites.parameter import TensorNetworkParameter, adapted_parameter, read_through
 from tnpeft.adapters.sites.raw import RawWeight, raw_weights
@@ -160,7 +160,12 @@ def site_weight(model: nn.Module, bases: Mapping[str, Any], site: Site) -> Tenso
 
 def _adapted(model: nn.Module, layer: nn.Module, bank: FactorBank) -> DenseLinear:
     """The layer if it is adapted, else another that adapts it."""
-    return layer if isinstance(layer, DenseLinear) else wrapped(layer, bank, get_quantization_kwargs(model))
+    if isinstance(layer, DenseLinear):
+        return layer
+    quantised = get_quantization_kwargs(model)
+    cls = kind(layer, quantised)
+    assert cls is not None  # it was checked when it was targeted
+    return cls(layer, bank, **quantised)
 
 
 def adapted_layer(model: nn.Module, path: str, base: Any, bank: FactorBank) -> DenseLinear:

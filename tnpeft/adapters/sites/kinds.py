@@ -11,7 +11,6 @@ from torch.nn.parameter import is_lazy
 from transformers.pytorch_utils import Conv1D
 
 from tnpeft.adapters.experts.listed import ListedWeight
-from tnpeft.adapters.layer.bank import FactorBank
 from tnpeft.adapters.layer.linear import TensorNetworkLinear
 from tnpeft.adapters.layer.merging import DenseLinear
 from tnpeft.adapters.sites.convolution import CONVOLUTIONS, TensorNetworkConvolution, check_convolution
@@ -34,13 +33,6 @@ def kind(module: nn.Module, quantised: dict[str, Any]) -> type[DenseLinear] | No
     if isinstance(module, nn.Embedding):
         return TensorNetworkEmbedding
     return TensorNetworkConvolution if isinstance(module, CONVOLUTIONS) else None
-
-
-def wrapped(module: nn.Module, bank: FactorBank, quantised: dict[str, Any]) -> DenseLinear:
-    """The module as an adapted layer of its kind, without adapters."""
-    found = kind(module, quantised)
-    assert found is not None  # it was checked when it was targeted
-    return found(module, bank, **quantised)
 
 
 def check_kind(name: str, module: Any, config: Any, quantised: dict[str, Any]) -> None:

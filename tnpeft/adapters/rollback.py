@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from copy import copy
 from typing import Any
 
 import torch
@@ -76,7 +75,7 @@ class _Snapshot:
         self._quantised: list[WeightSnapshot] = []
         for name, module in walk(root, adapters):
             state = dict(module.__dict__)
-            held = {k: copy(v) for k, v in state.items() if type(v) in _CONTAINERS}
+            held = {k: v.copy() for k, v in state.items() if type(v) in _CONTAINERS}
             self._states.append((module, type(module), state, held))
             if isinstance(module, DenseLinear) and module.quantization_backend is not None:
                 self._quantised.append(WeightSnapshot.of(module.get_base_layer()))

@@ -10,6 +10,7 @@ import inspect
 import textwrap
 from collections.abc import Mapping
 from functools import lru_cache
+from types import CodeType, FunctionType
 from typing import Any
 
 from torch import nn
@@ -67,12 +68,43 @@ def read_weights(owner: type[nn.Module]) -> frozenset[str]:
 
 
 def _methods(cls: type) -> dict[str, set[str]]:
+    """What each method of a class reads. Only methods that name a ``weight`` are parsed: parsing takes the time."""
+    return {
+        name: set[str]().union(*map(_source_reads, _codes(value, f"{cls.__qualname__}.{name}")))
+        for name, value in vars(cls).items()
+    }
+
+
+def _codes(value: Any, qualname: str) -> list[CodeType]:
+    """The code of a method under its decorators, if it names a weight; of a property its parts'."""
+    found, pending, seen = [], [value], set[int]()
+    while pending:
+        its = pending.pop()
+        if id(its) in seen:
+            continue
+        seen.add(id(its))
+        if isinstance(its, property):
+            pending += [its.fget, its.fset]
+        elif isinstance(its, staticmethod | classmethod):
+            pending.append(its.__func__)
+        elif isinstance(its, FunctionType):
+            if its.__code__.co_qualname == qualname and _names_weight(its.__code__):
+                found.append(its.__code__)
+            pending += [getattr(its, "__wrapped__", None), *(cell.cell_contents for cell in its.__closure__ or ())]
+    return found
+
+
+def _names_weight(code: CodeType) -> bool:
+    inner = (its for its in code.co_consts if isinstance(its, CodeType))
+    return "weight" in code.co_names or any(map(_names_weight, inner))
+
+
+def _source_reads(code: CodeType) -> set[str]:
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
     except (OSError, TypeError, SyntaxError):  # no source: it is defined in a shell, or generated
-        return {}
-    body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
-    return {f.name: _reads(f) for f in body if isinstance(f, ast.FunctionDef)}
+        return set()
+    return _reads(tree.body[0]) if isinstance(tree.body[0], ast.FunctionDef) else set()
 
 
 def _reads(function: ast.FunctionDef) -> set[str]:

@@ -160,6 +160,8 @@ class Einsum2(Kernel):
             cost = sum(self.sizes.volume(i) for (_, copies), i in zip(views, (a, b, y), strict=True) if copies)
             if best is None or cost < best[0]:
                 best = cost, swap, natural, views
+            if not cost:
+                break  # none copies less
         assert best is not None  # there are eight choices
         _, self._swap, natural, ((self._left, _), (self._right, _), (self._give, _)) = best
         if self._swap:

@@ -91,11 +91,9 @@ CASES = [(f, kind) for f in FAMILIES for kind in KINDS]
 CASES += [(f"own_{name}", kind) for name in OWN for kind in BY_EXPERT]
 
 
-def merged_weight(model: peft.PeftModel, name: str) -> Tensor:
-    """A weight of the base model by its name there."""
-    path, _, own = name.rpartition(".")
-    held = dict(model.get_base_model().named_parameters())
-    return held[name if name in held else f"{path}.base_layer.{own}"]
+def base_weights(model: peft.PeftModel) -> dict[str, Tensor]:
+    """The weights of the base model by their names there."""
+    return {name.replace(".base_layer", ""): p for name, p in model.get_base_model().named_parameters()}
 
 
 @pytest.mark.parametrize(("family", "kind"), CASES)
@@ -136,12 +134,14 @@ def test_outputs_gradients_and_merged_weights(family: str, kind: str, monkeypatc
     for piece, leaf in trained.items():
         assert (held[piece].grad - leaf.grad).norm() <= 1e-8 * leaf.grad.norm() + 1e-13 * total, piece
     model.merge_adapter()
+    merged = base_weights(model)
     for name, weight in weights.items():
         size = 1e-10 * float(weight.detach().abs().max())
-        assert torch.allclose(merged_weight(model, name), weight, rtol=0, atol=size)
+        assert torch.allclose(merged[name], weight, rtol=0, atol=size)
     model.unmerge_adapter()
+    restored = base_weights(model)
     for name in weights:
-        assert torch.equal(merged_weight(model, name), base.get_parameter(name))
+        assert torch.equal(restored[name], base.get_parameter(name))
 
 
 def test_founding_families_are_refused_nowhere() -> None:

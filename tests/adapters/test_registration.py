@@ -12,9 +12,10 @@ WAYS_IN = [
     f"import tnpeft, importlib.util; importlib.util.find_spec('peft'); import peft; {CHECK}",
     f"from tnpeft.adapters.state import factors; {CHECK}",
 ]
-# What peft imports is there already; each way in is a process of its own, which has neither peft nor tnpeft.
+# What peft imports is there already, what that brings too; each way in is a process that has neither peft nor tnpeft.
 APART = """
 import os, sys, torch, transformers, accelerate
+import transformers.modeling_utils, transformers.generation
 ways = {ways!r}
 assert not {{"peft", "tnpeft"}} & {{*sys.modules}}
 for way in ways:
@@ -37,7 +38,9 @@ def test_every_way_in_registers() -> None:
 
 
 def test_a_way_in_that_fails_would_be_seen() -> None:
-    code = APART.format(ways=["import os; os._exit(1)"]).replace(", torch, transformers, accelerate", "")
+    code = APART.format(ways=["import os; os._exit(1)"]).replace(
+        ", torch, transformers, accelerate\nimport transformers.modeling_utils, transformers.generation", ""
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
 

@@ -28,6 +28,7 @@ STUDIES = (
     "study0_smollm2",
     "study1_structure_or_step",
     "study1_controls",
+    "study1_own_steps",
     "study2_finer_steps",
     "study3_constructions",
     "study2_mpnet",

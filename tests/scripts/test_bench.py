@@ -57,7 +57,7 @@ def rebuilt(data: Any) -> None:
 
 
 def grown(data: Any) -> None:
-    """In sites, tokens and width the growth is linear; nothing grows with rows times columns."""
+    """In sites, tokens and width the growth is linear, but for what is done once; nothing grows with rows x columns."""
     for what, points in data["growth"].items():
         for family in growth.FAMILIES:
             rows = [row for row in points if row["family"] == family]
@@ -65,7 +65,8 @@ def grown(data: Any) -> None:
                 steps = [b[cost] - a[cost] for a, b in pairwise(rows)]
                 if what == "sites":
                     assert steps[1] == 2 * steps[0]
-                    assert rows[0][cost] == steps[0]
+                    once = rows[0][cost] - steps[0]  # columns are normalised for all sites at once
+                    assert 0 <= once < 20 * (cost == "kernels" and family.startswith("cp")) + 1
                 else:
                     assert growth.power(rows, what, cost) <= 1 + 1e-12
 

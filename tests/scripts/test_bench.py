@@ -57,7 +57,7 @@ def rebuilt(data: Any) -> None:
 
 
 def grown(data: Any) -> None:
-    """In sites, tokens and width the growth is linear, but for what is done once; nothing grows with rows x columns."""
+    """Linear in sites but for what is done once, and in tokens and width: nothing grows with rows times columns."""
     for what, points in data["growth"].items():
         for family in growth.FAMILIES:
             rows = [row for row in points if row["family"] == family]

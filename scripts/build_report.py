@@ -15,7 +15,6 @@ import shutil
 import sys
 import tempfile
 import tomllib
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from tnpeft.studies.reports.reporting import render
 from tnpeft.studies.statistics import VERDICT, Finding, Summary, exchange_rate, paired, summary, variance_ratio
 
 PAPER = Path(__file__).resolve().parent.parent / "paper"
-Row = Mapping[str, Any]
+MEASURES = {"metric": ("scores", 100, " points"), "loss": ("losses", 1, "")}  # what is compared, times, unit
 
 
 class Missing(LookupError):
@@ -43,14 +42,9 @@ class Facts:
     def __init__(self, paper: Path) -> None:
         self.paper = paper
         self.data = cache(self._data)
-        self.rows = cache(self._rows)
         self.points = cache(self._points)
 
     # ---- files
-
-    def has(self, name: str) -> bool:
-        """True if a study's results are there."""
-        return (self.paper / "tables" / f"{name}.json").exists()
 
     def _text(self, name: str) -> str:
         path = self.paper / "tables" / name
@@ -58,41 +52,30 @@ class Facts:
             raise Missing(f"{path} is not there: run the script that writes it first")
         return path.read_text(encoding="utf-8")
 
-    def _data(self, name: str) -> Any:
-        found = json.loads(self._text(f"{name}.json"))
-        if isinstance(found, dict) and "points" in found:
-            self._known_backbones(name, found)
+    def _data(self, study: str) -> Any:
+        found = json.loads(self._text(f"{study}.json"))
+        path = self.paper / "backbones.toml"
+        known = tomllib.loads(path.read_text(encoding="utf-8"))
+        if not found.get("backbones"):
+            raise Missing(f"{study} names no backbone by its hash: run it again")
+        for backbone, identity in found["backbones"].items():
+            if known.get(Path(backbone).name) != identity:
+                raise Missing(f"{study} was run on {backbone} ({identity}), which is not in {path.name}")
         return found
 
-    def _known_backbones(self, name: str, found: Row) -> None:
-        path = self.paper / "backbones.toml"
-        known = tomllib.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        used = found.get("backbones")
-        if not used:
-            raise Missing(f"{name} names no backbone by its hash: run it again")
-        for backbone, identity in used.items():
-            if known.get(Path(backbone).name) != identity:
-                raise Missing(f"{name} was run on {backbone} ({identity}), which is not in {path.name}")
-
-    def _rows(self, name: str) -> list[dict[str, str]]:
+    def rows(self, name: str) -> list[dict[str, str]]:
+        """The rows of a table."""
         return list(csv.DictReader(self._text(f"{name}.csv").splitlines()))
 
-    def table(self, name: str, *columns: str, **where: str) -> str:
-        """Rows of a table as Markdown: those whose columns have the values given, some columns of them."""
-        rows = [row for row in self.rows(name) if all(row[key] == value for key, value in where.items())]
-        if not rows:
-            raise Missing(f"no row of {name} has {where}")
-        keys = [key for key in columns if key in rows[0]] or [key for key in rows[0] if key not in where]
-        return Table.of({key: row[key] for key in keys} for row in rows).markdown()
+    def table(self, name: str) -> str:
+        """A table as Markdown."""
+        return Table.of(self.rows(name)).markdown()
 
     # ---- studies
 
-    def _points(self, study: str) -> tuple[Point, ...]:
-        return tuple(map(Point.of, self.data(study)["points"]))
-
-    def studies_run(self) -> list[str]:
-        """The studies whose results are there."""
-        return studies(self.paper)
+    def _points(self, study: str, **fields: str) -> tuple[Point, ...]:
+        found = map(Point.of, self.data(study)["points"])
+        return tuple(p for p in found if fields.items() <= vars(p).items())
 
     def point(self, study: str, name: str) -> Point:
         """A study's point by its full name, ``"P1: LoRA (rank=2)"``, or without its size."""
@@ -103,25 +86,25 @@ class Facts:
 
     def mean(self, study: str, name: str) -> str:
         """The mean score over seeds in percent, with its interval and number."""
-        return _percent(summary(self.point(study, name).scores))
+        return shown(summary(self.point(study, name).scores), 100, " %", ".1f")
 
     def difference(self, study: str, one: str, other: str, measure: str = "metric") -> str:
         """``one`` minus ``other`` over shared replicates, in points or in cross-entropy, with interval and number."""
-        held, scale, unit = ("scores", 100, " points") if measure == "metric" else ("losses", 1, "")
+        held, scale, unit = MEASURES[measure]
         its = paired(*(getattr(self.point(study, name), held) for name in (one, other)))
         if its is None:
             raise Missing(f"{one} and {other} have no common seed in {study}")
-        return _scaled(its, scale, unit)
+        return shown(its, scale, unit)
 
     def _findings(self, study: str) -> list[tuple[Finding, str, str]]:
         """The declared contrasts of a study, each with its difference and margin as text."""
         declared = self.data(study)["contrasts"]
         found = []
         for its, row in zip(tables.contrasts(self.points(study), declared), declared, strict=True):
-            scale, unit = (100, " points") if row["measure"] == "metric" else (1, "")
-            difference = _scaled(its.summary, scale, unit) if its.summary else "not run"
-            margin = f"{its.margin * scale:g}{unit}"
-            found.append((its, difference, margin.removesuffix("s") if margin == "1 points" else margin))
+            _, scale, unit = MEASURES[row["measure"]]
+            margin = its.margin * scale
+            limit = f"{margin:g}{unit.rstrip('s') if margin == 1 else unit}"
+            found.append((its, shown(its.summary, scale, unit) if its.summary else "not run", limit))
         return found
 
     def contrast(self, study: str, name: str) -> str:
@@ -133,36 +116,30 @@ class Facts:
 
     def contrasts(self, *studies: str) -> str:
         """The declared contrasts of studies as a table, with the verdicts that there are."""
-        rows = [
-            {
-                "contrast": its.name,
-                "difference": difference,
-                "margin": margin,
-                "verdict at 5 % over all": its.word or f"none under {VERDICT} observations",
-            }
+        verdict, none = "verdict at 5 % over all", f"none under {VERDICT} observations"
+        return Table.of(
+            {"contrast": its.name, "difference": difference, "margin": margin, verdict: its.word or none}
             for study in studies
             for its, difference, margin in self._findings(study)
-        ]
-        return Table.of(rows).markdown()
+        ).markdown()
 
     def variances(self, study: str, policy: str, base: str) -> str:
         """The variance between families under a policy over that under another, with its interval."""
-        losses = {
-            name: [p.losses for p in self.points(study) if p.policy == name and p.losses] for name in (policy, base)
-        }
-        its = variance_ratio(losses[policy], losses[base])
+        its = variance_ratio(
+            *([p.losses for p in self.points(study, policy=name) if p.losses] for name in (policy, base))
+        )
         if its is None:
             raise Missing(f"{study} has no variance between families under {policy} and {base}")
         return f"{its.mean:.2g} ({its.low:.2g} to {its.high:.2g}, {its.n} backbones)"
 
     def under(self, study: str, policy: str, own: str, points: float) -> str:
         """The families whose mean under a policy is more than so many points under their own tuned one."""
+        tuned = {p.label: p for p in reversed(self.points(study, policy=own))}
         found = []
-        for p in self.points(study):
-            its = next((q for q in self.points(study) if q.policy == own and q.label == p.label), None)
-            gap = paired(p.scores, its.scores) if its and p.policy == policy else None
+        for p in self.points(study, policy=policy):
+            gap = paired(p.scores, tuned[p.label].scores) if p.label in tuned else None
             if gap and 100 * gap.mean < -points:
-                found.append(f"{p.label} {_percent(gap, '+.1f', ' points')}")
+                found.append(f"{p.label} {shown(gap, 100, ' points')}")
         return ", ".join(found) or "none"
 
     def near(self, study: str, policy: str, label: str) -> str:
@@ -170,7 +147,7 @@ class Facts:
 
         Methods whose grid is of learning rates are left out.
         """
-        its = [p for p in self.points(study) if p.policy == policy and p.step]
+        its = [p for p in self.points(study, policy=policy) if p.step]
         (own,) = [float(p.step) for p in its if p.label == label]
         close = [p for p in its if 0.3 < float(p.step) / own < 3.3]
         rates = sorted(float(p.lr) for p in its)
@@ -178,34 +155,27 @@ class Facts:
 
     def exchange(self, study: str, policy: str, of: str, against: str) -> str:
         """Parameters of one family that reach the loss of one parameter of another, with a jackknife interval."""
-        curves = [
-            [(p.parameters, p.losses) for p in self.points(study) if (p.policy, p.label) == (policy, label)]
-            for label in (of, against)
-        ]
-        its = exchange_rate(*curves)
+        curves = (self.points(study, policy=policy, label=label) for label in (of, against))
+        its = exchange_rate(*([(p.parameters, p.losses) for p in curve] for curve in curves))
         if its is None:
             return "cannot be read off: the curves have no common loss"
         return f"{its.mean:.2g} ({its.low:.2g} to {its.high:.2g}, {its.n} seeds)"
 
     def settings(self, *studies: str) -> str:
-        """The settings of studies side by side, and their backbones with their hashes."""
-        keys = ("backbone", "targets", "train", "dev", "steps", "batch", "head", "max_length", "dtype")
-        rows = []
-        for key in (*keys, "seeds"):
-            row = {"setting": key}
-            for study in studies:
-                data = self.data(study)
-                value = {**data["settings"], "seeds": str(len(data["seeds"])), "backbone": data["backbone"]}[key]
-                row[study] = ", ".join(value) if isinstance(value, list) else value
-            rows.append(row)
-        return Table.of(rows).markdown()
+        """The settings of studies side by side, and their backbones."""
+        keys = ("backbone", "targets", "train", "dev", "steps", "batch", "head", "max_length", "dtype", "seeds")
+        found = {}
+        for study in studies:
+            data = self.data(study)
+            own = {"targets": ", ".join(data["settings"]["targets"]), "seeds": str(len(data["seeds"]))}
+            found[study] = {**data["settings"], **own, "backbone": data["backbone"]}
+        return Table.of(
+            {"setting": key, **{study: its[key] for study, its in found.items()}} for key in keys
+        ).markdown()
 
 
-def _percent(its: Summary, form: str = ".1f", unit: str = " %") -> str:
-    return _scaled(its, 100, unit, form)
-
-
-def _scaled(its: Summary, scale: float, unit: str, form: str = "") -> str:
+def shown(its: Summary, scale: float, unit: str, form: str = "") -> str:
+    """A mean with its interval and the number behind it."""
     form = form or ("+.1f" if scale > 1 else "+.3f")
     within = f"{scale * its.low:{form}} to {scale * its.high:{form}}, n = {its.n}" if its.n > 1 else "n = 1"
     return f"{scale * its.mean:{form}}{unit} ({within})"
@@ -224,10 +194,8 @@ def show(paper: Path, name: str) -> None:
 
 def studies(paper: Path) -> list[str]:
     """The names of the studies whose results are there."""
-    found = {
-        path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((paper / "tables").glob("*.json"))
-    }
-    return [name for name, facts in found.items() if isinstance(facts, dict) and "points" in facts]
+    paths = sorted((paper / "tables").glob("*.json"))
+    return [path.stem for path in paths if "points" in json.loads(path.read_text(encoding="utf-8"))]
 
 
 def build(paper: Path) -> None:

@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +43,9 @@ TOLERANCE, POINT = 1e-4, 0.01
 PROTOCOL = Protocol(
     targets=("q_proj", "v_proj"), train=1000, dev=100, eval=0, steps=125, batch=8, evaluate_every=25, max_length=96
 )
-PEFT_METHOD = {"peft": "lora", "args": {"r": RANK, "lora_alpha": ALPHA, "init_lora_weights": True}}
-OUR_METHOD = {"family": "lora", "args": {"rank": RANK, "alpha": ALPHA}}
+PEFT_ROW, OUR_METHOD = "PEFT LoRA", {"family": "lora", "args": {"rank": RANK, "alpha": ALPHA}}
 ROWS = {  # name: method, whether PEFT's initial factors are copied in
-    "PEFT LoRA": (PEFT_METHOD, False),
+    PEFT_ROW: ({"peft": "lora", "args": {"r": RANK, "lora_alpha": ALPHA, "init_lora_weights": True}}, False),
     "tnpeft LoRA, PEFT's initial factors": (OUR_METHOD, True),
     "tnpeft LoRA, its own initial factors": (OUR_METHOD, False),
 }
@@ -64,122 +65,102 @@ def main() -> None:
     splits = load(TASKS["sst2"], args.data).splits(SEED, protocol.train, protocol.dev, protocol.eval)
     setting = {"model": args.model, "protocol": asdict(protocol), "lr": LR, "seed": SEED, "rank": RANK}
     record: dict[str, Any] = {"setting": setting, "examples": [len(splits.train), len(splits.dev), len(splits.eval)]}
-    work = args.work / digest(setting)
-    record["losses"] = _kept(work / "losses.json", lambda: first_losses(args.model, splits, protocol, args.work))
+    given, work = (args.model, splits, protocol, args.work), args.work / digest(setting)
+    record["losses"] = kept(work / "losses.json", partial(first_losses, *given))
     publish(record, args.out)
-    for name, row in ROWS.items() if not args.losses else ():
+    for name in ROWS if not args.losses else ():
         folder = work / digest(name)
-        record.setdefault("accuracy", {})[name] = _kept(
-            folder / "result.json", lambda r=row, f=folder: accuracy(args.model, *r, splits, protocol, args.work, f)
-        )
+        found = kept(folder / "result.json", partial(accuracy, name, *given, folder))
+        record.setdefault("accuracy", {})[name] = found
         publish(record, args.out)
 
 
-def attached(model: str, method: methods.Method, copied: bool, protocol: Protocol, cache: Path) -> tuple[Any, Scorer]:
-    """The backbone with a method's adapter, and the scorer of the task; ``copied`` puts PEFT's start values in."""
+def kept(path: Path, make: Callable[[], Any]) -> Any:
+    """What the file holds, else what ``make`` gives, written to it."""
+    if not path.exists():
+        write_json(path, make())
+    return json.loads(path.read_text(encoding="utf-8"))
 
-    def one(which: methods.Method) -> Any:
-        torch.manual_seed(SEED)  # PEFT draws its start values from it
-        base, words = backbones.load(model, head="words", classes=2, dtype=protocol.dtype, cache=cache / "cache")
-        adapted = methods.attach(base, which, protocol.targets, classifier=False, seed=SEED)
-        return adapted, Scorer(TASKS["sst2"], words, "words", protocol.max_length)
 
-    ours, scorer = one(method)
+def attached(name: str, model: str, protocol: Protocol, cache: Path) -> tuple[Any, Scorer]:
+    """The backbone with a row's adapter, PEFT's start values in it if the row says so, and the scorer of the task."""
+    method, copied = ROWS[name]
+    torch.manual_seed(SEED)  # PEFT draws its start values from it
+    base, words = backbones.load(model, head="words", classes=2, dtype=protocol.dtype, cache=cache / "cache")
+    ours = methods.attach(base, method, protocol.targets, classifier=False, seed=SEED)
     if copied:
-        theirs, _ = one(PEFT_METHOD)
-        state = peft.get_peft_model_state_dict(theirs)
+        state = peft.get_peft_model_state_dict(attached(PEFT_ROW, model, protocol, cache)[0])
         names = {".lora_A.weight": ".tnpeft_factors.A", ".lora_B.weight": ".tnpeft_factors.B"}
         renamed = {key.replace(old, new): state[key] for key in state for old, new in names.items() if old in key}
         found = peft.set_peft_model_state_dict(ours, renamed)
         assert len(renamed) == len(state), "PEFT's LoRA holds other arrays than A and B"
         assert not found.unexpected_keys, found.unexpected_keys
-    return ours, scorer
+    return ours, Scorer(TASKS["sst2"], words, "words", protocol.max_length)
 
 
 def first_losses(model: str, splits: Splits, protocol: Protocol, cache: Path) -> dict[str, Any]:
     """The losses of the first steps, at a constant learning rate, of both from the same factors."""
-    curves = {}
-    for name, (method, copied) in list(ROWS.items())[:2]:
-        adapted, scorer = attached(model, method, copied, protocol, cache)
+    curves: dict[str, list[float]] = {name: [] for name in list(ROWS)[:2]}
+    for name, curve in curves.items():
+        adapted, scorer = attached(name, model, protocol, cache)
         optimizer = training.optimizer(adapted.train(), protocol, LR)
-        curves[name] = []
         for step in range(LOSSES):
-            rows = splits.train[step * protocol.batch : (step + 1) * protocol.batch]
-            batch = scorer.collate(scorer.encode(rows))
+            batch = scorer.collate(scorer.encode(splits.train[step * protocol.batch : (step + 1) * protocol.batch]))
             loss = cross_entropy(scorer.scores(adapted, batch), batch["labels"])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            curves[name].append(loss.item())
-            print(f"{name}: step {step + 1}, loss {loss.item():.6f}", flush=True)
-    differences = [abs(a - b) for a, b in zip(*curves.values(), strict=True)]
-    return {"curves": curves, "largest_difference": max(differences), "agree": max(differences) <= TOLERANCE}
+            curve.append(loss.item())
+            print(f"{name}: step {step + 1}, loss {curve[-1]:.6f}", flush=True)
+    largest = max(abs(a - b) for a, b in zip(*curves.values(), strict=True))
+    return {"curves": curves, "largest_difference": largest, "agree": largest <= TOLERANCE}
 
 
-def accuracy(
-    model: str, method: methods.Method, copied: bool, splits: Splits, protocol: Protocol, cache: Path, folder: Path
-) -> dict[str, Any]:
+def accuracy(name: str, model: str, splits: Splits, protocol: Protocol, cache: Path, folder: Path) -> dict[str, Any]:
     """What one training reaches on SST-2's development set, at its best checkpoint."""
-    adapted, scorer = attached(model, method, copied, protocol, cache)
+    adapted, scorer = attached(name, model, protocol, cache)
 
     def say(step: int, steps: int, loss: float, dev: float | None) -> None:
-        print(f"{folder.name}: step {step} of {steps}, loss {loss:.4f}, held-out {dev:.4f}", flush=True)
+        print(f"{name}: step {step} of {steps}, loss {loss:.4f}, held-out {dev:.4f}", flush=True)
 
     (best,), seconds = training.fit(
         adapted, scorer, [splits], protocol, lrs=[LR], seeds=[SEED], folder=folder / "checkpoints", progress=say
     )
     score, loss = evaluate(scorer, adapted, scorer.encode(splits.eval))
-    parameters, _ = methods.trainable(adapted)
-    return {
-        "parameters": parameters,
-        "accuracy": score,
-        "loss": loss,
-        "best_step": best.step,
-        "curve": best.curve,
-        "seconds": round(seconds, 1),
-    }
+    found = {"parameters": methods.trainable(adapted)[0], "accuracy": score, "loss": loss}
+    return {**found, "best_step": best.step, "curve": best.curve, "seconds": round(seconds, 1)}
 
 
 def publish(record: dict[str, Any], out: Path) -> None:
     """Write what is known so far as JSON and as a table."""
     record["versions"] = versions()
-    losses = record["losses"]
-    setting = record["setting"]
-    lines = [
-        "# The same LoRA through tnpeft and through PEFT",
-        f"{setting['model']} on SST-2, rank {RANK} on q and v, {record['examples'][0]:,} training examples, batch "
-        f"{setting['protocol']['batch']}, {setting['protocol']['steps']} steps, learning rate {LR:g}, "
-        f"label words, accuracy on the {record['examples'][2]} examples of the development set.",
-        f"From the same factors the first {LOSSES} training losses differ by at most "
-        f"{losses['largest_difference']:.2g} ({'within' if losses['agree'] else 'not within'} {TOLERANCE:g}).",
-    ]
-    found = record.get("accuracy", {})
-    if found:
-        reference = found[next(iter(ROWS))]["accuracy"]
+    losses, its = record["losses"], record["setting"]
+    train, _, held = record["examples"]
+    text = f"""# The same LoRA through tnpeft and through PEFT
+
+{its["model"]} on SST-2, rank {RANK} on q and v, {train:,} training examples, batch {its["protocol"]["batch"]}, \
+{its["protocol"]["steps"]} steps, learning rate {LR:g}, label words, \
+accuracy on the {held} examples of the development set.
+
+From the same factors the first {LOSSES} training losses differ by at most {losses["largest_difference"]:.2g} \
+({"within" if losses["agree"] else "not within"} {TOLERANCE:g}).
+"""
+    if found := record.get("accuracy", {}):
+        reference = found[PEFT_ROW]["accuracy"]
         record["within_a_point"] = {name: abs(row["accuracy"] - reference) <= POINT for name, row in found.items()}
-        lines.append(
-            Table.of(
-                [
-                    {
-                        "adapter": name,
-                        "parameters": f"{row['parameters']:,}",
-                        "accuracy": f"{100 * row['accuracy']:.2f} %",
-                        "difference": f"{100 * (row['accuracy'] - reference):+.2f}",
-                        "loss": f"{row['loss']:.4f}",
-                    }
-                    for name, row in found.items()
-                ]
-            ).markdown()
+        rows = (
+            {
+                "adapter": name,
+                "parameters": row["parameters"],
+                "accuracy": f"{100 * row['accuracy']:.2f} %",
+                "difference": f"{100 * (row['accuracy'] - reference):+.2f}",
+                "loss": f"{row['loss']:.4f}",
+            }
+            for name, row in found.items()
         )
+        text += f"\n{Table.of(rows).markdown()}\n"
     write_json(out / "compare_peft.json", record)
-    write_text(out / "compare_peft.md", "\n\n".join(lines) + "\n")
-
-
-def _kept(path: Path, make: Any) -> Any:
-    """What the file holds, else what ``make`` gives, written to it."""
-    if not path.exists():
-        write_json(path, make())
-    return json.loads(path.read_text(encoding="utf-8"))
+    write_text(out / "compare_peft.md", text)
 
 
 if __name__ == "__main__":

@@ -9,25 +9,26 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from tnpeft import families
-from tnpeft._text import Table
+from tnpeft._text import Table, cell
 from tnpeft.layout import layout
 from tnpeft.networks import Network, NetworkError, Site, network
 from tnpeft.networks.sizes import bind, complete
-from tnpeft.studies.files import write_text
+from tnpeft.studies.files import canonical, read_toml, write_text
 
 EVIDENCE = {
     "printed": "in the paper, its abstract or its code",
     "secondary": "in somebody else's note, table or slides",
     "derived": "published by nobody as far as known: worked out by hand from the paper's formula",
 }
+SHOWN = ("id", "method", "model", "value", "evidence", "from the line", "from the family", "match", "convention")
 PAPER = Path(__file__).resolve().parent.parent / "paper"
 
 
@@ -41,6 +42,14 @@ class Group:
     options: Mapping[str, Any]
     projections: tuple[str, ...]
 
+    def sites(self) -> Iterator[Site]:
+        """The sites; a size that the entry leaves open enters frozen factors only, so any number serves."""
+        net, sizes = self.network, self.sizes
+        out, inp = (prod(sizes.get(index, 1) for index in side) for side in (net.rows, net.cols))
+        for layer in range(sizes["layer"]):
+            for projection in self.projections:
+                yield Site(layer, projection, out, inp, heads=sizes.get("head", 0), experts=sizes.get("expert", 0))
+
 
 @dataclass(frozen=True)
 class Row:
@@ -53,21 +62,17 @@ class Row:
     @property
     def match(self) -> bool:
         """True if every derivation gives the recorded value."""
-        return all(count == self.entry["value"] for count in (self.by_line, self.by_family) if count is not None)
+        return self.by_line == self.entry["value"] and self.by_family in (None, self.entry["value"])
 
     def cells(self) -> dict[str, str]:
         """The row as text, by column."""
         entry = self.entry
         options = ", ".join(f"{name}={value!r}" for name, value in entry.get("options", {}).items())
         return {
-            "id": entry["id"],
-            "method": entry["method"],
-            "model": entry["model"],
-            "value": f"{entry['value']:,}",
-            "evidence": entry["evidence"],
+            **{key: cell(entry[key]) for key in ("id", "method", "model", "value", "evidence")},
             "printed as": entry.get("printed_as", ""),
-            "from the line": f"{self.by_line:,}",
-            "from the family": "" if self.by_family is None else f"{self.by_family:,}",
+            "from the line": cell(self.by_line),
+            "from the family": cell(self.by_family),
             "match": "yes" if self.match else "NO",
             "convention": entry["convention"],
             "extra": f"{entry['extra']:,} ({entry['extra_what']})" if "extra" in entry else "",
@@ -77,13 +82,13 @@ class Row:
         }
 
 
-def groups_of(entry: Mapping[str, Any]) -> tuple[Group, ...]:
+def groups_of(entry: Mapping[str, Any]) -> Iterator[Group]:
     """The groups of an entry, each with its sizes filled in; an entry without groups is one group.
 
     Raises:
         NetworkError: a line is not a network, or a size is not a positive integer.
     """
-    found, taken = [], 0
+    taken = 0
     for group in entry.get("groups", ({"name": "all", "sizes": {}},)):
         net = network(group.get("line", entry["line"]))
         sizes = bind(net, {**entry["sizes"], **entry["ranks"], **group["sizes"]}, {})
@@ -91,8 +96,7 @@ def groups_of(entry: Mapping[str, Any]) -> tuple[Group, ...]:
         projections = tuple(group.get("projections", (f"p{taken + k}" for k in range(count))))
         taken += count
         options = {**entry.get("options", {}), **group.get("options", {})}
-        found.append(Group(group["name"], net, sizes, options, projections))
-    return tuple(found)
+        yield Group(group["name"], net, sizes, options, projections)
 
 
 def count_by_line(groups: Iterable[Group]) -> int:
@@ -113,24 +117,16 @@ def count_by_line(groups: Iterable[Group]) -> int:
     return sum(stored.values())
 
 
-def count_by_family(name: str, groups: Sequence[Group]) -> int:
+def count_by_family(name: str, groups: Iterable[Group]) -> int:
     """Trainable elements of a family over the sites of the groups; groups of equal options share a layout."""
-    total, left = 0, list(groups)
-    while left:
-        options = left[0].options
-        same = [group for group in left if group.options == options]
-        left = [group for group in left if group.options != options]
-        total += layout(families.get(name)(**options), [site for group in same for site in _sites(group)]).count()
-    return total
-
-
-def _sites(group: Group) -> Iterable[Site]:
-    """The sites of a group; a size that the entry leaves open enters frozen factors only, so any number serves."""
-    net, sizes = group.network, group.sizes
-    out, inp = (prod(sizes.get(index, 1) for index in side) for side in (net.rows, net.cols))
-    for layer in range(sizes["layer"]):
-        for projection in group.projections:
-            yield Site(layer, projection, out, inp, heads=sizes.get("head", 0), experts=sizes.get("expert", 0))
+    alike: dict[str, list[Group]] = defaultdict(list)
+    for group in groups:
+        alike[canonical(group.options)].append(group)
+    declare = families.get(name)
+    return sum(
+        layout(declare(**same[0].options), [site for group in same for site in group.sites()]).count()
+        for same in alike.values()
+    )
 
 
 def derive(entry: Mapping[str, Any]) -> Row:
@@ -140,50 +136,35 @@ def derive(entry: Mapping[str, Any]) -> Row:
         NetworkError: the entry cannot be derived; the message names it.
     """
     try:
-        groups = groups_of(entry)
-        extra = entry.get("extra", 0)
+        groups, extra = [*groups_of(entry)], entry.get("extra", 0)
         by_family = count_by_family(entry["family"], groups) + extra if "family" in entry else None
         return Row(entry, count_by_line(groups) + extra, by_family)
     except NetworkError as error:
-        raise NetworkError(
-            f"{entry['id']}: {error.problem}", line=error.line, position=error.position, remedy=error.remedy
-        ) from None
+        problem = f"{entry['id']}: {error.problem}"
+        raise NetworkError(problem, line=error.line, position=error.position, remedy=error.remedy) from None
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     """Return the recorded counts of a file."""
-    entries: list[dict[str, Any]] = tomllib.loads(path.read_text(encoding="utf-8"))["count"]
+    entries: list[dict[str, Any]] = read_toml(path)["count"]
     return entries
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table, under a line that says how many match."""
-    columns = (
-        "id",
-        "method",
-        "model",
-        "value",
-        "evidence",
-        "from the line",
-        "from the family",
-        "match",
-        "convention",
-    )
-    shown = [{column: cells[column] for column in columns} for cells in (row.cells() for row in rows)]
-    with_family = sum(row.by_family is not None for row in rows)
-    lines = [
-        "# Parameter counts from lines of einsum",
-        "",
-        f"{sum(row.match for row in rows)} of {len(rows)} recorded values follow exactly from their lines of einsum, "
-        f"{with_family} of them through a family as well. By evidence:",
-        "",
-        *(f"- {line}" for line in summary(rows)),
-        "",
-        "Lines, sizes, extras and sources: `counts.csv` and `paper/published/counts.toml`.",
-        "",
-        Table.of(shown, "<<<><>><").markdown(),
-    ]
-    return "\n".join(lines) + "\n"
+    shown = ({column: row.cells()[column] for column in SHOWN} for row in rows)
+    marks = "\n".join(f"- {line}" for line in summary(rows))
+    return f"""# Parameter counts from lines of einsum
+
+{sum(row.match for row in rows)} of {len(rows)} recorded values follow exactly from their lines of einsum, \
+{sum(row.by_family is not None for row in rows)} of them through a family as well. By evidence:
+
+{marks}
+
+Lines, sizes, extras and sources: `counts.csv` and `paper/published/counts.toml`.
+
+{Table.of(shown, "<<<><>><").markdown()}
+"""
 
 
 def summary(rows: Sequence[Row]) -> list[str]:
@@ -202,15 +183,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = [derive(entry) for entry in read(options.published)]
     write_text(options.tables / "counts.md", markdown(rows))
     write_text(options.tables / "counts.csv", Table.of(row.cells() for row in rows).csv())
-    wrong = [row for row in rows if not row.match]
-    for row in wrong:
-        print(
-            f"{row.entry['id']}: {row.entry['evidence']} {row.entry['value']:,}, from the line {row.by_line:,}, "
-            f"from the family {row.by_family if row.by_family is None else format(row.by_family, ',')}",
-            file=sys.stderr,
-        )
+    wrong = [row.cells() for row in rows if not row.match]
+    for its in wrong:
+        found = f"from the line {its['from the line']}, from the family {its['from the family'] or 'None'}"
+        print(f"{its['id']}: {its['evidence']} {its['value']}, {found}", file=sys.stderr)
     print("parameter counts that follow exactly from their lines", *summary(rows), sep="\n")
-    return 1 if wrong else 0
+    return bool(wrong)
 
 
 if __name__ == "__main__":

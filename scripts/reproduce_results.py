@@ -11,82 +11,63 @@ from __future__ import annotations
 
 import argparse
 import json
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tnpeft._text import Table
-from tnpeft.studies.files import write_text
-from tnpeft.studies.statistics import summary
+from tnpeft.studies.files import read_toml, write_text
+from tnpeft.studies.statistics import Summary, summary
 
 PAPER = Path(__file__).resolve().parent.parent / "paper"
 SLACK = 0.1  # of the budget, within which sizes are counterparts
+NOT_RUN = "not run"
 Row = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A published score and the point of a study that stands beside it (None: not run)."""
-
-    table: str
-    row: Row
-    column: str
-    study: str
-    point: Row | None
-
-    @property
-    def flat(self) -> dict[str, Any]:
-        """As a row of the CSV file."""
-        scores = list((self.point or {"scores": {}})["scores"].values())
-        its = summary(scores) if scores else None
-        return {
-            "table": self.table,
-            "task": self.row["task"],
-            "method": self.row.get("method", self.column),
-            "published": self.row[self.column],
-            "study": self.study,
-            "size here": self.point["size"] if self.point else "",
-            "parameters here": self.point["parameters"] if self.point else "",
-            "mean here": f"{its.mean:.4f}" if its else "not run",
-            "sd here": f"{its.sd:.4f}" if its and its.n > 1 else "",
-            "seeds here": its.n if its else 0,
-        }
-
-    def __str__(self) -> str:
-        if self.point is None:
-            return "not run"
-        its = summary(self.point["scores"])
-        spread = f" ± {its.sd:.3f}" if its.n > 1 else ""
-        return f"{its.mean:.3f}{spread} ({self.point['size']}, {its.n} seed{'s' if its.n > 1 else ''})"
 
 
 def counterpart(points: Sequence[Row], task: str, method: str, share: float) -> Row | None:
     """The point of a method whose parameters are nearest to ``share`` of LoRA's at rank 1, within a tenth."""
-    unit = next((p["parameters"] for p in points if (p["method"], p["size"]) == ("LoRA", "rank=1")), None)
+    unit = next((p["parameters"] for p in points if (p["method"], p["size"]) == ("LoRA", "rank=1")), 0)
     own = [p for p in points if (p["task"], p["method"]) == (task, method)]
-    if unit is None or not own:
-        return None
-    best = min(own, key=lambda p: abs(p["parameters"] - share * unit))
-    return best if abs(best["parameters"] - share * unit) <= SLACK * share * unit else None
+    best = min(own, key=lambda p: abs(p["parameters"] - share * unit), default=None)
+    return best if best and abs(best["parameters"] - share * unit) <= SLACK * share * unit else None
 
 
-def beside(published: Row, here: Row, tables: Path) -> Iterator[Cell]:
-    """Every score of a published table with its counterpart in every study that has one, or in none."""
+def beside(published: Row, here: Row, tables: Path) -> Iterator[tuple[Row, str, str, Row]]:
+    """Every score of a published table with its counterpart in every study that has one, or in none.
+
+    Yields the published row, the column, the score here as text, and all of it as a row of the CSV file.
+    """
     for row in published["rows"]:
         for column, its in here["columns"].items():
             method = row["method"] if its["method"] == "row" else its["method"]
             share = row[its["size"]] * here["steps"][method] / here["steps"]["LoRA"]
             for study in here["studies"]:
-                points = read(tables / f"{study}.json")
-                yield Cell(
-                    published["id"],
+                point = counterpart(read(tables / f"{study}.json"), here["tasks"][row["task"]], method, share) or {}
+                scores = summary(point["scores"]) if point else None
+                yield (
                     row,
                     column,
-                    study,
-                    counterpart(points, here["tasks"][row["task"]], method, share),
+                    shown(scores, point["size"]) if scores else NOT_RUN,
+                    {
+                        "table": published["id"],
+                        "task": row["task"],
+                        "method": row.get("method", column),
+                        "published": row[column],
+                        "study": study,
+                        "size here": point.get("size", ""),
+                        "parameters here": point.get("parameters", ""),
+                        "mean here": f"{scores.mean:.4f}" if scores else NOT_RUN,
+                        "sd here": f"{scores.sd:.4f}" if scores and scores.n > 1 else "",
+                        "seeds here": scores.n if scores else 0,
+                    },
                 )
+
+
+def shown(its: Summary, size: str) -> str:
+    """A score as text."""
+    spread, plural = (f" ± {its.sd:.3f}", "s") if its.n > 1 else ("", "")
+    return f"{its.mean:.3f}{spread} ({size}, {its.n} seed{plural})"
 
 
 def read(path: Path) -> list[Row]:
@@ -94,23 +75,20 @@ def read(path: Path) -> list[Row]:
     return list(json.loads(path.read_text(encoding="utf-8"))["points"]) if path.exists() else []
 
 
-def section(published: Row, here: Row, cells: Sequence[Cell]) -> str:
+def section(published: Row, here: Row, cells: Sequence[tuple[Row, str, str, Row]]) -> str:
     """A published table as Markdown, with a column for each study that has something beside it."""
     lines = [f"## {published['id']}", "", f"{published['what']}. {published['model']}; {published['metric']}."]
     lines += [f"Evidence: {published['evidence']}, {published['source']}.", ""]
     if not cells:
         return "\n".join([*lines, f"**Not run**: {here['why']}.", ""])
-    ran = [study for study in here["studies"] if any(cell.point and cell.study == study for cell in cells)]
+    ran = {its["study"] for *_, text, its in cells if text != NOT_RUN}
     own = here["studies"][0]
     if own not in ran:
         lines += [f"`{own}`, the paper's own setting: **not run** ({here['why']}).", ""]
-    rows = []
-    for row in published["rows"]:
-        found: dict[str, Any] = dict(row)
-        for cell in cells:
-            if cell.row is row and cell.study in ran:
-                found[f"{cell.column}: {cell.study}"] = str(cell)
-        rows.append(found)
+    rows = [dict(row) for row in published["rows"]]
+    for row, found in zip(published["rows"], rows, strict=True):
+        kept = (cell for cell in cells if cell[0] is row and cell[3]["study"] in ran)
+        found |= {f"{column}: {its['study']}": text for _, column, text, its in kept}
     keys = list(dict.fromkeys(key for row in rows for key in row))
     return "\n".join([*lines, Table.of({key: row.get(key, "") for key in keys} for row in rows).markdown(), ""])
 
@@ -120,31 +98,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--paper", type=Path, default=PAPER, help="folder with published/ and tables/")
     parser.add_argument("--out", type=Path, help="folder to write (default: its tables/)")
     options = parser.parse_args(arguments)
-    folder = options.paper / "published"
-    published = tomllib.loads((folder / "results.toml").read_text(encoding="utf-8"))["table"]
-    entries = tomllib.loads((folder / "here.toml").read_text(encoding="utf-8"))["here"]
-    matches = {its["table"]: its for its in entries}
+    published = read_toml(options.paper / "published" / "results.toml")["table"]
+    matches = {its["table"]: its for its in read_toml(options.paper / "published" / "here.toml")["here"]}
     parts, flat = [], []
     for table in published:
         here = matches[table["id"]]
         cells = list(beside(table, here, options.paper / "tables")) if "studies" in here else []
         parts.append(section(table, here, cells))
-        flat += [cell.flat for cell in cells]
-    ran = sum(row["mean here"] != "not run" for row in flat)
+        flat += [its for *_, its in cells]
     own = {its["studies"][0] for its in matches.values() if "studies" in its}
-    same = sum(row["mean here"] != "not run" and row["study"] in own for row in flat)
+    ran = [row["study"] in own for row in flat if row["mean here"] != NOT_RUN]
+    same, smaller = sum(ran), len(ran) - sum(ran)
     rows = sum(len(table["rows"]) for table in published)
     head = f"""# Published results, beside what was measured here
 
 Of the {rows} published rows in {len(published)} tables, {same} scores were measured here in the paper's own setting.
-{ran - same} have a counterpart on a smaller model: the same method at the same share of LoRA's budget at rank 1
+{smaller} have a counterpart on a smaller model: the same method at the same share of LoRA's budget at rank 1
 (within {SLACK:.0%}), which reproduces no number and is to be read for its direction. Scores here are means and
 standard deviations over seeds. What has its like where: `paper/published/here.toml`.
 """
     out = options.out or options.paper / "tables"
     write_text(out / "results.md", "\n".join([head, *parts]).rstrip() + "\n")
     write_text(out / "results.csv", Table.of(flat).csv())
-    print(f"{len(published)} tables: {same} scores measured in their own setting, {ran - same} on smaller models")
+    print(f"{len(published)} tables: {same} scores measured in their own setting, {smaller} on smaller models")
 
 
 if __name__ == "__main__":

@@ -1,48 +1,34 @@
-"""What adapters of fused experts add to a training step of a mixture: ours and PEFT's LoRA of target_parameters.
+"""What adapters of experts add to a training step.
 
-One block of Mixtral, its router and experts, with few and with many experts of which each token visits as many. The
-cases run in turn; over the frozen block are the median ratio of neighbouring samples and the bytes kept for backward.
-
-    python scripts/bench.py experts --clock cpu
+A Mixtral block, {{ active }} of its experts active for each token, hidden size {{ hidden }}, expert width {{ width
+}}, {{ tokens }} tokens, frozen weights, the {{ implementation }} implementation of transformers. "over frozen" is
+the time of forward and backward over the frozen block's, less one; "bytes kept" are the storages that autograd
+saves, "beside the frozen" less the frozen block's; "to PEFT" divides by what PEFT's LoRA adds. "growth" is the time
+with most experts over that with fewest, and "beyond the frozen" that over the frozen block's own growth. Below zero:
+our backward pass computes what gates the rows, and gathers them, once more in place of keeping the results.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import peft
 import torch
 from torch import Tensor, nn
 
-import tnpeft
 from bench import driver, meters, models
 
-TITLE = "What adapters of experts add to a training step"
-ABOUT = """A Mixtral block, {active} of its experts active for each token, hidden size {hidden}, expert width {width},
-{tokens} tokens, frozen weights, the {implementation} implementation of transformers. "over frozen" is the time of
-forward and backward over the frozen block's, less one; "bytes kept" are the storages that autograd saves, "beside the
-frozen" less the frozen block's; "to PEFT" divides by what PEFT's LoRA adds. "growth" is the time with most experts
-over that with fewest, and "beyond the frozen" that over the frozen block's own growth. Below zero: our backward pass
-computes what gates the rows, and gathers them, once more in place of keeping the results."""
-OPTIONS = {
-    "experts": (8, 64),
-    "active": 2,
-    "hidden": 512,
-    "width": 1024,
-    "tokens": 1024,
-    "rank": 8,
-    "samples": 15,
-    "implementation": "grouped_mm",
-    **driver.DEVICE,
-    **driver.DTYPE,
-}
+OPTIONS = models.options(
+    *("device", "dtype"),
+    **{"experts": (8, 64), "active": 2, "hidden": 512, "width": 1024, "tokens": 1024, "rank": 8, "samples": 15},
+    implementation="grouped_mm",
+)
+PUBLISHED = {"experts": "--clock cpu"}
 PEFT = "PEFT LoRA"
-WHOLE = ["experts_gate_up_proj", "experts_down_proj"]  # gate and up as one matrix, as PEFT has them
 
 
-def block(options: argparse.Namespace, experts: int) -> nn.Module:
+def block(options: driver.Options, experts: int) -> nn.Module:
     """Return a frozen Mixtral of one layer with random weights."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -59,23 +45,13 @@ def block(options: argparse.Namespace, experts: int) -> nn.Module:
 
 def adapters(rank: int) -> dict[str, Any]:
     """Return the configurations by name; PEFT's LoRA first."""
-    import peft
-
     parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     lora = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=[], target_parameters=parameters)
-    ours = partial(models.network, tokens=1024)
-    return {
-        f"{PEFT} r={rank}": lora,
-        f"expert_lora rank={rank}": ours(tnpeft.families.expert_lora(rank=rank), targets=WHOLE),
-        f"shared_outer_lora rank={rank}": ours(tnpeft.families.shared_outer_lora(rank=rank), targets=["experts"]),
-        "expert_cp rank=64": ours(tnpeft.families.expert_cp(64), targets=["experts"]),
-        "expert_tucker ranks=32": ours(tnpeft.families.expert_tucker(32), targets=["experts"]),
-    }
-
-
-def mlp(model: nn.Module) -> nn.Module:
-    """Return the block of router and experts."""
-    return next(module for name, module in model.named_modules() if name.endswith("layers.0.mlp"))
+    found = {f"{PEFT} r={rank}": lora}
+    whole = ("experts_gate_up_proj", "experts_down_proj")  # gate and up as one matrix, as PEFT has them
+    ours = {f"expert_lora rank={rank}": whole, f"shared_outer_lora rank={rank}": ("experts",)}
+    ours |= {"expert_cp rank=64": ("experts",), "expert_tucker ranks=32": ("experts",)}
+    return found | {title: models.network(models.family(title), 1024, targets) for title, targets in ours.items()}
 
 
 def step(module: nn.Module, x: Tensor, weights: Tensor) -> Tensor:
@@ -84,42 +60,45 @@ def step(module: nn.Module, x: Tensor, weights: Tensor) -> Tensor:
     return loss
 
 
-def cases(options: argparse.Namespace) -> dict[str, driver.Case]:
-    """Return every case with few and with many experts, over the frozen block with as many."""
+def cases(options: driver.Options) -> driver.Cases:
+    """Yield every case with few and with many experts, over the frozen block with as many."""
     x = torch.randn(1, options.tokens, options.hidden).to(options.device, getattr(torch, options.dtype))
-    weights, found = torch.randn_like(x) / x.numel(), {}
+    weights = torch.randn_like(x) / x.numel()
     for experts in options.experts:
         base = block(options, experts)
         built = {"frozen": base} | {name: models.adapted(base, its) for name, its in adapters(options.rank).items()}
         for name, model in built.items():
-            for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+            for parameter in (p for p in model.parameters() if p.requires_grad):
                 nn.init.normal_(parameter, 0, 0.02)
-            module = mlp(model).train()
+            module = next(its for where, its in model.named_modules() if where.endswith("layers.0.mlp")).train()
             forward = partial(step, module, x, weights)
-            trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-            saved = meters.saved_bytes(module, forward)
-            facts = {"case": name, "experts": experts, "trained": trained, "saved": saved}
-            found[f"{name}, {experts}"] = driver.Case(models.backward(forward), facts, f"frozen, {experts}")
-    return found
+            facts = {"trained": models.trained(module), "saved": meters.saved_bytes(module, forward)}
+            facts |= {"case": name, "experts": experts}
+            yield f"{name}, {experts}", driver.Case(models.backward(forward), facts, f"frozen, {experts}")
 
 
-def tables(data: Mapping[str, Any]) -> dict[str, Any]:
+def tables(data: Any) -> dict[str, driver.Rows]:
     """Return costs beside the frozen block and PEFT's, and growth with the number of experts."""
     by = {(row["case"], row["experts"]): row for row in data["cases"].values()}
+    peers = {experts: row for (name, experts), row in by.items() if name.startswith(PEFT)}
     first, last = data["settings"]["experts"][0], data["settings"]["experts"][-1]
-    rows = []
-    for (name, experts), row in by.items():
-        frozen = by["frozen", experts]
-        peer = next(its for (case, n), its in by.items() if case.startswith(PEFT) and n == experts)
+
+    def costs(name: str, experts: int, row: Any) -> dict[str, Any]:
+        frozen, peer = by["frozen", experts], peers[experts]
         mine = {"case": name, "experts": experts, "trained": row["trained"], "ms": row["milliseconds"]}
         if row is not frozen:
             kept, theirs = row["saved"] - frozen["saved"], peer["saved"] - frozen["saved"]
             mine |= {"over frozen": f"{row['overhead']:+.1%}", "to PEFT": row["overhead"] / peer["overhead"]}
             mine |= {"beside the frozen": kept, "to PEFT's": kept / theirs}
-        rows.append({**mine, "bytes kept": row["saved"], "to PEFT's, in all": row["saved"] / peer["saved"]})
-    growth = []
-    for name in dict.fromkeys(name for name, _ in by):
-        grown = driver.ratio(by[name, last]["samples"], by[name, first]["samples"])
-        own = driver.ratio(by["frozen", last]["samples"], by["frozen", first]["samples"])
-        growth.append({"case": name, "growth": grown, "beyond the frozen": grown / own})
-    return {"": rows, f"From {first} to {last} experts": growth}
+        return {**mine, "bytes kept": row["saved"], "to PEFT's, in all": row["saved"] / peer["saved"]}
+
+    def growth(name: str) -> float:
+        return driver.ratio(by[name, last]["samples"], by[name, first]["samples"])
+
+    names, own = dict.fromkeys(name for name, _ in by), growth("frozen")
+    return {
+        "": [costs(*key, row) for key, row in by.items()],
+        f"From {first} to {last} experts": [
+            {"case": name, "growth": growth(name), "beyond the frozen": growth(name) / own} for name in names
+        ],
+    }

@@ -1,24 +1,22 @@
-"""Goals of what adapters cost, and what the benchmarks measured: paper/tables/speed.md, from their result files.
+"""What a step costs: goals and measurements.
 
-A goal that has no measurement says so. Run the benchmarks first, on a machine with nothing else to do:
-
-    python scripts/bench.py all
-    python scripts/bench.py goals
+{{ goals | length }} goals, {{ goals | rejectattr("reached") | list | length }} missed. Times are medians of
+interleaved runs on {{ machine.cores }} cores ({{ machine.processor }}; torch {{ machine.torch }}, peft
+{{ machine.peft }}) unless a GPU is named, bytes are exact; settings, machine and load are in the table named last.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.driver import Options
 from bench.growth import COUNTED, FAMILIES, power
 from bench.models import CONSTRUCTIONS
 
-TITLE = "What a step costs: goals and measurements"
 OPTIONS = {"name": "speed"}
 EXACT = True
 OF_WIDTH = {  # families of the founding papers by the rank of PEFT's LoRA that is as wide inside
@@ -31,8 +29,7 @@ PEERS = {
     "loha rank=8": "PEFT LoHa r=8",
     "randlora rank=32": "PEFT RandLoRA r=32",
 }
-
-
+LORA = "PEFT LoRA r=8"
 WHY = {
     "whole": "Whole layers: an adapter is a few per cent of such a step, little more than turns of one case scatter; "
     "the bare linears tell the two apart.",
@@ -81,36 +78,35 @@ def goals(results: Results) -> Iterator[Goal]:
     """Yield every goal in turn."""
     for name, source in (("bare linears", "step_bare"), ("whole layers", "step_lora")):
         over = results.overheads(source)
-        ours, theirs = over["lora rank=8"], over["PEFT LoRA r=8"]
+        ours, theirs = over["lora rank=8"], over[LORA]
         found = f"{ours:+.1%} against {theirs:+.1%}: {ours / theirs:.2f} of it"
         what = f"overhead of LoRA r=8 on q, k and v, {name}"
         yield Goal(what, "at most half of PEFT LoRA's", found, ours <= theirs / 2, source, WHY["whole"])
     over = results.overheads("step_bare")
     for width, names in OF_WIDTH.items():
-        worst, peer = max(names, key=over.__getitem__), f"PEFT LoRA r={width}"
-        what = f"founding papers' families at inner width {width} ({len(names)} of them)"
-        yield _over(
-            what, f"at most PEFT LoRA's overhead at rank {width}", over, worst, peer, f"the slowest, {worst}: "
-        )
+        what, goal = f"inner width {width}", f"at most PEFT LoRA's overhead at rank {width}"
+        yield slowest(f"founding papers' families at {what}", goal, over, names, f"PEFT LoRA r={width}", "step_bare")
     for name, peer in PEERS.items():
-        yield _over(name.partition(" ")[0], "faster than PEFT's own", over, name, peer)
+        yield slowest(name.partition(" ")[0], "faster than PEFT's own", over, [name], peer, "step_bare")
     yield from kept(results)
     for name in ("rebuilt", "rebuilt_short"):
         yield from against_rebuilding(results, name)
     yield from growing(results)
     yield from before_the_first_step(results)
     what, goal = "token-by-token decoding with LoRA r=8, unmerged", "at most PEFT LoRA's overhead"
-    yield _over(what, goal, results.overheads("decode"), "lora rank=8", "PEFT LoRA r=8", source="decode")
+    yield slowest(what, goal, results.overheads("decode"), ["lora rank=8"], LORA, "decode")
     yield from replicas(results)
     yield from on_a_gpu(results)
 
 
-def _over(
-    what: str, goal: str, over: Mapping[str, float], case: str, peer: str, head: str = "", source: str = "step_bare"
+def slowest(
+    what: str, goal: str, over: Mapping[str, float], names: Sequence[str], peer: str, source: str, why: str = ""
 ) -> Goal:
-    """Return the goal that a case's overhead is at most a peer's."""
-    found = f"{head}{over[case]:+.1%} against {over[peer]:+.1%}"
-    return Goal(what, goal, found, over[case] <= over[peer], source)
+    """Return the goal that the largest overhead of some cases is at most a peer's."""
+    worst, several = max(names, key=over.__getitem__), len(names) > 1
+    found = f"{f'the slowest, {worst}: ' if several else ''}{over[worst]:+.1%} against {over[peer]:+.1%}"
+    counted = f"{what} ({len(names)} of them)" if several else what
+    return Goal(counted, goal, found, over[worst] <= over[peer], source, why)
 
 
 def kept(results: Results) -> Iterator[Goal]:
@@ -126,17 +122,11 @@ def kept(results: Results) -> Iterator[Goal]:
             what, goal = f"bytes kept{beside}, LoKr, LoHa, RandLoRA: {at}", "at most a tenth of PEFT's"
             found = f"the least gain, {least.partition(' ')[0]}: {bytes_[least]:,} against {bytes_[PEERS[least]]:,}"
             yield Goal(what, goal, found, gain[least] >= 10, "saved", why)
-        beyond = {
-            name: cases[name]["saved"] - inputs - 4 * tokens * cases[name]["width"] - cases[name]["factors"]
-            for names in OF_WIDTH.values()
-            for name in names
-        }
+        founding = [cases[name] for names in OF_WIDTH.values() for name in names]
+        beyond = {c["case"]: c["saved"] - inputs - 4 * tokens * c["width"] - c["factors"] for c in founding}
         most = max(beyond, key=beyond.__getitem__)
-        what, goal = (
-            f"bytes kept, founding papers' families: {at}",
-            "at most LoRA's of equal inner width plus the factors",
-        )
-        yield Goal(what, goal, f"the most, {most}: {beyond[most]:+,} to that", beyond[most] <= 0, "saved")
+        what, goal = "bytes kept, founding papers' families", "at most LoRA's of equal inner width plus the factors"
+        yield Goal(f"{what}: {at}", goal, f"the most, {most}: {beyond[most]:+,} to that", beyond[most] <= 0, "saved")
 
 
 def against_rebuilding(results: Results, name: str) -> Iterator[Goal]:
@@ -144,34 +134,26 @@ def against_rebuilding(results: Results, name: str) -> Iterator[Goal]:
     cases, settings = results[name]["constructions"], results[name]["settings"]
     own = [case["factors"]["seconds"] / results[name]["floor"]["seconds"] for case in cases.values()]
     share = f" (the factors take {min(own):.0%} to {max(own):.0%} of the linears' own time)"
-    for what, key, goal, note in (("adapter time", "seconds", 50, share), ("saved bytes", "saved", 100, "")):
+    calls, tokens = settings["sites"], settings["tokens"]
+    head = f"TensLoRA's seven constructions against rebuilding the tensor on each of {calls} calls, {tokens:,} tokens"
+    for what, key, least, note in (("adapter time", "seconds", 50, share), ("saved bytes", "saved", 100, "")):
         times = {which: case["rebuilt"][key] / case["factors"][key] for which, case in cases.items()}
-        short = [f"{which} {its:.0f}" for which, its in times.items() if its < goal]
+        short = ", ".join(f"{which} {its:.0f}" for which, its in times.items() if its < least)
         found = f"{min(times.values()):.0f} to {max(times.values()):.0f} times{note}"
-        yield Goal(
-            f"TensLoRA's seven constructions against rebuilding the tensor on each of {settings['sites']} calls, "
-            f"{settings['tokens']:,} tokens: {what}",
-            f"at least {goal} times less",
-            found + (f"; short of it: {', '.join(short)}" if short else ""),
-            not short,
-            name,
-            WHY["rebuilt"],
-        )
+        found += f"; short of it: {short}" if short else ""
+        yield Goal(f"{head}: {what}", f"at least {least} times less", found, not short, name, WHY["rebuilt"])
 
 
 def growing(results: Results) -> Iterator[Goal]:
     """Yield how the cost of a step's adapters grows."""
     for what, points in results["growth"]["growth"].items():
-        rows = {name: [row for row in points if row["family"] == name] for name in FAMILIES}
-        powers = {cost: max(power(its, what, cost) for its in rows.values()) for cost in (*COUNTED, "milliseconds")}
+        rows = [[row for row in points if row["family"] == name] for name in FAMILIES]
+        powers = {cost: max(power(its, what, cost) for its in rows) for cost in (*COUNTED, "milliseconds")}
         shown = ", ".join(f"{'bytes kept' if cost == 'saved' else cost} {p:.2f}" for cost, p in powers.items())
-        yield Goal(
-            f"cost of a step's adapters from {what} {points[0][what]:,} to {points[-1][what]:,}",
-            f"no more than linear{' (no term in rows times columns)' * (what == 'width')}",
-            f"largest powers: {shown}",
-            all(round(powers[cost], 2) <= 1 for cost in COUNTED) and powers["milliseconds"] <= 1.15,
-            "growth",
-        )
+        reached = all(round(powers[cost], 2) <= 1 for cost in COUNTED) and powers["milliseconds"] <= 1.15
+        head = f"cost of a step's adapters from {what} {points[0][what]:,} to {points[-1][what]:,}"
+        goal = f"no more than linear{' (no term in rows times columns)' * (what == 'width')}"
+        yield Goal(head, goal, f"largest powers: {shown}", reached, "growth")
 
 
 def before_the_first_step(results: Results) -> Iterator[Goal]:
@@ -185,101 +167,74 @@ def before_the_first_step(results: Results) -> Iterator[Goal]:
     yield Goal(what, "under 1 s beyond module creation", measured, found < 1, "attach")
     yield Goal("of which planning", "under 0.2 s", f"{planning:.3f} s", planning < 0.2, "attach")
     for family in dict.fromkeys(row["family"] for row in attach["growth"]):
-        rows = sorted((row for row in attach["growth"] if row["family"] == family), key=lambda row: row["sites"])
-        few, many = rows[0], rows[-1]
-        each = many["attach s"] / many["sites"] / (few["attach s"] / few["sites"])
-        what, measured = f"attaching {family} to {few['sites']} and to {many['sites']} sites", f"{each:.2f} times"
-        yield Goal(what, "linear in sites", f"{measured} the time per site", each <= 1.5, "attach")
+        rows = [row for row in attach["growth"] if row["family"] == family]
+        few, *_, many = sorted((row["sites"], row["attach s"] / row["sites"]) for row in rows)
+        what, each = f"attaching {family} to {few[0]} and to {many[0]} sites", many[1] / few[1]
+        yield Goal(what, "linear in sites", f"{each:.2f} times the time per site", each <= 1.5, "attach")
 
 
 def replicas(results: Results) -> Iterator[Goal]:
     """Yield eight adapters in one pass against eight runs in turn, on SST-2's sentences in a study's batches."""
     for case in results["sst2"]["cases"]:
         if case["family"] == "lora r=8" and "8" in case["gain"]:
-            gain = case["gain"]["8"]
-            yield Goal(
-                f"K = 8 replicas on SST-2, {case['shape']}, {case['layers']} layers, "
-                f"{case['batch']} examples a step, {case['order']}",
-                "at least 1.1 times 8 runs in turn",
-                f"{gain:.2f} times; {gain * case['cut']:.2f} times runs whose batches are padded as they come",
-                gain >= 1.1,
-                "sst2",
-                WHY["replicas"],
+            what = (
+                f"K = 8 replicas on SST-2, {case['shape']}, {case['layers']} layers, {case['batch']} examples a step"
             )
+            gain, goal = case["gain"]["8"], "at least 1.1 times 8 runs in turn"
+            found = f"{gain:.2f} times; {gain * case['cut']:.2f} times runs whose batches are padded as they come"
+            yield Goal(f"{what}, {case['order']}", goal, found, gain >= 1.1, "sst2", WHY["replicas"])
 
 
 def on_a_gpu(results: Results) -> Iterator[Goal]:
     """Yield what was measured on a GPU, in half precision."""
-    source = "forward_gpu_narrow"
-    cases = results[source]["cases"]
-    most, ours, theirs = {1024: 0.10, 4096: 0.13, 16384: 0.20}, [], []
+    source, most = "forward_gpu_narrow", {1024: 0.10, 4096: 0.13, 16384: 0.20}
+    ours, theirs, over = [], [], results.overheads(source)
     for tokens in most:
-        its = {name.rpartition(",")[0]: row["overhead"] for name, row in cases.items() if row["tokens"] == tokens}
-        theirs.append(its["PEFT LoRA r=8"])
-        ours.append(max(over for name, over in its.items() if not name.startswith(("PEFT", "floor"))))
-    found, peer = (", ".join(f"{over:+.1%}" for over in each) for each in (ours, theirs))
-    yield Goal(
-        "forward over the frozen model at 1,024, 4,096, 16,384 tokens on a GPU, the slowest of five families",
-        f"below {', '.join(f'{over:+.0%}' for over in most.values())}",
-        f"{found}; PEFT LoRA's {peer}",
-        all(over < bound for over, bound in zip(ours, most.values(), strict=True)),
-        source,
-        WHY["launches"],
-    )
-    over = results.overheads("step_gpu_narrow")
+        its = {name: value for name, value in over.items() if name.endswith(f", {tokens} tokens")}
+        theirs.append(its[f"{LORA}, {tokens} tokens"])
+        ours.append(max(its[name] for name in without_peers(its)))
+    what = "forward over the frozen model at 1,024, 4,096, 16,384 tokens on a GPU, the slowest of five families"
+    found, peer = (", ".join(f"{value:+.1%}" for value in each) for each in (ours, theirs))
+    reached = all(value < bound for value, bound in zip(ours, most.values(), strict=True))
+    goal = f"below {', '.join(f'{bound:+.0%}' for bound in most.values())}"
+    yield Goal(what, goal, f"{found}; PEFT LoRA's {peer}", reached, source, WHY["launches"])
+    source, goal = "step_gpu_narrow", "at most PEFT LoRA's overhead"
+    over = results.overheads(source)
     what = "step of LoRA r=8 on q, k and v on a GPU, 4,096 tokens"
-    yield _over(what, "at most PEFT LoRA's overhead", over, "lora rank=8", "PEFT LoRA r=8", source="step_gpu_narrow")
+    yield slowest(what, goal, over, ["lora rank=8"], LORA, source)
+    what = "step of founding papers' families at inner width 8 on a GPU, 4,096 tokens"
     names = [name for name in OF_WIDTH[8] if name in over]
-    worst = max(names, key=over.__getitem__)
-    what = f"step of founding papers' families at inner width 8 on a GPU, 4,096 tokens ({len(names)} of them)"
-    goal = "at most PEFT LoRA's overhead at rank 8"
-    head = f"the slowest, {worst}: "
-    yield replace(_over(what, goal, over, worst, "PEFT LoRA r=8", head, "step_gpu_narrow"), why=WHY["launches"])
+    yield slowest(what, f"{goal} at rank 8", over, names, LORA, source, WHY["launches"])
     over = results.overheads("mixed_gpu")
-    names = [name for name in over if not name.startswith(("PEFT", "floor"))]
-    shares = [over[name] / over[f"PEFT LoRA r=8,{name.rpartition(',')[2]}"] for name in names]
-    yield Goal(
-        "16 adapters in one batch on a GPU, 1, 16 and 128 tokens a row, three families",
-        "at most the overhead of PEFT's adapter_names",
-        f"{min(shares):.2f} to {max(shares):.2f} of it",
-        max(shares) <= 1,
-        "mixed_gpu",
-    )
+    shares = [over[name] / over[f"{LORA},{name.rpartition(',')[2]}"] for name in without_peers(over)]
+    what = "16 adapters in one batch on a GPU, 1, 16 and 128 tokens a row, three families"
+    goal, found = "at most the overhead of PEFT's adapter_names", f"{min(shares):.2f} to {max(shares):.2f} of it"
+    yield Goal(what, goal, found, max(shares) <= 1, "mixed_gpu")
     rows = [row for row in results["replicas_gpu"]["cases"] if row["family"] != "none"]
-    least = min(rows, key=lambda row: row["gain"]["8"])
-    yield Goal(
-        "K = 8 replicas on a GPU, models below 200M parameters",
-        "at least 5 times 8 runs in turn",
-        f"the least gain, {least['family']}, {least['shape']}: {least['gain']['8']:.2f} times",
-        least["gain"]["8"] >= 5,
-        "replicas_gpu",
-    )
+    gain, row = min(((row["gain"]["8"], row) for row in rows), key=lambda each: each[0])
+    what, goal = "K = 8 replicas on a GPU, models below 200M parameters", "at least 5 times 8 runs in turn"
+    found = f"the least gain, {row['family']}, {row['shape']}: {gain:.2f} times"
+    yield Goal(what, goal, found, gain >= 5, "replicas_gpu")
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
+def without_peers(names: Mapping[str, float]) -> list[str]:
+    """Return the cases that are ours."""
+    return [name for name in names if not name.startswith(("PEFT", "floor"))]
+
+
+def measure(options: Options) -> dict[str, Any]:
     """Return the goals, judged by the results in the folder of tables."""
     results = Results(options.out)
     found = [asdict(goal) for goal in goals(results)]
     return {"goals": found, "machine": results["step_bare"]["machine"]}
 
 
-def about(data: Mapping[str, Any]) -> str:
-    """Return how many goals are missed, and where the measurements are from."""
-    m, missed = data["machine"], sum(goal["reached"] is False for goal in data["goals"])
-    return (
-        f"{len(data['goals'])} goals, {missed} missed. Times are medians of interleaved runs on {m['cores']} cores "
-        f"({m['processor']}; torch {m['torch']}, peft {m['peft']}) unless a GPU is named, bytes are exact; settings, "
-        "machine and load are in the table named last."
-    )
-
-
 def tables(data: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row for each goal, and why some are missed."""
-    verdict = {True: "yes", False: "**no**"}
     rows = [
-        {**{key: goal[key] for key in ("what", "goal", "measured")}, "reached": verdict[goal["reached"]]}
+        {**{key: goal[key] for key in ("what", "goal", "measured")}, "reached": ("**no**", "yes")[goal["reached"]]}
         | {"from": goal["source"]}
         for goal in data["goals"]
     ]
-    reasons = dict.fromkeys(goal["why"] for goal in data["goals"] if goal["reached"] is False and goal["why"])
+    reasons = dict.fromkeys(goal["why"] for goal in data["goals"] if not goal["reached"] and goal["why"])
     return {"": rows} | ({"Why some are missed": "".join(f"- {why}\n" for why in reasons)} if reasons else {})

@@ -1,65 +1,55 @@
-"""How the cost of a step's adapters grows with the sites, with the tokens and with the width of the linears.
+"""How the cost of adapters grows.
 
-On the bare linears of a decoder, over the same without adapters. Flops, bytes kept for backward and operations are
-exact; the time is the median difference of neighbouring samples. What an adapter adds should grow with sites times
-tokens times width, never with rows times columns of the linears.
-
-    python scripts/bench.py growth --clock cpu
+What adapters add to a step of the bare q, k and v linears. While one of sites, tokens and width grows, the others
+stay at 12 sites, 256 tokens, width 256. A power of 1 is linear. A term in rows times columns would be a power of 2
+in the width. Flops, bytes kept for backward and operations are exact.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from math import log
-from statistics import median
 from typing import Any
 
-import tnpeft
 from bench import driver, meters, models
-from bench.models import TARGETS
-from tnpeft.networks import Factorization
 
-TITLE = "How the cost of adapters grows"
-ABOUT = """What adapters add to a step of the bare q, k and v linears. While one of sites, tokens and width grows,
-the others stay at 12 sites, 256 tokens, width 256. A power of 1 is linear. A term in rows times columns would be a
-power of 2 in the width. Flops, bytes kept for backward and operations are exact."""
 OPTIONS = {
     "sites": (12, 24, 48, 96, 192, 384),
     "tokens": (128, 256, 512, 1024, 2048, 4096),
     "widths": (128, 256, 512, 1024),
     "samples": 7,
 }
-FAMILIES: Mapping[str, Factorization] = {
-    "lora rank=8": tnpeft.families.lora(rank=8),
-    "cp rank=8": tnpeft.families.cp(rank=8),
-    "tenslora qkv_depth ranks=8": tnpeft.families.tenslora("qkv_depth", ranks=(8, 8, 3, 4)),
+PUBLISHED = {"growth": "--samples 5 --clock cpu"}
+FAMILIES = {
+    "lora rank=8": "lora rank=8",
+    "cp rank=8": "cp rank=8",
+    "tenslora qkv_depth ranks=8": "tenslora qkv_depth ranks=(8, 8, 3, 4)",
 }
 SMALL = {"sites": 12, "tokens": 256, "width": 256}  # what stays as it is while one of the three grows
 COUNTED = ("flops", "saved", "kernels")
 
 
-def point(options: argparse.Namespace, sites: int, tokens: int, width: int) -> list[dict[str, Any]]:
+def point(options: driver.Options, sites: int, tokens: int, width: int) -> list[dict[str, Any]]:
     """Return what every family adds at one size."""
-    base = models.Bare(
-        models.opt(width, 4, sites // len(TARGETS), ffn_dim=8, vocab_size=8, max_position_embeddings=8)
-    )
-    forward_of = models.stepper((1, tokens), width)
-    cases = {"floor": base} | {name: models.adapted(base, models.network(f, tokens)) for name, f in FAMILIES.items()}
+    whole = models.opt(width, 4, sites // 3, ffn_dim=8, vocab_size=8, max_position_embeddings=8)
+    cases = {"floor": models.Bare(whole)}
+    for name, title in FAMILIES.items():
+        cases[name] = models.adapted(cases["floor"], models.network(models.family(title), tokens))
+    forward_of = models.stepper(cases["floor"], 1, tokens)
     found = {name: vars(meters.meters(model, forward_of(model))) for name, model in cases.items()}
     runs = {name: models.backward(forward_of(model)) for name, model in cases.items()}
     times = driver.interleaved(runs, options.samples, options.clock)
-    rows = []
-    for name in FAMILIES:
-        added = {key: found[name][key] - found["floor"][key] for key in COUNTED}
-        seconds = median(a - b for a, b in zip(times[name], times["floor"], strict=True))
-        row = {"family": name, "sites": sites, "tokens": tokens, "width": width, **added}
-        rows.append({**row, "milliseconds": 1e3 * seconds})
+    at = {"sites": sites, "tokens": tokens, "width": width}
+    rows = [
+        {"family": name, "milliseconds": 1e3 * driver.added(times[name], times["floor"]), **at}
+        | {key: found[name][key] - found["floor"][key] for key in COUNTED}
+        for name in FAMILIES
+    ]
     driver.progress(rows)
     return rows
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
+def measure(options: driver.Options) -> dict[str, Any]:
     """Return every family's costs while one of sites, tokens and width grows."""
     grown = {"sites": options.sites, "tokens": options.tokens, "width": options.widths}
     return {
@@ -76,7 +66,7 @@ def power(rows: Sequence[Mapping[str, Any]], what: str, cost: str) -> float:
     return log(last / first) / log(rows[-1][what] / rows[0][what])
 
 
-def tables(data: Mapping[str, Any]) -> dict[str, Any]:
+def tables(data: Any) -> dict[str, driver.Rows]:
     """Return the powers, and every size."""
     powers, rows = [], []
     for what, points in data["growth"].items():

@@ -1,8 +1,10 @@
-"""What the benchmarks run on: frozen OPT backbones with random weights, linears alone, and rebuilt updates."""
+"""What the benchmarks run on: frozen OPT backbones with random weights, linears alone, adapters by their titles."""
 
 from __future__ import annotations
 
 import copy
+import re
+from ast import literal_eval
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -22,45 +24,41 @@ SHAPES: Mapping[str, tuple[int, int, int]] = {  # width, heads, layers
 }
 TARGETS = ("q_proj", "k_proj", "v_proj")
 CONSTRUCTIONS = ("att", "qkv", "depth", "att_qkv", "att_depth", "qkv_depth", "att_qkv_depth")
-FAMILIES: Sequence[tuple[str, Mapping[str, Any]]] = (
-    ("lora", {"rank": 8}),
-    ("lora", {"rank": 64}),
-    ("cp", {"rank": 8}),
-    ("cp", {"rank": 64}),
-    ("lorta", {"rank": 8}),
-    ("lorta", {"rank": 64}),
-    *(("tenslora", {"construction": name, "ranks": 8}) for name in CONSTRUCTIONS),
-    ("tenslora", {"construction": "qkv_depth", "ranks": (64, 64, 3, 2)}),
-    ("tera", {"ranks": (8, 8), "out": (None,), "inp": (None,)}),
-    ("tera", {"ranks": (64, 64), "out": (None,), "inp": (None,)}),
-    *((name, {"rank": 8}) for name in ("lotr", "fact_tt", "fact_tk")),
-    *((name, {"ranks": 8}) for name in ("metatt_4d", "metatt_5d")),
-    *((name, {}) for name in ("loretta", "tt_lora", "tucker", "tensor_train", "tensor_ring", "hierarchical_tucker")),
-    ("block_term", {}),
-    ("refta", {"rank": 8}),
-    ("lora_xs", {"rank": 8}),
-    ("vera", {"rank": 256}),
-    ("lokr", {"rank": 8}),
-    ("krona", {}),
-    ("loha", {"rank": 8}),
-    ("randlora", {"rank": 32}),
-    ("gralora", {"rank": 8}),
-    ("miss", {"rank": 8}),
-    ("monarch", {}),
-    ("hira", {"rank": 8}),
-    ("ia3", {}),
+PEFT: Mapping[str, tuple[str, Mapping[str, int]]] = {  # its own methods: the configuration and its options
+    "PEFT LoRA r=8": ("LoraConfig", {"r": 8, "lora_alpha": 16}),
+    "PEFT LoRA r=64": ("LoraConfig", {"r": 64, "lora_alpha": 16}),
+    "PEFT VeRA r=256": ("VeraConfig", {"r": 256}),
+    "PEFT LoKr r=8": ("LoKrConfig", {"r": 8}),
+    "PEFT LoHa r=8": ("LoHaConfig", {"r": 8}),
+    "PEFT RandLoRA r=32": ("RandLoraConfig", {"r": 32}),
+}
+FAMILIES = (
+    *(f"{name} rank={rank}" for name in ("lora", "cp", "lorta") for rank in (8, 64)),
+    *(f"tenslora {name} ranks=8" for name in CONSTRUCTIONS),
+    "tenslora qkv_depth ranks=(64, 64, 3, 2)",
+    *("tera ranks=8", "tera ranks=64"),
+    *("lotr rank=8", "fact_tt rank=8", "fact_tk rank=8", "metatt_4d ranks=8", "metatt_5d ranks=8"),
+    *("loretta", "tt_lora", "tucker", "tensor_train", "tensor_ring", "hierarchical_tucker", "block_term"),
+    *("refta rank=8", "lora_xs rank=8", "vera rank=256", "lokr rank=8", "krona", "loha rank=8"),
+    *("randlora rank=32", "gralora rank=8", "miss rank=8", "monarch", "hira rank=8", "ia3"),
 )
-NARROW = {"narrow": {"action": "store_true", "help": "factors in the dtype of the model, not in float32"}}
-SHAPE = {
+OPTIONS: Mapping[str, Any] = {  # which several benchmarks have
     "shape": {"choices": SHAPES, "default": "opt-125m"},
     "layers": {"type": int, "help": "layers of the model, if not the shape's own"},
+    "dtype": {"choices": ("float32", "bfloat16", "float16"), "default": "float32"},
+    "device": {"choices": ("cpu", "cuda"), "default": "cpu"},
+    "narrow": {"action": "store_true", "help": "factors in the dtype of the model, not in float32"},
+    "compile": False,
+    "only": {"nargs": "+", "help": "cases to run, with the floor"},
 }
 
 
-def with_layers(text: str) -> tuple[str, int]:
-    """Return a shape and a number of layers, from ``shape:layers``."""
-    name, _, layers = text.partition(":")
-    return name, int(layers or SHAPES[name][2])
+def options(*names: str, **own: Any) -> dict[str, Any]:
+    """Return a benchmark's options: some of those that several have, and its own."""
+    return {name: OPTIONS[name] for name in names} | own
+
+
+# ---- models
 
 
 def opt(width: int, heads: int, layers: int, *, causal: bool = False, **fields: Any) -> Any:
@@ -77,6 +75,17 @@ def backbone(shape: str, layers: int | None = None, **fields: Any) -> Any:
     """Return a frozen OPT of a shape."""
     width, heads, depth = SHAPES[shape]
     return opt(width, heads, layers or depth, **fields)
+
+
+def placed(its: Any, **fields: Any) -> Any:
+    """Return the frozen OPT that a benchmark's options name, on their device and in their dtype."""
+    where = getattr(its, "device", "cpu"), getattr(torch, getattr(its, "dtype", "float32"))
+    return backbone(its.shape, its.layers, **fields).to(*where)
+
+
+def sharing(base: nn.Module) -> nn.Module:
+    """Return a copy of a frozen model that shares its parameters."""
+    return copy.deepcopy(base, {id(p): p for p in base.parameters()})
 
 
 class Bare(nn.Module):
@@ -97,6 +106,58 @@ class Bare(nn.Module):
             linears = layer["self_attn"]
             x = linears["q_proj"](x) + linears["k_proj"](x) + linears["v_proj"](x)
         return (x,)
+
+
+# ---- adapters
+
+
+def family(title: str) -> Factorization:
+    """Return a family with its options as the tables call it, ``"cp rank=8"``; the sides of TeRA are in one piece."""
+    name, *words = re.split(" (?=[a-z])", title)
+    given = [word.partition("=") for word in words]
+    fields = {key: literal_eval(value) for key, equals, value in given if equals}
+    fields |= {"out": (None,), "inp": (None,)} if name == "tera" else {}
+    return tnpeft.families.get(name)(*(word for word, equals, _ in given if not equals), **fields)
+
+
+def network(f: Factorization, tokens: int, targets: Sequence[str] = TARGETS, **fields: Any) -> Any:
+    """Return the configuration of an adapter."""
+    return tnpeft.TensorNetworkConfig(network=f, target_modules=list(targets), tokens=tokens, **fields)
+
+
+def configs(tokens: int, targets: Sequence[str] = TARGETS, names: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the configurations of PEFT's own methods and of ours, or of some of them, by title."""
+    import peft
+
+    def one(title: str) -> Any:
+        if title not in PEFT:
+            return network(family(title), tokens, targets)
+        kind, fields = PEFT[title]
+        return getattr(peft, kind)(target_modules=list(targets), **fields)
+
+    return {title: one(title) for title in names or (*PEFT, *FAMILIES)}
+
+
+def adapted(base: nn.Module, config: Any, narrow: bool = False) -> Any:
+    """Return a copy of a frozen model, whose parameters it shares, with adapters; ``narrow``: in its dtype.
+
+    Else the factors of a model in half precision are in float32, as PEFT has them by default.
+    """
+    import peft
+
+    return peft.get_peft_model(sharing(base), config, autocast_adapter_dtype=not narrow)
+
+
+def described(settings: Mapping[str, Any]) -> str:
+    """Return how a model is run and what dtype the factors have, for a table's text."""
+    dtype = settings.get("dtype", "float32")
+    factors = f", factors in {dtype if settings.get('narrow') else 'float32'}" if dtype != "float32" else ""
+    return f"{'compiled' if settings.get('compile') else 'eager'}{factors}"
+
+
+def trained(model: nn.Module) -> int:
+    """Return the number of trainable parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 class Rebuilt(nn.Module):
@@ -127,62 +188,6 @@ class Rebuilt(nn.Module):
         return result
 
 
-def sharing(base: nn.Module) -> nn.Module:
-    """Return a copy of a frozen model that shares its parameters."""
-    return copy.deepcopy(base, {id(p): p for p in base.parameters()})
-
-
-def adapted(base: nn.Module, config: Any, narrow: bool = False) -> Any:
-    """Return a copy of a frozen model, whose parameters it shares, with adapters; ``narrow``: in its dtype.
-
-    Else the factors of a model in half precision are in float32, as PEFT has them by default.
-    """
-    import peft
-
-    return peft.get_peft_model(sharing(base), config, autocast_adapter_dtype=not narrow)
-
-
-def described(settings: Mapping[str, Any]) -> str:
-    """Return how a model is run and what dtype the factors have, for a table's text."""
-    half = settings["dtype"] != "float32"
-    factors = f", factors in {settings['dtype'] if settings['narrow'] else 'float32'}" if half else ""
-    return f"{'compiled' if settings['compile'] else 'eager'}{factors}"
-
-
-def network(f: Factorization, tokens: int, targets: Sequence[str] = TARGETS, **fields: Any) -> Any:
-    """Return the configuration of an adapter."""
-    return tnpeft.TensorNetworkConfig(network=f, target_modules=list(targets), tokens=tokens, **fields)
-
-
-def configs(tokens: int, targets: Sequence[str] = TARGETS, names: Sequence[str] = ()) -> dict[str, Any]:
-    """Return PEFT's own methods at stated ranks and ours, by what the tables call them; some of them by ``names``."""
-    import peft
-
-    common = {"target_modules": list(targets)}
-    found: dict[str, Any] = {
-        "PEFT LoRA r=8": peft.LoraConfig(r=8, lora_alpha=16, **common),
-        "PEFT LoRA r=64": peft.LoraConfig(r=64, lora_alpha=16, **common),
-        "PEFT VeRA r=256": peft.VeraConfig(r=256, **common),
-        "PEFT LoKr r=8": peft.LoKrConfig(r=8, **common),
-        "PEFT LoHa r=8": peft.LoHaConfig(r=8, **common),
-        "PEFT RandLoRA r=32": peft.RandLoraConfig(r=32, **common),
-    }
-    for name, options in FAMILIES:
-        found[title(name, options)] = network(tnpeft.families.get(name)(**options), tokens, targets)
-    return {name: found[name] for name in names} if names else found
-
-
-def title(name: str, options: Mapping[str, Any]) -> str:
-    """Return a family with its options, as the tables call it."""
-    shown = {k: v for k, v in options.items() if v != (None,)}  # a side in one piece
-    return " ".join([name, *(v if isinstance(v, str) else f"{k}={_short(v)}" for k, v in shown.items())])
-
-
-def _short(value: Any) -> str:
-    same = isinstance(value, tuple) and len({*value}) == 1
-    return str(value[0] if same else value)
-
-
 def rebuilt(base: nn.Module, f: Factorization, whole: bool) -> nn.Module:
     """Return a copy whose linears form their update at every call: the site's, or the ``whole`` tensor it is in."""
     stacked, model = tnpeft.factors(adapted(base, network(f, 1))), sharing(base)
@@ -194,19 +199,26 @@ def rebuilt(base: nn.Module, f: Factorization, whole: bool) -> nn.Module:
     return model
 
 
-def step(model: Callable[..., Any], x: Tensor, weights: Tensor) -> Tensor:
-    """Return the loss of one step, for a model that sees embeddings."""
-    loss: Tensor = (model(inputs_embeds=x.detach().requires_grad_(), use_cache=False)[0] * weights).sum()
-    return loss
+# ---- steps
+
+
+def embeddings(base: Any, rows: int, length: int) -> Tensor:
+    """Return random embeddings for a model, on its device and in its dtype."""
+    return torch.randn(rows, length, base.config.hidden_size).to(next(base.parameters()))
+
+
+def stepper(base: Any, rows: int, length: int) -> Callable[[nn.Module], Callable[[], Tensor]]:
+    """Return what makes of a model the forward of a step, on embeddings that all models share."""
+    x = embeddings(base, rows, length)
+    weights = torch.randn_like(x) / x.numel()
+
+    def loss(model: Callable[..., Any]) -> Tensor:
+        result: Tensor = (model(inputs_embeds=x.detach().requires_grad_(), use_cache=False)[0] * weights).sum()
+        return result
+
+    return lambda model: partial(loss, model)
 
 
 def backward(forward: Callable[[], Tensor]) -> Callable[[], None]:
     """Return a function that runs forward and backward."""
     return lambda: forward().backward()
-
-
-def stepper(tokens: Sequence[int], width: int, **options: Any) -> Callable[[nn.Module], Callable[[], Tensor]]:
-    """Return what makes of a model the forward of a step, on inputs that all of them share."""
-    x = torch.randn(*tokens, width, **options)
-    weights = torch.randn_like(x) / x.numel()
-    return lambda model: partial(step, model, x, weights)

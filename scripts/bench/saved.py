@@ -1,46 +1,27 @@
-"""What one adapted linear keeps for its backward pass, in bytes, ours and PEFT's own layers: exact, nothing is timed.
+"""What one adapted linear keeps for backward.
 
-Kept are the distinct storages that autograd saves in a forward, Parameters and buffers left out. The input is kept by
-nearly every adapter and told apart.
-
-    python scripts/bench.py saved
+Bytes of the distinct storages that autograd saves in the forward of one square linear with an adapter, float32;
+Parameters and buffers left out. Below zero beside the input: the input itself is not kept.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Mapping
+from collections import OrderedDict
 from functools import partial
 from math import prod
 from typing import Any
 
 import peft
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bench import driver, meters, models
 
-TITLE = "What one adapted linear keeps for backward"
-ABOUT = """Bytes of the distinct storages that autograd saves in the forward of one square linear with an adapter,
-float32; Parameters and buffers left out. Below zero beside the input: the input itself is not kept."""
-OPTIONS = driver.ONLY
+OPTIONS = models.options("only")
+PUBLISHED = {"saved": ""}
 EXACT = True
 SIZES = ((2048, 64), (2048, 1024), (768, 1024))  # width of the linear, tokens
 BYTES = 4
-
-
-class Site(nn.Module):
-    """A model of one linear."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.config = {"num_attention_heads": 16}
-        self.q_proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the linear's output."""
-        result: Tensor = self.q_proj(x)
-        return result
 
 
 def inner_width(run: Any) -> int:
@@ -53,7 +34,9 @@ def inner_width(run: Any) -> int:
 def kept(config: Any, width: int, tokens: int) -> dict[str, Any]:
     """Return the bytes that a linear with an adapter keeps; for ours the inner width and the factors' bytes."""
     torch.manual_seed(0)
-    model = peft.get_peft_model(Site(width), config)
+    site: Any = nn.Sequential(OrderedDict(q_proj=nn.Linear(width, width)))
+    site.config = {"num_attention_heads": 16}
+    model = peft.get_peft_model(site, config)
     x = torch.randn(tokens, width).requires_grad_()
     row: dict[str, Any] = {"saved": meters.saved_bytes(model, partial(model, x))}
     for module in model.modules():
@@ -63,26 +46,20 @@ def kept(config: Any, width: int, tokens: int) -> dict[str, Any]:
     return row
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Return every method at every size."""
-    rows = []
+def measure(options: driver.Options) -> driver.Rows:
+    """Yield every method at every size."""
     for width, tokens in SIZES:
         for name, config in driver.chosen(models.configs(tokens, ["q_proj"]), options.only).items():
-            rows.append({"case": name, "linear": width, "tokens": tokens, **kept(config, width, tokens)})
-    return {"cases": rows}
+            yield {"case": name, "linear": width, "tokens": tokens, **kept(config, width, tokens)}
 
 
-def tables(data: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return a row for each method and size."""
-    return [
-        {
-            "case": row["case"],
-            "linear": row["linear"],
-            "tokens": row["tokens"],
+def tables(data: Any) -> driver.Rows:
+    """Yield a row for each method and size."""
+    for row in data["cases"]:
+        yield {
+            **{key: row[key] for key in ("case", "linear", "tokens")},
             "bytes kept": row["saved"],
             "beside the input": row["saved"] - BYTES * row["linear"] * row["tokens"],
             "inner width": row.get("width"),
             "bytes of its factors": row.get("factors"),
         }
-        for row in data["cases"]
-    ]

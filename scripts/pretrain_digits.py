@@ -10,6 +10,7 @@ machine or library version that runs this again gets others, so that results on 
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
@@ -52,24 +53,21 @@ def pretrain(seed: int, folder: Path) -> float:
 def main() -> None:
     torch.use_deterministic_algorithms(True)
     table = read_toml(WEIGHTS / "digits.toml") if (WEIGHTS / "digits.toml").exists() else {}
-    for seed in map(int, sys.argv[1:]) if sys.argv[1:] else range(packaged.DIGITS_COUNT):
+    for seed in map(int, sys.argv[1:] or range(packaged.DIGITS_COUNT)):
+        weights = WEIGHTS / f"digits-{seed}.safetensors"
         with tempfile.TemporaryDirectory() as made:
             accuracy = pretrain(seed, Path(made))
-            save_file(
-                load_file(Path(made) / "model.safetensors"), WEIGHTS / f"digits-{seed}.safetensors", {"format": "pt"}
-            )
+            save_file(load_file(Path(made) / "model.safetensors"), weights, {"format": "pt"})
             for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
                 text = (Path(made) / name).read_text(encoding="utf-8").replace('"float16"', '"float32"')
                 write_text(WEIGHTS / name, text.rstrip() + "\n")
-        digest = packaged.file_hash(WEIGHTS / f"digits-{seed}.safetensors")
-        table[str(seed)] = {"sha256": digest, "accuracy": round(accuracy, 4), **{"torch": versions()["torch"]}}
+        digest = packaged.file_hash(weights)
+        table[str(seed)] = {"sha256": digest, "accuracy": round(accuracy, 4), "torch": versions()["torch"]}
         print(f"digits:{seed}: {accuracy:.1%} of upright digits, {digest}", flush=True)
-    head = "# Ten frozen backbones by seed: hash of the weights, accuracy on upright digits not trained on.\n"
-    parts = [
-        f"[{seed}]\n" + "".join(f"{key} = {value!r}\n".replace("'", '"') for key, value in table[seed].items())
-        for seed in sorted(table, key=int)
-    ]
-    write_text(WEIGHTS / "digits.toml", head + "\n" + "\n".join(parts))
+    text = "# Ten frozen backbones by seed: hash of the weights, accuracy on upright digits not trained on.\n"
+    for seed in sorted(table, key=int):
+        text += f"\n[{seed}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in table[seed].items())
+    write_text(WEIGHTS / "digits.toml", text)
 
 
 if __name__ == "__main__":

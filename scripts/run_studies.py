@@ -18,12 +18,12 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from build_report import show
+from build_report import PAPER, show
 
 from tnpeft.studies import Engine, Store, Study, report, sweep
 from tnpeft.studies.files import whole
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = PAPER.parent
 STUDIES = (
     "study0_smollm2",
     "study1_structure_or_step",
@@ -37,9 +37,8 @@ STUDIES = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "studies", nargs="*", default=STUDIES, help=f"names of presets (default: {' '.join(STUDIES)})"
-    )
+    named = f"names of presets (default: {' '.join(STUDIES)})"
+    parser.add_argument("studies", nargs="*", default=STUDIES, help=named)
     parser.add_argument("--data", required=True, help="folder with the tasks' files, or hub")
     parser.add_argument("--report", action="store_true", help="report what is there, run nothing")
     parser.add_argument("--workers", type=int, default=0, help="runs side by side (default: one for each core)")
@@ -53,21 +52,16 @@ def main() -> None:
 
 
 def publish(study: Study, runs: Path) -> None:
-    """Report a study in paper/, with the records of its runs."""
+    """Report a study in paper/, with the records of its runs, predictions and all, as one compressed file."""
     report(study, runs, runs / "report")
-    write_records(study, runs, ROOT / "paper" / "records" / f"{study.name}.jsonl.gz")
-    shutil.copyfile(runs / "report" / f"{study.name}.json", ROOT / "paper" / "tables" / f"{study.name}.json")
-    show(ROOT / "paper", study.name)
-
-
-def write_records(study: Study, runs: Path, path: Path) -> None:
-    """Write the records of a study's runs, predictions and all, as one compressed file without times of writing."""
-    store = Store(runs)
+    shutil.copyfile(runs / "report" / f"{study.name}.json", PAPER / "tables" / f"{study.name}.json")
+    show(PAPER, study.name)
+    store, path = Store(runs), PAPER / "records" / f"{study.name}.jsonl.gz"
     keys = sorted({run.key for run in (*study.search(store), *study.confirmation(store))})
     lines = [json.dumps(record, sort_keys=True) for key in keys if (record := store.result(key))]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as part, part.open("wb") as stream:
-        stream.write(gzip.compress("\n".join(lines).encode() + b"\n", mtime=0))
+    with whole(path) as part:
+        part.write_bytes(gzip.compress("\n".join(lines).encode() + b"\n", mtime=0))  # no time of writing
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,16 +45,17 @@ def main() -> None:
     path = args.out / "presets.md"
     rows = [row for row in read(path.with_suffix(".csv")) if row["preset"] not in args.presets]
     for name in args.presets:
-        study = Study.read(ROOT / "presets" / f"{name}.toml", data=args.data)
+        preset = ROOT / "presets" / f"{name}.toml"
+        study = Study.read(preset, data=args.data)
         if name in INSTEAD and not (Path(args.data) / study.tasks[0].train).exists():
-            study = Study.read(ROOT / "presets" / f"{name}.toml", data=args.data, tasks=[INSTEAD[name]])
+            study = Study.read(preset, data=args.data, tasks=[INSTEAD[name]])
         for row in trial(study, steps=args.steps, batch=args.batch):
-            rows.append({"preset": name, **{key: value for key, value in row.items() if key != "study"}})
+            del row["study"]
+            rows.append({"preset": name, **row})
             print(", ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
-            order = [row for preset in PRESETS for row in rows if row["preset"] == preset]
+            order = sorted(rows, key=lambda row: PRESETS.index(row["preset"]))
             tables.write(order, path, " ".join(CAPTION.split()))
-    if any(row["outcome"] != "losses finite" for row in rows):
-        raise SystemExit(1)
+    sys.exit(any(row["outcome"] != "losses finite" for row in rows))
 
 
 def read(path: Path) -> list[Mapping[str, Any]]:

@@ -26,7 +26,7 @@ from tnpeft.planning import planner, search
 OPTIONS = {"sites": (12, 24, 48, 96, 192, 384), "samples": 3}
 PUBLISHED = {"attach": "--clock cpu"}
 TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
-TENSLORA = "tenslora qkv_depth ranks=8"
+PEFT, TENSLORA = "PEFT LoRA r=8", "tenslora qkv_depth ranks=8"
 FAMILIES = ("lora rank=8", "cp rank=21", "lorta rank=8", TENSLORA, "vera rank=256")
 IMPORTS = {
     "import tnpeft": "import tnpeft",
@@ -56,49 +56,36 @@ def imported() -> dict[str, float]:
     return {name: value - found[""] for name, value in found.items() if name}
 
 
-def planned(site_layouts: Any) -> None:
-    """Search for the plans and programs of sites."""
-    for its in site_layouts:
-        program.program(its.network, its.sizes)
-
-
-def attached(options: driver.Options, layers: int, name: str) -> dict[str, Any]:
-    """Return seconds to plan and attach one family to a new model, from an empty cache."""
+def attached(options: driver.Options, layers: int, title: str) -> dict[str, Any]:
+    """Return seconds to attach one family to a new model, and to plan for its sites, from an empty cache."""
     planning, attaching = [], []
 
-    def timed(call: Any) -> tuple[Any, float]:
+    def timed(call: Any, *given: Any) -> tuple[Any, float]:
         for remembered in (search._search, planner.planned, program._program):
             remembered.cache_clear()
-        return once(call, options.clock)
+        return once(partial(call, *given), options.clock)
 
     for _ in range(options.samples):
-        config = tnpeft.TensorNetworkConfig(network=family(name, layers), target_modules=list(TARGETS))
-        found, seconds = timed(partial(peft.get_peft_model, model(layers), config))
+        config = peft.LoraConfig(r=8) if title == PEFT else tnpeft.TensorNetworkConfig(network=family(title, layers))
+        config.target_modules = list(TARGETS)
+        found, seconds = timed(peft.get_peft_model, model(layers), config)
         attaching.append(seconds)
-        site_layouts = found.base_model.model.factor_bank.layouts["default"].site_layouts
-        planning.append(timed(partial(planned, site_layouts))[1])
-    return {
-        "family": name,
-        "sites": len(site_layouts),
-        "parameters": models.trained(found),
-        "attach s": median(attaching),
-        "of which planning s": median(planning),
-    }
+        if title != PEFT:
+            layouts = found.base_model.model.factor_bank.layouts["default"].site_layouts
+            planning.append(timed(lambda all_: [program.program(its.network, its.sizes) for its in all_], layouts)[1])
+    row = {"family": title, "sites": len(TARGETS) * layers, "parameters": models.trained(found)}
+    return {**row, "attach s": median(attaching)} | ({"of which planning s": median(planning)} if planning else {})
 
 
 def measure(options: driver.Options) -> dict[str, Any]:
     """Return imports, counts, attaching at OPT-1.3B's 96 sites, and growth."""
-    rows = [attached(options, 24, name) for name in FAMILIES]
-    for row in rows:
+    rows = [attached(options, 24, title) for title in (*FAMILIES, PEFT)]
+    for row in rows[:-1]:
         f = family(row["family"], 24)
         count = partial(tnpeft.parameters, f, model="facebook/opt-1.3b", targets=list(TARGETS))
         row["count s"] = median(once(count, "cpu")[1] for _ in range(options.samples))
-    config = peft.LoraConfig(r=8, target_modules=list(TARGETS))
-    bases = (model(24) for _ in range(options.samples))
-    theirs = [once(partial(peft.get_peft_model, base, config), options.clock)[1] for base in bases]
-    rows.append({"family": "PEFT LoRA r=8", "sites": 96, "attach s": median(theirs)})
     grown = ("lora rank=8", "cp rank=21", TENSLORA)
-    growth = [attached(options, sites // 4, name) for sites in options.sites for name in grown]
+    growth = [attached(options, sites // len(TARGETS), title) for sites in options.sites for title in grown]
     return {"imports": imported(), "attach": rows, "growth": growth}
 
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import hashlib
 import importlib
 import json
 import multiprocessing
@@ -42,7 +41,7 @@ import jinja2
 import torch
 
 from bench.models import SHAPES, described
-from tnpeft.studies.files import write_json, write_text
+from tnpeft.studies.files import digest, write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLES = ROOT / "paper" / "tables"
@@ -85,8 +84,9 @@ def _argument(default: Any) -> dict[str, Any]:
     """Return the argument of an option that is given by its default."""
     if isinstance(default, bool):
         return {"action": "store_true"}
-    many = {"nargs": "+", "type": type(default[0])} if isinstance(default, tuple) else {"type": type(default)}
-    return {**many, "default": default, "help": "default: %(default)s"}
+    many = isinstance(default, tuple)
+    kind = {"type": type(default[0]), "nargs": "+"} if many else {"type": type(default)}
+    return {**kind, "default": default, "help": "default: %(default)s"}
 
 
 def chosen(known: Mapping[str, Any], only: Sequence[str] | None) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def progress(what: Any) -> None:
 class Case:
     """A run that is timed over a floor, facts about it, and the time's name and divisor."""
 
-    run: Callable[[], Any] | None
+    run: Callable[[], Any]
     facts: Mapping[str, Any] = field(default_factory=dict)
     floor: str = "floor"
     unit: str = "milliseconds"
@@ -120,37 +120,38 @@ Cases = Iterator[tuple[str, Case]]
 Sampler = Callable[[], float]
 
 
-def stopwatch(run: Callable[[], Any], clock: str, device: str = "cpu") -> Sampler:
-    """Return a function that runs and returns the seconds that it took."""
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-
-    def sample() -> float:
-        wait()
-        return once(lambda: (run(), wait()), clock)[1]
-
-    return sample
-
-
 def once(run: Callable[[], Any], clock: str) -> tuple[Any, float]:
     """Return what a run returns, and the seconds that it took."""
     start = CLOCKS[clock]()
     return run(), CLOCKS[clock]() - start
 
 
-def in_turn(samplers: Mapping[str, Sampler], samples: int, warm: int = 1) -> dict[str, list[float]]:
+def samplers(runs: Mapping[str, Callable[[], Any]], options: Options) -> dict[str, Sampler]:
+    """Return for each run a function that runs it and returns the seconds that it took."""
+    wait = torch.cuda.synchronize if getattr(options, "device", "cpu") == "cuda" else lambda: None
+
+    def sample(run: Callable[[], Any]) -> float:
+        wait()
+        return once(lambda: (run(), wait()), options.clock)[1]
+
+    return {name: partial(sample, run) for name, run in runs.items()}
+
+
+def in_turn(each: Mapping[Any, Sampler], options: Options) -> dict[Any, list[float]]:
     """Return seconds of each, one sample of each in turn, so that a busy machine slows all of them alike."""
+    warm = 3 if getattr(options, "compile", False) else 1
     gc.collect()
     gc.disable()
     try:
-        turns = [{name: sampler() for name, sampler in samplers.items()} for _ in range(warm + samples)]
+        turns = [{name: sampler() for name, sampler in each.items()} for _ in range(warm + options.samples)]
     finally:
         gc.enable()
-    return {name: [turn[name] for turn in turns[warm:]] for name in samplers}
+    return {name: [turn[name] for turn in turns[warm:]] for name in each}
 
 
-def interleaved(runs: Mapping[str, Callable[[], Any]], samples: int, clock: str, device: str = "cpu") -> Any:
+def interleaved(runs: Mapping[Any, Callable[[], Any]], options: Options) -> dict[Any, list[float]]:
     """Return seconds of each run, in turn."""
-    return in_turn({name: stopwatch(run, clock, device) for name, run in runs.items()}, samples)
+    return in_turn(samplers(runs, options), options)
 
 
 def ratio(times: Sequence[float], floor: Sequence[float]) -> float:
@@ -161,13 +162,6 @@ def ratio(times: Sequence[float], floor: Sequence[float]) -> float:
 def added(times: Sequence[float], floor: Sequence[float]) -> float:
     """Return the median of the differences of neighbouring samples."""
     return median(a - b for a, b in zip(times, floor, strict=True))
-
-
-def made(module: Any, options: Options) -> tuple[dict[str, Case], dict[str, Sampler]]:
-    """Return a benchmark's cases, and what gives the seconds of a sample of each."""
-    cases: dict[str, Case] = dict(_prepared(module.cases, options))
-    clock = options.clock, getattr(options, "device", "cpu")
-    return cases, {name: stopwatch(case.run, *clock) for name, case in cases.items() if case.run}
 
 
 def measured(module: Any, options: Options) -> dict[str, Any]:
@@ -186,6 +180,12 @@ def _prepared(call: Callable[[Options], Any], options: Options) -> Any:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     return call(options)
+
+
+def made(module: Any, options: Options) -> tuple[dict[str, Case], dict[str, Sampler]]:
+    """Return a benchmark's cases, and what gives the seconds of a sample of each."""
+    cases: dict[str, Case] = dict(_prepared(module.cases, options))
+    return cases, samplers({name: case.run for name, case in cases.items()}, options)
 
 
 @contextmanager
@@ -213,37 +213,39 @@ def serve(pipe: Any, name: str, arguments: Sequence[str]) -> None:
     """Answer a parent: with the cases, then with the seconds of each case that it names."""
     import tnpeft
 
-    cases, samplers = made(*parse(name, arguments))
-    pipe.send((str(Path(tnpeft.__file__).resolve()), {key: replace(case, run=None) for key, case in cases.items()}))
+    cases, each = made(*parse(name, arguments))
+    pipe.send((str(Path(tnpeft.__file__).resolve()), {key: replace(case, run=print) for key, case in cases.items()}))
     gc.disable()
     while True:
-        pipe.send(samplers[pipe.recv()]())
+        pipe.send(each[pipe.recv()]())
 
 
 def timed(module: Any, options: Options, arguments: Sequence[str]) -> dict[str, Any]:
     """Return the cases of a benchmark with their times, all in turn, those of another checkout among them."""
+    if not options.against:
+        cases, each = made(module, options)
+        return {"cases": _rows(cases, in_turn(each, options))}
     with ExitStack() as stack:
-        if options.against:
-            name = module.__name__.rpartition(".")[2]
-            both = {"cases": ROOT, "against": options.against.resolve()}
-            sides = {side: stack.enter_context(worker(root, name, arguments)) for side, root in both.items()}
-        else:
-            sides = {"cases": made(module, options)}
-        samplers = {
-            (side, key): sides[side][1][key] for key in sides["cases"][0] for side in sides
-        }  # neighbours: the same case of both
-        times = in_turn(samplers, options.samples, 3 if getattr(options, "compile", False) else 1)
+        roots, name = (ROOT, options.against.resolve()), module.__name__.rpartition(".")[2]
+        both = [stack.enter_context(worker(root, name, arguments)) for root in roots]
+        times = in_turn({(key, k): both[k][1][key] for key in both[0][0] for k in (0, 1)}, options)
+    ours, theirs = (_rows(both[k][0], {key: times[key, k] for key in both[0][0]}) for k in (0, 1))
+    for key, row in theirs.items():
+        row["time"] = ratio(ours[key]["samples"], row["samples"])
+    return {"cases": ours, "against": theirs, "commits": [*map(_commit, roots)]}
 
-    def row(side: str, key: str, case: Case) -> dict[str, Any]:
-        its, floor = times[side, key], times[side, case.floor]
-        both = {"time": ratio(times["cases", key], its)} if side == "against" else {}
-        time_ = {case.unit: 1e3 * median(its) / case.per, "overhead": ratio(its, floor) - 1, "samples": its}
-        return {**case.facts, **time_, **both}
 
-    found: dict[str, Any] = {
-        side: {key: row(side, key, case) for key, case in cases.items()} for side, (cases, _) in sides.items()
+def _rows(cases: Mapping[str, Case], times: Mapping[str, list[float]]) -> dict[str, dict[str, Any]]:
+    """Return the facts and the times of cases."""
+    return {
+        key: {
+            **case.facts,
+            case.unit: 1e3 * median(times[key]) / case.per,
+            "overhead": ratio(times[key], times[case.floor]) - 1,
+            "samples": times[key],
+        }
+        for key, case in cases.items()
     }
-    return found | ({"commits": [_commit(ROOT), _commit(options.against)]} if options.against else {})
 
 
 def _commit(root: Path) -> str:
@@ -311,8 +313,7 @@ def _against(data: Mapping[str, Any]) -> dict[str, Any]:
     if "against" not in data:
         return {}
     rows = []
-    for name, row in data["cases"].items():
-        theirs = data["against"][name]
+    for (name, row), theirs in zip(data["cases"].items(), data["against"].values(), strict=True):
         over = {"over floor": f"{row['overhead']:+.1%}", "theirs": f"{theirs['overhead']:+.1%}"}
         facts = {f"{fact}, theirs": theirs[fact] for fact, value in row.items() if isinstance(value, int)}
         rows.append({"case": name, **over, "time over theirs": f"{theirs['time']:.3f}", **facts})
@@ -344,10 +345,8 @@ def published() -> dict[str, tuple[str, str]]:
 
 def code() -> str:
     """Return a hash of all that determines what a benchmark measures but its options."""
-    total = hashlib.sha256()
-    for path in sorted([*ROOT.glob("scripts/bench/*.py"), *ROOT.glob("tnpeft/**/*.py")]):
-        total.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
-    return total.hexdigest()[:16]
+    paths = sorted([*ROOT.glob("scripts/bench/*.py"), *ROOT.glob("tnpeft/**/*.py")])
+    return digest({path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths})
 
 
 def run_published(arguments: Sequence[str]) -> None:
@@ -372,10 +371,10 @@ def run_published(arguments: Sequence[str]) -> None:
             progress(f"== {name} has run")
         else:
             progress(f"== {name}")
+            given = {"name": name, "out": options.out}
+            given |= {"data": options.data, "tokenizer": options.tokenizer} if which == "sst2" else {}
             command = [sys.executable, str(ROOT / "scripts" / "bench.py"), which, *shlex.split(its)]
-            command += ["--name", name, "--out", str(options.out)]
-            for given in ("data", "tokenizer") if which == "sst2" else ():
-                command += [f"--{given}", getattr(options, given)] if getattr(options, given) else []
+            command += [f"--{key}={value}" for key, value in given.items() if value]
             environment = {**os.environ, **({} if name in GIVEN_BACK else KEPT)}
             seconds = once(partial(subprocess.run, command, check=True, env=environment), "wall")[1]
             write_text(note, what)

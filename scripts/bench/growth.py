@@ -38,7 +38,7 @@ def point(options: driver.Options, sites: int, tokens: int, width: int) -> list[
     forward_of = models.stepper(cases["floor"], 1, tokens)
     found = {name: vars(meters.meters(model, forward_of(model))) for name, model in cases.items()}
     runs = {name: models.backward(forward_of(model)) for name, model in cases.items()}
-    times = driver.interleaved(runs, options.samples, options.clock)
+    times = driver.interleaved(runs, options)
     at = {"sites": sites, "tokens": tokens, "width": width}
     rows = [
         {"family": name, "milliseconds": 1e3 * driver.added(times[name], times["floor"]), **at}

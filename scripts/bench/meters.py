@@ -12,9 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+
+_FREE = {"detach", "promote_types", "empty", "empty_like", "_unsafe_view", "empty_strided", "alias", "lift_fresh"}
 
 
 @dataclass(frozen=True)
@@ -46,19 +49,16 @@ class _Dispatched(TorchDispatchMode):
         return result
 
 
-_FREE = {"detach", "promote_types", "empty", "empty_like", "_unsafe_view", "empty_strided", "alias", "lift_fresh"}
-
-
-def _note(kept: dict[int, Tensor], tensor: Tensor) -> Tensor:
-    kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-    return tensor
-
-
 def saved_bytes(module: nn.Module, forward: Callable[[], Any]) -> int:
     """Bytes of the distinct storages that autograd keeps in a forward; parameters and buffers are left out."""
     own = {t.untyped_storage().data_ptr() for t in [*module.parameters(), *module.buffers()]}
     kept: dict[int, Tensor] = {}
-    with saved_tensors_hooks(lambda t: _note(kept, t), lambda t: t):
+
+    def note(tensor: Tensor) -> Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with saved_tensors_hooks(note, lambda t: t):
         result = forward()
     del result
     return sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in own)
@@ -66,12 +66,12 @@ def saved_bytes(module: nn.Module, forward: Callable[[], Any]) -> int:
 
 def flop_counter() -> FlopCounterMode:
     """Torch's flop counter, which by itself passes over a product accumulated in place."""
+
+    def accumulated(total: Sequence[int], left: Sequence[int], right: Sequence[int], **_: Any) -> int:
+        return 2 * prod(left) * right[-1]
+
     in_place = torch.ops.aten.addmm_, torch.ops.aten.baddbmm_
-    return FlopCounterMode(display=False, custom_mapping=dict.fromkeys(in_place, _accumulated))
-
-
-def _accumulated(total: Sequence[int], left: Sequence[int], right: Sequence[int], **_: Any) -> int:
-    return 2 * prod(left) * right[-1]
+    return FlopCounterMode(display=False, custom_mapping=dict.fromkeys(in_place, accumulated))
 
 
 def counted(module: nn.Module, forward: Callable[[], Tensor]) -> dict[str, int]:
@@ -85,29 +85,22 @@ def counted(module: nn.Module, forward: Callable[[], Tensor]) -> dict[str, int]:
 
 def meters(module: nn.Module, forward: Callable[[], Tensor], device: str = "cpu") -> Meters:
     """Return what one forward and backward costs, counted and not timed."""
-    flops, saved = counted(module, forward).values()
-    dispatched = _Dispatched()
-    with dispatched:
+    counts = counted(module, forward)
+    with _Dispatched() as dispatched:
         forward().backward()
     module.zero_grad()
-    if device == "cpu":
-        return Meters(flops, saved, dispatched.peak, dispatched.kernels)
-    gc.collect()  # what was counted is kept alive in circles
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    forward().backward()
-    peak = torch.cuda.max_memory_allocated() - before
-    module.zero_grad()
-    found = Meters(flops, saved, peak, _launched(forward))
-    gc.collect()
-    return found
-
-
-def _launched(forward: Callable[[], Tensor]) -> int:
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
-        forward().backward()
+    peak, kernels = dispatched.peak, dispatched.kernels
+    if device != "cpu":
+        gc.collect()  # what was counted is kept alive in circles
         torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in found.events())
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        forward().backward()
+        peak = torch.cuda.max_memory_allocated() - before
+        module.zero_grad()
+        with profile(activities=[ProfilerActivity.CUDA]) as launched:
+            forward().backward()
+            torch.cuda.synchronize()
+        kernels = sum(event.device_type == torch.autograd.DeviceType.CUDA for event in launched.events())
+        gc.collect()
+    return Meters(**counts, peak=peak, kernels=kernels)

@@ -160,42 +160,27 @@ def trained(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-class Rebuilt(nn.Module):
-    """An honest reference: a linear whose update is formed densely at each call, its site's matrix or its tensor.
-
-    ``whole`` rebuilds all that the site's factors share: every stack index that some factor lacks stays open.
-    """
-
-    def __init__(
-        self, base: nn.Module, f: Factorization, arrays: nn.ParameterDict, at: Mapping[str, int], whole: bool
-    ):
-        super().__init__()
-        net = f.network
-        shared = [i for i in net.stack if any(i not in factor.indices for factor in net.factors)] if whole else []
-        self.base, self.arrays, self.scale = base, arrays, float(f.scale)
-        self.at = {index: k for index, k in at.items() if index in net.stack and index not in shared}
-        self.place = tuple(at[index] for index in net.stack if index in shared)
-        self.order = {factor.name: factor.indices for factor in net.factors}
-        self.net = net.select(*self.at)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the base linear's output plus the update."""
-        own = {
-            name: array[tuple(self.at.get(index, slice(None)) for index in self.order[name])]
-            for name, array in self.arrays.items()
-        }
-        result: Tensor = self.base(x) + linear(x, tnpeft.dense(self.net, own)[self.place]) * self.scale
-        return result
-
-
 def rebuilt(base: nn.Module, f: Factorization, whole: bool) -> nn.Module:
-    """Return a copy whose linears form their update at every call: the site's, or the ``whole`` tensor it is in."""
-    stacked, model = tnpeft.factors(adapted(base, network(f, 1))), sharing(base)
-    arrays = nn.ParameterDict({name: nn.Parameter(value) for name, value in stacked.items()})
+    """Return an honest reference: a copy whose linears form their update densely at each call.
+
+    A site forms its own matrix; or, ``whole``, all that its factors share: every stack index that some factor lacks.
+    """
+    net, stacked, model = f.network, tnpeft.factors(adapted(base, network(f, 1))), sharing(base)
+    model.arrays = nn.ParameterDict({name: nn.Parameter(value) for name, value in stacked.items()})
+    shared = [i for i in net.stack if any(i not in factor.indices for factor in net.factors)] if whole else []
+
+    def add(at: Mapping[str, int], module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        fixed = {index: k for index, k in at.items() if index in net.stack and index not in shared}
+        own = {
+            factor.name: model.arrays[factor.name][tuple(fixed.get(index, slice(None)) for index in factor.indices)]
+            for factor in net.factors
+        }
+        place = tuple(at[index] for index in net.stack if index in shared)
+        return output + linear(*inputs, tnpeft.dense(net.select(*fixed), own)[place]) * float(f.scale)
+
     for number, layer in enumerate(model.decoder.layers):
         for place, name in enumerate(TARGETS):
-            its = getattr(layer.self_attn, name)
-            setattr(layer.self_attn, name, Rebuilt(its, f, arrays, {"layer": number, "proj": place}, whole))
+            getattr(layer.self_attn, name).register_forward_hook(partial(add, {"layer": number, "proj": place}))
     return model
 
 

@@ -43,10 +43,10 @@ def measure(options: driver.Options) -> dict[str, Any]:
             counts = meters.counted(model, forward_of(model))
             row[way] = {key: value - floor[key] for key, value in counts.items()}
         runs[name] = models.backward(forward_of(ways["factors"]))
-        row["rebuilt"]["seconds"] = driver.stopwatch(models.backward(forward_of(ways["rebuilt"])), options.clock)()
+        row["rebuilt"]["seconds"] = driver.once(models.backward(forward_of(ways["rebuilt"])), options.clock)[1]
         rows[name] = row
         driver.progress(f"{name}: {row}")
-    times = driver.interleaved(runs, options.samples, options.clock)
+    times = driver.interleaved(runs, options)
     for name, row in rows.items():
         row["factors"]["seconds"] = driver.added(times[name], times["floor"])
         row["rebuilt"]["seconds"] -= median(times["floor"])

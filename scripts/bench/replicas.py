@@ -96,7 +96,7 @@ def measure(options: driver.Options) -> driver.Rows:
             rows, length = map(int, batch.split("x"))
             make = partial(trainer, base, FAMILIES[family], rows=rows, length=length)
             runs = {k: make(replicas=k) for k in (1, *options.replicas)}
-            times = driver.interleaved(runs, options.samples, options.clock, options.device)
+            times = driver.interleaved(runs, options)
             yield {
                 **{"shape": shape, "layers": layers, "family": family, "rows": rows, "length": length},
                 "milliseconds": 1e3 * median(times[1]),

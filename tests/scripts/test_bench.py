@@ -8,6 +8,7 @@ import json
 import shlex
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -208,8 +209,12 @@ def test_unknown_names_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_attaching_counts_what_it_attaches() -> None:
-    row = attach.attached(1, "cp rank=21", ("q_proj", "v_proj"), 1, "cpu")
-    assert (row["sites"], row["parameters"]) == (2, 2 * 21 * (1 + 32 + 64 + 32 + 64))
+    options = Namespace(samples=1, clock="cpu")
+    row = attach.attached(options, 1, "cp rank=21")
+    assert (row["sites"], row["parameters"]) == (4, 4 * 21 * (1 + 32 + 64 + 32 + 64))
+    assert row["of which planning s"] > 0
+    theirs = attach.attached(options, 1, attach.PEFT)
+    assert (theirs["sites"], theirs["parameters"]) == (4, 4 * 2 * 8 * 2048)
 
 
 def test_the_meters_count_every_product_in_place_or_not() -> None:
@@ -233,16 +238,22 @@ def test_the_peak_is_what_lives_at_once() -> None:
 
 def test_runs_are_interleaved() -> None:
     order: list[str] = []
-    times = driver.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2, "wall")
+    options = Namespace(samples=2, clock="wall")
+    times = driver.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, options)
     assert order == ["a", "b"] * 3
     assert [len(found) for found in times.values()] == [2, 2]
-    slow = driver.interleaved({"fast": lambda: None, "slow": lambda: time.sleep(0.01)}, 3, "wall")
+    slow = driver.interleaved({"fast": lambda: None, "slow": lambda: time.sleep(0.01)}, options)
     assert driver.ratio(slow["slow"], slow["fast"]) > 1
 
 
 def test_the_power_of_a_growth() -> None:
     rows = [{"width": 2, "flops": 3}, {"width": 8, "flops": 48}]
     assert growth.power(rows, "width", "flops") == pytest.approx(2)
+
+
+def test_the_page_of_goals_is_up_to_date() -> None:
+    data = goals.measure(Namespace(out=driver.TABLES))
+    assert driver.page(goals, {**data, "settings": {}}) == (driver.TABLES / "speed.md").read_text()
 
 
 def test_benchmarks_that_have_run_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

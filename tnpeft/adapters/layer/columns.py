@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tnpeft.nn.executor.eligibility import under_transform
+from tnpeft.nn.executor.eligibility import autocast_active, under_transform
 
 if TYPE_CHECKING:
     from tnpeft.adapters.layer.bank import FactorBank
@@ -37,9 +37,9 @@ def share(model: nn.Module) -> None:
 def _begin(model: nn.Module, inputs: Any) -> None:
     sharded = torch.distributed.is_available() and torch.distributed.is_initialized()
     sharded = sharded and DistributedDataParallel._get_active_ddp_module() is None  # perhaps: FSDP, ZeRO
-    if torch.compiler.is_compiling() or not _apart() or sharded:
-        return
     bank: FactorBank = model.factor_bank  # type: ignore[assignment]
+    if torch.compiler.is_compiling() or not _apart() or sharded or bank.disable_adapters or bank.merged_adapters:
+        return
     found: dict[Hashable, list[Tensor]] = {}
     for store, key, axes in (item for name in bank.active_adapters for item in bank.unit_norm.get(name, ())):
         array = store.get(key)
@@ -92,7 +92,7 @@ def _divided(array: Tensor, axes: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 
 def _key(array: Tensor, axes: tuple[int, ...]) -> Hashable:
-    return id(array), array._version, axes, torch.is_autocast_enabled(array.device.type)
+    return id(array), array._version, axes, autocast_active(array.device.type)
 
 
 def _apart() -> bool:

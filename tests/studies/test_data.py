@@ -39,25 +39,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_reads_jsonl_gz_and_csv_alike(folder: Path) -> None:
-    plain = load(task(MINE), folder)
-    with gzip.open(folder / "train.jsonl.gz", "wt", encoding="utf-8") as stream:
-        stream.write((folder / "train.jsonl").read_text())
-    cells = ["text,label", *(f'"film {k}",{k % 2}' for k in range(40))]
-    write(folder, "train.csv", list(cells))
-    for name in ("train.jsonl.gz", "train.csv"):
-        assert load(task({**MINE, "train": name}), folder).digest == plain.digest
-    assert plain.train[3].prompt == "film 3 It was"
-    assert plain.train[3].label == 1
-
-
 def test_a_seed_draws_disjoint_reproducible_splits(folder: Path) -> None:
     data = load(task(MINE), folder)
     first, again, other = data.splits(0, 20, 8, 5), data.splits(0, 20, 8, 5), data.splits(1, 20, 8, 5)
     assert first == again != other
-    assert len(first.train) == 20
-    assert len(first.dev) == 8
-    assert len(first.eval) == 5
+    assert (len(first.train), len(first.dev), len(first.eval)) == (20, 8, 5)
     assert not set(first.train) & set(first.dev)
     assert set(first.train) | set(first.dev) <= set(data.train)
 
@@ -142,11 +128,13 @@ def test_a_file_that_is_not_there_names_the_remedy(folder: Path) -> None:
 
 
 def test_harmless_differences_change_nothing(folder: Path) -> None:
-    """A byte order mark, lines that end as on Windows, blank lines, tabs for commas."""
+    """A packed file, cells, a byte order mark, lines that end as on Windows, blank lines, tabs for commas."""
     rows = [(f"film {k}", k % 2) for k in range(40)]
     table = "text,label\n" + "".join(f"{text},{label}\n" for text, label in rows)
     lines = (folder / "train.jsonl").read_text()
     files = {
+        "packed.jsonl.gz": gzip.compress(lines.encode()),
+        "quoted.csv": ("text,label\n" + "".join(f'"{text}",{label}\n' for text, label in rows)).encode(),
         "mark.jsonl": b"\xef\xbb\xbf" + lines.encode(),
         "windows.jsonl": lines.replace("\n", "\r\n").encode(),
         "blank.jsonl": lines.replace("\n", "\n\n").encode(),
@@ -155,10 +143,11 @@ def test_harmless_differences_change_nothing(folder: Path) -> None:
         "tabs.tsv": table.replace(",", "\t").encode(),
         "tabs.tsv.gz": gzip.compress(table.replace(",", "\t").encode()),
     }
-    plain = load(task(MINE), folder).digest
+    plain = load(task(MINE), folder)
+    assert (plain.train[3].prompt, plain.train[3].label) == ("film 3 It was", 1)
     for name, content in files.items():
         (folder / name).write_bytes(content)
-        assert load(task({**MINE, "train": name}), folder).digest == plain, name
+        assert load(task({**MINE, "train": name}), folder).digest == plain.digest, name
 
 
 def test_quotes_in_tabs_are_text_and_booleans_are_labels(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -176,12 +177,7 @@ def test_points_know_their_backbones_steps_and_freedom(cache: Path, tmp_path: Pa
     assert lotr.step is not None
     assert points["P0: LoTR (rank=10)"].step is None
     assert points["P0: LoTR (rank=10)"].search == ()  # LoRA's search decided
-    declared = [
-        {"name": c.name, "plus": c.plus.name, "minus": c.minus.name, "measure": c.measure, "margin": c.margin}
-        | {"task": c.task}
-        for c in its.contrasts
-    ]
-    (found,) = contrasts(list(points.values()), declared)
+    (found,) = contrasts(list(points.values()), [asdict(contrast) for contrast in its.contrasts])
     assert found.summary is not None
     assert found.summary.n == 2
     assert found.word == ""

@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sweep_results import results, written
+from sweep_results import quietly, results, study_of, written
 
 from tnpeft.studies.files import StudyError
 from tnpeft.studies.reports.reporting import report
 from tnpeft.studies.running import pool
-from tnpeft.studies.running.pool import Engine, Job, Outcome, work
+from tnpeft.studies.running.pool import Engine, Job, Outcome, Workers, work
 from tnpeft.studies.running.sweeping import sweep
 from tnpeft.studies.runs import Store
-from tnpeft.studies.study import Study
 
 
 @pytest.fixture(params=["processes", pytest.param("ray", marks=pytest.mark.ray)])
@@ -30,10 +29,6 @@ def kind(request: pytest.FixtureRequest) -> str:
     if request.param == "ray":
         request.getfixturevalue("ray")
     return str(request.param)
-
-
-def quietly(_: str) -> None:
-    pass
 
 
 def deadly(job: Job, folder: str, threads: int, retry: bool) -> list[Outcome]:
@@ -47,7 +42,7 @@ def test_the_engines_agree_to_the_last_bit_and_make_nothing_twice(
     table: dict[str, Any], tmp_path: Path, kind: str
 ) -> None:
     table["methods"].append({"label": "bad", "peft": "lora", "args": {"r": -1}})
-    study = Study.of(table, Path("."))
+    study = study_of(table)
     one = sweep(study, tmp_path / "one", Engine("serial"), quietly)
     report(study, tmp_path / "one", tmp_path / "one-report")
     said: list[str] = []
@@ -69,22 +64,18 @@ def test_a_run_that_takes_its_process_along_fails_alone(
 ) -> None:
     monkeypatch.setattr(pool, "work", deadly)
     table["methods"] = [*table["methods"][1:2], *table["methods"][:1]]  # CP first, LoRA's two sizes beside it
-    tally = sweep(Study.of(table, Path(".")), tmp_path, Engine(kind, workers=2, pack=2), quietly)
+    tally = sweep(study_of(table), tmp_path, Engine(kind, workers=2, pack=2), quietly)
     assert (tally.done, tally.failed) == (4, 2)
     causes = {record["cause"] for name, record in results(tmp_path).items() if "failed" in name}
     assert causes == {"its process died (killed, or out of memory)"}
 
 
-class _Flaky:
+class _Flaky(Workers):
     """A pool whose workers die the first time they get a job, and every time they get one of seed 1."""
 
-    died: Any = ConnectionError
+    died = ConnectionError
     tasks: list[Job] = []  # noqa: RUF012
     made: list[Job] = []  # noqa: RUF012
-
-    def __init__(self, *_: Any) -> None: ...
-
-    def close(self) -> None: ...
 
     @staticmethod
     def cores() -> int:
@@ -105,7 +96,7 @@ def test_what_was_under_way_is_made_again_as_it_was_then_run_by_run(
     table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(pool._POOLS, "processes", _Flaky)
-    study = Study.of({**table, "seeds": [0, 2, 1]}, Path("."))
+    study = study_of(table, seeds=[0, 2, 1])
     runs = study.search()
     with Engine("processes", pack=2).open(tmp_path) as workers:
         outcomes = list(workers.map(runs))
@@ -117,10 +108,10 @@ def test_what_was_under_way_is_made_again_as_it_was_then_run_by_run(
 
 
 def test_a_worker_that_dies_between_two_phases_is_replaced(table: dict[str, Any], tmp_path: Path) -> None:
-    runs = Study.of(table, Path(".")).search()
+    runs = study_of(table).search()
     with Engine("processes", workers=1).open(tmp_path) as workers:
         first = list(workers.map(runs[:1]))
-        for process in workers.pool.pool._processes.values():
+        for process in workers.pool._processes.values():
             process.kill()
             process.join()
         second = list(workers.map(runs[1:2]))
@@ -131,7 +122,7 @@ def test_a_run_that_is_under_way_elsewhere_is_waited_for(
     table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table["methods"] = [{"label": "LoRA", "family": "lora", "args": {"rank": 1}}]
-    study, store, said = Study.of(table, Path(".")), Store(tmp_path), list[str]()
+    study, store, said = study_of(table), Store(tmp_path), list[str]()
     run = study.search()[0]
     with (tmp_path / f".{run.key}.lock").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
@@ -163,13 +154,13 @@ def test_without_ray_the_remedy_is_named(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(StudyError, match=r"pip install 'tnpeft\[ray\]'"):
-        sweep(Study.of(table, Path(".")), tmp_path, Engine("ray"), quietly)
+        sweep(study_of(table), tmp_path, Engine("ray"), quietly)
 
 
 def test_places_are_found_from_anywhere(
     table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Study.of(table, Path(".")).search()[0]
+    run = study_of(table).search()[0]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
     places = {"model": "model", "data": "hub", "cache": "cache", "tokenizer": "facebook/opt-125m"}
@@ -181,7 +172,7 @@ def test_places_are_found_from_anywhere(
 def test_a_sweep_is_not_for_torchrun(table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(StudyError, match="started by torchrun"):
-        sweep(Study.of(table, Path(".")), tmp_path)
+        sweep(study_of(table), tmp_path)
 
 
 def test_sweeps_need_no_module_that_windows_lacks() -> None:

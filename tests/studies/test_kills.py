@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sweep_results import results, written
+from sweep_results import quietly, results, study_of, written
 
 from tnpeft.studies.files import digest, write_json
 from tnpeft.studies.reports.reporting import report
 from tnpeft.studies.running.pool import Engine
 from tnpeft.studies.running.sweeping import sweep
 from tnpeft.studies.runs import Store
-from tnpeft.studies.study import Study
 
 KILLS = int(os.environ.get("TNPEFT_KILLS", "3"))
 SCRIPT = """
@@ -57,9 +56,9 @@ def test_killed_at_random_moments_the_results_are_the_same(
         request.getfixturevalue("ray")
     engines, script, runs, draw = KINDS[kind], tmp_path / "go.py", tmp_path / "runs", random.Random(5)
     table["seeds"] = list(range(2 + KILLS))  # enough that a fast machine is not done before it is killed
-    study = Study.of(table, Path("."))
+    study = study_of(table)
     whole = Engine("serial", pack=engines[0].get("pack", 1))
-    sweep(study, tmp_path / "whole", whole, lambda _: None)
+    sweep(study, tmp_path / "whole", whole, quietly)
     report(study, tmp_path / "whole", tmp_path / "whole-report")
     script.write_text(SCRIPT)
     kills, there = 0, list[int]()
@@ -93,8 +92,8 @@ def test_a_pack_is_written_whole_or_not_at_all(
 ) -> None:
     """Cut off between two files of a pack: the rest comes from what was written first, not from a smaller pack."""
     table["methods"] = [{"label": "LoRA", "family": "lora", "args": {"rank": 1}}]
-    study = Study.of(table, Path("."))
-    sweep(study, tmp_path / "whole", Engine("serial", pack=2), lambda _: None)
+    study = study_of(table)
+    sweep(study, tmp_path / "whole", Engine("serial", pack=2), quietly)
     runs, store = study.search(), Store(tmp_path / "cut")
     records = [Store(tmp_path / "whole").result(run.key) or {} for run in runs]
 
@@ -110,6 +109,6 @@ def test_a_pack_is_written_whole_or_not_at_all(
     journal = store.folder / f".{digest(sorted(run.key for run in runs))}.pack.json"
     assert journal.exists()
     assert [bool(store.result(run.key)) for run in runs] == [True, False]
-    assert sweep(study, store.folder, Engine("serial", pack=2), lambda _: None).kept == 2
+    assert sweep(study, store.folder, Engine("serial", pack=2), quietly).kept == 2
     assert [store.result(run.key) for run in runs] == records
     assert not journal.exists()

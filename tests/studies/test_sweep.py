@@ -9,28 +9,19 @@ from typing import Any
 
 import pytest
 from hypothesis import given, strategies
+from sweep_results import quietly, study_of
 
 from tnpeft.networks import TnpeftError
 from tnpeft.studies import methods
-from tnpeft.studies.files import StudyError, merged, read_toml
+from tnpeft.studies.files import StudyError, read_toml
 from tnpeft.studies.methods import count, matched
 from tnpeft.studies.protocol import Protocol
 from tnpeft.studies.reports.reporting import report
-from tnpeft.studies.running.execution import run_once
 from tnpeft.studies.running.pool import Engine
 from tnpeft.studies.running.sweeping import sweep
 from tnpeft.studies.runs import Store
-from tnpeft.studies.study import Study
 
 SERIAL = Engine("serial")
-
-
-def study_of(table: dict[str, Any], **over: Any) -> Study:
-    return Study.of(merged(table, over), Path("."))
-
-
-def quietly(line: str) -> None:
-    pass
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +29,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("swept")
 
 
-def test_every_run_is_made_once_and_described(table: dict[str, Any], swept: Path) -> None:
+def test_every_run_is_made_once_counted_and_described(table: dict[str, Any], swept: Path, tiny: Path) -> None:
     study = study_of(table)
     said: list[str] = []
     tally = sweep(study, swept, SERIAL, said.append)
@@ -56,28 +47,9 @@ def test_every_run_is_made_once_and_described(table: dict[str, Any], swept: Path
     assert str(Path.home()) not in json.dumps(record)
     again = sweep(study, swept, SERIAL, quietly)
     assert (again.done, again.kept) == (0, 9)
-
-
-def test_counts_are_the_calculators(table: dict[str, Any], swept: Path, tiny: Path) -> None:
-    study = study_of(table)
-    sweep(study, swept, SERIAL, quietly)
     for cell in study.cells:
-        run = study.run(cell, study.tasks[0], 1e-2, 0)
-        result = Store(swept).result(run.key)
-        assert result is not None
+        result = Store(swept).result(study.run(cell, study.tasks[0], 1e-2, 0).key) or {}
         assert result["parameters"] == count(cell.method, str(tiny), ("q_proj", "v_proj"))
-
-
-def test_the_same_seed_gives_the_same_result(table: dict[str, Any], swept: Path, tmp_path: Path) -> None:
-    study = study_of(table)
-    sweep(study, swept, SERIAL, quietly)
-    run = study.run(study.cells[0], study.tasks[0], 1e-2, 0)
-    assert run_once([run], Store(tmp_path)) == ["done"]
-    old, new = Store(swept).result(run.key), Store(tmp_path).result(run.key)
-    assert old is not None
-    assert new is not None
-    for name in ("dev", "eval", "eval_loss", "curve", "parameters", "best_step"):
-        assert old[name] == new[name]
 
 
 def test_all_that_matters_is_in_a_runs_name(table: dict[str, Any]) -> None:
@@ -190,7 +162,7 @@ def test_values_that_fit_nothing_are_refused_before_any_run(
 ) -> None:
     study_table = {**table, "methods": [*table["methods"], *({"label": "wrong", **each} for each in methods)]}
     with pytest.raises(TnpeftError, match=message):
-        sweep(Study.of(study_table, Path(".")), tmp_path, SERIAL, quietly)
+        sweep(study_of(study_table), tmp_path, SERIAL, quietly)
     assert not list(tmp_path.glob("*.json"))
 
 
@@ -204,16 +176,6 @@ def test_ranks_of_a_line_stand_by_themselves(table: dict[str, Any]) -> None:
     ]
     with pytest.raises(StudyError, match="wrong arguments"):
         methods.factorization({"line": line, "args": {"r": 1, "q": 2}})
-
-
-def test_a_claimed_run_is_left_alone(table: dict[str, Any], tmp_path: Path) -> None:
-    study, store = study_of(table), Store(tmp_path)
-    run = study.run(study.cells[-1], study.tasks[0], 1e-2, 0)
-    with store.claim(run.key) as ours:
-        assert ours
-        assert run_once([run], store) == ["busy"]
-    assert run_once([run], store) == ["done"]
-    assert run_once([run], store) == ["kept"]
 
 
 def test_the_rate_is_chosen_on_dev_alone(table: dict[str, Any], swept: Path) -> None:

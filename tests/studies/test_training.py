@@ -29,8 +29,24 @@ from tnpeft.studies.tasks.task import TASKS, task  # noqa: E402
 PROTOCOL = Protocol(targets=("q_proj", "v_proj"), steps=6, batch=8, evaluate_every=2)
 
 
-def backbone(tiny: Path, head: str = "words") -> tuple[Any, Any]:
-    return backbones.load(str(tiny), head=head, classes=10, dtype="float32", cache=tiny.parent)
+LORA = {"family": "lora", "args": {"rank": 1}}
+
+
+def backbone(tiny: Path, head: str = "words", dtype: str = "float32") -> tuple[Any, Any]:
+    return backbones.load(str(tiny), head=head, classes=10, dtype=dtype, cache=tiny.parent)
+
+
+def adapted(tiny: Path, method: Any = LORA, head: str = "words", dtype: str = "float32") -> tuple[Any, Scorer]:
+    model, tokenizer = backbone(tiny, head, dtype)
+    model = methods.attach(model, method, PROTOCOL.targets, classifier=head == "classifier", seed=0)
+    return model, Scorer(TASKS["digits_upright"], tokenizer, head)
+
+
+def fitted(model: Any, scorer: Scorer, lr: float, **change: Any) -> training.Course:
+    protocol = replace(PROTOCOL, head=scorer.head, **change).on(64)
+    (course,), seconds = training.fit(model, scorer, [splits()], protocol, lrs=[lr], seeds=[0])
+    assert seconds > 0
+    return course
 
 
 def splits() -> Splits:
@@ -138,74 +154,41 @@ def test_equal_words_are_refused(tiny: Path) -> None:
 def test_only_the_adapter_moves_and_the_reported_checkpoint_stays(
     tiny: Path, method: dict[str, Any], checkpoint: str
 ) -> None:
-    model, tokenizer = backbone(tiny)
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    model = methods.attach(model, method, PROTOCOL.targets, classifier=False, seed=0)
-    scorer = Scorer(TASKS["digits_upright"], tokenizer)
-    protocol = replace(PROTOCOL, checkpoint=checkpoint)
-    (best,), seconds = training.fit(model, scorer, [splits()], protocol, lrs=[0.1], seeds=[0])
+    before = {name: p.clone() for name, p in backbone(tiny)[0].named_parameters()}
+    model, scorer = adapted(tiny, method)
+    best = fitted(model, scorer, 0.1, checkpoint=checkpoint)
     assert [row[0] for row in best.curve] == [2, 4, 6]
     assert (best.step, best.dev) == (6, best.curve[-1][2]) or checkpoint == "best"
     assert best.dev == max(row[2] for row in best.curve) or checkpoint == "last"
-    assert seconds > 0
     assert evaluate(scorer, model, scorer.encode(splits().dev)) == pytest.approx((best.dev, best.loss), rel=1e-6)
     after = {n.replace("base_model.model.", "").replace(".base_layer", ""): p for n, p in model.named_parameters()}
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert methods.trainable(model) == (2 * 4 * 2 * 16, 0)
 
 
-def test_a_classifier_trains_its_head_too(tiny: Path) -> None:
-    model, tokenizer = backbone(tiny, "classifier")
-    model = methods.attach(model, {"family": "lora", "args": {"rank": 1}}, PROTOCOL.targets, classifier=True, seed=0)
-    assert methods.trainable(model) == (4 * 2 * 16, 160)
-    scorer = Scorer(TASKS["digits_upright"], tokenizer, "classifier")
-    (best,), _ = training.fit(model, scorer, [splits()], replace(PROTOCOL, head="classifier"), lrs=[1e-2], seeds=[0])
-    assert best.curve[-1][0] == 6
-
-
 @pytest.mark.parametrize("method", [{"family": "lora"}, {"none": True}, {"peft": "lora"}])
 def test_a_new_head_trains_in_float32_over_a_16_bit_backbone(tiny: Path, method: dict[str, Any]) -> None:
-    model, tokenizer = backbones.load(str(tiny), head="classifier", classes=10, dtype="bfloat16", cache=tiny.parent)
-    model = methods.attach(model, method, PROTOCOL.targets, classifier=True, seed=0)
+    model, scorer = adapted(tiny, method, "classifier", "bfloat16")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert any(methods.of_head(name) for name in trained)
     assert {p.dtype for p in trained.values()} == {torch.float32}
     assert torch.bfloat16 in {p.dtype for p in model.parameters()}
-    scorer = Scorer(TASKS["digits_upright"], tokenizer, "classifier")
-    training.fit(model, scorer, [splits()], replace(PROTOCOL, head="classifier"), lrs=[1e-3], seeds=[0])
+    assert fitted(model, scorer, 1e-3).curve[-1][0] == 6
 
 
 def test_a_hopeless_run_stops_by_its_rule(tiny: Path) -> None:
-    model, tokenizer = backbone(tiny)
-    model = methods.attach(model, {"family": "lora", "args": {"rank": 1}}, PROTOCOL.targets, classifier=False, seed=0)
-    scorer, protocol = Scorer(TASKS["digits_upright"], tokenizer), replace(PROTOCOL, steps=40, patience=2)
-    (best,), _ = training.fit(model, scorer, [splits()], protocol, lrs=[1e-9], seeds=[0])
+    best = fitted(*adapted(tiny), 1e-9, steps=40, patience=2)
     assert best.curve[-1][0] < 40
     merits = [(row[2], -row[3]) for row in best.curve]
     assert len(merits) - 1 - merits.index(max(merits)) == 2
 
 
 def test_losses_that_are_no_numbers_end_a_run_and_win_nothing(tiny: Path, tmp_path: Path) -> None:
-    model, tokenizer = backbone(tiny)
-    model = methods.attach(model, {"family": "lora", "args": {"rank": 1}}, PROTOCOL.targets, classifier=False, seed=0)
-    scorer, protocol = Scorer(TASKS["digits_upright"], tokenizer), replace(PROTOCOL, steps=40, clip=0.0)
-    (best,), _ = training.fit(model, scorer, [splits()], protocol, lrs=[1e30], seeds=[0])
+    best = fitted(*adapted(tiny), 1e30, steps=40, clip=0.0)
     assert best.curve[-1][0] < 40
     assert not all(map(math.isfinite, best.curve[-1][1:]))
-    result = train(
-        tmp_path / "out",
-        model=str(tiny),
-        task="digits_upright",
-        method={"family": "lora", "args": {"rank": 1}},
-        lr=1e30,
-        targets=["q_proj"],
-        train=64,
-        dev=32,
-        eval=64,
-        steps=8,
-        evaluate_every=4,
-        clip=0.0,
-    )
+    sizes = {"train": 64, "dev": 32, "eval": 64, "steps": 8, "evaluate_every": 4, "clip": 0.0, "targets": ["q_proj"]}
+    result = train(tmp_path / "out", model=str(tiny), task="digits_upright", method=LORA, lr=1e30, **sizes)
     assert None in result["curve"][-1]
     assert "NaN" not in (tmp_path / "out" / "result.json").read_text()
 
@@ -226,14 +209,11 @@ def test_a_checkpoint_whose_loss_is_no_number_is_never_the_best(by: str) -> None
 
 
 def test_epochs_are_steps_and_the_head_has_its_own_rate(tiny: Path) -> None:
-    model, tokenizer = backbone(tiny, "classifier")
-    method = {"family": "lora", "args": {"rank": 1}, "change": {"lr_multiplier": {"B": 4.0}}}
-    model = methods.attach(model, method, PROTOCOL.targets, classifier=True, seed=0)
-    scorer = Scorer(TASKS["digits_upright"], tokenizer, "classifier")
-    protocol = replace(PROTOCOL, head="classifier", epochs=2, batch=12, head_lr=0.5).on(64)
-    assert (protocol.steps, protocol.evaluate_every) == (12, 6)
-    (best,), _ = training.fit(model, scorer, [splits()], protocol, lrs=[1e-2], seeds=[0])
+    model, scorer = adapted(tiny, {**LORA, "change": {"lr_multiplier": {"B": 4.0}}}, "classifier")
+    assert methods.trainable(model) == (4 * 2 * 16, 160)
+    best = fitted(model, scorer, 1e-2, epochs=2, batch=12, head_lr=0.5)
     assert [row[0] for row in best.curve] == [6, 12]
+    protocol = replace(PROTOCOL, head="classifier", head_lr=0.5)
     groups = training.optimizer(model, protocol, 1e-2).param_groups
     names = {id(p): name for name, p in model.named_parameters()}
     rates = {names[id(p)]: group["lr"] for group in groups for p in group["params"]}
@@ -299,10 +279,9 @@ def test_train_stopped_at_any_moment_goes_on_to_the_same_bits(
         checkpoints = sorted((out / "checkpoints").glob("*"))
         assert len(checkpoints) == min(stop, 2)
         if stop == 2:
-            file = checkpoints[-1] / "state.safetensors"
-            file.write_bytes(file.read_bytes()[:-100])
+            checkpoints[-1].write_bytes(checkpoints[-1].read_bytes()[:-100])
         if stop == 3:
-            (checkpoints[-1] / "state.json").unlink()
+            checkpoints[-1].write_bytes(b"")
         resumed = go(out)
         if stop == looks:
             assert f"going on from step {whole['curve'][-1][0]}" in said
@@ -318,9 +297,7 @@ def test_train_stopped_at_any_moment_goes_on_to_the_same_bits(
 
 
 def test_dropout_goes_on_in_its_stream(tiny: Path, tmp_path: Path) -> None:
-    model, tokenizer = backbone(tiny)
-    scorer, adapted = Scorer(TASKS["digits_upright"], tokenizer), list[Any]()
-    method = {"peft": "lora", "args": {"r": 2, "lora_dropout": 0.5}}
+    models, method = list[Any](), {"peft": "lora", "args": {"r": 2, "lora_dropout": 0.5}}
 
     def stop(step: int, *_: Any) -> None:
         if step == 2:
@@ -328,12 +305,12 @@ def test_dropout_goes_on_in_its_stream(tiny: Path, tmp_path: Path) -> None:
 
     for progress in (None, stop, None):
         torch.manual_seed(0)
-        model = methods.attach(backbone(tiny)[0], method, PROTOCOL.targets, classifier=False, seed=0)
-        folder = tmp_path / ("whole" if not adapted else "pieces")
-        adapted.append(model)
+        model, scorer = adapted(tiny, method)
+        folder = tmp_path / ("whole" if not models else "pieces")
+        models.append(model)
         with contextlib.suppress(Stop):
             training.fit(model, scorer, [splits()], PROTOCOL, lrs=[0.1], seeds=[3], folder=folder, progress=progress)
-    one, _, two = ([p for p in model.parameters() if p.requires_grad] for model in adapted)
+    one, _, two = ([p for p in model.parameters() if p.requires_grad] for model in models)
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
@@ -394,25 +371,7 @@ def test_examples_that_do_not_fit_the_model_are_one_line(tiny: Path, tmp_path: P
         train(tmp_path / "out", model=str(bare), task="digits_upright", **its)
 
 
-def test_an_interrupted_command_says_how_to_go_on(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from typer.testing import CliRunner
-
-    from tnpeft.cli import app
-    from tnpeft.studies.running import finetune
-
-    def interrupted(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(finetune, "train_and_evaluate", interrupted)
-    command = ["train", "lora", "--model", str(tiny), "--task", "digits_upright", "--out", str(tmp_path)]
-    done = CliRunner().invoke(app, command)
-    assert done.exit_code == 130
-    assert "start the same command to go on" in done.output
-
-
-def test_the_command_takes_a_rank_behind_a_colon(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_takes_a_rank_behind_a_colon_and_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 
     from tnpeft.cli import app
@@ -425,7 +384,9 @@ def test_the_command_takes_a_rank_behind_a_colon(monkeypatch: pytest.MonkeyPatch
     asked: list[Any] = []
     monkeypatch.setattr(finetune, "train", recorded)
     for words in (["lora:8"], ["lora:8", "--args", "alpha=4"], ["A[out r] B[r inp] -> out inp"]):
-        CliRunner().invoke(app, ["train", *words, "--model", "digits", "--task", "sst2", "--out", "x"])
+        done = CliRunner().invoke(app, ["train", *words, "--model", "digits", "--task", "sst2", "--out", "x"])
+        assert done.exit_code == 130
+        assert "start the same command to go on" in done.output
     expected = [{"family": "lora", "args": {"rank": 8}}, {"family": "lora", "args": {"rank": 8, "alpha": 4}}]
     assert asked == [*expected, {"line": "A[out r] B[r inp] -> out inp"}]
 
@@ -438,7 +399,7 @@ def test_rates_by_rule_reach_the_optimizer(tiny: Path) -> None:
         return model(torch.tensor([[2, 3, 4]])).logits[..., 5].mean()
 
     for method in ({"family": "cp", "args": {"rank": 2}}, {"peft": "lora", "args": {"r": 1}}):
-        model = methods.attach(backbone(tiny)[0], method, PROTOCOL.targets, classifier=False, seed=0)
+        model, _ = adapted(tiny, method)
         changes = ({"relative_step": 2e-3}, {"rate_rule": "relative_step"}, {"rate_rule": "structure"})
         for change in (*changes, {"rate_rule": "measured"}):
             protocol = Protocol.of({"targets": ["q_proj", "v_proj"], **change})

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sweep_results import study_of
+from try_presets import PRESETS, read
 
 from tnpeft.studies import backbones, methods
 from tnpeft.studies.files import StudyError, merged
@@ -16,14 +18,12 @@ from tnpeft.studies.running.dry_run import _at_hand, trial
 from tnpeft.studies.study import Study
 
 ROOT = Path(__file__).resolve().parents[2]
-from try_presets import PRESETS, read  # noqa: E402
-
 TRIED = read(ROOT / "paper" / "tables" / "presets.csv")
 
 
 def test_each_method_is_tried_once(table: dict[str, Any]) -> None:
     table["methods"].insert(1, {"label": "broken", "peft": "lora", "args": {"r": -1}})
-    rows = list(trial(Study.of(table, Path(".")), steps=1, batch=2))
+    rows = list(trial(study_of(table), steps=1, batch=2))
     assert [row["method"] for row in rows] == ["LoRA", "broken", "CP"]  # and not the one that trains nothing
     assert rows[0]["size"] == "rank=1"
     assert rows[0]["counted"] == rows[0]["trained"] == 2 * 2 * 2 * 16
@@ -36,13 +36,13 @@ def test_each_method_is_tried_once(table: dict[str, Any]) -> None:
 
 def test_losses_that_are_not_finite_are_told(table: dict[str, Any]) -> None:
     table["methods"] = [{"label": "LoRA", "family": "lora", "args": {"rank": 1}, "learning_rates": [1e30]}]
-    assert [row["outcome"] for row in trial(Study.of(table, Path(".")), steps=3)] == ["LOSSES NOT FINITE"]
+    assert [row["outcome"] for row in trial(study_of(table), steps=3)] == ["LOSSES NOT FINITE"]
     with pytest.raises(StudyError, match="steps = 0"):
-        next(trial(Study.of(table, Path(".")), steps=0))
+        next(trial(study_of(table), steps=0))
 
 
 def test_a_model_of_the_hub_has_random_weights_in_its_shape(table: dict[str, Any], tiny: Path) -> None:
-    study = Study.of(table, Path("."))
+    study = study_of(table)
     assert _at_hand(study) is study
     of_hub = replace(study, places={**study.places, "model": "facebook/opt-125m"})
     assert _at_hand(of_hub).places["model"] == "random:facebook/opt-125m"
@@ -80,7 +80,7 @@ def test_tasks_and_methods_change_settings_and_methods_have_the_last_word(table:
         {"name": "digits_shifted", "protocol": {"epochs": 3, "learning_rates": [5.0, 7.0], "batch": 16}},
     ]
     table["methods"][0]["protocol"] = {"batch": 4}
-    study = Study.of(table, Path("."))
+    study = study_of(table)
     lora, cp = study.cells[0], study.cells[2]
     plain, own = study.tasks
     assert study.terms(lora, plain) == Protocol.of(merged(table["protocol"], {"batch": 4}))
@@ -90,9 +90,9 @@ def test_tasks_and_methods_change_settings_and_methods_have_the_last_word(table:
     assert study.terms(cp, own).on(64).steps == 12
     assert len(study.search()) == 2 * 2 + 2 + 2 + 2 * 2 + 2 + 2
     with pytest.raises(StudyError, match="two tasks are called 'digits_upright'"):
-        Study.of({**table, "tasks": ["digits_upright", "digits_upright"]}, Path("."))
+        study_of(table, tasks=["digits_upright", "digits_upright"])
     with pytest.raises(StudyError, match="unknown key 'epoch'"):
-        Study.of({**table, "tasks": [{"name": "digits_upright", "protocol": {"epoch": 3}}]}, Path("."))
+        study_of(table, tasks=[{"name": "digits_upright", "protocol": {"epoch": 3}}])
 
 
 def test_a_setting_that_is_off_does_not_change_a_runs_name() -> None:

@@ -6,6 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tnpeft.studies.files import merged
+from tnpeft.studies.study import Study
+
+
+def study_of(table: dict[str, Any], **over: Any) -> Study:
+    """Return the study in a table, with other settings over it."""
+    return Study.of(merged(table, over), Path("."))
+
+
+def quietly(_: str) -> None:
+    """Say nothing."""
+
 
 def written(folder: Path) -> dict[str, bytes]:
     """Return the bytes of every file in a folder."""

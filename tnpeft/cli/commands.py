@@ -1,8 +1,9 @@
-"""Commands that need no training: count, plan, draw, check, families, budget."""
+"""Commands that need no training: count, plan, convert, explain, draw, check, families, budget, compare, models."""
 
 from __future__ import annotations
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,14 +20,24 @@ from tnpeft.cli.parse import (
     SetOption,
     SizeOption,
     TargetsOption,
-    read_budget,
+    read_named,
     read_network,
+    read_number,
     read_ratios,
     read_sizes,
 )
 from tnpeft.networks import Factorization, Network, NetworkError
 
 _UNFOLDED = 1000  # columns of a table that nobody looks at in a terminal
+
+
+class Form(StrEnum):
+    """The forms that a table is printed in."""
+
+    text = "text"
+    md = "md"
+    csv = "csv"
+    json = "json"
 
 
 @app.command()
@@ -51,7 +62,9 @@ def count(
 
     line = read_network(net, rank, option)
     data = counted(line, read_sizes(size, rank, line), model, targets)
-    show(data, as_json, lambda: _facts(data))
+    facts = {{"mebibytes": "MiB"}.get(key, key.replace("_", " ")): value for key, value in data.items()}
+    rows = tuple((key, _text(value)) for key, value in facts.items() if value not in (None, {}, [], ""))
+    show(data, as_json, lambda: Table((), rows).text())
 
 
 @app.command()
@@ -82,20 +95,19 @@ def plan(
     from tnpeft.planning import plan_table
 
     line = read_network(net, rank, option)
-    plans = []
+    plans, texts = list[dict[str, Any]](), list[str]()
     for shape in site_shapes(line, model=model, targets=targets, **read_sizes(size, rank, line)):
-        where, one, known = str(shape), shape.network, shape.sizes
+        goal: dict[str, Any] = {"minimize": minimize, "training": training}
         if table:
-            ladder = plan_table(one, known, minimize=minimize, training=training)
-            rungs = [
-                {"from": start, **planned(each)} for start, each in zip(ladder.starts, ladder.plans, strict=True)
-            ]
-            plans.append(({"site": where, "plans": rungs}, str(ladder)))
+            found: Any = plan_table(shape.network, shape.sizes, **goal)
+            rungs = zip(found.starts, found.plans, strict=True)
+            data: dict[str, Any] = {"plans": [{"from": start, **planned(each)} for start, each in rungs]}
         else:
-            found = best(one, known, tokens=tokens, minimize=minimize, training=training)
-            plans.append(({"site": where, **planned(found)}, str(found)))
-    texts = [f"{data['site']}\n{text}" if data["site"] else text for data, text in plans]
-    show([data for data, _ in plans], as_json, lambda: "\n\n".join(texts))
+            found = best(shape.network, shape.sizes, tokens=tokens, **goal)
+            data = planned(found)
+        plans.append({"site": str(shape), **data})
+        texts.append(f"{shape}\n{found}".lstrip("\n"))
+    show(plans, as_json, lambda: "\n\n".join(texts))
 
 
 @app.command()
@@ -122,6 +134,27 @@ def convert(
 
     done = converted(source, target, to, model=model)
     show(asdict(done), as_json, lambda: str(done))
+
+
+@app.command()
+def explain(
+    folder: Annotated[Path, typer.Argument(help="A folder that save_pretrained wrote.")],
+    model: ModelOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """The contents of an adapter's folder: its line, its sites and its costs, without loading the model.
+
+    The files pass the checks that loading makes. `--model` names the base model where the folder does not, for shapes
+    that the file alone does not tell.
+
+    **Example**
+
+    `tnpeft explain adapter/ --model facebook/opt-1.3b`
+    """
+    from tnpeft.adapters.storage.folder_report import explain_folder
+
+    report = explain_folder(folder, model=model)
+    show(report.as_dict(), as_json, lambda: str(report))
 
 
 @app.command()
@@ -204,13 +237,13 @@ def families(
     from tnpeft.families import get, names
 
     rows = [described(each) for each in ([name] if name else names())]
-    if name:
-        from inspect import getdoc
-
-        text = "\n".join([*rows[0]["lines"], "", f"{name}({rows[0]['options']})", "", getdoc(get(name)) or ""])
-        show(rows[0], as_json, lambda: text)
-    else:
+    if not name:
         show(rows, as_json, lambda: _table(rows))
+        return
+    from inspect import getdoc
+
+    text = "\n".join([*rows[0]["lines"], "", f"{name}({rows[0]['options']})", "", getdoc(get(name)) or ""])
+    show(rows[0], as_json, lambda: text)
 
 
 @app.command()
@@ -246,7 +279,8 @@ def budget(
 
     from tnpeft.counting import budget as rungs
 
-    goal = read_budget(parameters, rank)
+    number = read_number(parameters)
+    goal = read_network(number, rank) if isinstance(number, str) else number
     held = read_sizes(size) | ({} if isinstance(goal, Factorization) else read_sizes(rank))
     if isinstance(goal, Network):
         raise NetworkError(
@@ -257,22 +291,75 @@ def budget(
     show(asdict(found), as_json, lambda: str(found))
 
 
-def _facts(data: dict[str, Any]) -> str:
-    """One fact a line; the factors and steps in one line each."""
+@app.command()
+def compare(
+    nets: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NETWORK...",
+            help="Families (`lora`, or `lora:4` at that rank), lines of einsum, or `name=` before either.",
+            show_default=False,
+        ),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", help="A model's name, folder or config.json; else -s out=, inp=, layer=, proj="
+        ),
+    ] = None,
+    parameters: Annotated[
+        str | None,
+        typer.Option("--parameters", "-p", help="A number, or a family whose count it is, such as lora:1."),
+    ] = None,
+    targets: TargetsOption = None,
+    size: SizeOption = None,
+    ratio: RatioOption = None,
+    tokens: Annotated[int, typer.Option(help="Rows of activations that the plans are for.", min=1)] = 2048,
+    sort: Annotated[
+        str, typer.Option(help="Column: name, parameters, dof, rank_bound, gain, macs, saved_bytes, plan_seconds.")
+    ] = "parameters",
+    by: Annotated[str, typer.Option(help="The quantity that the budget limits: parameters or dof.")] = "parameters",
+    form: Annotated[Form, typer.Option("--format", help="The form of the table.")] = Form.text,
+    plot: Annotated[Path | None, typer.Option(help="Picture to write: .svg, .png or .pdf.")] = None,
+) -> None:
+    """One table of families and lines at a budget: count, degrees of freedom, rank bound, gain, costs.
 
-    def text(value: Any) -> str:
-        if isinstance(value, dict):
-            return "  ".join(f"{key} {text(each)}" for key, each in value.items())
-        if isinstance(value, list):
-            return "; ".join(map(text, value))
-        return f"{value:,}" if isinstance(value, int | float) else str(value)
+    Without `--parameters` every rank is as it is given. `--sort=-gain` sorts from the largest on.
 
-    rows = [
-        ({"mebibytes": "MiB"}.get(key, key.replace("_", " ")), text(value))
-        for key, value in data.items()
-        if value not in (None, {}, [], "")
-    ]
-    return Table((), tuple(rows)).text()
+    **Examples**
+
+    `tnpeft compare lora cp tucker -p lora:1 -m facebook/opt-1.3b -t q_proj,v_proj --sort gain`
+
+    `tnpeft compare lora cp -p lora:1 -s out=2048 -s inp=2048 -s layer=24 -s proj=2`
+
+    `tnpeft compare lora "mine=A[layer proj out k] B[k inp] -> layer proj out inp" -p 200000 -m roberta-base`
+    """
+    from tnpeft.comparison import compare as compared
+
+    found = compared(
+        [read_named(text) for text in nets],
+        model=model,
+        parameters=None if parameters is None else read_number(parameters),
+        targets=targets,
+        tokens=tokens,
+        sort=sort,
+        by=by,
+        ratios=read_ratios(ratio),
+        **read_sizes(size),
+    )
+    if plot is not None:
+        found.plot(plot)
+    texts = {Form.text: found.__str__, Form.md: found.to_markdown, Form.csv: found.to_csv, Form.json: found.to_json}
+    typer.echo(texts[form]().rstrip("\n"))
+
+
+def _text(value: Any) -> str:
+    """A fact in one line."""
+    if isinstance(value, dict):
+        return "  ".join(f"{key} {_text(each)}" for key, each in value.items())
+    if isinstance(value, list):
+        return "; ".join(map(_text, value))
+    return f"{value:,}" if isinstance(value, int | float) else str(value)
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

@@ -50,13 +50,10 @@ def read_network(
 
     A line whose bonds all have a rank is a factorization; else it stays a network, and the ranks are sizes.
 
-    Raises:
-        NetworkError: the line is not a network, or the family, an option or a rank is unknown.
-
     >>> read_network("lora:4").ranks, read_network("cp", ["2"], ["out=32,64"]).splits
     ({'r': 4}, {'out': (32, 64)})
     """
-    given = {name: _whole(name, value) for name, value in _pairs(ranks or ())}
+    given = _whole_numbers(ranks)
     if "[" in text or "->" in text:
         if options:
             raise NetworkError("--set is for families", line=text, remedy="give sizes with --size, ranks with --rank")
@@ -66,24 +63,8 @@ def read_network(
     return _family(text, given, dict(_pairs(options or ())))
 
 
-def read_budget(text: str, ranks: Iterable[str] | None = None) -> int | Network | Factorization:
-    """The budget that was typed: a number of parameters, or the network whose count it is.
-
-    Raises:
-        NetworkError: neither a positive whole number nor a network.
-
-    >>> read_budget("196_608"), read_budget("1e5"), read_budget("lora", ["2"]).name
-    (196608, 100000, 'lora')
-    """
-    number = read_number(text)
-    return read_network(number, ranks) if isinstance(number, str) else number
-
-
 def read_number(text: str) -> int | str:
     """The number of parameters that was typed; text that is not a number stays as it is.
-
-    Raises:
-        NetworkError: a number, but not a positive whole one.
 
     >>> read_number("196_608"), read_number("lora:1")
     (196608, 'lora:1')
@@ -113,21 +94,12 @@ def read_sizes(sizes: Iterable[str] | None, ranks: Iterable[str] | None = None, 
     >>> read_sizes(["layer=24"], ["r=8"], network("A[layer out r] B[r inp] -> layer out inp"))
     {'layer': 24, 'r': 8}
     """
-    found = {name: _whole(name, value) for name, value in _pairs(sizes or ())}
-    if isinstance(net, Network):
-        found |= _named({name: _whole(name, value) for name, value in _pairs(ranks or ())}, net)
-    return found
+    found = _whole_numbers(sizes)
+    return found | _named(_whole_numbers(ranks), net) if isinstance(net, Network) else found
 
 
 def read_ratios(ratios: Iterable[str] | None) -> dict[str, float]:
-    """Ratios by rank.
-
-    Raises:
-        NetworkError: a ratio is not a positive number.
-
-    >>> read_ratios(["a=2", "b=0.5"])
-    {'a': 2, 'b': 0.5}
-    """
+    """Ratios by rank."""
     found = {name: _value(text) for name, text in _pairs(ratios or ())}
     for name, ratio in found.items():
         if not name or not isinstance(ratio, int | float) or not 0 < ratio < inf:
@@ -148,11 +120,9 @@ def _family(name: str, ranks: dict[str, int], options: dict[str, str]) -> Factor
     if "" in ranks:
         first = next((p for p in ("rank", "ranks") if p in known), "rank")
         options = {first: str(ranks.pop("")), **options}
-    for option in options:
-        if option not in known:
-            raise NetworkError(
-                f"the family {name!r} has no option {option!r}", remedy=f"its options are {', '.join(known)}"
-            )
+    if unknown := [option for option in options if option not in known]:
+        problem = f"the family {name!r} has no option {unknown[0]!r}"
+        raise NetworkError(problem, remedy=f"its options are {', '.join(known)}")
     f = declare(**{option: _value(text) for option, text in options.items()})
     return replace(f, ranks={**f.ranks, **ranks})
 
@@ -167,6 +137,10 @@ def _pairs(texts: Iterable[str]) -> Iterable[tuple[str, str]]:
     for text in texts:
         name, equals, value = text.partition("=")
         yield (name.strip(), value.strip()) if equals else ("", text.strip())
+
+
+def _whole_numbers(texts: Iterable[str] | None) -> dict[str, int]:
+    return {name: _whole(name, value) for name, value in _pairs(texts or ())}
 
 
 def _whole(name: str, text: str) -> int:

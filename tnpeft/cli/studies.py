@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +27,10 @@ def _resumable() -> Iterator[None]:
     except KeyboardInterrupt:
         print("stopped; start the same command to go on", file=sys.stderr)
         raise typer.Exit(130) from None
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def _table(text: str, option: str) -> dict[str, Any]:
@@ -80,7 +84,7 @@ def train(
             lr=lr,
             seed=seed,
             progress=None if as_json else _progress,
-            say=None if as_json else lambda line: print(line, flush=True),
+            say=(lambda _: None) if as_json else _say,
             **{"targets": [t for t in targets.split(",") if t], "steps": steps, "batch": batch, "head": head, **more},
         )
     if as_json:
@@ -93,7 +97,7 @@ def train(
 def _progress(step: int, steps: int, loss: float, dev: float) -> None:
     filled = round(20 * step / max(1, steps))
     bar = "#" * filled + "." * (20 - filled)
-    print(f"[{bar}] step {step}/{steps}, training loss {loss:.4f}, dev {dev:.4f}", flush=True)
+    _say(f"[{bar}] step {step}/{steps}, training loss {loss:.4f}, dev {dev:.4f}")
 
 
 @app.command()
@@ -115,6 +119,7 @@ def sweep(
 
     With --try nothing is kept: each method makes a few steps, a model of the hub with random weights in its shape.
     """
+    from tnpeft.studies.running.dry_run import trial
     from tnpeft.studies.running.pool import Engine
     from tnpeft.studies.running.sweeping import sweep as make
     from tnpeft.studies.study import Study
@@ -122,24 +127,19 @@ def sweep(
     with _resumable():
         its = Study.read(study, data=data, backbone=backbone, tokenizer=tokenizer)
         if attempt:
-            _try(its, attempt)
-            return
-        where = Engine(engine, workers, threads, retry, pack, gpus)
-        summary = make(its, out, where, say=lambda line: print(line, flush=True))
-    if summary.failed:
-        raise typer.Exit(1)
-
-
-def _try(study: Any, steps: int) -> None:
-    from tnpeft.studies.running.dry_run import trial
-
-    failed = False
-    for row in trial(study, steps=steps):
-        told = {key: f"{value:,}" if isinstance(value, int) else value for key, value in row.items()}
-        print(", ".join(f"{key} {value}" for key, value in told.items()), flush=True)
-        failed |= row["outcome"] != "losses finite"
+            rows = list(map(_tried, trial(its, steps=attempt)))
+            failed = any(row["outcome"] != "losses finite" for row in rows)
+        else:
+            where = Engine(engine, workers, threads, retry, pack, gpus)
+            failed = make(its, out, where, say=_say).failed > 0
     if failed:
         raise typer.Exit(1)
+
+
+def _tried(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    told = {key: f"{value:,}" if isinstance(value, int) else value for key, value in row.items()}
+    _say(", ".join(f"{key} {value}" for key, value in told.items()))
+    return row
 
 
 @app.command()

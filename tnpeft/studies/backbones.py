@@ -23,15 +23,7 @@ _WEIGHTS = (".safetensors", ".bin", ".gguf")
 def identity(name: str, cache: Path, *, weights: bool = True) -> str:
     """Return the hash of a backbone's weights, configuration and tokenizer; of ``random:...`` the name.
 
-    A model of the hub is downloaded for it.
-
-    Args:
-        name: as :func:`load` takes it.
-        cache: where backbones that are made here are kept.
-        weights: False for a tokenizer: one of the hub is known by its name.
-
-    Raises:
-        StudyError: the model cannot be found.
+    A model of the hub is downloaded for it; a tokenizer of the hub (without ``weights``) is known by its name.
     """
     folder = Path(packaged.folder(name, cache))
     if not folder.is_dir():
@@ -73,20 +65,17 @@ def load(name: str, *, head: str, classes: int, dtype: str, cache: Path, tokeniz
         StudyError: the model cannot be found.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-    auto = AutoModelForCausalLM if head == "words" else AutoModelForSequenceClassification
-    more: dict[str, Any] = {} if head == "words" else {"num_labels": classes}
+    more = {} if head == "words" else {"num_labels": classes}
     where = packaged.folder(name, cache)
     try:
         if name.startswith(RANDOM):
-            config = _configuration(name.removeprefix(RANDOM), **more)
-            model = auto.from_config(config, dtype=getattr(torch, dtype))
+            model = _auto(head).from_config(_configuration(name, cache, **more), dtype=getattr(torch, dtype))
             where = name.removeprefix(RANDOM)
         else:
             where = _unpacked(where, cache)
-            model = auto.from_pretrained(where, dtype=getattr(torch, dtype), **more)
-        words = byte_tokenizer() if tokenizer == BYTES else AutoTokenizer.from_pretrained(tokenizer or where)
+            model = _auto(head).from_pretrained(where, dtype=getattr(torch, dtype), **more)
+        words = _tokenizer(tokenizer or where)
     except (OSError, ValueError) as error:
         raise _unreachable("model", name, error) from None
     if model.config.pad_token_id is None:
@@ -103,18 +92,14 @@ def reach(name: str, tokenizer: str = "", cache: Path = CACHE) -> Any:
     >>> len(reach("random:facebook/opt-125m", "bytes"))
     259
     """
-    from transformers import AutoConfig, AutoTokenizer
-
     where = packaged.folder(name, cache)
-    gguf = Path(where).is_dir() and not (Path(where) / "config.json").exists() and list(Path(where).glob("*.gguf"))
-    if not gguf:
-        try:
-            _ = known(name.removeprefix(RANDOM)) if name.startswith(RANDOM) else AutoConfig.from_pretrained(where)
-        except (OSError, ValueError) as error:
-            raise _unreachable("model", name, error) from None
-    words = tokenizer or ("" if gguf else where.removeprefix(RANDOM))
     try:
-        return byte_tokenizer() if words == BYTES else AutoTokenizer.from_pretrained(words) if words else None
+        packed = _gguf(where) or not _configuration(name, cache)
+    except (OSError, ValueError) as error:
+        raise _unreachable("model", name, error) from None
+    words = tokenizer or ("" if packed else where.removeprefix(RANDOM))
+    try:
+        return _tokenizer(words) if words else None
     except (OSError, ValueError) as error:
         raise _unreachable("tokenizer", words, error) from None
 
@@ -123,17 +108,22 @@ def reach(name: str, tokenizer: str = "", cache: Path = CACHE) -> Any:
 def module_names(name: str, head: str, cache: Path) -> tuple[str, ...]:
     """Return the names of a model's modules; weights are not read."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    known = name.startswith(RANDOM)
-    config = (
-        _configuration(name.removeprefix(RANDOM))
-        if known
-        else AutoConfig.from_pretrained(packaged.folder(name, cache))
-    )
     with torch.device("meta"):
-        model = (AutoModelForCausalLM if head == "words" else AutoModelForSequenceClassification).from_config(config)
+        model = _auto(head).from_config(_configuration(name, cache))
     return tuple(name for name, _ in model.named_modules())
+
+
+def _auto(head: str) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    return AutoModelForCausalLM if head == "words" else AutoModelForSequenceClassification
+
+
+def _tokenizer(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return byte_tokenizer() if name == BYTES else AutoTokenizer.from_pretrained(name)
 
 
 def _unreachable(what: str, name: str, error: Exception) -> StudyError:
@@ -147,37 +137,35 @@ def _unreachable(what: str, name: str, error: Exception) -> StudyError:
     return StudyError(f"cannot load the {what} {name!r}: {first}", remedy=remedy)
 
 
-def _unpacked(where: Any, cache: Path) -> Any:
+def _gguf(where: str) -> Path | None:
+    """The .gguf file of a folder whose model is in it alone."""
+    folder = Path(where)
+    return None if (folder / "config.json").exists() else next(iter(sorted(folder.glob("*.gguf"))), None)
+
+
+def _unpacked(where: str, cache: Path) -> str:
     """A folder as it is, or if it holds a .gguf file alone a folder below ``cache`` with its weights in float32.
 
     Reading such a file takes a minute, and a sweep would do it for every run.
     """
-    folder = Path(where)
-    found = sorted(folder.glob("*.gguf")) if folder.is_dir() and not (folder / "config.json").exists() else []
-    if not found:
+    file = _gguf(where)
+    if not file:
         return where
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    out = Path(cache) / f"gguf-{identity(str(folder), cache)}"
+    out = Path(cache) / f"gguf-{identity(where, cache)}"
     if not (out / "config.json").exists():
         with new_folder(out) as work:
-            AutoTokenizer.from_pretrained(folder, gguf_file=found[0].name).save_pretrained(work)
-            model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=found[0].name)
+            AutoTokenizer.from_pretrained(where, gguf_file=file.name).save_pretrained(work)
+            model = AutoModelForCausalLM.from_pretrained(where, gguf_file=file.name)
             model.hf_quantizer = None  # the weights were unpacked on reading; only the note of it is left, and goes
             del model.config.quantization_config
             model.save_pretrained(work)
-    return out
+    return str(out)
 
 
 def known(name: str) -> Any:
-    """The card of a model whose sizes tnpeft knows by its name.
-
-    Raises:
-        NetworkError: it is a folder, made here, or unknown.
-
-    >>> known("facebook/opt-1.3b").sizes["layers"]
-    24
-    """
+    """The card of a model whose sizes tnpeft knows by its name; a NetworkError for a folder or a model made here."""
     from tnpeft.counting import card
     from tnpeft.networks import NetworkError
 
@@ -207,26 +195,22 @@ def byte_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=its, **names)
 
 
-def _configuration(name: str, **more: Any) -> Any:
-    """The configuration of a model whose sizes tnpeft knows, without any download."""
+def _configuration(name: str, cache: Path, **more: Any) -> Any:
+    """The configuration of a model; one of random weights from its card, without any download."""
     from transformers import AutoConfig
 
-    from tnpeft.counting import card
-
-    its = card(name)
-    kind = its.architecture
-    sizes = {
-        "hidden_size": its.sizes["hidden"],
-        "num_hidden_layers": its.sizes["layers"],
-        "num_attention_heads": its.sizes["heads"],
-        "num_key_value_heads": its.sizes["kv_heads"],
-        "ffn_dim" if kind == "opt" else "intermediate_size": its.sizes["ffn"],
-    }
-    if kind == "opt":
-        sizes["word_embed_proj_dim"] = its.sizes["embed"]
-    if kind == "roberta":
-        sizes |= {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
-    return AutoConfig.for_model(kind, **sizes, **more)
+    if not name.startswith(RANDOM):
+        return AutoConfig.from_pretrained(packaged.folder(name, cache), **more)
+    its = known(name.removeprefix(RANDOM))
+    names = {"hidden_size": "hidden", "num_hidden_layers": "layers", "num_attention_heads": "heads"}
+    names |= {"num_key_value_heads": "kv_heads"}
+    if its.architecture == "opt":
+        names |= {"ffn_dim": "ffn", "word_embed_proj_dim": "embed"}
+    else:
+        names |= {"intermediate_size": "ffn"}
+    if its.architecture == "roberta":
+        more |= {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
+    return AutoConfig.for_model(its.architecture, **{key: its.sizes[size] for key, size in names.items()}, **more)
 
 
 def shape(name: str) -> Any:
@@ -245,20 +229,15 @@ def shape(name: str) -> Any:
 
 
 def weight_rms(name: str, projections: tuple[str, ...], cache: Path) -> dict[str, float]:
-    """Return the root mean square of a frozen weight's entries over all layers, by projection of the model's card.
-
-    Raises:
-        StudyError: the model has random weights, or a projection has none.
-    """
+    """Return the root mean square of a frozen weight's entries over all layers, by projection of the model's card."""
     if name.startswith(RANDOM):
         raise StudyError(f"{name} has no weights before it is drawn", remedy="give learning_rates")
     from tnpeft.counting import card
 
     its = card(shape(name))
-    where = Path(packaged.folder(name, cache))
-    where = Path(_unpacked(where, cache)) if where.is_dir() else _snapshot(name)
-    chosen = tuple(p for p in its.projections if p.name in projections)
-    return dict(_weight_rms(str(where), its.stem, chosen))
+    where = packaged.folder(name, cache)
+    where = _unpacked(where, cache) if Path(where).is_dir() else str(_snapshot(name))
+    return dict(_weight_rms(where, its.stem, tuple(p for p in its.projections if p.name in projections)))
 
 
 @lru_cache(maxsize=64)

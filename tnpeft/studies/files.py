@@ -40,12 +40,7 @@ def digest(value: Any, length: int = 16) -> str:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """``path``, after the text has been written beside it and renamed: a reader sees the old file or the new one.
-
-    >>> import tempfile
-    >>> write_text(Path(tempfile.mkdtemp()) / "deep" / "note.txt", "done").read_text()
-    'done'
-    """
+    """``path``, after the text has been written to it, atomically; folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as part:
         part.write_text(text, encoding="utf-8", newline="\n")
@@ -65,15 +60,7 @@ def write_json(path: Path, value: Any) -> Path:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill; at the end it becomes ``path``, unless another process was first.
-
-    >>> import tempfile
-    >>> goal = Path(tempfile.mkdtemp()) / "goal"
-    >>> with new_folder(goal) as work:
-    ...     _ = (work / "note.txt").write_text("done")
-    >>> [file.name for file in goal.iterdir()]
-    ['note.txt']
-    """
+    """A folder to fill; at the end it becomes ``path``, unless another process was first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -85,11 +72,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any] | None:
-    """Return the JSON object in a file, None if the file does not exist.
-
-    Raises:
-        StudyError: the file is damaged, or holds a number that is not finite; the message names it.
-    """
+    """Return the JSON object in a file, None without one; a file with a number that is not finite is damaged."""
 
     def refuse(text: str) -> Any:
         raise ValueError(text)
@@ -109,16 +92,12 @@ def read_json(path: Path, remedy: str) -> dict[str, Any] | None:
     return found
 
 
-def read_toml(path: str | Path) -> dict[str, Any]:
+def read_toml(path: str | Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A TOML file; ``extends = "other.toml"`` names one (relative to it) whose tables it completes or overrides.
 
-    Raises:
-        StudyError: the file is missing or no TOML, or the chain of ``extends`` is endless.
+    ``seen`` are the files that extend it.
     """
-    return _read_toml(Path(path), ())
-
-
-def _read_toml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    path = Path(path)
     if path.resolve() in seen:
         raise StudyError("the file extends itself", where=str(path), remedy="remove one of the extends lines")
     try:
@@ -128,7 +107,7 @@ def _read_toml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise StudyError(f"invalid TOML: {error}", where=str(path)) from None
     base = found.pop("extends", None)
-    return merged(_read_toml(path.parent / base, (*seen, path.resolve())), found) if base else found
+    return merged(read_toml(path.parent / base, (*seen, path.resolve())), found) if base else found
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

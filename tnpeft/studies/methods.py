@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from tnpeft import families
-from tnpeft.counting import nearest_ranks
+from tnpeft.counting import nearest_ranks, parameters
 from tnpeft.counting.dof import dof_on
 from tnpeft.counting.parameters import layout_on
 from tnpeft.networks import Factor, Factorization, Network, NetworkError, network
@@ -21,20 +21,19 @@ Method = Mapping[str, Any]
 
 
 def check(method: Method) -> None:
-    """Refuse a method that names none or several of the kinds.
-
-    Raises:
-        StudyError: it does.
-
-    >>> check({"family": "lora", "args": {"rank": 4}})
-    """
+    """Refuse a method that names none or several of the kinds, or has wrong arguments."""
     kinds = [kind for kind in KINDS if kind in method]
     unknown = sorted(set(method) - {*KINDS, "args", "change"})
     if len(kinds) != 1 or unknown:
         problem = f"unknown key {unknown[0]!r}" if unknown else f"names {' and '.join(kinds) or 'nothing'} to train"
         raise StudyError(problem, where=f"method {dict(method)}", remedy=f"give one of {', '.join(KINDS)}, and args")
-    if "family" in method or "line" in method:
+    if is_network(method):
         factorization(method)
+
+
+def is_network(method: Method) -> bool:
+    """Return True for a family or a line."""
+    return "family" in method or "line" in method
 
 
 def factorization(method: Method) -> Factorization:
@@ -47,18 +46,28 @@ def factorization(method: Method) -> Factorization:
     >>> print(factorization({"line": "B[layer out r] A[r inp] -> layer out inp", "args": {"ranks": {"r": 2}}}).ranks)
     {'r': 2}
     """
-    args = dict(method.get("args", {}))
+    args = {name: _tuple(value) for name, value in method.get("args", {}).items()}
     if "line" in method:
-        return _of_line(network(method["line"]), args)
-    tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in args.items()}
-    declare = families.get(method["family"])
+        net = network(method["line"])
+        ranks = {**args.get("ranks", {}), **{bond: args.pop(bond) for bond in net.bonds if bond in args}}
+        if isinstance(args.get("splits"), Mapping):
+            args["splits"] = {side: tuple(parts) for side, parts in args["splits"].items()}
+        try:
+            return Factorization.of(net, **{**args, **({"ranks": ranks} if ranks else {})})
+        except TypeError as error:
+            where, remedy = f"line '{net}'", "give ranks by bond, scale, init, splits"
+            raise StudyError(f"wrong arguments: {error}", where=where, remedy=remedy) from None
+    declare, change = families.get(method["family"]), method.get("change", {})
     try:
-        f = declare(**tuples)
-        change = dict(method.get("change", {}))
+        f = declare(**args)
         return replace(f, **{**change, "ranks": {**f.ranks, **change.get("ranks", {})}})
     except (TypeError, NetworkError) as error:
         problem, remedy = getattr(error, "problem", str(error)), getattr(error, "remedy", "")
         raise StudyError(f"wrong arguments: {problem}", where=f"family {method['family']!r}", remedy=remedy) from None
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def by_rule(method: Method) -> Method:
@@ -90,37 +99,15 @@ def _mixes(net: Network, factor: Factor) -> bool:
     return not {*factor.indices} & {*net.rows, *net.cols} and len(bonds) == 2
 
 
-def _of_line(net: Network, args: Mapping[str, Any]) -> Factorization:
-    """A line with its arguments; those called as a bond are its rank."""
-    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in args.items()}
-    ranks = {name: fields.pop(name) for name in net.bonds if name in fields}
-    if isinstance(fields.get("splits"), Mapping):
-        fields["splits"] = {side: tuple(parts) for side, parts in fields["splits"].items()}
-    if ranks:
-        fields["ranks"] = {**fields.get("ranks", {}), **ranks}
-    try:
-        return Factorization.of(net, **fields)
-    except TypeError as error:
-        raise StudyError(
-            f"wrong arguments: {error}",
-            where=f"line '{net}'",
-            remedy="give ranks by bond, scale, init, splits",
-        ) from None
-
-
 def count(method: Method, model: Any, targets: tuple[str, ...]) -> int | None:
     """Adapter parameters worked out without a model in memory; None where only the model itself can tell.
 
     >>> count({"family": "lora", "args": {"rank": 1}}, "facebook/opt-1.3b", ("q_proj", "v_proj"))
     196608
     """
-    if "none" in method:
-        return 0
-    if not ("family" in method or "line" in method):
-        return None
-    import tnpeft
-
-    return int(tnpeft.parameters(factorization(method), model=model, targets=list(targets) or None))
+    if not is_network(method):
+        return 0 if "none" in method else None
+    return int(parameters(factorization(method), model=model, targets=list(targets) or None))
 
 
 def dof(method: Method, model: Any, targets: tuple[str, ...]) -> int | None:
@@ -132,15 +119,9 @@ def dof(method: Method, model: Any, targets: tuple[str, ...]) -> int | None:
     ...     "num_hidden_layers": 4, "num_attention_heads": 4, "ffn_dim": 256}, ("q_proj", "v_proj"))
     2016
     """
-    if "none" in method:
-        return 0
-    if not ("family" in method or "line" in method):
-        return None
-    return _dof(factorization(method), model, targets)
-
-
-def _dof(f: Factorization, model: Any, targets: tuple[str, ...]) -> int | None:
-    found = layout_on(f, model=model, targets=list(targets) or None)
+    if not is_network(method):
+        return 0 if "none" in method else None
+    found = layout_on(factorization(method), model=model, targets=list(targets) or None)
     trained = [factor for shape in found.shapes() for factor in shape.network.factors if factor.kind == "trainable"]
     if len(found.shapes()) > 1 and not all({"layer", "proj"} <= {*factor.indices} for factor in trained):
         return None
@@ -153,20 +134,8 @@ def _dof(f: Factorization, model: Any, targets: tuple[str, ...]) -> int | None:
 def matched(
     method: Method, budgets: Sequence[int], model: Any, targets: tuple[str, ...], by: str = "parameters"
 ) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
-    """Yield for each budget the argument of a family nearest to it and the bonds that have another rank.
+    """Yield for each budget (of parameters or dof) the nearest argument of a family, and the bonds of another rank.
 
-    Args:
-        method: the family, with the arguments that do not vary.
-        budgets: numbers of parameters, or of degrees of freedom.
-        model: as :func:`tnpeft.counting.card` takes it.
-        targets: projections that get an adapter.
-        by: what a budget counts: parameters or dof.
-
-    Raises:
-        StudyError: the family has no such rank, or cannot be counted so.
-
-    >>> list(matched({"family": "lora"}, [4096 * 48, 400000], "facebook/opt-1.3b", ("q_proj", "v_proj")))
-    [({'rank': 1}, {}), ({'rank': 2}, {})]
     >>> next(matched({"family": "tenslora"}, [15_000], "facebook/opt-125m", ("q_proj", "v_proj")))
     ({'ranks': 8}, {'a': 9, 'b': 9, 'c': 2})
     """
@@ -176,15 +145,16 @@ def matched(
     if vary is None:
         raise StudyError(f"{family!r} has one size only", remedy="name it without budgets")
 
-    def sized(rank: int) -> Factorization:
-        return factorization({"family": family, "args": {**fixed, vary: rank}})
+    def at(rank: int) -> Method:
+        return {"family": family, "args": {**fixed, vary: rank}}
 
-    if by == "dof" and _dof(sized(2), model, targets) is None:
+    if by == "dof" and dof(at(2), model, targets) is None:
         raise StudyError(
             f"the {by} of {family!r} cannot be counted on {model}", remedy="give a grid, or match by parameters"
         )
-    for rank, f in nearest_ranks(sized, budgets, model=model, targets=targets or None, by=by):
-        common = sized(rank).ranks
+    ranks = nearest_ranks(lambda rank: factorization(at(rank)), budgets, model=model, targets=targets or None, by=by)
+    for rank, f in ranks:
+        common = factorization(at(rank)).ranks
         yield {vary: rank}, {bond: int(r) for bond, r in f.ranks.items() if r != common[bond]}
 
 
@@ -211,9 +181,7 @@ def attach(
     for head in heads:
         head.float().register_forward_pre_hook(_in_float32)
     model.requires_grad_("full" in method)
-    if "full" in method:
-        return model
-    if "none" in method:
+    if "full" in method or "none" in method:
         for head in heads:
             head.requires_grad_(True)
         return model
@@ -222,26 +190,20 @@ def attach(
     task_type = "SEQ_CLS" if classifier else "CAUSAL_LM"
     common: dict[str, Any] = {"task_type": task_type, "target_modules": list(targets) or None}
     if "peft" in method:
-        config = peft_config(method, **common)
-    else:
-        import tnpeft
+        return peft.get_peft_model(model, peft_config(method, **common))
+    import tnpeft
 
-        f = factorization(method)
-        if replicas:
-            each = [factorization(its) for its, _ in replicas]
-            common |= {"replicas": len(each), "replica_seeds": [its for _, its in replicas]}
-            ranks = [{bond: rank for bond, rank in its.ranks.items() if rank != f.ranks[bond]} for its in each]
-            common |= {"replica_ranks": ranks, "replica_scales": [float(its.scale) for its in each]}
-        config = tnpeft.TensorNetworkConfig(network=f, seed=seed, **common)
-    return peft.get_peft_model(model, config)
+    f = factorization(method)
+    if replicas:
+        each = [factorization(its) for its, _ in replicas]
+        common |= {"replicas": len(each), "replica_seeds": [its for _, its in replicas]}
+        ranks = [{bond: rank for bond, rank in its.ranks.items() if rank != f.ranks[bond]} for its in each]
+        common |= {"replica_ranks": ranks, "replica_scales": [float(its.scale) for its in each]}
+    return peft.get_peft_model(model, tnpeft.TensorNetworkConfig(network=f, seed=seed, **common))
 
 
 def peft_config(method: Method, **common: Any) -> Any:
-    """Return the configuration of one of PEFT's methods.
-
-    Raises:
-        StudyError: PEFT has no such method, or the method no such argument.
-    """
+    """Return the configuration of one of PEFT's methods."""
     import peft
 
     kinds = {kind.value.lower(): config for kind, config in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()}

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import shutil
 import zipfile
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from tnpeft.studies.files import StudyError, new_folder, read_toml
 
@@ -66,23 +66,12 @@ def title(name: str) -> str:
 
 
 def is_digits(name: str) -> bool:
-    """True for the name of a digits backbone.
-
-    >>> is_digits("digits:3"), is_digits("digits"), is_digits("digits_upright")
-    (True, True, False)
-    """
+    """True for the name of a digits backbone: ``digits`` or ``digits:3``."""
     return name == DIGITS or name.startswith(f"{DIGITS}:")
 
 
 def digits_number(name: str) -> int:
-    """Return which digits backbone a name means.
-
-    Raises:
-        StudyError: there is none of that number.
-
-    >>> digits_number("digits"), digits_number("digits:3")
-    (0, 3)
-    """
+    """Return which digits backbone a name means."""
     number = name.partition(":")[2] or "0"
     if not number.isdecimal() or int(number) >= DIGITS_COUNT:
         raise StudyError(f"unknown backbone {name!r}", remedy=f"use {DIGITS}:0 to {DIGITS}:{DIGITS_COUNT - 1}")
@@ -97,12 +86,16 @@ def folder(name: str, cache: Path) -> str:
         StudyError: a package is not installed, or its weights are not those that they should be.
     """
     if is_digits(name):
-        return str(_digits(digits_number(name), cache))
+        number = digits_number(name)
+        wanted = str(read_toml(WEIGHTS / "digits.toml")[str(number)]["sha256"])
+        return _made(f"digits-{number}", wanted, cache, lambda work: _copy(number, work))
     if name not in PACKAGED:
         return name
     its = PACKAGED[name]
     found = [_file(name, package, file) for package, file in its.files.items()]
-    return str(_joined(name, its, found, cache)) if its.folder else str(found[0].parent)
+    if not its.folder:
+        return str(found[0].parent)
+    return _made(name, its.sha256, cache, lambda work: _unpack(its.folder, found, work))
 
 
 def _file(name: str, package: str, file: str) -> Path:
@@ -116,44 +109,37 @@ def _file(name: str, package: str, file: str) -> Path:
     return path
 
 
-def _digits(number: int, cache: Path) -> Path:
-    wanted = str(read_toml(WEIGHTS / "digits.toml")[str(number)]["sha256"])
-    out = Path(cache) / f"digits-{number}-{wanted[:16]}"
-    if not out.exists():
-        weights = WEIGHTS / f"digits-{number}.safetensors"
-        check(weights, wanted)
-        with new_folder(out) as work:
-            for file in WEIGHTS.glob("*.json"):
-                shutil.copyfile(file, work / file.name)
-            shutil.copyfile(weights, work / "model.safetensors")
-    return out
-
-
-def _joined(name: str, its: Package, parts: Sequence[Path], cache: Path) -> Path:
-    """The model of a zip archive in parts, unpacked once."""
-    out = Path(cache) / f"{name}-{its.sha256[:16]}"
+def _made(name: str, sha256: str, cache: Path, fill: Callable[[Path], None]) -> str:
+    """The folder of a model below the cache, filled once."""
+    out = Path(cache) / f"{name}-{sha256[:16]}"
     if not out.exists():
         with new_folder(out) as work:
-            archive = work / "archive"
-            with archive.open("wb") as whole, ExitStack() as stack:
-                for part in parts:
-                    shutil.copyfileobj(stack.enter_context(part.open("rb")), whole)
-            with zipfile.ZipFile(archive) as files:
-                for member in files.namelist():
-                    if Path(member).parent == Path(its.folder) and member.endswith((".json", ".txt", ".safetensors")):
-                        with files.open(member) as stream, (work / Path(member).name).open("wb") as own:
-                            shutil.copyfileobj(stream, own)
-            archive.unlink()
-            check(work / "model.safetensors", its.sha256)
-    return out
+            fill(work)
+            check(work / "model.safetensors", sha256)
+    return str(out)
+
+
+def _copy(number: int, work: Path) -> None:
+    for file in WEIGHTS.glob("*.json"):
+        shutil.copyfile(file, work / file.name)
+    shutil.copyfile(WEIGHTS / f"digits-{number}.safetensors", work / "model.safetensors")
+
+
+def _unpack(folder: str, parts: Sequence[Path], work: Path) -> None:
+    """Take a folder's model from a zip archive in parts."""
+    with TemporaryFile() as whole:
+        for part in parts:
+            with part.open("rb") as stream:
+                shutil.copyfileobj(stream, whole)
+        with zipfile.ZipFile(whole) as archive:
+            for member in map(Path, archive.namelist()):
+                if member.parent == Path(folder) and member.suffix in (".json", ".txt", ".safetensors"):
+                    with archive.open(member.as_posix()) as stream, (work / member.name).open("wb") as own:
+                        shutil.copyfileobj(stream, own)
 
 
 def check(path: Path, sha256: str) -> None:
-    """Refuse weights with another hash.
-
-    Raises:
-        StudyError: the hashes differ.
-    """
+    """Refuse weights with another hash."""
     found = file_hash(path)
     if found != sha256:
         problem = f"the weights have the hash {found[:16]}..., not {sha256[:16]}..."

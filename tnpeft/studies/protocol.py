@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tnpeft.studies.files import StudyError, digest
-from tnpeft.studies.schema import check, check_choices, kinds
+from tnpeft.studies.schema import at_least, check, kinds
 
-_CHOICES = {
+_WORDS = {
     "head": ("words", "classifier"),
     "schedule": ("linear", "cosine", "constant", "constant_with_warmup"),
     "dtype": ("float32", "bfloat16", "float16"),
@@ -82,11 +82,8 @@ class Protocol:
     precondition: bool = False
 
     def __post_init__(self) -> None:
-        check(vars(self), kinds(Protocol), "protocol")
-        check_choices(vars(self), _CHOICES, "protocol")
-        for name in ("batch", "accumulate", "evaluate_every", "max_length", "tune_seeds"):
-            if getattr(self, name) < 1:
-                raise StudyError(f"{name} = {getattr(self, name)}", where="protocol", remedy="give at least 1")
+        check(vars(self), {**kinds(Protocol), **_WORDS}, "protocol")
+        at_least(self, "protocol", batch=1, accumulate=1, evaluate_every=1, max_length=1, tune_seeds=1)
         if not self.learning_rates or min(self.learning_rates) <= 0:
             raise StudyError("learning_rates must be positive and not empty", where="protocol")
 

@@ -86,17 +86,13 @@ def packs(runs: Sequence[Run], size: int) -> list[tuple[Run, ...]]:
     >>> [len(job) for job in packs(three, 2)]
     [2, 1]
     """
-    jobs: list[list[Run]] = []
-    open_jobs: dict[str, list[Run]] = {}
+    jobs, growing = list[list[Run]](), dict[str, list[Run]]()
     for run in runs:
         kind = _kind(run)
-        job = open_jobs.get(kind)
-        if job is None or len(job) >= size:
-            job = []
-            jobs.append(job)
-            if kind:
-                open_jobs[kind] = job
-        job.append(run)
+        if not kind or len(growing.get(kind, ())) % size == 0:
+            jobs.append([])
+            growing[kind] = jobs[-1]
+        growing[kind].append(run)
     return [tuple(job) for job in jobs]
 
 
@@ -138,8 +134,8 @@ class Store:
         """
         path = self.folder / f"{key}.json"
         record = read_json(path, _REDO)
-        if record is not None:
-            _check_result(record, key, path)
+        if record is not None and (problem := _problem(record, key)):
+            raise StudyError(problem, where=str(path), remedy=_REDO)
         return record
 
     def failure(self, key: str) -> dict[str, Any] | None:
@@ -159,15 +155,10 @@ class Store:
         """True if the run is ours alone; the claim ends with the block or with the process, however that dies."""
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(self.folder / f".{key}.lock", timeout=0)
-        try:
-            lock.acquire()
-        except filelock.Timeout:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            lock.release()
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(filelock.Timeout):
+                stack.enter_context(lock)
+            yield lock.is_locked
 
     def keep(self, runs: Job, records: Sequence[Mapping[str, Any]]) -> None:
         """Write the results of runs that were made in one pass: all of them or none, whenever it is cut off.
@@ -190,7 +181,8 @@ class Store:
         """Finish what a process that was killed had begun to write."""
         for file in self.folder.glob(".*.pack.json"):
             for key, record in (read_json(file, _REDO) or {}).items():  # none: another process was faster
-                _check_result(record, key, file)
+                if problem := _problem(record, key):
+                    raise StudyError(problem, where=str(file), remedy=_REDO)
                 self._spread({key: record})
             file.unlink(missing_ok=True)
 
@@ -210,42 +202,28 @@ _FIELDS: dict[str, Any] = {
 }
 
 
-def _check_result(record: Any, key: str, path: Path) -> None:
-    """Refuse a record that is not the whole result of this run."""
-    problem = ""
+def _problem(record: Any, key: str) -> str:
+    """Why a record is not the whole result of this run; nothing if it is."""
     if not isinstance(record, dict):
-        problem = "is damaged"
-    elif record.get("key") != key:
-        problem = f"holds the result of the run {record.get('key')!r}"
-    else:
-        for name, kind in _FIELDS.items():
-            if name not in record:
-                problem = f"is damaged: {name} is missing"
-            elif not fits(record[name], kind):
-                problem = f"is damaged: {name} is wrong"
-    if not problem and not fits([*record["scores"].values()], [float | int]):
-        problem = "is damaged: scores is wrong"
-    if not problem and len(record["predictions"]) != len(record["labels"]):
-        problem = "is damaged: predictions and labels differ in number"
-    if problem:
-        raise StudyError(problem, where=str(path), remedy=_REDO)
+        return "is damaged"
+    if record.get("key") != key:
+        return f"holds the result of the run {record.get('key')!r}"
+    for name, kind in _FIELDS.items():
+        if name not in record or not fits(record[name], kind):
+            return f"is damaged: {name} is {'wrong' if name in record else 'missing'}"
+    if not fits([*record["scores"].values()], [float | int]):
+        return "is damaged: scores is wrong"
+    same = len(record["predictions"]) == len(record["labels"])
+    return "" if same else "is damaged: predictions and labels differ in number"
 
 
 def finite(value: float) -> float | None:
-    """A number as JSON has it: none if it is not finite.
-
-    >>> finite(0.5), finite(float("nan"))
-    (0.5, None)
-    """
+    """A number as JSON has it: none if it is not finite."""
     return value if math.isfinite(value) else None
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that a result depends on.
-
-    >>> sorted(versions())[0]
-    'numpy'
-    """
+    """Versions of Python and of the libraries that a result depends on."""
     found = {"python": platform.python_version()}
     for name in LIBRARIES:
         with contextlib.suppress(PackageNotFoundError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import cache
 from math import inf
@@ -11,7 +11,6 @@ from typing import Any
 from tnpeft.studies.files import StudyError
 
 Kinds = Mapping[str, Any]
-Choices = Mapping[str, tuple[str, ...]]
 _NUMBER = float | int
 _CALLED = {str: "string", int: "integer", _NUMBER: "number", bool: "switch", Mapping: "table", object: "value"}
 _CALLED |= {str | Mapping: "names or table"}  # in lists
@@ -26,29 +25,25 @@ def kinds(cls: Any) -> Kinds:
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Return True if a value is of a kind: a type, or ``[type]`` for a list or tuple. A switch is not a number.
+    """Return True if a value is of a kind: a type, ``[type]`` for a list or tuple, or a tuple of words, of which it
+    is one. A switch is not a number.
 
-    >>> fits([1, 2], [int]), fits(True, int), fits("1", int)
-    (True, False, False)
+    >>> fits([1, 2], [int]), fits(True, int), fits("1", int), fits("loss", ("loss", "metric"))
+    (True, False, False, True)
     """
+    if isinstance(kind, tuple):
+        return value in kind
     if isinstance(kind, list):
         return isinstance(value, list | tuple) and all(fits(item, kind[0]) for item in value)
     return isinstance(value, kind) and (kind in (bool, object) or not isinstance(value, bool))
 
 
 def check(table: Mapping[str, Any], known: Kinds, where: str, part: str = "") -> None:
-    """Refuse unknown keys, values of the wrong kind, and numbers that are negative or not finite.
+    """Refuse unknown keys, values of the wrong kind, unknown words, and numbers that are negative or not finite.
 
-    Args:
-        table: what is given.
-        known: the kind of each key's value.
-        where: the place, for errors.
-        part: the part of it that the table is, ``"a method"``.
+    ``where`` is the place, for errors, and ``part`` what the table is in it, such as ``"a method"``.
 
-    Raises:
-        StudyError: the table has such a key or value.
-
-    >>> check({"steps": 5}, {"steps": int, "tasks": [str]}, "a study")
+    >>> check({"steps": 5, "choose": "loss"}, {"steps": int, "tasks": [str], "choose": ("loss", "metric")}, "a study")
     """
     unknown = sorted(set(table) - set(known))
     if unknown:
@@ -58,6 +53,8 @@ def check(table: Mapping[str, Any], known: Kinds, where: str, part: str = "") ->
     for key, value in table.items():
         kind = known[key]
         if not fits(value, kind):
+            if isinstance(kind, tuple):
+                raise StudyError(f"{key} = {value!r} is unknown", where=where, remedy=f"use one of {', '.join(kind)}")
             called = f"list of {_CALLED[kind[0]]}s" if isinstance(kind, list) else _CALLED[kind]
             called = f"an {called}" if called[0] in "aeiou" else f"a {called}"
             raise StudyError(f"{key} = {value!r} is not {called}", where=where, remedy=f"give {called}")
@@ -66,16 +63,13 @@ def check(table: Mapping[str, Any], known: Kinds, where: str, part: str = "") ->
                 raise StudyError(f"{key} = {value!r}", where=where, remedy="give finite numbers from 0 on")
 
 
-def check_choices(table: Mapping[str, Any], choices: Choices, where: str) -> None:
-    """Refuse a word that is not one of those that its key allows; a key that is not there has none.
+def at_least(its: object, where: str, **least: int) -> None:
+    """Refuse attributes that are below these numbers."""
+    for name, low in least.items():
+        if getattr(its, name) < low:
+            raise StudyError(f"{name} = {getattr(its, name)}", where=where, remedy=f"give at least {low}")
 
-    Raises:
-        StudyError: the table has such a word.
 
-    >>> check_choices({"choose": "loss"}, {"choose": ("loss", "metric")}, "a study")
-    """
-    for key, words in choices.items():
-        if key in table and table[key] not in words:
-            raise StudyError(
-                f"{key} = {table[key]!r} is unknown", where=where, remedy=f"use one of {', '.join(words)}"
-            )
+def repeated(names: Sequence[str]) -> str | None:
+    """Return the first of the names that stands there twice."""
+    return next((name for name in names if names.count(name) > 1), None)

@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, stdev, variance
 from typing import Any
 
 LEVEL = 0.95
@@ -50,8 +50,8 @@ def interval(values: Sequence[float], level: float = LEVEL, draws: int = 0) -> t
         return -math.inf, math.inf
     from scipy import stats
 
-    mean, half = fmean(values), float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * _error(values)
-    return mean - half, mean + half
+    half = float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+    return fmean(values) - half, fmean(values) + half
 
 
 def observations(scores: Scores) -> dict[str, float]:
@@ -68,15 +68,10 @@ def observations(scores: Scores) -> dict[str, float]:
 
 
 def summary(scores: Scores | Sequence[float]) -> Summary:
-    """Return the summary of one or more scores, clustered by backbone.
-
-    >>> found = summary([1.0, 2.0, 3.0])
-    >>> found.n, found.mean, found.sd
-    (3, 2.0, 1.0)
-    """
+    """Return the summary of one or more scores, clustered by backbone."""
     given = scores if isinstance(scores, Mapping) else dict(enumerate(scores))
     values = list(observations(given).values())
-    sd = math.sqrt(_variance(values)) if len(values) > 1 else 0.0
+    sd = stdev(values) if len(values) > 1 else 0.0
     return Summary(len(values), fmean(values), sd, *interval(values), len(given))
 
 
@@ -89,32 +84,18 @@ def differences(first: Scores, second: Scores) -> dict[Any, float]:
 
 
 def paired(first: Scores, second: Scores) -> Summary | None:
-    """Return the summary of the paired differences ``first - second``; None without a shared replicate.
-
-    >>> paired({0: 0.5, 1: 0.75}, {1: 0.5, 2: 0.1}).mean
-    0.25
-    """
+    """Return the summary of the paired differences ``first - second``; None without a shared replicate."""
     shared = differences(first, second)
     return summary(shared) if shared else None
 
 
 def p_different(values: Sequence[float]) -> float:
-    """Return the two-sided p value of a zero mean (one-sample t test); 1 for fewer than two values.
-
-    >>> round(p_different([0.1, 0.2, 0.3]), 4)
-    0.0742
-    """
-    if len(values) < 2:
-        return 1.0
-    return min(1.0, 2 * _tail(abs(fmean(values)), values))
+    """Return the two-sided p value of a zero mean (one-sample t test); 1 for fewer than two values."""
+    return 1.0 if len(values) < 2 else min(1.0, 2 * _tail(abs(fmean(values)), values))
 
 
 def p_equivalent(values: Sequence[float], margin: float) -> float:
-    """Return the p value of a mean at or beyond ``+-margin``: the larger of two one-sided t tests.
-
-    >>> p_equivalent([-0.1, 0.0, 0.1], 1.0) < 0.01, p_equivalent([0.5, 1.0, 1.5], 1.0)
-    (True, 0.5)
-    """
+    """Return the p value of a mean at or beyond ``+-margin``: the larger of two one-sided t tests."""
     return 1.0 if len(values) < 2 else _tail(margin - abs(fmean(values)), values)
 
 
@@ -186,7 +167,7 @@ def variance_between(methods: Sequence[Scores]) -> dict[str, float]:
     """
     means = [observations(scores) for scores in methods]
     shared = [name for name in means[0] if all(name in its for its in means)] if len(means) > 1 else []
-    return {name: _variance([its[name] for its in means]) for name in shared}
+    return {name: variance(its[name] for its in means) for name in shared}
 
 
 def variance_ratio(first: Sequence[Scores], second: Sequence[Scores]) -> Summary | None:
@@ -255,24 +236,11 @@ def best_under(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     return curve
 
 
-def _variance(values: Sequence[float]) -> float:
-    """The sample variance: exactly zero of equal values, which rounding of their mean would hide."""
-    if min(values) == max(values):
-        return 0.0
-    mean = fmean(values)
-    return math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-
-
-def _error(values: Sequence[float]) -> float:
-    """The standard error of the mean."""
-    return math.sqrt(_variance(values) / len(values))
-
-
 def _tail(distance: float, values: Sequence[float]) -> float:
-    """The probability that a t variable exceeds a distance in standard errors."""
+    """The probability that a t variable exceeds a distance in standard errors of the mean."""
     from scipy import stats
 
-    error = _error(values)
+    error = stdev(values) / math.sqrt(len(values))
     if error == 0:
         return 0.0 if distance > 0 else 0.5 if distance == 0 else 1.0
     return float(stats.t.sf(distance / error, len(values) - 1))

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from tnpeft.studies import backbones, methods
-from tnpeft.studies.design import CHOICES, CONTRAST_KINDS, OURS, STUDY_KINDS, Cell, Contrast, cells, known, over
+from tnpeft.studies.design import CONTRAST_KINDS, OURS, STUDY_KINDS, Cell, Contrast, cells, over
 from tnpeft.studies.files import StudyError, digest, merged, read_toml
 from tnpeft.studies.protocol import Protocol
 from tnpeft.studies.runs import Run, Store
-from tnpeft.studies.schema import check_choices
+from tnpeft.studies.schema import check, repeated
 from tnpeft.studies.tasks.data import load
 from tnpeft.studies.tasks.task import Task, task
 
@@ -63,16 +63,17 @@ class Study:
         table = dict(table)
         if "backbone" in as_given:  # asked for by the caller: the only one
             table = {key: value for key, value in table.items() if key not in ("backbones", "tune_backbones")}
-        known(table, STUDY_KINDS, where)
+        check(table, STUDY_KINDS, where)
         if "backbones" in table and not table.get("backbone"):
             table["backbone"] = next(iter(table["backbones"]), "")
         for key in ("backbone", "tasks", "seeds", "methods"):
             if not table.get(key):
                 raise StudyError(f"no {key}", where=where, remedy=f"add {key}")
         for key in ("seeds", "tune_seeds", "backbones", "tune_backbones"):
-            if len(set(table.get(key, ()))) < len(table.get(key, ())):
-                one = "seed" if "seeds" in key else "backbone"
-                raise StudyError(f"a {one} stands twice", where=where, remedy="name each once")
+            if repeated(table.get(key, ())) is not None:
+                raise StudyError(
+                    f"a {key[:-1].removeprefix('tune_')} stands twice", where=where, remedy="name each once"
+                )
         places = {}
         for key, name in (("model", "backbone"), ("tokenizer", "tokenizer"), ("data", "data"), ("cache", "cache")):
             value = str(table.get(name, "runs/cache" if name == "cache" else ""))
@@ -94,16 +95,13 @@ class Study:
     @cached_property
     def protocol(self) -> Protocol:
         """The settings that all methods share."""
-        shared = dict(self.table.get("protocol", {}))
-        return Protocol.of({key: value for key, value in shared.items() if key not in OURS})
+        return Protocol.of(_without(self.table.get("protocol", {}), *OURS))
 
     @cached_property
     def tasks(self) -> tuple[Task, ...]:
         """The tasks."""
         found = tuple(task(_without(given, "protocol")) for given in self._tasks)
-        names = [its.name for its in found]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice:
+        if twice := repeated([its.name for its in found]):
             raise StudyError(f"two tasks are called {twice!r}", where=self.name, remedy="name them apart")
         return found
 
@@ -117,22 +115,18 @@ class Study:
 
         A grid of relative steps stands under ``learning_rates``.
         """
-        settings = self._settings(cell, its)
-        grid = settings.pop("relative_steps", None)
-        rates = settings.pop("rates", "one")
-        settings.pop("start", None)
-        if grid is not None:
-            settings["learning_rates"] = list(map(float, grid))
+        given = self._settings(cell, its)
+        settings, rates = _without(given, *OURS), given.get("rates", "one")
+        if "relative_steps" in given:
+            settings["learning_rates"] = list(map(float, given["relative_steps"]))
             if rates != "one":
                 settings["rate_rule"] = "relative_step" if rates == "rule" else rates
         return Protocol.of(settings)
 
     def _settings(self, cell: Cell, its: Task) -> dict[str, Any]:
-        of_task = self._tasks[[known.name for known in self.tasks].index(its.name)].get("protocol", {})
-        settings = dict(self.table.get("protocol", {}))
-        for own in (of_task, cell.own):
-            settings = over(settings, own)
-        check_choices(settings, CHOICES, self.name)
+        of_task = self._tasks[self.tasks.index(its)].get("protocol", {})
+        settings = over(over(self.table.get("protocol", {}), of_task), cell.own)
+        check({key: settings[key] for key in OURS if key in settings}, OURS, self.name)
         return settings
 
     def relative(self, cell: Cell, its: Task) -> bool:
@@ -143,9 +137,7 @@ class Study:
     def cells(self) -> tuple[Cell, ...]:
         """Every method at every size under every policy, in the order of the file."""
         found = tuple(cells(self.table, self.name, self.places["model"], self.protocol.targets))
-        names = [cell.name for cell in found]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice:
+        if twice := repeated([cell.name for cell in found]):
             raise StudyError(f"two methods are called {twice!r}", where=self.name, remedy="label them apart")
         return found
 
@@ -167,83 +159,83 @@ class Study:
         if not cell.choose_on:
             return cell
         full = f"{cell.policy}: {cell.choose_on}" if cell.policy else cell.choose_on
-        same = [its for its in self.cells if its.called(full)]
-        return same[0] if same else self.find(cell.choose_on)
+        return next((its for its in self.cells if its.called(full)), None) or self.find(cell.choose_on)
 
     @cached_property
     def contrasts(self) -> tuple[Contrast, ...]:
         """The declared comparisons."""
-        found = []
+        found, tasks = [], [its.name for its in self.tasks]
         for given in self.table.get("contrast", ()):
             where = f"{self.name}, a contrast"
-            known(given, CONTRAST_KINDS, self.name, "a contrast")
+            check(given, CONTRAST_KINDS, self.name, "a contrast")
             for key in ("plus", "minus"):
                 if key not in given:
                     raise StudyError(f"no {key}", where=where, remedy=f"add {key}, a method of the study")
-            measure = str(given.get("measure", "metric"))
-            on = str(given.get("task", self.tasks[0].name))
-            if on not in [its.name for its in self.tasks]:
-                raise StudyError(f"no task is called {on!r}", where=where, remedy="name one of the study's tasks")
-            margin = float(given.get("margin", self.table.get("margin", 0.01)))
-            plus, minus = self.find(given["plus"]), self.find(given["minus"])
-            name = str(given.get("name", f"{given['plus']} minus {given['minus']}"))
-            found.append(Contrast(name, plus, minus, measure, margin, on))
+            its = {"measure": "metric", "task": tasks[0], "margin": self.table.get("margin", 0.01), **given}
+            if its["task"] not in tasks:
+                raise StudyError(
+                    f"no task is called {its['task']!r}", where=where, remedy="name one of the study's tasks"
+                )
+            name = its.get("name", f"{given['plus']} minus {given['minus']}")
+            plus, minus = (self.find(given[side]).name for side in ("plus", "minus"))
+            found.append(Contrast(name, plus, minus, its["measure"], float(its["margin"]), its["task"]))
         return tuple(found)
 
     # ---- runs
 
-    @cached_property
+    @property
+    def _reported(self) -> list[str]:
+        return list(self.table.get("backbones") or [self.table["backbone"]])
+
+    @property
     def replicates(self) -> tuple[tuple[str, int], ...]:
         """Backbone and seed of every reported run, seed by seed."""
-        names = self.table.get("backbones") or [self.table["backbone"]]
-        return tuple((name, seed) for seed in self.table["seeds"] for name in names)
+        return tuple((name, seed) for seed in self.table["seeds"] for name in self._reported)
 
     @cached_property
     def backbones(self) -> tuple[str, ...]:
         """Every backbone, by the place where it is found: the reported ones, then those that only choose rates."""
-        names = [*(self.table.get("backbones") or [self.table["backbone"]]), *self.table.get("tune_backbones", ())]
+        names = (*self._reported, *self.table.get("tune_backbones", ()))
         return tuple(dict.fromkeys(self._places(name)["model"] for name in names))
 
     def key(self, backbone: str, seed: int) -> str:
         """Return what a replicate is called in results: its seed, or with several backbones both."""
-        return f"{backbone}/{seed}" if len(self.table.get("backbones", ())) > 1 else str(seed)
+        return f"{backbone}/{seed}" if len(self._reported) > 1 else str(seed)
 
     def tuning(self, cell: Cell, task: Task) -> tuple[tuple[str, int], ...]:
         """Backbone and seed of the runs that choose a cell's value: all that are reported if there is but one."""
         terms = self.terms(cell, task)
-        if self._fixed(terms):
+        if len(terms.learning_rates) == 1:
             return self.replicates
-        names = self.table.get("tune_backbones") or self.table.get("backbones") or [self.table["backbone"]]
+        names = self.table.get("tune_backbones") or self._reported
         seeds = self.table.get("tune_seeds") or self.table["seeds"][: terms.tune_seeds]
         return tuple((name, seed) for seed in seeds for name in names)
 
-    def _fixed(self, terms: Protocol) -> bool:
-        return len(terms.learning_rates) == 1
-
     def run(self, cell: Cell, task: Task, value: float, seed: int, backbone: str = "") -> Run:
         """Return the run of a cell on a task at a rate or relative step, by default on the first backbone."""
-        table = {key: value for key, value in asdict(task).items() if key not in ("train", "eval", "hub", "also")}
-        files = {key: getattr(task, key) for key in ("train", "eval", "hub")}
-        places = self._places(backbone)
-        terms = self.terms(cell, task)
+        places, terms = self._places(backbone), self.terms(cell, task)
         if self.relative(cell, task) and terms.rate_rule == "rate":
             # Rounded, as it is part of the run's name: a sum over weights ends in other bits on other machines.
             value = float(f"{value * self.rate_of_step(cell, task, places['model']):.10g}")
         examples = load(task, self.places["data"]).digest
-        own = self._identities[places["model"]]
-        return Run({**table, **files}, examples, cell.method, terms.training, value, seed, own, places)
+        its = _without(asdict(task), "also")
+        return Run(its, examples, cell.method, terms.training, value, seed, self.identity(backbone), places)
 
     def _places(self, backbone: str) -> dict[str, str]:
         first = self.table["backbone"]
         return {**self.places, "model": backbone if backbone and backbone != first else self.places["model"]}
 
-    @cached_property
-    def _identities(self) -> _Identities:
-        return _Identities(self.places)
-
     def identity(self, backbone: str = "") -> str:
         """Return the hash that names a backbone (with a tokenizer of the study) in its runs."""
-        return self._identities[self._places(backbone)["model"]]
+        model, words, cache = self._places(backbone)["model"], self.places["tokenizer"], Path(self.places["cache"])
+        if model not in self._identities:
+            its = backbones.identity(model, cache)
+            self._identities[model] = digest([its, backbones.identity(words, cache, weights=False)]) if words else its
+        return self._identities[model]
+
+    @cached_property
+    def _identities(self) -> dict[str, str]:
+        return {}
 
     def rate_of_step(self, cell: Cell, task: Task, model: str) -> float:
         """Return the learning rate of a first step of relative size 1, in the mean square over sites.
@@ -253,7 +245,7 @@ class Study:
         """
         import tnpeft
 
-        if not ("family" in cell.method or "line" in cell.method):
+        if not methods.is_network(cell.method):
             raise StudyError(f"{cell.name} has no gain", where=self.name, remedy="give it learning_rates")
         targets = self.terms(cell, task).targets
         f = methods.factorization(cell.method)
@@ -279,42 +271,45 @@ class Study:
         values = tuple(sorted(self.terms(cell, task).learning_rates))
         if store is None or len(values) < 2:
             return values
-        low, high = values[0] / values[1], values[-1] / values[-2]
-        for _ in range(2 * int(self.table.get("extend", 0))):
-            merits = self.merits(cell, task, store, values)
-            if len(merits) < len(values):
-                break
-            best = min(merits, key=lambda value: (merits[value], value))
-            added = len(values) - len(self.terms(cell, task).learning_rates)
-            if best not in (values[0], values[-1]) or added >= self.table["extend"]:
+        low, high, most = values[0] / values[1], values[-1] / values[-2], len(values) + self.table.get("extend", 0)
+        while len(values) < most:
+            best = self._best(cell, task, store, values)
+            if best not in (values[0], values[-1]):
                 break
             values = (values[0] * low, *values) if best == values[0] else (*values, values[-1] * high)
         return values
 
-    def merits(self, cell: Cell, task: Task, store: Store, values: Sequence[float]) -> dict[float, float]:
-        """Return by rate or step what is made small, where every tuning run has its result: the mean dev loss, or
-        the mean dev metric with a minus."""
-        by_metric = self.table.get("choose", "loss") == "metric"
+    def tried(
+        self, cell: Cell, task: Task, store: Store, values: Sequence[float]
+    ) -> dict[float, list[tuple[Run, Mapping[str, Any]]]]:
+        """Return the tuning runs with their results by rate or step, where every one of them has its result."""
         found = {}
         for value in values:
-            runs = (self.run(cell, task, value, seed, backbone) for backbone, seed in self.tuning(cell, task))
-            results = [store.result(run.key) for run in runs]
-            if all(results):
-                merits = [-r["dev"] if by_metric else dev_loss(r) for r in results if r]
-                found[value] = sum(merits) / len(merits)
+            runs = [self.run(cell, task, value, seed, backbone) for backbone, seed in self.tuning(cell, task)]
+            results = [(run, result) for run in runs if (result := store.result(run.key))]
+            if len(results) == len(runs):
+                found[value] = results
         return found
+
+    def _best(self, cell: Cell, task: Task, store: Store, values: Sequence[float]) -> float | None:
+        """The value with the least mean dev loss, or the largest mean dev metric; None before all were tried."""
+        tried = self.tried(cell, task, store, values)
+        if len(tried) < len(values):
+            return None
+        by_metric = self.table.get("choose", "loss") == "metric"
+
+        def merit(value: float) -> tuple[float, float]:
+            merits = [-result["dev"] if by_metric else dev_loss(result) for _, result in tried[value]]
+            return sum(merits) / len(merits), value
+
+        return min(values, key=merit)
 
     def best_rate(self, cell: Cell, task: Task, store: Store) -> float | None:
         """Return the rate or step with the least mean dev loss over the tuning runs (ties: the smaller), or the only
         one there is; None before the search has ended."""
         cell = self.chooser(cell)
-        if self._fixed(self.terms(cell, task)):
-            return self.terms(cell, task).learning_rates[0]
         values = self.grid(cell, task, store)
-        merits = self.merits(cell, task, store, values)
-        if len(merits) < len(values):
-            return None
-        return min(merits, key=lambda value: (merits[value], value))
+        return values[0] if len(values) == 1 else self._best(cell, task, store, values)
 
     def confirmation(self, store: Store) -> list[Run]:
         """Return the reported runs at the chosen rates and steps, seed by seed."""
@@ -328,18 +323,6 @@ class Study:
         ]
 
 
-class _Identities(dict[str, str]):
-    """Hashes of backbones by their places, each worked out once."""
-
-    def __init__(self, places: Mapping[str, str]) -> None:
-        self.words, self.cache = places["tokenizer"], Path(places["cache"])
-
-    def __missing__(self, model: str) -> str:
-        its = backbones.identity(model, self.cache)
-        self[model] = digest([its, backbones.identity(self.words, self.cache, weights=False)]) if self.words else its
-        return self[model]
-
-
 def dev_loss(result: Mapping[str, Any]) -> float:
     """Return the dev loss of a record at the step that is reported; infinite if it is not finite.
 
@@ -350,5 +333,5 @@ def dev_loss(result: Mapping[str, Any]) -> float:
     return math.inf if found is None else float(found)
 
 
-def _without(table: Mapping[str, Any], key: str) -> dict[str, Any]:
-    return {name: value for name, value in table.items() if name != key}
+def _without(table: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {name: value for name, value in table.items() if name not in keys}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from operator import itemgetter
 from typing import Any
 
 from tnpeft.studies import backbones, methods
-from tnpeft.studies.design import Cell
-from tnpeft.studies.runs import Store, finite
+from tnpeft.studies.design import Cell, full_name
+from tnpeft.studies.runs import Run, Store, finite
 from tnpeft.studies.statistics import Summary, summary
 from tnpeft.studies.study import Study, dev_loss
 from tnpeft.studies.tasks.task import Task
@@ -96,13 +97,23 @@ class Point:
     @property
     def name(self) -> str:
         """Policy, label and size."""
-        named = f"{self.label} ({self.size})" if self.size else self.label
-        return f"{self.policy}: {named}" if self.policy else named
+        return full_name(self.policy, self.label, self.size)
 
     @property
     def summary(self) -> Summary:
         """Of the eval scores."""
         return summary(self.scores)
+
+
+def on_backbones(points: Sequence[Point]) -> bool:
+    """Return True if replicates are named by a backbone and a seed."""
+    return any("/" in str(key) for p in points for key in p.scores)
+
+
+def span(counts: Sequence[int]) -> str:
+    """Return counts as text: ``"3"``, or ``"2 to 5"``."""
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def collect(study: Study, store: Store) -> tuple[Point, ...]:
@@ -121,8 +132,9 @@ def _point(study: Study, store: Store, cell: Cell, task: Task) -> Point | None:
     results = {name: result for name, run in runs.items() if (result := store.result(run.key))}
     if not results:
         return None
-    first = next(iter(results.values()))
-    values = study.grid(study.chooser(cell), task, store)
+    first, chooser = next(iter(results.values())), study.chooser(cell)
+    values = study.grid(chooser, task, store)
+    searched = study.tried(cell, task, store, values) if chooser == cell and len(values) > 1 else {}
     return Point(
         task=task.name,
         label=cell.label,
@@ -138,20 +150,19 @@ def _point(study: Study, store: Store, cell: Cell, task: Task) -> Point | None:
         scores={name: r["eval"] for name, r in results.items()},
         losses={name: _number(r["eval_loss"]) for name, r in results.items()},
         dev={name: r["dev"] for name, r in results.items()},
-        also={name: found for name in task.also if (found := _of_metric(results, name))},
-        search=tuple(_tried(study, store, cell, task, values)) if study.chooser(cell) == cell else (),
+        also={
+            metric: found
+            for metric in task.also
+            if (found := {name: r["scores"][metric] for name, r in results.items() if metric in r["scores"]})
+        },
+        search=tuple(_tried(value, its) for value, its in searched.items()),
         metric=task.metric,
     )
 
 
-def _tried(study: Study, store: Store, cell: Cell, task: Task, values: Sequence[float]) -> Iterator[Tried]:
-    for value in values if len(values) > 1 else ():
-        runs = [study.run(cell, task, value, seed, backbone) for backbone, seed in study.tuning(cell, task)]
-        results = [result for run in runs if (result := store.result(run.key))]
-        if len(results) == len(runs):
-            loss = sum(map(dev_loss, results)) / len(results)
-            score = sum(r["dev"] for r in results) / len(results)
-            yield Tried(value, _middle([run.lr for run in runs]), loss, score, len(runs))
+def _tried(value: float, its: Sequence[tuple[Run, Mapping[str, Any]]]) -> Tried:
+    loss, score = (sum(of(result) for _, result in its) / len(its) for of in (dev_loss, itemgetter("dev")))
+    return Tried(value, _middle([run.lr for run, _ in its]), loss, score, len(its))
 
 
 def _middle(rates: Sequence[float]) -> float:
@@ -161,10 +172,6 @@ def _middle(rates: Sequence[float]) -> float:
 
 def _number(value: float | None) -> float:
     return math.inf if value is None else value
-
-
-def _of_metric(results: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, float]:
-    return {key: r["scores"][name] for key, r in results.items() if name in r.get("scores", {})}
 
 
 def failures(study: Study, store: Store) -> list[tuple[str, str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from tnpeft.studies import packaged
 from tnpeft.studies.files import StudyError, write_json
 from tnpeft.studies.reports import figures, tables
-from tnpeft.studies.reports.points import Point, collect, failures
+from tnpeft.studies.reports.points import Point, collect, failures, on_backbones, span
 from tnpeft.studies.runs import Store
 from tnpeft.studies.study import Study
 
@@ -63,11 +63,7 @@ def report(study: Study, folder: str | Path, out: str | Path, reference: str = "
         "backbone": packaged.title(str(study.table["backbone"])),
         "backbones": {name: study.identity(name) for name in study.backbones},
         "controls": list(study.table.get("controls", [])),
-        "contrasts": [
-            {"name": c.name, "plus": c.plus.name, "minus": c.minus.name, "measure": c.measure, "margin": c.margin}
-            | {"task": c.task}
-            for c in study.contrasts
-        ],
+        "contrasts": [asdict(contrast) for contrast in study.contrasts],
         "source": str(study.table.get("source", "")),
         "ours": list(study.table.get("ours", [])),
         "tasks": {task.name: {"prompt": task.prompt, "words": dict(task.words)} for task in study.tasks},
@@ -93,7 +89,10 @@ def render(facts: Mapping[str, Any], out: str | Path) -> tuple[Point, ...]:
     where, name, title = Path(out), facts["name"], facts["title"]
     wanted = len(facts["seeds"]) * max(1, facts.get("reported", 1))
     gaps = sum(wanted - len(p.scores) for p in points)
-    caption = f"{title or name}: {_seeds(points)}{f', {gaps} runs missing' if gaps else ''}."
+    seeds = f"{span([p.summary.replicates for p in points])} seeds"
+    if on_backbones(points):
+        seeds = f"{seeds.replace('seeds', 'runs')} each on {max(p.summary.n for p in points)} backbones"
+    caption = f"{title or name}: {seeds}{f', {gaps} runs missing' if gaps else ''}."
     tables.write(tables.results_table(points), where / f"{name}.md", caption)
     found = tables.contrasts(points, facts.get("contrasts", ()))
     controls = facts.get("controls", ())
@@ -118,11 +117,3 @@ def render(facts: Mapping[str, Any], out: str | Path) -> tuple[Point, ...]:
         unit = {"loss": "cross-entropy", "metric": points[0].metric}[measures.pop()] if len(measures) == 1 else ""
         figures.forest_figure(found, where / f"{name}-contrasts", title=title, unit=unit)
     return points
-
-
-def _seeds(points: Sequence[Point]) -> str:
-    counts = sorted({p.summary.replicates for p in points})
-    each = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    backbones = max(p.summary.n for p in points)
-    many = any("/" in str(key) for p in points for key in p.scores)
-    return f"{each} runs each on {backbones} backbones" if many else f"{each} seeds"

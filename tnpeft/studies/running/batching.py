@@ -18,10 +18,7 @@ MicroBatch = list[list[int]]  # places of examples, equally many of each run
 def micro_batches(lengths: Sequence[Sequence[int]], rows: int = 1, device: str = "cpu") -> list[MicroBatch]:
     """Return the cheapest micro-batches of all examples of some runs, with equally many of each run in each.
 
-    Args:
-        lengths: tokens of the examples of each run, which has equally many.
-        rows: rows of that length for each example.
-        device: the kind of device that runs them.
+    ``lengths`` are the tokens of each run's examples, each of which makes so many ``rows`` of that length.
 
     >>> micro_batches([[90, 9, 8], [7, 8, 80]])
     [[[2, 1], [0, 1]], [[0], [2]]]
@@ -45,13 +42,7 @@ def micro_batches(lengths: Sequence[Sequence[int]], rows: int = 1, device: str =
 def batches(lengths: Sequence[int], protocol: Protocol, seed: int, start: int = 0) -> Iterator[list[list[int]]]:
     """Yield the batches of each optimizer step, as places of examples, without end.
 
-    The order depends on the seed and the epoch alone, so that a resumed run goes on in it.
-
-    Args:
-        lengths: tokens of each example.
-        protocol: batch, accumulate and by_length are read.
-        seed: of the order.
-        start: number of steps to leave out.
+    The order depends on the seed and the epoch alone, so that a resumed run goes on in it, at step ``start``.
 
     >>> steps = batches([2] * 5, Protocol(batch=2, accumulate=2), seed=0)
     >>> [[len(batch) for batch in next(steps)] for _ in range(3)]

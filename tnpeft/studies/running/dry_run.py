@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import replace
-from multiprocessing import get_context
 from typing import Any
 
 from tnpeft.networks import NetworkError
@@ -18,7 +15,7 @@ from tnpeft.studies import backbones, methods
 from tnpeft.studies.design import Cell
 from tnpeft.studies.files import StudyError
 from tnpeft.studies.running.execution import train_and_evaluate
-from tnpeft.studies.running.pool import follow
+from tnpeft.studies.running.pool import DIED, processes
 from tnpeft.studies.runs import Run
 from tnpeft.studies.study import Study
 from tnpeft.studies.tasks.data import load
@@ -73,16 +70,14 @@ def trial(study: Study, *, steps: int = 2, batch: int = 2) -> Iterator[Row]:
 
 def _task(study: Study) -> Task:
     """Return the first task whose data are there."""
-    trouble: StudyError | None = None
+    troubles: list[StudyError] = []
     for task in study.tasks:
         try:
             load(task, study.places["data"])
-        except StudyError as error:
-            trouble = trouble or error
-        else:
             return task
-    assert trouble is not None
-    raise trouble
+        except StudyError as error:
+            troubles.append(error)
+    raise troubles[0]
 
 
 def _at_hand(study: Study) -> Study:
@@ -97,12 +92,11 @@ def _at_hand(study: Study) -> Study:
 
 
 def _in_a_process(run: Run) -> dict[str, Any]:
-    spawn = get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, initializer=follow, initargs=(os.getpid(),)) as pool:
+    with processes(1) as pool:
         try:
             return pool.submit(_measured, run).result()
         except BrokenProcessPool:
-            return {"outcome": "FAILED (its process died (killed, or out of memory))"}
+            return {"outcome": f"FAILED ({DIED})"}
 
 
 def _measured(run: Run) -> dict[str, Any]:

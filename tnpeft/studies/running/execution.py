@@ -33,20 +33,18 @@ def run_once(job: Job, store: Store, *, retry: bool = False) -> list[str]:
     with contextlib.ExitStack() as stack:
         claimed = all(stack.enter_context(store.claim(run.key)) for run in job)
         store.recover()
-        status = {run.key: cached_status(run, store, claimed, retry) for run in job}
+        status = dict.fromkeys((run.key for run in job), "")
+        for key in status:
+            if store.result(key):
+                status[key] = "kept"
+            elif not claimed:
+                status[key] = "busy"
+            elif store.failure(key) and not retry:
+                status[key] = "failed"
         fresh = [run for run in job if not status[run.key]]
         if fresh:
             status |= zip((run.key for run in fresh), run_and_store(fresh, store), strict=True)
         return [status[run.key] for run in job]
-
-
-def cached_status(run: Run, store: Store, claimed: bool, retry: bool) -> str:
-    """Return the status of a run that is not to be made now; nothing if it is."""
-    if store.result(run.key):
-        return "kept"
-    if not claimed:
-        return "busy"
-    return "failed" if store.failure(run.key) and not retry else ""
 
 
 def run_and_store(job: Job, store: Store, **note: Any) -> list[str]:
@@ -54,13 +52,11 @@ def run_and_store(job: Job, store: Store, **note: Any) -> list[str]:
 
     If a pass of several fails, they are made one by one, and their files say why under ``unpacked``.
     """
-    cause = trace = ""
     try:
         store.keep(job, [{**record, **note} for record in train_and_evaluate(job)])
+        return ["done"] * len(job)
     except Exception as error:
         cause, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
-    if not cause:
-        return ["done"] * len(job)
     if len(job) > 1:
         return [status for run in job for status in run_and_store([run], store, unpacked=cause)]
     store.fail(job[0], cause, trace)
@@ -68,18 +64,12 @@ def run_and_store(job: Job, store: Store, **note: Any) -> list[str]:
 
 
 def train_and_evaluate(
-    job: Job, *, folder: Path | None = None, progress: Any = None, say: Any = None, keep: Any = None
+    job: Job, *, folder: Path | None = None, progress: Any = None, say: Any = lambda _: None, keep: Any = None
 ) -> list[dict[str, Any]]:
     """Train the runs of a job side by side, evaluate them, and return their records.
 
-    Args:
-        job: one run, or several that :func:`packs` put together.
-        folder: of checkpoints, from which an interrupted job goes on.
-        progress, say: see :func:`tnpeft.studies.running.training.fit`.
-        keep: called with the trained model and the tokenizer.
-
-    Raises:
-        StudyError: the runs cannot share a pass, or data, tokenizer and model do not fit each other.
+    ``keep`` is called with the trained model and the tokenizer; the rest is as in
+    :func:`tnpeft.studies.running.training.fit`.
     """
     import torch
 
@@ -89,7 +79,7 @@ def train_and_evaluate(
 
     quiet()
     first, several = job[0], len(job) > 1
-    task, protocol = terms(first)
+    task, protocol = task_of(dict(first.task)), Protocol.of(first.protocol)
     data = load(task, first.places.get("data", ""))
     splits = [data.splits(run.seed, protocol.train, protocol.dev, protocol.eval) for run in job]
     protocol = protocol.on(len(splits[0].train))
@@ -122,14 +112,18 @@ def train_and_evaluate(
     courses, seconds = training.fit(
         model, scorer, splits, protocol, lrs=lrs, seeds=seeds, folder=folder, progress=progress, say=say
     )
-    if say:
-        say(f"evaluating on {len(held[0])} held-out examples")
+    say(f"evaluating on {len(held[0])} held-out examples")
     reached = judge(scorer, model, held)
     if keep:
         keep(model, tokenizer)
-    also = {"pack": len(job)} if several else {}
+    common: dict[str, Any] = {
+        "versions": versions(),
+        "machine": {"device": str(model.device), "threads": torch.get_num_threads(), "cores": os.cpu_count()},
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **({"pack": len(job)} if several else {}),
+    }
     parts = zip(job, sizes, splits, courses, reached, strict=True)
-    return [{**described(*part, seconds / len(job), str(model.device)), **also} for part in parts]
+    return [{**_outcome(task, seconds / len(job), *part), **common} for part in parts]
 
 
 def _refuse_dropout(config: dict[str, Any]) -> None:
@@ -139,32 +133,17 @@ def _refuse_dropout(config: dict[str, Any]) -> None:
         raise StudyError(f"the backbone trains with {found[0]} = {config[found[0]]}", remedy="make such runs alone")
 
 
-def terms(run: Run) -> tuple[Task, Protocol]:
-    """Return the task and the protocol of a run."""
-    task = task_of(dict(run.task))
-    return task, Protocol.of({**run.protocol, "targets": list(run.protocol.get("targets", ()))})
-
-
-def described(
-    run: Run,
-    parameters: tuple[int, int],
-    splits: Splits,
-    course: Course,
-    judged: Judged,
-    seconds: float,
-    device: str,
+def _outcome(
+    task: Task, seconds: float, run: Run, sizes: tuple[int, int], splits: Splits, course: Course, judged: Judged
 ) -> dict[str, Any]:
-    """Return the record of a run, the content of its file; ``parameters`` of adapter and head, ``judged`` on eval."""
-    import torch
-
-    steps, task = course.curve[-1][0], terms(run)[0]
-    scores = judged.scores(len(task.labels))
+    """Return what the record of a run says of this run: ``sizes`` of adapter and head, ``judged`` on eval."""
+    steps, scores = course.curve[-1][0], judged.scores(len(task.labels))
     return {
         "key": run.key,
         "run": run.identity,
         "model": Path(run.places.get("model", run.backbone)).name,
-        "parameters": parameters[0],
-        "head_parameters": parameters[1],
+        "parameters": sizes[0],
+        "head_parameters": sizes[1],
         "examples": [len(splits.train), len(splits.dev), len(splits.eval)],
         "metric": task.metric,
         "dev": course.dev,
@@ -177,7 +156,4 @@ def described(
         "steps": steps,
         "curve": [[row[0], *map(finite, row[1:])] for row in course.curve],
         "timing": {"train_seconds": round(seconds, 3), "step_ms": round(1000 * seconds / max(1, steps), 3)},
-        "versions": versions(),
-        "machine": {"device": device, "threads": torch.get_num_threads(), "cores": os.cpu_count()},
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

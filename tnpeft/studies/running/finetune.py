@@ -30,7 +30,7 @@ def train(
     lr: float = 1e-3,
     seed: int = 0,
     progress: Any = None,
-    say: Any = None,
+    say: Any = lambda _: None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Adapt a model and return the result, as ``out/result.json`` has it; the adapter is saved in ``out/adapter``.

@@ -17,9 +17,11 @@ from typing import Any
 from tnpeft.studies.files import StudyError
 from tnpeft.studies.running.execution import run_once
 from tnpeft.studies.runs import Run, Store, packs
+from tnpeft.studies.schema import at_least
 
 Outcome = tuple[Run, str, float]  # a run, its status, seconds
 Job = tuple[Run, ...]
+DIED = "its process died (killed, or out of memory)"
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,9 @@ class Engine:
     gpus: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.kind not in ("serial", *_POOLS):
-            raise StudyError(f"unknown engine {self.kind!r}", remedy=f"use one of {', '.join(('serial', *_POOLS))}")
-        for name, least in (("pack", 1), ("threads", 1), ("workers", 0), ("gpus", 0)):
-            if getattr(self, name) < least:
-                raise StudyError(f"{name} = {getattr(self, name)}", where="engine", remedy=f"give at least {least}")
+        if self.kind not in _POOLS:
+            raise StudyError(f"unknown engine {self.kind!r}", remedy=f"use one of {', '.join(_POOLS)}")
+        at_least(self, "engine", pack=1, threads=1, workers=0, gpus=0)
 
     @property
     def width(self) -> int:
@@ -63,26 +63,37 @@ class Engine:
 
     def open(self, folder: Path) -> Workers:
         """Return workers for the runs whose results are in a folder, to be closed by a ``with``."""
-        return Workers(self, folder)
+        return _POOLS[self.kind](self, folder)
 
 
 class Workers:
-    """A pool that lives from its first run to the end of the ``with``, replaced when a worker dies."""
+    """Workers that live from the first run to the end of the ``with``, replaced when one dies: here, this process."""
+
+    died: Any = ()
+    pool: Any = None
 
     def __init__(self, engine: Engine, folder: Path) -> None:
-        self.engine, self.folder = engine, folder
-        self.pool: Any = None
+        self.engine, self.rest = engine, (str(folder.resolve()), engine.threads, engine.retry)
 
     def __enter__(self) -> Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._close()
+        self.close()
 
-    def _close(self) -> None:
-        if self.pool is not None:
-            self.pool.close()
-        self.pool = None
+    def close(self) -> None:
+        """End the workers, if there are any."""
+
+    @staticmethod
+    def cores() -> int:
+        """Return the number of cores."""
+        return 1
+
+    def submit(self, job: Job) -> Future[list[Outcome]]:
+        """Start a job."""
+        task = Future[list[Outcome]]()
+        task.set_result(work(job, *self.rest))
+        return task
 
     def map(self, runs: Sequence[Run]) -> Iterator[Outcome]:
         """Yield outcomes of the runs as they come in.
@@ -91,10 +102,6 @@ class Workers:
         were, then run by run, and a run that dies alone is recorded as failed.
         """
         waiting, suspects = deque[Job](packs(runs, self.engine.pack)), deque[Job]()
-        if self.engine.kind == "serial":
-            for job in waiting:
-                yield from work(job, str(self.folder), self.engine.threads, self.engine.retry)
-            return
         while waiting:
             suspects += yield from self._until_one_dies(waiting, self.engine.width)
         while suspects:
@@ -104,85 +111,76 @@ class Workers:
             if len(job) > 1:
                 suspects.extendleft((run,) for run in reversed(job))
             else:
-                Store(self.folder).fail(job[0], "its process died (killed, or out of memory)")
+                Store(Path(self.rest[0])).fail(job[0], DIED)
                 yield job[0], "failed", 0.0
 
     def _until_one_dies(self, waiting: deque[Job], width: int) -> Generator[Outcome, None, list[Job]]:
         """Yield the jobs' outcomes until a worker dies; return the lost jobs. Others stay in ``waiting``."""
         lost, under_way = list[Job](), dict[Future[list[Outcome]], Job]()
-        self.pool = self.pool or _POOLS[self.engine.kind](self.engine, self.folder.resolve())
         while under_way or (waiting and not lost):
             while waiting and not lost and len(under_way) < width:
                 job = waiting.popleft()
                 try:
-                    under_way[self.pool.submit(job)] = job
-                except self.pool.died:  # while it had nothing to do
+                    under_way[self.submit(job)] = job
+                except self.died:  # while it had nothing to do
                     lost.append(job)
             for task in wait(under_way, return_when=FIRST_COMPLETED).done:
                 job = under_way.pop(task)
                 try:
                     outcomes = task.result()
-                except self.pool.died:
+                except self.died:
                     lost.append(job)
                 else:
                     yield from outcomes
         if lost:
-            self._close()
+            self.close()
         return lost
 
 
-class _Processes:
+class _Processes(Workers):
     """Processes of this machine, which end with this one, however that dies."""
 
-    died: Any = BrokenProcessPool
-
-    def __init__(self, engine: Engine, folder: Path) -> None:
-        self.rest = (str(folder), engine.threads, engine.retry)
-        spawn = get_context("spawn")
-        self.pool = ProcessPoolExecutor(engine.width, mp_context=spawn, initializer=follow, initargs=(os.getpid(),))
+    died = BrokenProcessPool
 
     def close(self) -> None:
-        self.pool.shutdown(cancel_futures=True)
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+        self.pool = None
 
     @staticmethod
     def cores() -> int:
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
     def submit(self, job: Job) -> Future[list[Outcome]]:
+        self.pool = self.pool or processes(self.engine.width)
         return self.pool.submit(work, job, *self.rest)
 
 
-class _Ray:
+class _Ray(Workers):
     """Tasks of a Ray cluster; one that is there already stays, one that is started here ends with this process."""
 
-    def __init__(self, engine: Engine, folder: Path) -> None:
+    def submit(self, job: Job) -> Future[list[Outcome]]:
         ray = _ray()
         self.died = (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
-        self.rest = (str(folder), engine.threads, engine.retry)
-        gpus = engine.gpus if ray.cluster_resources().get("GPU") else 0
-        self.remote = ray.remote(num_cpus=engine.threads, num_gpus=gpus, max_retries=0)(work)
-
-    def close(self) -> None:
-        pass
+        gpus = self.engine.gpus if ray.cluster_resources().get("GPU") else 0
+        remote = ray.remote(num_cpus=self.engine.threads, num_gpus=gpus, max_retries=0)(work)
+        return remote.remote(tuple(map(_anywhere, job)), *self.rest).future()
 
     @staticmethod
     def cores() -> int:
         return int(_ray().cluster_resources().get("CPU", 1))
 
-    def submit(self, job: Job) -> Future[list[Outcome]]:
-        task: Future[list[Outcome]] = self.remote.remote(tuple(map(_anywhere, job)), *self.rest).future()
-        return task
+
+_POOLS: dict[str, type[Workers]] = {"serial": Workers, "processes": _Processes, "ray": _Ray}
 
 
-_POOLS: dict[str, Any] = {"processes": _Processes, "ray": _Ray}
+def processes(width: int) -> ProcessPoolExecutor:
+    """Return fresh processes of this machine that end with this one."""
+    return ProcessPoolExecutor(width, mp_context=get_context("spawn"), initializer=_follow, initargs=(os.getpid(),))
 
 
 def _ray() -> Any:
-    """Return the library, connected.
-
-    Raises:
-        StudyError: it is not installed.
-    """
+    """Return the library, connected."""
     try:
         import ray
     except ImportError:
@@ -201,7 +199,7 @@ def _anywhere(run: Run) -> Run:
     return replace(run, places=places)
 
 
-def follow(parent: int) -> None:
+def _follow(parent: int) -> None:
     """Let a worker end with its parent, however that dies."""
 
     def watch() -> None:

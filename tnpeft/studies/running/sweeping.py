@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tnpeft.networks import TnpeftError
 from tnpeft.studies import backbones, methods
+from tnpeft.studies.design import Cell
 from tnpeft.studies.files import StudyError
 from tnpeft.studies.running.pool import Engine, Workers
 from tnpeft.studies.runs import Run, Store
@@ -83,21 +83,13 @@ def sweep(study: Study, folder: str | Path, engine: Engine | None = None, say: S
 
 
 def one_process() -> None:
-    """Refuse to be one of several processes of ``torchrun``.
-
-    Raises:
-        StudyError: this process is.
-    """
+    """Refuse to be one of several processes of ``torchrun``."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise StudyError("started by torchrun", remedy="one process makes a run; sweep --workers N makes N at once")
 
 
 def prepare(study: Study) -> None:
-    """Read the data, see that the backbones can be had, and check that tokenizers, label words and methods fit.
-
-    Raises:
-        StudyError: something is missing or does not fit; the message names it.
-    """
+    """Read the data, see that the backbones can be had, and check that tokenizers, label words and methods fit."""
     from tnpeft.studies.tasks.scoring import Scorer
 
     for task in study.tasks:
@@ -109,9 +101,9 @@ def prepare(study: Study) -> None:
             protocol = study.terms(cell, task)
             key = str([name, dict(cell.method), protocol.targets])
             if key not in seen:
-                _count(cell, backbones.shape(name), protocol.targets)
-                if "peft" in cell.method and tokenizer:
-                    _check_peft(cell, backbones.module_names(name, protocol.head, cache), protocol.targets)
+                looked = "peft" in cell.method and tokenizer
+                modules = backbones.module_names(name, protocol.head, cache) if looked else None
+                _check_method(cell, backbones.shape(name), modules, protocol.targets)
             seen.add(key)
             if study.relative(cell, task) and protocol.rate_rule == "rate":
                 study.rate_of_step(cell, task, name)
@@ -119,27 +111,20 @@ def prepare(study: Study) -> None:
                 Scorer(task, tokenizer, protocol.head, protocol.max_length)
 
 
-def _count(cell: Any, model: Any, targets: tuple[str, ...]) -> int | None:
-    """Count the parameters of a method, which fails for wrong values and targets."""
-    name = f"method {cell.label!r} {cell.size}".strip()
+def _check_method(cell: Cell, model: Any, modules: Sequence[str] | None, targets: Sequence[str]) -> None:
+    """Refuse a method that cannot be counted; one of PEFT's that it does not have, or whose targets match nothing."""
+    where = f"method {cell.label!r} {cell.size}".strip()
     try:
-        return methods.count(cell.method, model, targets)
+        methods.count(cell.method, model, tuple(targets))
     except StudyError:
         raise
-    except TnpeftError as error:
-        raise StudyError(f"{name}: {error}") from None
     except (TypeError, ValueError) as error:
-        raise StudyError(f"wrong values: {error}", where=name, remedy="check args and grid") from None
-
-
-def _check_peft(cell: Any, names: Sequence[str], targets: tuple[str, ...]) -> None:
-    """Refuse a method that PEFT does not have, arguments that it does not take, and targets that match nothing."""
-    methods.peft_config(cell.method)
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise StudyError(
-                f"the model has no module {target!r}", where=f"method {cell.label!r}", remedy="correct targets"
-            )
+        raise StudyError(f"wrong values: {error}", where=where, remedy="check args, grid and targets") from None
+    if modules is not None:
+        methods.peft_config(cell.method)
+        for target in targets:
+            if not any(f".{name}".endswith(f".{target}") for name in modules):
+                raise StudyError(f"the model has no module {target!r}", where=where, remedy="correct targets")
 
 
 def _make(runs: Sequence[Run], store: Store, workers: Workers, summary: SweepSummary, say: Say) -> None:

@@ -6,9 +6,8 @@ evaluation, and an interrupted training goes on from the newest whole one, to th
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
+import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,12 +17,10 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 import tnpeft
 from tnpeft.studies import methods
-from tnpeft.studies.files import StudyError, new_folder, write_json
+from tnpeft.studies.files import StudyError, whole
 from tnpeft.studies.protocol import Protocol
 from tnpeft.studies.running.batching import batches
 from tnpeft.studies.tasks.data import Splits
@@ -77,7 +74,7 @@ def fit(
     seeds: Sequence[int],
     folder: Path | None = None,
     progress: Progress | None = None,
-    say: Say | None = None,
+    say: Say = lambda _: None,
 ) -> tuple[list[Course], float]:
     """Train everything that requires a gradient, and leave the model at the checkpoint to report.
 
@@ -110,13 +107,12 @@ def fit(
         tnpeft.replicas.learning_rates(chosen, model, [lr / top for lr in lrs])
     state = _State(model, chosen, [Course() for _ in range(runs)])
     start = state.resume(folder) if folder else 0
-    if start and say:
+    if start:
         say(f"going on from step {start}")
     seconds, begun, losses = 0.0, time.perf_counter(), list[torch.Tensor]()
 
     def evaluate(step: int) -> None:
-        if say:
-            say(f"evaluating on {len(dev[0])} examples")
+        say(f"evaluating on {len(dev[0])} examples")
         trained = torch.stack(losses).mean(0).tolist() if losses else [0.0] * runs
         losses.clear()
         results = [(metric(scorer.task.metric, j.guesses, j.labels), j.loss) for j in judge(scorer, model, dev)]
@@ -159,11 +155,7 @@ def fit(
 
 
 def check_rows(model: torch.nn.Module, scorer: Scorer, rows: Rows) -> None:
-    """Refuse token ids without an embedding, and rows that are longer than the model's learned positions.
-
-    Raises:
-        StudyError: the message names the tokenizer or max_length.
-    """
+    """Refuse token ids without an embedding, and rows that are longer than the model's learned positions."""
     transformer = inner(model)
     words = transformer.get_input_embeddings().weight.shape[0]
     largest = max((max(ids, default=0) for ids in ([row["ids"] for row in rows] + scorer.words)), default=0)
@@ -188,17 +180,8 @@ def check_rows(model: torch.nn.Module, scorer: Scorer, rows: Rows) -> None:
 def backward(scorer: Scorer, model: torch.nn.Module, rows: Sequence[Rows], places: Any) -> list[torch.Tensor]:
     """Add up the gradients of a step: for each run of the mean, over its batches, of their mean losses.
 
-    Args:
-        scorer: computes losses.
-        model: a model; of several runs with a replica for each.
-        rows: the encoded examples of each run.
-        places: positions in these, batch by batch, for each run.
-
-    Returns:
-        The loss of each batch, ``[runs]``.
-
-    Raises:
-        StudyError: the runs' batches differ in size.
+    ``rows`` are the encoded examples of each run, ``places`` positions in them, batch by batch, for each run. Returns
+    the loss of each batch, ``[runs]``.
     """
     sizes = [len(batch) for batch in places[0]]
     if any([len(batch) for batch in each] != sizes for each in places):
@@ -240,9 +223,6 @@ def optimizer(
     """Return a fused AdamW whose groups learn at the rates that the protocol asks for.
 
     ``loss`` is that of a batch, for rates that are measured.
-
-    Raises:
-        StudyError: the protocol asks for rates by rule, or preconditioned steps, which this adapter does not have.
     """
     relative = protocol.relative_step or (lr if protocol.rate_rule != "rate" else 0.0)
     rule = protocol.rate_rule if protocol.rate_rule in ("structure", "measured") else "gain"
@@ -284,60 +264,41 @@ class _State:
 
     def save(self, folder: Path, step: int) -> None:
         """Write a checkpoint as a whole, and remove the older ones."""
-        tensors = {f"model/{name}": p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
-        for k, course in enumerate(self.courses):
-            tensors |= {f"report/{k}/{name}": value for name, value in course.weights.items()}
-        for index, values in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer/{index}/{name}": torch.as_tensor(value) for name, value in values.items()}
-        tensors["random/cpu"] = torch.get_rng_state()
-        if torch.cuda.is_available():
-            tensors["random/cuda"] = torch.cuda.get_rng_state()
-        with new_folder(folder / f"checkpoint-{step}") as work:
-            save_file(
-                {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, work / "state.safetensors"
-            )
-            courses = [{**vars(course), "weights": None} for course in self.courses]
-            write_json(work / "state.json", {"step": step, "courses": courses})
+        folder.mkdir(parents=True, exist_ok=True)
+        with whole(folder / f"checkpoint-{step}.pt") as part:
+            state = {
+                "step": step,
+                "courses": [vars(course) for course in self.courses],
+                "model": {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad},
+                "optimizer": self.optimizer.state_dict()["state"],
+                "random": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+            }
+            torch.save(state, part)
         for old in _checkpoints(folder)[:-_KEPT]:
-            shutil.rmtree(old, ignore_errors=True)
+            old.unlink(missing_ok=True)
 
     def resume(self, folder: Path) -> int:
         """Take up the newest whole checkpoint and return its step, 0 without one; damaged ones are removed."""
         for path in reversed(_checkpoints(folder)):
             try:
-                saved = json.loads((path / "state.json").read_text(encoding="utf-8"))
-                with safe_open(path / "state.safetensors", "pt") as file:
-                    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                step, courses = int(saved["step"]), [Course(**course) for course in saved["courses"]]
-                trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-                values = {name: tensors[f"model/{name}"] for name in trained}
-            except (OSError, ValueError, TypeError, KeyError, RecursionError, SafetensorError):
-                shutil.rmtree(path, ignore_errors=True)
+                saved = torch.load(path, map_location="cpu", weights_only=True)
+            except (OSError, EOFError, RuntimeError, pickle.UnpicklingError):
+                path.unlink(missing_ok=True)
                 continue
             with torch.no_grad():
-                for name, parameter in trained.items():
-                    parameter.copy_(values[name])
-            device, state = next(self.model.parameters()).device, dict[int, dict[str, torch.Tensor]]()
-            for name, tensor in tensors.items():
-                kind, _, rest = name.partition("/")
-                key, _, of = rest.partition("/")
-                if kind == "optimizer":
-                    state.setdefault(int(key), {})[of] = tensor
-                elif kind == "report":
-                    courses[int(key)].weights = {**(courses[int(key)].weights or {}), of: tensor.to(device)}
+                for name, value in saved["model"].items():
+                    self.model.get_parameter(name).copy_(value)
             groups = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-            torch.set_rng_state(tensors["random/cpu"])
-            if "random/cuda" in tensors and torch.cuda.is_available():
-                torch.cuda.set_rng_state(tensors["random/cuda"])
-            for course in courses:
-                course.curve = [tuple(row) for row in course.curve]
-            self.courses[:] = courses
-            return step
+            self.optimizer.load_state_dict({"state": saved["optimizer"], "param_groups": groups})
+            torch.set_rng_state(saved["random"])
+            if saved["cuda"] is not None and torch.cuda.is_available():
+                torch.cuda.set_rng_state(saved["cuda"])
+            self.courses[:] = [Course(**course) for course in saved["courses"]]
+            return int(saved["step"])
         return 0
 
 
 def _checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, the oldest first."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
-    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+    return sorted(folder.glob("checkpoint-*.pt"), key=lambda path: int(path.stem.partition("-")[2]))

@@ -1,14 +1,23 @@
-"""Examples of a task, read and checked line by line, and the splits that a seed draws from them."""
+"""Examples of a task, read and checked line by line from files or the hub, and the splits that a seed draws."""
 
 from __future__ import annotations
 
+import csv
+import gzip
+import json
 import random
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tnpeft.studies.files import StudyError, digest
-from tnpeft.studies.tasks.readers import Row, hub_rows, read_rows
+from tnpeft.studies.schema import repeated
 from tnpeft.studies.tasks.task import Task
+
+Row = Mapping[str, Any]
+ENDINGS = (".jsonl", ".csv", ".tsv")
 
 
 @dataclass(frozen=True)
@@ -89,25 +98,33 @@ def load(task: Task, folder: str | Path = "") -> Data:
 
 
 def _read(task: Task, folder: str) -> Data:
-    if folder == "hub" and not task.train.startswith("digits:"):
-        train, evaluation = _from_hub(task, 2), _from_hub(task, 3)
-    else:
-        train, evaluation = _part(task, folder, task.train), _part(task, folder, task.eval)
+    train, evaluation = (_part(task, folder, place) for place in (0, 1))
     content = [[[e.prompt, e.label] for e in part] for part in (train, evaluation)]
     return Data(task, train, evaluation, digest([task.words, content]))
 
 
-def _part(task: Task, folder: str, name: str) -> tuple[Example, ...]:
+def _part(task: Task, folder: str, place: int) -> tuple[Example, ...]:
+    """The examples to train on (place 0), or those to report on (1)."""
+    name = (task.train, task.eval)[place]
     if name.startswith("digits:"):
-        from tnpeft.studies.digits import rows
+        from tnpeft.studies.digits import rows as drawn
 
-        return tuple(_example(task, row, name) for row in rows(*name.removeprefix("digits:").split("/")))
-    if not name:
-        raise StudyError("names no file", where=f"task {task.name!r}", remedy="give train and eval")
-    path = Path(folder) / name
-    found = tuple(_example(task, row, f"{path}:{line}") for line, row in read_rows(path))
+        return tuple(_example(task, row, name) for row in drawn(*name.removeprefix("digits:").split("/")))
+    if folder == "hub":
+        if len(task.hub) != 4:
+            raise StudyError("is not on the hub", where=f"task {task.name!r}", remedy="pass a folder of files")
+        path, configuration, split = task.hub[0], task.hub[1], task.hub[2 + place]
+        where, rows = "/".join(filter(None, (path, configuration, split))), hub_rows(path, configuration, split)
+        found = tuple(_example(task, row, f"{where} row {number}") for number, row in rows)
+        problem, remedy = "the split holds no example", "check its name"
+    else:
+        if not name:
+            raise StudyError("names no file", where=f"task {task.name!r}", remedy="give train and eval")
+        where, rows = str(Path(folder) / name), read_rows(Path(folder) / name)
+        found = tuple(_example(task, row, f"{where}:{line}") for line, row in rows)
+        problem, remedy = "the file holds no example", "check that it is complete"
     if not found:
-        raise StudyError("the file holds no example", where=str(path), remedy="check that it is complete")
+        raise StudyError(problem, where=where, remedy=remedy)
     return found
 
 
@@ -131,12 +148,100 @@ def _example(task: Task, row: Row, where: str) -> Example:
     return Example(prompt, task.text.format(**texts) if task.text else prompt, task.labels.index(label))
 
 
-def _from_hub(task: Task, split: int) -> tuple[Example, ...]:
-    if len(task.hub) != 4:
-        raise StudyError("is not on the hub", where=f"task {task.name!r}", remedy="pass a folder of files")
-    where = "/".join(part for part in (*task.hub[:2], task.hub[split]) if part)
-    rows = hub_rows(task.hub[0], task.hub[1], task.hub[split])
-    found = tuple(_example(task, row, f"{where} row {number}") for number, row in rows)
-    if not found:
-        raise StudyError("the split holds no example", where=where, remedy="check its name")
-    return found
+# ---- rows of files and of the hub, each with its place
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """Line numbers and rows of a ``.jsonl``, ``.csv`` or ``.tsv`` file (tabs, no quotes), plain or with ``.gz``.
+
+    What cannot be read is a StudyError that names file and line.
+    """
+    suffix = Path(path.name.removesuffix(".gz")).suffix
+    if suffix not in ENDINGS:
+        raise StudyError(f"is none of {', '.join(ENDINGS)} (.gz)", where=str(path), remedy="rename or convert it")
+    lines = _lines(path)
+    return _json(path, lines) if suffix == ".jsonl" else _cells(path, lines, suffix == ".tsv")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    number = 0
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
+            for number, line in enumerate(stream, 1):
+                if b"\0" in line:
+                    raise StudyError("holds a NUL byte", where=f"{path}:{number}", remedy="save the file as UTF-8")
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        where, remedy = f"{path}:{number}", "save the file as UTF-8"
+        raise StudyError(f"is not in UTF-8 ({error.reason})", where=where, remedy=remedy) from None
+    except (OSError, EOFError, zlib.error) as error:
+        what = getattr(error, "strerror", None) or str(error)
+        remedy = "it is cut off or damaged: get it again" if path.suffix == ".gz" else "check the path"
+        if isinstance(error, FileNotFoundError):
+            remedy = "check the path; --data names the folder that such files are below, or the hub"
+        where = f"{path}:{number + 1}" if number else str(path)
+        raise StudyError(f"cannot be read ({what})", where=where, remedy=remedy) from None
+
+
+def _json(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, Row]]:
+    for number, line in lines:
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line, object_pairs_hook=_Pairs)
+        except (ValueError, RecursionError) as error:
+            remedy = "write one whole object a line"
+            raise StudyError(f"invalid JSON: {error}", where=where, remedy=remedy) from None
+        if not isinstance(row, _Pairs):
+            raise StudyError("expected a JSON object", where=where, remedy="write one object a line")
+        _once([name for name, _ in row], where)
+        yield number, dict(row)
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """The keys and values of a JSON object."""
+
+
+def _once(names: Sequence[str], where: str) -> None:
+    if (twice := repeated(names)) is not None:
+        raise StudyError(f"two columns are called {twice!r}", where=where, remedy="rename or remove one")
+
+
+def _cells(path: Path, lines: Iterator[tuple[int, str]], tabs: bool) -> Iterator[tuple[int, Row]]:
+    style: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
+    reader = csv.reader((line for _, line in lines), **style)
+    header: list[str] = []
+    try:
+        for cells in reader:
+            where = f"{path}:{reader.line_num}"
+            if not header:
+                header = [cell.strip() for cell in cells]
+                _once(header, where)
+            elif len(cells) == len(header):
+                yield reader.line_num, dict(zip(header, cells, strict=True))
+            elif cells:
+                problem = f"has {len(cells)} cells, the header {len(header)}"
+                remedy = "each line needs as many tabs" if tabs else "quote cells that hold commas"
+                raise StudyError(problem, where=where, remedy=remedy)
+    except csv.Error as error:
+        remedy = "quotes must be closed and lines end in \\n"
+        raise StudyError(f"invalid CSV: {error}", where=f"{path}:{reader.line_num}", remedy=remedy) from None
+
+
+def hub_rows(path: str, configuration: str, split: str) -> Iterator[tuple[int, Row]]:
+    """Numbers and rows of a split of a data set on the Hugging Face hub, or of a folder that is laid out like one."""
+    try:
+        import datasets
+    except ImportError:
+        raise StudyError("the hub needs the library datasets", remedy="pip install 'tnpeft[studies]'") from None
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    try:
+        found = datasets.load_dataset(path, configuration or None, split=split)
+    except Exception as error:  # whatever the library, the connection or the file system has to say
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        where = "/".join(part for part in (path, configuration, split) if part)
+        remedy = "check the name and the connection, or pass a folder of files with --data"
+        raise StudyError(f"cannot be had from the hub ({what[:300]})", where=where, remedy=remedy) from None
+    yield from enumerate(found)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from tnpeft.studies.files import StudyError
 from tnpeft.studies.running.batching import MicroBatch, micro_batches
@@ -73,30 +74,20 @@ class Scorer:
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> Batch:
         """A batch of encoded examples, padded on the left for words and on the right for a classifier."""
-        labels = torch.tensor([row["label"] for row in rows])
-        if self.width == 1:
-            ids = [row["ids"] for row in rows]
-        else:
-            ids = [row["ids"] + word[:-1] for row in rows for word in self.words]
-        longest = max(map(len, ids))
-        left = self.head == "words"
-        pads = [[self.pad] * (longest - len(row)) for row in ids]
-        mask = [
-            [0] * len(p) + [1] * len(r) if left else [1] * len(r) + [0] * len(p)
-            for r, p in zip(ids, pads, strict=True)
-        ]
-        ids = [p + r if left else r + p for r, p in zip(ids, pads, strict=True)]
-        return {"labels": labels, "input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+        ends = [[]] if self.width == 1 else [word[:-1] for word in self.words]
+        ids = [torch.tensor(row["ids"] + end, dtype=torch.long) for row in rows for end in ends]
+        side = "left" if self.head == "words" else "right"
+        return {
+            "labels": torch.tensor([row["label"] for row in rows]),
+            "input_ids": pad_sequence(ids, True, self.pad, side),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], True, 0, side),
+        }
 
     def cut(self, batch: Batch, runs: int = 1) -> Iterator[tuple[MicroBatch, Batch]]:
         """Yield the batch in micro-batches of about equal length, without the padding that they do not need.
 
-        Args:
-            batch: what :meth:`collate` made.
-            runs: blocks of equally many examples in it, each of which takes part in every micro-batch.
-
-        Yields:
-            The places of a micro-batch's examples in their blocks, and itself as a batch of as many blocks.
+        ``runs`` are blocks of equally many examples in it, each of which takes part in every micro-batch. Each comes
+        with the places of its examples in their blocks.
         """
         count, device = len(batch["labels"]), batch["labels"].device
         ids, mask = batch["input_ids"], batch["attention_mask"]
@@ -149,20 +140,10 @@ def only(model: Any, tokens: Sequence[int]) -> Iterator[bool]:
 
     The product with a whole vocabulary can take longer than all else in a small model. Yields False where the head is
     more than a plain linear, and stays as it is.
-
-    >>> from transformers import OPTConfig, OPTForCausalLM
-    >>> sizes = dict(hidden_size=8, word_embed_proj_dim=8, num_attention_heads=1, num_hidden_layers=1, ffn_dim=8)
-    >>> model, ids = OPTForCausalLM(OPTConfig(vocab_size=9, **sizes)).eval(), torch.ones(2, 4, dtype=torch.long)
-    >>> with only(model, [3, 5]):
-    ...     few = model(ids).logits
-    >>> few.shape, torch.allclose(few[:, 0], model(ids).logits[:, -1, [3, 5]])
-    (torch.Size([2, 1, 2]), True)
     """
     head = inner(model).get_output_embeddings()
-    if type(head) is not nn.Linear or "forward" in vars(head) or type(head.weight.detach()) is not torch.Tensor:
-        yield False
-        return
-    if head._forward_hooks or head._forward_pre_hooks:
+    plain = type(head) is nn.Linear and type(head.weight.detach()) is torch.Tensor
+    if not plain or "forward" in vars(head) or head._forward_hooks or head._forward_pre_hooks:
         yield False
         return
 
@@ -214,11 +195,7 @@ def evaluate(scorer: Scorer, model: torch.nn.Module, rows: Sequence[dict[str, An
 
 @torch.no_grad()
 def judge(scorer: Scorer, model: torch.nn.Module, rows: Sequence[Sequence[dict[str, Any]]]) -> list[Judged]:
-    """Return a model's predictions for encoded examples, in evaluation mode: each replica's for its own rows.
-
-    Raises:
-        StudyError: these differ in number.
-    """
+    """Return a model's predictions for encoded examples, in evaluation mode: each replica's for its own rows."""
     if len({len(its) for its in rows}) > 1:
         raise StudyError("the runs are judged on sets of different sizes", remedy="make these runs alone")
     was, device, runs = model.training, next(model.parameters()).device, len(rows)
@@ -237,11 +214,7 @@ def judge(scorer: Scorer, model: torch.nn.Module, rows: Sequence[Sequence[dict[s
 
 
 def metric(name: str, guesses: Sequence[int], labels: Sequence[int]) -> float:
-    """Accuracy, Matthews correlation (of two classes) or F1 of the second class.
-
-    >>> metric("accuracy", [0, 1, 1], [0, 1, 0]), metric("f1", [0, 1, 1], [0, 1, 0])
-    (0.6666666666666666, 0.6666666666666666)
-    """
+    """Accuracy, Matthews correlation (of two classes) or F1 of the second class."""
     pairs = list(zip(guesses, labels, strict=True))
     if name == "accuracy":
         return sum(g == y for g, y in pairs) / len(pairs)

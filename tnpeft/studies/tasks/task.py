@@ -76,56 +76,11 @@ class Task:
 
 _GLUE = "nyu-mll/glue"  # columns sentence, or sentence1 and sentence2, and label
 
-# Prompts and words of SST-2, RTE and BoolQ: the public MeZO code, the CP paper's own are unknown.
-SST2 = Task(
-    "sst2",
-    "{sentence} It was",
-    {"0": " terrible", "1": " great"},
-    text="{sentence}",
-    train="sst2/train.jsonl.gz",
-    eval="sst2/dev.jsonl.gz",
-    hub=(_GLUE, "sst2", "train", "validation"),
-)
-RTE = Task(
-    "rte",
-    '{sentence1}\nDoes this mean that "{sentence2}" is true? Yes or No?\n',
-    {"0": "Yes", "1": "No"},
-    text="{sentence1}\n{sentence2}",
-    train="rte/train.jsonl.gz",
-    eval="rte/dev.jsonl.gz",
-    hub=(_GLUE, "rte", "train", "validation"),
-)
-BOOLQ = Task(
-    "boolq",
-    "{passage} {question}?",
-    {"0": " No", "1": " Yes"},
-    text="{passage}\n{question}?",
-    train="boolq/train.jsonl.gz",
-    eval="boolq/dev.jsonl.gz",
-    hub=("aps/super_glue", "boolq", "train", "validation"),
-)
-BOOLQ_GOOGLE = replace(BOOLQ, name="boolq_google", hub=("google/boolq", "", "train", "validation"), label="answer")
-MRPC = Task(
-    "mrpc",
-    '{sentence1}\nDoes this mean the same as "{sentence2}"? Yes or No?\n',
-    {"0": "No", "1": "Yes"},
-    text="{sentence1}\n{sentence2}",
-    train="mrpc/train.jsonl.gz",
-    eval="mrpc/dev.jsonl.gz",
-    hub=(_GLUE, "mrpc", "train", "validation"),
-    also=("f1", "matthews"),
-)
-COLA = Task(
-    "cola",
-    "{sentence} This is",
-    {"0": " wrong", "1": " correct"},
-    text="{sentence}",
-    train="cola/train.jsonl.gz",
-    eval="cola/dev.jsonl.gz",
-    hub=(_GLUE, "cola", "train", "validation"),
-    metric="matthews",
-    also=("accuracy",),
-)
+
+def _known(name: str, prompt: str, no: str, yes: str, text: str, hub: str = _GLUE, **more: Any) -> Task:
+    """A task of two labels with a data set of its name on the hub, or files in a folder of its name."""
+    files = {"train": f"{name}/train.jsonl.gz", "eval": f"{name}/dev.jsonl.gz"}
+    return Task(name, prompt, {"0": no, "1": yes}, text, **files, hub=(hub, name, "train", "validation"), **more)
 
 
 def _digits(shift: str) -> Task:
@@ -133,6 +88,16 @@ def _digits(shift: str) -> Task:
     parts = {"train": f"digits:{shift}/train", "eval": f"digits:{shift}/eval"}
     return Task(f"digits_{shift}", "{image}", words, text="{image}", **parts)
 
+
+# Prompts and words of SST-2, RTE and BoolQ: the public MeZO code, the CP paper's own are unknown.
+_PAIR = '{sentence1}\nDoes this mean %s "{sentence2}"%s? Yes or No?\n'
+_BOTH = "{sentence1}\n{sentence2}"
+SST2 = _known("sst2", "{sentence} It was", " terrible", " great", "{sentence}")
+RTE = _known("rte", _PAIR % ("that", " is true"), "Yes", "No", _BOTH)
+BOOLQ = _known("boolq", "{passage} {question}?", " No", " Yes", "{passage}\n{question}?", "aps/super_glue")
+BOOLQ_GOOGLE = replace(BOOLQ, name="boolq_google", hub=("google/boolq", "", "train", "validation"), label="answer")
+MRPC = _known("mrpc", _PAIR % ("the same as", ""), "No", "Yes", _BOTH, also=("f1", "matthews"))
+COLA = _known("cola", "{sentence} This is", " wrong", " correct", "{sentence}", metric="matthews", also=("accuracy",))
 
 TASKS: dict[str, Task] = {task.name: task for task in (SST2, RTE, BOOLQ, BOOLQ_GOOGLE, MRPC, COLA)}
 TASKS |= {task.name: task for task in map(_digits, ("upright", "inverted", "transposed", "shifted"))}

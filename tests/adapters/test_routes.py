@@ -213,6 +213,16 @@ def test_magnitudes_compile_before_any_other_call() -> None:
     torch.testing.assert_close(found, model(x), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("network", ["vera", "refta"])
+def test_frozen_factors_and_constants_in_the_dtype_of_the_model_compile(network: str) -> None:
+    config = tnpeft.TensorNetworkConfig(network=tnpeft.families.get(network)(), target_modules=["q_proj"])
+    base = nn.ModuleDict({"self_attn": Attention()}).bfloat16()
+    layer = three(peft.get_peft_model(base, config, autocast_adapter_dtype=False))[0]
+    torch._dynamo.reset()
+    x = torch.randn(6, 12).bfloat16()
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+
+
 # ---- routes
 
 

@@ -34,7 +34,9 @@ class FactorStore(nn.Module):
         if trained:
             self.register_parameter(key, nn.Parameter(value))
         else:
-            self.register_buffer(key, value, persistent=kept)
+            self.register_buffer(
+                key, value.data, persistent=kept
+            )  # not a view: a cast would leave its base as it was
 
     def get(self, key: str) -> Tensor:
         """The array: whatever stands there now, so that casts, sharding and loading may replace it."""

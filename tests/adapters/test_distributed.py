@@ -19,13 +19,14 @@ def verdicts(worker: str) -> dict[tuple[str, ...], str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    command = [sys.executable, str(SUPPORT / worker)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    workers = [subprocess.Popen([*command, str(rank), port], **pipes) for rank in range(2)]
-    outputs = [its.communicate(timeout=300) for its in workers]
-    assert all(its.returncode == 0 for its in workers), outputs[0][1][-3000:] + outputs[1][1][-3000:]
-    lines = [line.split() for line in outputs[0][0].splitlines()]
-    return {tuple(line[:-1]): line[-1] for line in lines if line[-1] in ("equal", "refused")}
+    command = [sys.executable, str(SUPPORT / worker), port]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-5000:]
+    found: dict[tuple[str, ...], str] = {}
+    for *case, verdict in (line.split() for line in done.stdout.splitlines() if line.strip()):
+        if verdict in ("equal", "refused"):
+            assert found.setdefault(tuple(case), verdict) == verdict, case
+    return found
 
 
 @pytest.mark.slow

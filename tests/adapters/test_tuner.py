@@ -62,22 +62,6 @@ def test_only_adapter_parameters_train() -> None:
 # ---- dense oracles
 
 
-def test_square_slices_serve_both_sides() -> None:
-    line = "B[layer proj out r] A[layer proj r inp] -> layer proj out inp"
-    model = adapted("lora", network=line, square=True, target_modules=["fc1", "fc2", "q_proj"])
-    shake(model)
-    layout = bank_of(model).layouts["default"]
-    assert {p.site.proj for p in layout.site_layouts} == {
-        "q_proj",
-        "fc1/out:0",
-        "fc1/out:1",
-        "fc2/inp:0",
-        "fc2/inp:1",
-    }
-    found = logits(model)
-    assert close(logits(model.merge_and_unload()), found)
-
-
 def test_fused_attention_is_targeted_in_part() -> None:
     model = adapted("lora", MODELS["gpt2"](), target_modules=["c_attn/out:2", "c_attn/out:0"])
     shake(model)
@@ -119,21 +103,6 @@ def test_autocast_runs() -> None:
         found = logits(model)
     wanted = logits(model)
     assert float((found.float() - wanted).abs().max()) < 2**-7 * float(wanted.abs().max())
-
-
-def test_dora_normalises_the_rows() -> None:
-    model = adapted("lora", dora=True)
-    start = logits(opt())
-    assert close(logits(model), start)
-    shake(model)
-    module = next(iter(linears(model).values()))
-    with torch.no_grad():
-        module.tnpeft_magnitude["default"].mul_(1.5)
-    weight = module.base_layer.weight + module._delta("default")
-    wanted = 1.5 * module.base_layer.weight.norm(dim=1, keepdim=True) * weight / weight.norm(dim=1, keepdim=True)
-    assert close(module.base_layer.weight + module.get_delta_weight("default"), wanted)
-    found = logits(model)
-    assert close(logits(model.merge_and_unload()), found)
 
 
 def test_rank_pattern_changes_some_projections() -> None:
@@ -395,12 +364,15 @@ def test_an_adapter_called_as_a_factor_is_refused() -> None:
 # ---- merging
 
 
-def test_merging_in_turn_equals_merging_at_once() -> None:
-    one, two = (adapted("lora", opt().to(torch.bfloat16)) for _ in range(2))
+@pytest.mark.parametrize("key", KEYS)
+def test_merging_in_turn_equals_merging_at_once_and_rounds_little(key: str) -> None:
+    one, two = (adapted(key, opt().to(torch.bfloat16)) for _ in range(2))
     for model in (one, two):
-        model.add_adapter("second", config("lora", seed=3))
+        model.add_adapter("second", config(key, seed=3))
         shake(model, 1), shake(model, 2, "second")
+    found = logits(one)
     one.merge_adapter(["default"])
+    assert close(logits(one), found, 64)
     with pytest.warns(UserWarning, match="additionally merging second"):
         one.merge_adapter(["second"])
     two.merge_adapter(["default", "second"])

@@ -1,17 +1,15 @@
-"""One of two processes that take a step under DeepSpeed; the factors are compared with one process's step.
+"""Two processes that take a step under DeepSpeed; the factors are compared with one process's step.
 
-Usage: deepspeed_worker.py RANK PORT. Prints one line per case; a case that differs ends the process with an error.
+Usage: deepspeed_worker.py PORT. Each prints one line per case; a case that differs ends it with an error.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 
 import torch
-from distributed_worker import FAMILIES, IDS, build, loss, reference
+from distributed_worker import FAMILIES, IDS, both_ranks, build, loss, reference, say
 
-from tnpeft.adapters.layer import shared_input
 from tnpeft.networks import NetworkError
 
 STAGES = (1, 2, 3)
@@ -45,20 +43,16 @@ def step(key: str, checkpointing: str, rank: int, stage: int) -> str:
     return "equal"
 
 
-def main() -> None:
-    rank = sys.argv[1]
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[2], "RANK": rank, "LOCAL_RANK": rank}
-    os.environ["WORLD_SIZE"] = "2"
-    torch.set_num_threads(1)
-    shared_input.MIN_ELEMENTS = 0
+def main(rank: int) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     import deepspeed
 
     deepspeed.init_distributed("gloo", verbose=False)
     for stage in STAGES:
         for key in FAMILIES:
             for checkpointing in ("none", "nonreentrant", "reentrant"):
-                print("ZeRO", stage, key, checkpointing, step(key, checkpointing, int(rank), stage), flush=True)
+                say("ZeRO", stage, key, checkpointing, step(key, checkpointing, rank, stage))
 
 
 if __name__ == "__main__":
-    main()
+    both_ranks(main)

@@ -1,12 +1,13 @@
-"""One of two gloo processes: trains a step under DDP, FSDP1 or FSDP2; gradients are compared with one process's.
+"""Two gloo processes: they train a step under DDP, FSDP1 or FSDP2; gradients are compared with one process's.
 
-Usage: distributed_worker.py RANK PORT. Prints one line per case; a case that differs ends the process with an error.
+Usage: distributed_worker.py PORT. Each prints one line per case; a case that differs ends it with an error.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -118,22 +119,34 @@ def sharded_flat(key: str, checkpointing: str, rank: int) -> str:
     return "equal"
 
 
-def main() -> None:
-    rank = int(sys.argv[1])
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[2]}
+def say(*words: object) -> None:
+    """Print a line at once: both processes write to one pipe."""
+    sys.stdout.write(" ".join(map(str, words)) + "\n")
+    sys.stdout.flush()
+
+
+def both_ranks(main: Callable[[int], None]) -> None:
+    """Run something as rank 0 here and as rank 1 in a copy of this process: the libraries are imported once."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[1], "WORLD_SIZE": "2"}
     torch.set_num_threads(1)
     shared_input.MIN_ELEMENTS = 0  # inputs of any size are shared by the linears that read them
+    child = os.fork()
+    main(int(child == 0))
+    failed = bool(child) and os.waitpid(child, 0)[1] != 0
+    os._exit(failed)  # gloo's threads may end the process with an abort while Python shuts down
+
+
+def main(rank: int) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=2)
     for key in FAMILIES:
         for checkpointing in ("none", "nonreentrant", "reentrant"):
-            print("DDP", key, checkpointing, data_parallel(key, checkpointing, rank), flush=True)
-            print("FSDP1", key, checkpointing, sharded_flat(key, checkpointing, rank), flush=True)
-            print("FSDP2", key, checkpointing, sharded(key, checkpointing, rank), flush=True)
-            print("FSDP2-each", key, checkpointing, sharded(key, checkpointing, rank, each=True), flush=True)
-        print("DDP-static", key, "reentrant", static_graph(key, rank), flush=True)
+            say("DDP", key, checkpointing, data_parallel(key, checkpointing, rank))
+            say("FSDP1", key, checkpointing, sharded_flat(key, checkpointing, rank))
+            say("FSDP2", key, checkpointing, sharded(key, checkpointing, rank))
+            say("FSDP2-each", key, checkpointing, sharded(key, checkpointing, rank, each=True))
+        say("DDP-static", key, "reentrant", static_graph(key, rank))
     dist.destroy_process_group()
-    os._exit(0)  # gloo's threads may end the process with an abort while Python shuts down
 
 
 if __name__ == "__main__":
-    main()
+    both_ranks(main)

@@ -53,6 +53,27 @@ def test_a_file_of_other_experts_is_refused_and_nothing_is_attached(tmp_path: Pa
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_adapters_are_switched_and_added_up_under_grouped_mm(kind: str) -> None:
+    base = mixture(kind, "grouped_mm")
+    model = shaken(base)
+    outputs = {"default": logits(model)}
+    model.add_adapter("second", tnpeft.TensorNetworkConfig(network=CP, target_modules=["experts"]))
+    model.set_adapter("second")
+    assert torch.equal(logits(model), logits(base))
+    shake(model, 1, "second")
+    outputs["second"] = logits(model)
+    model.base_model.set_adapter([*outputs])
+    outputs["sum"] = logits(model)
+    assert not torch.allclose(outputs["sum"], outputs["default"], atol=1e-3)
+    model.base_model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum")
+    for name, wanted in outputs.items():
+        model.set_adapter(name)
+        assert torch.allclose(logits(model), wanted, rtol=0, atol=1e-4 if name == "sum" else 0)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(base))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_batch_of_several_adapters(kind: str, implementation: str) -> None:
     base = mixture(kind, implementation)
@@ -133,8 +154,9 @@ def test_dora_is_saved_for_slices_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_recomputed_activations_give_the_same_gradients(reentrant: bool) -> None:
-    base = mixture("qwen3_moe", "grouped_mm")
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_recomputed_activations_give_the_same_gradients(implementation: str, reentrant: bool) -> None:
+    base = mixture("qwen3_moe", implementation)
     model = shaken(base).train()
     wanted = step(model)
     model.enable_input_require_grads()
@@ -145,7 +167,7 @@ def test_recomputed_activations_give_the_same_gradients(reentrant: bool) -> None
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of the compiler's own
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_compiled_with_a_break_at_the_experts(implementation: str) -> None:
-    base = mixture("mixtral", implementation)
+    base = mixture("mixtral", implementation, num_hidden_layers=1)
     model = shaken(base).train()
     wanted, out = step(model), logits(model)
     compiled = torch.compile(model, backend="aot_eager")

@@ -354,6 +354,18 @@ def test_hotswap_takes_what_is_trained_besides_or_refuses(tmp_path: Path) -> Non
     assert torch.equal(logits(one), logits(two))
 
 
+def test_hotswap_into_a_model_of_transformers(tmp_path: Path) -> None:
+    source, model = adapted("mixed"), opt()
+    shake(source, 2)
+    source.save_pretrained(tmp_path)
+    model.add_adapter(config("mixed"))
+    identities = {n: id(p) for n, p in model.named_parameters()}
+    assert not torch.equal(logits(model), logits(source))
+    tnpeft.hotswap(model, str(tmp_path))
+    assert torch.equal(logits(model), logits(source))
+    assert {n: id(p) for n, p in model.named_parameters()} == identities
+
+
 def test_an_adapter_called_as_a_factor_is_refused() -> None:
     model = adapted("lora")
     with pytest.raises(NetworkError, match="one of the factors"):

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,8 @@ def hook() -> None:
         setattr(owner, name, value)
 
 
-def _patch(owner: Any, name: str, around: Callable[[_Method], _Method] | None = None) -> Callable[[_Method], _Method]:
-    """Let a function take the place of a method or function, which it is given first; ``around`` wraps it."""
+def _patch(owner: Any, name: str) -> Callable[[_Method], _Method]:
+    """Let a function take the place of a method or function, which it is given first."""
     found = inspect.getattr_static(owner, name)
     original = found.__func__ if isinstance(found, classmethod) else found
 
@@ -67,8 +67,7 @@ def _patch(owner: Any, name: str, around: Callable[[_Method], _Method] | None = 
         def patched(*args: Any, **kwargs: Any) -> Any:
             return function(original, *args, **kwargs)
 
-        new = patched if around is None else around(patched)
-        _PATCHES.append((owner, name, classmethod(new) if isinstance(found, classmethod) else new))
+        _PATCHES.append((owner, name, classmethod(patched) if isinstance(found, classmethod) else patched))
         return function
 
     return register
@@ -83,31 +82,30 @@ def _holds(model: Any, adapter: str) -> bool:
     return isinstance(configs, dict) and isinstance(configs.get(adapter), TensorNetworkConfig)
 
 
-def _whole(method: _Method, reads: bool = True) -> _Method:
-    """A method that adds or loads an adapter of this package, or leaves the model as it was."""
-    signature = inspect.signature(method)
+@contextmanager
+def _whole(model: Any, adapter: str | None, config: Any = None, reads: bool = True) -> Iterator[None]:
+    """Add or load an adapter of this package, or leave the model as it was; other kinds are left as they are."""
+    name = adapter or "default"
+    there = _holds(model, name)
 
-    @wraps(method)
-    def whole(model: Any, *args: Any, **kwargs: Any) -> Any:
-        given = signature.bind_partial(model, *args, **kwargs).arguments
-        name = given.get("adapter_name") or "default"
-        there = _holds(model, name)
+    def ours() -> bool:
+        return there or isinstance(config, TensorNetworkConfig) or _holds(model, name)
 
-        def ours() -> bool:
-            added = isinstance(given.get("adapter_config"), TensorNetworkConfig)
-            return there or added or _holds(model, name)
-
-        others = nullcontext() if reads else parked(model)  # which stay as they are
-        with or_as_before(model, None if reads else (), name if there else None, undone=ours), others:
-            return method(model, *args, **kwargs)
-
-    return whole
+    others = nullcontext() if reads else parked(model)  # which stay as they are
+    with or_as_before(model, None if reads else (), name if there else None, undone=ours), others:
+        yield
 
 
-@_patch(PeftModel, "add_adapter", partial(_whole, reads=False))
-@_patch(PeftAdapterMixin, "add_adapter", partial(_whole, reads=False))
-def _as_it_is(original: _Method, *args: Any, **kwargs: Any) -> Any:
-    return original(*args, **kwargs)
+@_patch(PeftModel, "add_adapter")
+def _add(original: _Method, self: PeftModel, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+    with _whole(self, adapter_name, peft_config, reads=False):
+        original(self, adapter_name, peft_config, *args, **kwargs)
+
+
+@_patch(PeftAdapterMixin, "add_adapter")
+def _add_to_base(original: _Method, model: Any, adapter_config: Any, adapter_name: str | None = None) -> None:
+    with _whole(model, adapter_name, adapter_config, reads=False):
+        original(model, adapter_config, adapter_name)
 
 
 def _made(original: _Method, self: Any, model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -217,12 +215,12 @@ def _model_from_pretrained(
             return original(cls, model, model_id, adapter_name, is_trainable, config, *args, **kwargs)
 
 
-@_patch(PeftModel, "load_adapter", _whole)
+@_patch(PeftModel, "load_adapter")
 def _load_over(
     original: _Method, self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any
 ) -> Any:
     """Load an adapter; over one of that name only if the two are alike, as nothing but the factors is replaced."""
-    with _loading(model_id, **kwargs):
+    with _whole(self, adapter_name), _loading(model_id, **kwargs):
         if isinstance(self.peft_config.get(adapter_name), TensorNetworkConfig):
             check_fits(self, adapter_name, model_id, **self._split_kwargs(kwargs)[0])
         if any(isinstance(config, TensorNetworkConfig) for config in self.peft_config.values()):
@@ -231,7 +229,7 @@ def _load_over(
         return original(self, model_id, adapter_name, *args, **kwargs)
 
 
-@_patch(PeftAdapterMixin, "load_adapter", _whole)
+@_patch(PeftAdapterMixin, "load_adapter")
 def _load_checked(
     original: _Method,
     model: Any,
@@ -244,17 +242,18 @@ def _load_checked(
 ) -> Any:
     """Check a state dict as a file is checked: transformers attaches an adapter before it looks at either."""
     hub = kwargs.get("adapter_kwargs") or {}
-    if adapter_state_dict is None:
-        peft_config = _with_stored(peft_config, peft_model_id, hub)
-        with _loading(peft_model_id, **hub):
-            return original(model, peft_model_id, adapter_name, peft_config, None, *args, **kwargs)
-    if peft_config is None and peft_model_id is not None:
-        peft_config = PeftConfig.from_pretrained(peft_model_id, **hub)
-    if isinstance(peft_config, TensorNetworkConfig):
-        where, peft_config = "adapter_state_dict", copy.copy(peft_config)
-        peft_config.stored = unprefixed(entries(adapter_state_dict, where), where, needed=False)
-        peft_config.loaded = peft_config.layers is not None and peft_config.projections is not None
-    return original(model, peft_model_id, adapter_name, peft_config, adapter_state_dict, *args, **kwargs)
+    with _whole(model, adapter_name):
+        if adapter_state_dict is None:
+            peft_config = _with_stored(peft_config, peft_model_id, hub)
+            with _loading(peft_model_id, **hub):
+                return original(model, peft_model_id, adapter_name, peft_config, None, *args, **kwargs)
+        if peft_config is None and peft_model_id is not None:
+            peft_config = PeftConfig.from_pretrained(peft_model_id, **hub)
+        if isinstance(peft_config, TensorNetworkConfig):
+            where, peft_config = "adapter_state_dict", copy.copy(peft_config)
+            peft_config.stored = unprefixed(entries(adapter_state_dict, where), where, needed=False)
+            peft_config.loaded = peft_config.layers is not None and peft_config.projections is not None
+        return original(model, peft_model_id, adapter_name, peft_config, adapter_state_dict, *args, **kwargs)
 
 
 # ---- writing
@@ -269,24 +268,23 @@ def _filter_exact(original: _Method, state_dict: dict[str, Tensor], unwanted_ada
     return {k: v for k, v in state_dict.items() if (found := _HELD.match(k)) is None or found[1] not in other}
 
 
-def _unmerged(method: _Method) -> _Method:
-    """A method that writes adapters, and with them whole modules as they were before merging."""
-
-    @wraps(method)
-    def unmerged(model: Any, *args: Any, **kwargs: Any) -> Any:
-        with ExitStack() as stack:
-            for layer in layers(model):
-                if isinstance(layer, DenseLinear):
-                    stack.enter_context(layer.saved_apart())
-            return method(model, *args, **kwargs)
-
-    return unmerged
+@contextmanager
+def _unmerged(model: Any) -> Iterator[None]:
+    """Write adapters, and with them whole modules as they were before merging."""
+    with ExitStack() as stack:
+        for layer in layers(model):
+            if isinstance(layer, DenseLinear):
+                stack.enter_context(layer.saved_apart())
+        yield
 
 
-_patch(PeftAdapterMixin, "get_adapter_state_dict", _unmerged)(_as_it_is)
+@_patch(PeftAdapterMixin, "get_adapter_state_dict")
+def _state_unmerged(original: _Method, model: Any, *args: Any, **kwargs: Any) -> Any:
+    with _unmerged(model):
+        return original(model, *args, **kwargs)
 
 
-@_patch(PeftModel, "save_pretrained", _unmerged)
+@_patch(PeftModel, "save_pretrained")
 def _save_whole(
     original: _Method,
     self: PeftModel,
@@ -300,21 +298,19 @@ def _save_whole(
 ) -> None:
     """Save adapters: all files are written beside the folder's first and then moved, so none is ever half there."""
     names = self.peft_config if selected_adapters is None else selected_adapters
-    save = partial(original, self)
-    if not any(isinstance(self.peft_config.get(name), TensorNetworkConfig) for name in names):
-        rest = selected_adapters, save_embedding_layers, is_main_process, *args
-        return save(save_directory, safe_serialization, *rest, **kwargs)  # type: ignore[no-any-return]
-    if not safe_serialization:
+    ours = any(isinstance(self.peft_config.get(name), TensorNetworkConfig) for name in names)
+    if ours and not safe_serialization:
         raise AdapterFileError(
             "safe_serialization=False would write a pickle, and pickles are not read", remedy="leave it out"
         )
-    if save_embedding_layers == "auto" and not _may_be_resized(self):
+    if ours and save_embedding_layers == "auto" and not _may_be_resized(self):
         save_embedding_layers = False  # PEFT would write those that are targets, which only factors have changed
-    with written(save_directory, is_main_process) as folder:
-        save(folder, True, selected_adapters, save_embedding_layers, is_main_process, *args, **kwargs)
-        if is_main_process:
+    options = safe_serialization, selected_adapters, save_embedding_layers, is_main_process, *args
+    with written(save_directory, is_main_process) if ours else nullcontext(save_directory) as folder:
+        with _unmerged(self):
+            original(self, folder, *options, **kwargs)
+        if ours and is_main_process:
             _declare_embeddings(self, Path(folder))
-    return None
 
 
 def _may_be_resized(model: PeftModel) -> bool:

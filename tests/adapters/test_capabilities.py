@@ -33,7 +33,7 @@ from tnpeft.adapters.constants import TENSOR_NETWORK
 from tnpeft.adapters.layer import merging as dense_module
 from tnpeft.adapters.layer.bank import FactorBank
 from tnpeft.adapters.layer.linear import TensorNetworkLinear
-from tnpeft.adapters.sites import kinds as kinds_module
+from tnpeft.adapters.sites import bases as bases_module
 
 SIZE = 64
 EPS = torch.finfo(torch.float32).eps
@@ -188,7 +188,7 @@ def test_a_quantised_layer_is_adapted_as_its_back_end_allows(name: str, monkeypa
     def resolve(base: nn.Module, **_: Any) -> QuantizationBackend | None:
         return BACKENDS[name] if isinstance(base, Packed) else None
 
-    for module in (kinds_module, dense_module, model_module):
+    for module in (bases_module, dense_module, model_module):
         monkeypatch.setattr(module, "resolve_quantization_backend", resolve)
     model = peft.get_peft_model(Host(Packed()), settings())
     assert model.get_model_status().quantization_backend == name

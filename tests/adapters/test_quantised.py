@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tnpeft.adapters import model as model_module
 from tnpeft.adapters.layer import merging as dense_module
-from tnpeft.adapters.sites import kinds as kinds_module
+from tnpeft.adapters.sites import bases as bases_module
 
 
 class Linear8(nn.Module):
@@ -59,7 +59,7 @@ def test_forward_merge_and_unmerge(monkeypatch: pytest.MonkeyPatch) -> None:
     def resolve(base: nn.Module, **_: Any) -> Backend8 | None:
         return Backend8() if isinstance(base, Linear8) else None
 
-    for module in (kinds_module, dense_module, model_module):
+    for module in (bases_module, dense_module, model_module):
         monkeypatch.setattr(module, "resolve_quantization_backend", resolve)
     model = adapted("mixed", quantised())
     assert torch.equal(logits(model), logits(quantised()))

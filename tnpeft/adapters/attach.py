@@ -19,8 +19,7 @@ from tnpeft.adapters.layer.merging import DenseLinear
 from tnpeft.adapters.layer.shared_input import join
 from tnpeft.adapters.placement import base_constants, build_layout, start_values
 from tnpeft.adapters.replicas.batch import expect_blocks
-from tnpeft.adapters.sites.bases import adapted_layer, site_weight, targets_of
-from tnpeft.adapters.sites.kinds import check_kind
+from tnpeft.adapters.sites.bases import adapted_layer, check_kind, site_weight, targets_of
 from tnpeft.adapters.sites.owners import check_owner
 from tnpeft.adapters.sites.raw import RawWeight
 from tnpeft.adapters.sites.tied import note_tied

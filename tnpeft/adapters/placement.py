@@ -48,7 +48,7 @@ def build_layout(model: nn.Module, modules: Mapping[str, nn.Module], config: Ten
     saved = config.loaded
     places = config.projections or {}
     order = sorted(places, key=places.__getitem__) if saved else config.named
-    chosen = select(model, modules, order, order or None, config.layers if saved else None)
+    chosen = select(model, modules, order, config.layers if saved else None)
     if saved and config.projections != chosen.projections:
         raise NetworkError(
             f"the adapter was made for {', '.join(config.projections or {})}, "

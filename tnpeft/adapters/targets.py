@@ -80,7 +80,6 @@ def select(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
     order: Sequence[str] = (),
-    keep: Iterable[str] | None = None,
     layers: Mapping[str, int] | None = None,
 ) -> Selection:
     """The sites of the chosen modules, layer by layer.
@@ -92,18 +91,16 @@ def select(
     Args:
         model: the model that the modules stand in.
         modules: the chosen linears by path.
-        order: projections as the user ordered them; others follow as in :func:`sorted_projs`.
-        keep: projections of the card to keep, None for all.
+        order: projections as the user ordered them, to which those of the card are limited; others follow as in
+            :func:`sorted_projs`.
         layers: a saved order of layers, path to position, that has to be met.
     """
     card = card_of(model)
-    found = [place for name, module in modules.items() for place in _known(card, name, module, {*(keep or ())})]
-    known = {site.module for _, site in found}
-    if keep is not None:
-        wanted = set(keep)
-        found = [(layer, site) for layer, site in found if site.proj in wanted]
-    others = {name: module for name, module in modules.items() if name not in known}
-    found += _by_pattern(model, others, {*(keep or ())})
+    keep = {*order}
+    known = [place for name, module in modules.items() for place in _known(card, name, module, keep)]
+    names = {site.module for _, site in known}
+    found = [(layer, site) for layer, site in known if not keep or site.proj in keep]
+    found += _by_pattern(model, {name: module for name, module in modules.items() if name not in names}, keep)
     _check_apart(found)
     _check_layers({layer for layer, _ in found}, layers)
     places = layers or {name: k for k, name in enumerate(sorted({layer for layer, _ in found}, key=natural))}

@@ -69,30 +69,28 @@ def fused_weights(module: nn.Module) -> tuple[FusedWeight, ...]:
 
 
 def matrices(module: nn.Module) -> dict[str, Tensor]:
-    """The arrays of several matrices that a module holds itself."""
-    held = {**module._parameters, **module._buffers}
+    """The arrays of several matrices that a module holds itself; none of torch's own layers."""
+    held = {} if type(module).__name__ in vars(nn) else {**module._parameters, **module._buffers}
     return {name: array for name, array in held.items() if array is not None and array.dim() == 3}
 
 
 def check_floating(name: str, module: nn.Module) -> None:
     """Raise if a module holds several matrices in one array of few bits."""
-    kind = type(module).__name__
-    held = {} if kind in vars(nn) else matrices(module)
-    if any(array.dtype.itemsize < 2 or not array.is_floating_point() for array in held.values()):
+    if any(array.dtype.itemsize < 2 or not array.is_floating_point() for array in matrices(module).values()):
         raise NetworkError(
-            f"{name} is a {kind}, whose experts are quantised, and no back end can give their weights",
+            f"{name} is a {type(module).__name__}, whose experts are quantised, and no back end can give their "
+            "weights",
             remedy="load the model without quantised experts, or leave them out with exclude_modules",
         )
 
 
 def check_experts(name: str, module: nn.Module) -> None:
     """Raise if a module holds experts that cannot be adapted."""
-    kind = type(module).__name__
-    held = {} if kind in vars(nn) else matrices(module)
-    if held and not fused_weights(module):
+    first = min(matrices(module), default="")
+    if first and not fused_weights(module):
         raise NetworkError(
-            f"{name} is a {kind}, whose weights of several matrices have an unknown layout",
-            remedy=f"name a Parameter and its axes, target_modules=[{min(held)!r}] with axes={{{min(held)!r}: "
+            f"{name} is a {type(module).__name__}, whose weights of several matrices have an unknown layout",
+            remedy=f"name a Parameter and its axes, target_modules=[{first!r}] with axes={{{first!r}: "
             "'expert out inp'}, or leave it out with exclude_modules",
         )
     if getattr(module, "_is_expert_parallel", False):

@@ -111,15 +111,8 @@ class ExpertWeight(HeldWeight):
 
     def _parts(self, adapter: str, x: Tensor) -> list[Part]:
         self._refuse_several(adapter)  # rows of experts are tokens, in an order of their own
-        return [
-            Part(
-                item.program,
-                tuple(self.operands(adapter, item, x)),
-                item.scale,
-                *self.region(item),
-            )
-            for item in self.updates[adapter]
-        ]
+        items = self.updates[adapter]
+        return [Part(it.program, tuple(self.operands(adapter, it, x)), it.scale, *self.region(it)) for it in items]
 
     def _why_apart(self, adapter: str, x: Tensor) -> str:
         """Why an update is not one operation with the product with the weight; empty if it is."""

@@ -232,6 +232,17 @@ def test_other_lines_become_plain_lora_through_their_cut(network: str, tmp_path:
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_line_that_uses_a_factor_twice_becomes_plain_lora(tmp_path: Path) -> None:
+    f = tnpeft.families.tensor_guide(rank=2)
+    config = tnpeft.TensorNetworkConfig(network=f, target_modules=["q_proj"], save_frozen=True)
+    model = trained(config, opt(), 1)
+    model.save_pretrained(tmp_path / "own")
+    tnpeft.convert(tmp_path / "own", tmp_path / "peft", to="lora", model=opt())
+    loaded = peft.PeftModel.from_pretrained(opt(), tmp_path / "peft").eval()
+    assert torch.allclose(logits(loaded), logits(model), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_gguf_holds_the_updates_with_llama_cpps_order_of_rows(tmp_path: Path) -> None:
     import gguf
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import peft
 import pytest
-from adapter_models import opt
+from adapter_models import gpt2, opt
 from typer.testing import CliRunner
 
 import tnpeft
@@ -74,6 +74,13 @@ def test_sites_cut_into_squares_are_counted_by_squares(known: bool, tmp_path: Pa
 def test_shapes_come_from_the_file_where_it_tells_them(tmp_path: Path) -> None:
     saved(tmp_path, "lora")
     assert [(p.out, p.inp) for p in explain_folder(tmp_path).places] == [(32, 32), (32, 32), (64, 32)]
+
+
+def test_a_projection_is_found_by_more_than_the_last_name_of_a_path(tmp_path: Path) -> None:
+    config = tnpeft.TensorNetworkConfig(network="lora", target_modules=["attn.c_proj", "mlp.c_proj"])
+    peft.get_peft_model(gpt2(), config).save_pretrained(str(tmp_path))
+    shapes = {place.projection: (place.sites, place.out, place.inp) for place in explain_folder(tmp_path).places}
+    assert shapes == {"attn_c_proj": (2, 32, 32), "mlp_c_proj": (2, 32, 128)}
 
 
 def test_what_the_file_does_not_tell_is_left_out(tmp_path: Path) -> None:

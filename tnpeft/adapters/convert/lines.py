@@ -37,7 +37,7 @@ class SiteAdapter:
         """The size of every index."""
         return {
             index: size
-            for factor in self.network.factors
+            for factor in self.network.uses()
             for index, size in zip(factor.indices, self.factors[self.network.label(factor)].shape, strict=True)
         }
 

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
+from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tnpeft._text import Table, block
 from tnpeft.adapters.constants import PREFIX
-from tnpeft.adapters.experts.fused import parameter_place
+from tnpeft.adapters.convert import formats
+from tnpeft.adapters.convert.lines import AdapterLines, SiteAdapter
+from tnpeft.adapters.convert.read import ABOUT
+from tnpeft.adapters.convert.write import write_peft
 from tnpeft.adapters.experts.weight import ExpertWeight
 from tnpeft.adapters.layer.linear import TensorNetworkLinear
 from tnpeft.adapters.layer.merging import DenseLinear
 from tnpeft.adapters.state import bank_of
 from tnpeft.adapters.storage.contents import PEFT_PREFIX
-from tnpeft.adapters.storage.files import save, written
+from tnpeft.adapters.storage.files import written
 from tnpeft.networks import NetworkError
 from tnpeft.nn.lowrank import cut_rank, sides, truncated
 
@@ -125,25 +125,26 @@ def export_lora(model: nn.Module, path: str | Path, adapter: str = "default", *,
                 f"{name} is not a linear, and only updates of linears are exported",
                 remedy="merge the adapter, or attach one of linears alone",
             )
-    rows, tensors = [], _others(model, adapter)
-    fused = [path for path, its in linears.items() if isinstance(its, ExpertWeight)]
+    rows, sites = [], []
     for name, linear in linears.items():
         row, left, right = _lora(name, linear, adapter, rank)
-        place = parameter_place(name, fused) if name in fused else name
+        packing = formats.NESTED if linear.experts else formats.LORA
         rows.append(row)
-        tensors[f"{PEFT_PREFIX}{place}.lora_A.weight"] = right.float()
-        tensors[f"{PEFT_PREFIX}{place}.lora_B.weight"] = left.float()
+        sites.append(SiteAdapter(name, packing.site, {"B": left.float(), "A": right.float()}))
+    about = {key: getattr(own, key) for key in (*ABOUT, "trainable_token_indices")}
+    about["fan_in_fan_out"] = any(isinstance(linear.get_base_layer(), Conv1D) for linear in linears.values())
+    about["target_modules"] = _targets(base, [name for name, its in linears.items() if not its.experts])
     with written(path) as folder:
-        _config(own, base, linears, {row.module: row.rank for row in rows}).save_pretrained(str(folder))
-        save(tensors, Path(folder, SAFETENSORS_WEIGHTS_NAME))
-    return Export(Path(path), tuple(rows), sum(t.numel() for name, t in tensors.items() if ".lora_" in name))
+        write_peft(AdapterLines(tuple(sites), about, _others(model, adapter)), Path(folder), "peft")
+    elements = sum(factor.numel() for site in sites for factor in site.factors.values())
+    return Export(Path(path), tuple(rows), elements)
 
 
 @torch.no_grad()
 def _lora(
     name: str, linear: TensorNetworkLinear | ExpertWeight, adapter: str, limit: int | None
 ) -> tuple[Exported, Tensor, Tensor]:
-    """The LoRA of a linear; those of all experts as PEFT packs them: rows of A count them slowest, of B fastest."""
+    """The LoRA of a linear, or those of all experts: ``[expert, out, r]`` and ``[expert, r, inp]``."""
     rows, cols, items = linear.out_features, linear.in_features, linear.updates[adapter]
     most = min(limit or max(1, rows * cols // (rows + cols)), rows, cols)
     networks = [(item.program.plan.network, item.site_layout.sizes) for item in items]
@@ -156,9 +157,8 @@ def _lora(
         found = [truncated(*pair, most) if cut > most else (*pair, 0.0) for pair in pairs]
     lefts, rights, errors = zip(*found, strict=True)
     row = Exported(name, lefts[0].shape[1], cut, max(errors))
-    if not linear.experts:
-        return row, lefts[0], rights[0]
-    return row, torch.stack(lefts).permute(1, 2, 0).reshape(rows, -1), torch.cat(rights)
+    left, right = torch.stack(lefts), torch.stack(rights)
+    return (row, left, right) if linear.experts else (row, left[0], right[0])
 
 
 def _through_cuts(linear: TensorNetworkLinear | ExpertWeight, adapter: str, expert: int) -> tuple[Tensor, Tensor]:
@@ -186,38 +186,15 @@ def _dense(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
 
 
 def _others(model: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """Return what the adapter saves besides factors: modules trained in full, such as a classifier."""
+    """Return what the adapter saves besides factors, by names in the model: modules trained in full."""
     if not isinstance(model, PeftModel):
         return {}
     state: Mapping[str, Tensor] = get_peft_model_state_dict(model, adapter_name=adapter)
-    return {name: value for name, value in state.items() if PREFIX not in name}
+    return {name.removeprefix(PEFT_PREFIX): value for name, value in state.items() if PREFIX not in name}
 
 
-def _config(
-    own: Any, base: nn.Module, linears: Mapping[str, TensorNetworkLinear | ExpertWeight], ranks: dict[str, int]
-) -> LoraConfig:
-    usual = Counter(ranks.values()).most_common(1)[0][0]
-    experts = [name for name, its in linears.items() if isinstance(its, ExpertWeight)]
-    others = {re.escape(name): rank for name, rank in ranks.items() if rank != usual}
-    return LoraConfig(
-        task_type=own.task_type,
-        base_model_name_or_path=own.base_model_name_or_path,
-        revision=own.revision,
-        inference_mode=True,
-        r=usual,
-        lora_alpha=usual,
-        rank_pattern=others,
-        alpha_pattern=dict(others),
-        target_modules=_targets(base, {name: its for name, its in linears.items() if name not in experts}),
-        target_parameters=sorted(experts, reverse=True) or None,
-        modules_to_save=own.modules_to_save,
-        trainable_token_indices=own.trainable_token_indices,
-        fan_in_fan_out=any(isinstance(linear.get_base_layer(), Conv1D) for linear in linears.values()),
-    )
-
-
-def _targets(base: nn.Module, linears: Mapping[str, Any]) -> list[str]:
+def _targets(base: nn.Module, paths: Sequence[str]) -> list[str]:
     """The last names of the linears' paths if these mean the same linears, else the whole paths."""
-    names = {path.rpartition(".")[2] for path in linears}
+    names = {path.rpartition(".")[2] for path in paths}
     meant = {path for path, _ in base.named_modules() if path.rpartition(".")[2] in names}
-    return sorted(names if meant == set(linears) else linears)
+    return sorted(names if meant == {*paths} else paths)

@@ -33,7 +33,7 @@ from tnpeft.adapters.layer.bank import AdaptedLayer
 from tnpeft.adapters.layer.merging import DenseLinear
 from tnpeft.adapters.rollback import layers, or_as_before, parked
 from tnpeft.adapters.storage.contents import AGAIN, PEFT_PREFIX, embeddings, entries, unprefixed
-from tnpeft.adapters.storage.files import LOADING, check_fits, describe, fetch, stored, written
+from tnpeft.adapters.storage.files import LOADING, check_fits, describe, fetch, loading, stored, written
 from tnpeft.networks import AdapterFileError, TnpeftError
 
 _Method = Callable[..., Any]
@@ -176,17 +176,6 @@ def _configured(name: Any, subfolder: str | None = None) -> Iterator[None]:
         raise AdapterFileError(f"no {CONFIG_NAME} in {str(folder)!r}", remedy=AGAIN) from error
 
 
-@contextmanager
-def _loading(name: Any, subfolder: str | None = None, **_: Any) -> Iterator[None]:
-    """Load an adapter from a folder or repository."""
-    token = LOADING.set(True)
-    try:
-        with _configured(name, subfolder):
-            yield
-    finally:
-        LOADING.reset(token)
-
-
 def _with_stored(config: Any, name: Any, options: dict[str, Any]) -> Any:
     """A configuration given beside a folder does not keep the folder's file from being checked."""
     if not isinstance(config, TensorNetworkConfig) or config.stored is not None:
@@ -211,7 +200,7 @@ def _model_from_pretrained(
     """Load an adapter onto a base model, or leave that as it was."""
     with or_as_before(model, undone=lambda: _holds(model, adapter_name)):
         config = _with_stored(config, model_id, kwargs)
-        with _loading(model_id, **kwargs):
+        with loading(), _configured(model_id, kwargs.get("subfolder")):
             return original(cls, model, model_id, adapter_name, is_trainable, config, *args, **kwargs)
 
 
@@ -220,7 +209,7 @@ def _load_over(
     original: _Method, self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any
 ) -> Any:
     """Load an adapter; over one of that name only if the two are alike, as nothing but the factors is replaced."""
-    with _whole(self, adapter_name), _loading(model_id, **kwargs):
+    with _whole(self, adapter_name), loading(), _configured(model_id, kwargs.get("subfolder")):
         if isinstance(self.peft_config.get(adapter_name), TensorNetworkConfig):
             check_fits(self, adapter_name, model_id, **self._split_kwargs(kwargs)[0])
         if any(isinstance(config, TensorNetworkConfig) for config in self.peft_config.values()):
@@ -245,7 +234,7 @@ def _load_checked(
     with _whole(model, adapter_name):
         if adapter_state_dict is None:
             peft_config = _with_stored(peft_config, peft_model_id, hub)
-            with _loading(peft_model_id, **hub):
+            with loading(), _configured(peft_model_id, hub.get("subfolder")):
                 return original(model, peft_model_id, adapter_name, peft_config, None, *args, **kwargs)
         if peft_config is None and peft_model_id is not None:
             peft_config = PeftConfig.from_pretrained(peft_model_id, **hub)

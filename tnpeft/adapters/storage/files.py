@@ -33,6 +33,16 @@ _FIXED = ("network", "dora", "bias", "layers", "projections", "save_frozen", "fr
 _FIXED += ("stack", "axes", "replicas", "replica_ranks", "replica_scales")
 
 
+@contextmanager
+def loading() -> Iterator[None]:
+    """Load an adapter from a folder or repository, the hashes of whose frozen factors are compared."""
+    token = LOADING.set(True)
+    try:
+        yield
+    finally:
+        LOADING.reset(token)
+
+
 def fetch(name: str, subfolder: str | None = None, **hub: Any) -> Path:
     """Return the path of the file of factors of a folder or of a repository of the hub.
 
@@ -110,12 +120,9 @@ def hotswap(model: Any, folder: str, adapter: str = "default") -> None:
     file_in(folder, CONFIG_NAME)
     check_fits(model, adapter, folder)
     prefix = PEFT_PREFIX if not hasattr(model, "get_base_model") else ""  # which transformers' models do without
-    token = LOADING.set(True)
-    try:
-        values = {name.removeprefix(prefix): value for name, value in read(path).items()}
+    values = {name.removeprefix(prefix): value for name, value in read(path).items()}
+    with loading():
         set_peft_model_state_dict(model, values, adapter_name=adapter)
-    finally:
-        LOADING.reset(token)
 
 
 def check_fits(model: Any, adapter: str, folder: Any, **hub: Any) -> None:

@@ -20,7 +20,7 @@ from tnpeft.networks.sizes import Size, bind, integers
 from tnpeft.nn.executor.compile import compile_plan
 from tnpeft.nn.executor.eligibility import autocast_active, can_absorb_update, can_use_custom_backward
 from tnpeft.nn.executor.kernels import run
-from tnpeft.nn.executor.listing import FACTORS, Listing, X, Y
+from tnpeft.nn.executor.listing import FACTORS, WIDE, Listing, X, Y
 from tnpeft.nn.executor.shared_projection import Link, ProjectionGroup, split
 from tnpeft.planning.planner import planned
 from tnpeft.planning.steps import Plan
@@ -144,12 +144,13 @@ class Program(SiteProgram):
         narrower = x.dtype != operands[0].dtype and not autocast_active(x.device.type)
         if not can_use_custom_backward(x):
             return self.apply(x.to(operands[0].dtype) if narrower else x, self.prepare(operands), base, scale)
-        rows, flat_base = self._rows_of(x), None if base is None else base.reshape(-1, self.rows)
-        prefix, listing = self._update_prefix, self.update
-        if prefix is not None and not torch.compiler.is_compiling():
-            rows = rows.to(operands[0].dtype) if narrower else rows
-            rows, listing = prefix.narrow(rows, operands), prefix.rest
-        result: Tensor = ProgramFunction.apply(listing, scale, None, rows, None, None, None, flat_base, *operands)
+        self._check_rows(x)
+        prefix = self._update_prefix
+        if prefix is None or torch.compiler.is_compiling():
+            return ProgramFunction.apply(self.update, scale, None, x, None, None, None, base, *operands)  # type: ignore[no-any-return]
+        rows = x.reshape(-1, self.cols).to(operands[0].dtype if narrower else x.dtype)
+        narrow, under = prefix.narrow(rows, operands), None if base is None else base.reshape(-1, self.rows)
+        result: Tensor = ProgramFunction.apply(prefix.rest, scale, None, narrow, None, None, None, under, *operands)
         return result.reshape(*x.shape[:-1], self.rows)
 
     def prepare(self, operands: Sequence[Tensor]) -> list[Any]:
@@ -161,7 +162,8 @@ class Program(SiteProgram):
     def apply(self, x: Tensor, prepared: Sequence[Any], base: Tensor | None = None, scale: float = 1.0) -> Tensor:
         """Return the result of a call from prepared registers, by operations that autograd sees."""
         values = [*prepared]
-        values[X], values[Y] = self._rows_of(x), None if base is None else base.reshape(-1, self.rows)
+        self._check_rows(x)
+        values[X], values[Y] = x.reshape(-1, self.cols), None if base is None else base.reshape(-1, self.rows)
         run(self.update.activation_steps, values, scale)
         return values[Y].reshape(*x.shape[:-1], self.rows)  # type: ignore[no-any-return]
 
@@ -171,15 +173,17 @@ class Program(SiteProgram):
         self, x: Tensor, operands: Sequence[Tensor], weight: Tensor, bias: Tensor | None, scale: float = 1.0
     ) -> Tensor:
         """Return ``linear(x, weight, bias) + scale * x @ dW.T`` as one operation, unless :func:`why_not_fused`."""
-        rows, prefix = x.reshape(-1, self.cols) if self.replicas == 1 else self._rows_of(x), self.prefix
+        prefix, listing = self.prefix, self.fused
+        if self.replicas > 1:
+            self._check_rows(x)
         if self.merged is not None and can_absorb_update(weight):
-            result = ProgramFunction.apply(self.merged, scale, None, rows, None, weight, bias, None, *operands)
-        elif prefix is None or not prefix.frozen or torch.compiler.is_compiling():
-            result = ProgramFunction.apply(self.fused, scale, None, rows, None, weight, bias, None, *operands)
-        else:  # the gradient of x, which is wide, is added to in place
-            rows, (narrow,), (link,) = ProjectionGroup([prefix])([operands], rows)
+            listing = self.merged
+        elif prefix is not None and prefix.frozen and not torch.compiler.is_compiling():
+            # the gradient of x, which is wide, is added to in place
+            rows, (narrow,), (link,) = ProjectionGroup([prefix])([operands], x.reshape(-1, self.cols))
             result = self.after_prefix(narrow, operands, rows, weight, bias, scale, link)
-        return result.reshape(*x.shape[:-1], self.rows)
+            return result.reshape(*x.shape[:-1], self.rows)
+        return ProgramFunction.apply(listing, scale, None, x, None, weight, bias, None, *operands)  # type: ignore[no-any-return]
 
     def after_prefix(
         self,
@@ -201,14 +205,13 @@ class Program(SiteProgram):
         """True if the first product can be shared with other programs on the same input."""
         return self.merged is None and self.prefix is not None and self.prefix.matrix is not None
 
-    def _rows_of(self, x: Tensor) -> Tensor:
-        """Return the activations as rows."""
+    def _check_rows(self, x: Tensor) -> None:
+        """Raise unless the rows of activations are equal blocks."""
         if self.replicas > 1 and (x.dim() < 2 or x.shape[0] % self.replicas):
             raise NetworkError(
                 f"batch size {x.shape[0] if x.dim() > 1 else 1} is not divisible by {self.replicas} replicas",
                 remedy="let the batch be one block of equally many rows for each replica, in their order",
             )
-        return x.reshape(-1, self.cols)
 
 
 # ---- its autograd function
@@ -220,7 +223,7 @@ _PLAIN = nullcontext()
 class ProgramFunction(torch.autograd.Function):
     """A program on ``x``, or on the result of its prefix with the linear's input ``wide``, added to the linear.
 
-    Without a weight it is added to ``base``, out of place.
+    Without a weight it is added to ``base``, out of place. The linear's input and its output have any leading axes.
     """
 
     @staticmethod
@@ -246,11 +249,15 @@ class ProgramFunction(torch.autograd.Function):
         own = factors[0].dtype  # the activations are kept in theirs, which may be narrower
         ctx.cast = None if x.dtype == own or ctx.autocast is not None else (x.dtype, own)
         seen = x if ctx.cast is None else x.to(own)
+        shape = ctx.shape = x.shape if x.dim() != 2 and WIDE not in listing.layouts else None
+        if shape is not None:
+            seen, base = seen.reshape(-1, shape[-1]), None if base is None else base.reshape(-1, base.shape[-1])
         values = [seen, wide, weight, bias, base, *factors, *[None] * (code.size - FACTORS - len(factors))]
         run(code.forward, values, scale, inplace=ctx.autocast is None)
         brought = wide if link is not None and link.reads else None
         ctx.save_for_backward(*factors, *[x if k == X else values[k] for k in code.saved], brought)
-        return values[Y]  # type: ignore[return-value]
+        result: Tensor = values[Y]
+        return result if shape is None else result.view(*shape[:-1], result.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -262,10 +269,14 @@ class ProgramFunction(torch.autograd.Function):
         values[FACTORS : FACTORS + count] = factors = saved[:count]
         for k, value in zip(code.saved, saved[count:], strict=True):
             if not twice or k < FACTORS:
-                values[k] = value if k != X or ctx.cast is None else value.to(ctx.cast[1])
+                values[k] = value
+        x, shape, cast = values[X], ctx.shape, ctx.cast
+        if x is not None and (shape is not None or cast is not None):
+            x = x if shape is None else x.reshape(-1, shape[-1])
+            values[X] = x if cast is None else x.to(cast[1])
         if twice and brought is not None:
             values[X] = link.prefix.narrow(brought, factors)
-        values[code.size + Y] = grad
+        values[code.size + Y] = grad if shape is None else grad.reshape(-1, grad.shape[-1])
         with _PLAIN if ctx.autocast is None else torch.autocast(*ctx.autocast):
             run(code.values if twice else code.recomputed, values, scale)
             run(code.backward, values, scale, inplace=not twice and ctx.autocast is None)
@@ -276,6 +287,8 @@ class ProgramFunction(torch.autograd.Function):
         if not ctx.needs_input_grad[7]:  # the base output's gradient is that of the result
             grad = None  # type: ignore[assignment]
         grads = values[code.size :]
-        if ctx.cast is not None and grads[X] is not None:
-            grads[X] = grads[X].to(ctx.cast[0])
+        if grads[X] is not None and cast is not None:
+            grads[X] = grads[X].to(cast[0])
+        if grads[X] is not None and shape is not None:
+            grads[X] = grads[X].view(shape)
         return None, None, None, *grads[X:Y], grad, *grads[FACTORS : FACTORS + count]

@@ -7,7 +7,6 @@ out from these by hand are told apart.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -173,16 +172,11 @@ def summary(rows: Sequence[Row]) -> list[str]:
     return [f"{mark}: {sum(its)} of {len(its)} ({EVIDENCE[mark]})" for mark, its in marked.items()]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """0 if every count matches, else 1."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    published = PAPER / "published" / "counts.toml"
-    parser.add_argument("--published", type=Path, default=published, help="counts to derive")
-    parser.add_argument("--tables", type=Path, default=PAPER / "tables", help="folder for counts.md and counts.csv")
-    options = parser.parse_args(arguments)
-    rows = [derive(entry) for entry in read(options.published)]
-    write_text(options.tables / "counts.md", markdown(rows))
-    write_text(options.tables / "counts.csv", Table.of(row.cells() for row in rows).csv())
+def main(published: Path = PAPER / "published" / "counts.toml", tables: Path = PAPER / "tables") -> int:
+    """Write the tables of the published counts; 0 if every count matches, else 1."""
+    rows = [derive(entry) for entry in read(published)]
+    write_text(tables / "counts.md", markdown(rows))
+    write_text(tables / "counts.csv", Table.of(row.cells() for row in rows).csv())
     wrong = [row.cells() for row in rows if not row.match]
     for its in wrong:
         found = f"from the line {its['from the line']}, from the family {its['from the family'] or 'None'}"
@@ -192,4 +186,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -9,7 +9,6 @@ the same share of LoRA's budget does not reproduce it but comes nearest: every c
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -93,17 +92,14 @@ def section(published: Row, here: Row, cells: Sequence[tuple[Row, str, str, Row]
     return "\n".join([*lines, Table.of({key: row.get(key, "") for key in keys} for row in rows).markdown(), ""])
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--paper", type=Path, default=PAPER, help="folder with published/ and tables/")
-    parser.add_argument("--out", type=Path, help="folder to write (default: its tables/)")
-    options = parser.parse_args(arguments)
-    published = read_toml(options.paper / "published" / "results.toml")["table"]
-    matches = {its["table"]: its for its in read_toml(options.paper / "published" / "here.toml")["here"]}
+def main(paper: Path = PAPER, out: Path = PAPER / "tables") -> None:
+    """Write the tables of what is below ``paper`` into ``out``."""
+    published = read_toml(paper / "published" / "results.toml")["table"]
+    matches = {its["table"]: its for its in read_toml(paper / "published" / "here.toml")["here"]}
     parts, flat = [], []
     for table in published:
         here = matches[table["id"]]
-        cells = list(beside(table, here, options.paper / "tables")) if "studies" in here else []
+        cells = list(beside(table, here, paper / "tables")) if "studies" in here else []
         parts.append(section(table, here, cells))
         flat += [its for *_, its in cells]
     own = {its["studies"][0] for its in matches.values() if "studies" in its}
@@ -117,7 +113,6 @@ Of the {rows} published rows in {len(published)} tables, {same} scores were meas
 (within {SLACK:.0%}), which reproduces no number and is to be read for its direction. Scores here are means and
 standard deviations over seeds. What has its like where: `paper/published/here.toml`.
 """
-    out = options.out or options.paper / "tables"
     write_text(out / "results.md", "\n".join([head, *parts]).rstrip() + "\n")
     write_text(out / "results.csv", Table.of(flat).csv())
     print(f"{len(published)} tables: {same} scores measured in their own setting, {smaller} on smaller models")

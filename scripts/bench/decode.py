@@ -1,7 +1,7 @@
 """Token-by-token generation.
 
-{{ shape }} with {{ layers }} layers, q_proj, k_proj, v_proj, one sequence, {{ prompt }} tokens of prompt, {{ tokens
-}} decoded one by one. Medians of the ratios to the frozen model's time in the same turn.
+{{ shape }} with {{ layers }} layers, q_proj, k_proj, v_proj, one sequence, {{ prompt }} tokens of prompt,
+{{ tokens }} decoded one by one. Medians of the ratios to the frozen model's time in the same turn.
 """
 
 from __future__ import annotations
@@ -16,11 +16,17 @@ from torch import Tensor
 
 from bench import driver, models
 
-OPTIONS = models.options("shape", "layers", "device", "only", prompt=16, tokens=16)
+OPTIONS = models.options("shape layers device only", prompt=16, tokens=16)
 PUBLISHED = {"decode": "--samples 21 --clock cpu"}
 KINDS = (
-    *("PEFT LoRA r=8", "lora rank=8", "cp rank=8", "lorta rank=8", "tenslora qkv_depth ranks=8", "tensor_train"),
-    *("vera rank=256", "lokr rank=8"),
+    "PEFT LoRA r=8",
+    "lora rank=8",
+    "cp rank=8",
+    "lorta rank=8",
+    "tenslora qkv_depth ranks=8",
+    "tensor_train",
+    "vera rank=256",
+    "lokr rank=8",
 )
 
 

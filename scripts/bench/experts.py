@@ -1,11 +1,12 @@
 """What adapters of experts add to a training step.
 
-A Mixtral block, {{ active }} of its experts active for each token, hidden size {{ hidden }}, expert width {{ width
-}}, {{ tokens }} tokens, frozen weights, the {{ implementation }} implementation of transformers. "over frozen" is
-the time of forward and backward over the frozen block's, less one; "bytes kept" are the storages that autograd
-saves, "beside the frozen" less the frozen block's; "to PEFT" divides by what PEFT's LoRA adds. "growth" is the time
-with most experts over that with fewest, and "beyond the frozen" that over the frozen block's own growth. Below zero:
-our backward pass computes what gates the rows, and gathers them, once more in place of keeping the results.
+A Mixtral block, {{ active }} of its experts active for each token, hidden size {{ hidden }}, expert width
+{{ width }}, {{ tokens }} tokens, frozen weights, the {{ implementation }} implementation of transformers. "over
+frozen" is the time of forward and backward over the frozen block's, less one; "bytes kept" are the storages
+that autograd saves, "beside the frozen" less the frozen block's; "to PEFT" divides by what PEFT's LoRA
+adds. "growth" is the time with most experts over that with fewest, and "beyond the frozen" that over the
+frozen block's own growth. Below zero: our backward pass computes what gates the rows, and gathers them,
+once more in place of keeping the results.
 """
 
 from __future__ import annotations
@@ -20,8 +21,14 @@ from torch import Tensor, nn
 from bench import driver, meters, models
 
 OPTIONS = models.options(
-    *("device", "dtype"),
-    **{"experts": (8, 64), "active": 2, "hidden": 512, "width": 1024, "tokens": 1024, "rank": 8, "samples": 15},
+    "device dtype",
+    experts=(8, 64),
+    active=2,
+    hidden=512,
+    width=1024,
+    tokens=1024,
+    rank=8,
+    samples=15,
     implementation="grouped_mm",
 )
 PUBLISHED = {"experts": "--clock cpu"}

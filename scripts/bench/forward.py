@@ -1,7 +1,7 @@
 """Forward over the frozen model, by tokens.
 
-Forward of {{ shape }} with {{ layers }} layers, q_proj, k_proj, v_proj, rows of at most {{ length }} tokens, {{ how
-}}, nothing kept for a backward. Medians of the ratios to the frozen model's time in the same turn.
+Forward of {{ shape }} with {{ layers }} layers, q_proj, k_proj, v_proj, rows of at most {{ length }} tokens,
+{{ how }}, nothing kept for a backward. Medians of the ratios to the frozen model's time in the same turn.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from bench import driver, models
 # On a GPU few tokens show what each operation costs to launch, many what it costs to run; compiled, launches cost
 # little.
 OPTIONS = models.options(
-    *("layers", "dtype", "device", "narrow", "compile", "only"),
+    "layers dtype device narrow compile only",
     shape={"choices": models.SHAPES, "default": "opt-1.3b"},
     tokens=(1024, 4096, 16384),
     length={"type": int, "default": 1024, "help": "tokens of a row (default: %(default)s)"},

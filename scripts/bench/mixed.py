@@ -11,7 +11,7 @@ from typing import Any
 
 from bench import driver, forward, models
 
-OPTIONS = models.options("shape", "dtype", "device", "only", layers=2, adapters=16, tokens=(1, 16, 128))
+OPTIONS = models.options("shape dtype device only", layers=2, adapters=16, tokens=(1, 16, 128))
 PUBLISHED = {
     "mixed": "--samples 15 --clock cpu",
     "mixed_gpu": "--samples 15 --shape opt-1.3b --layers 12 --device cuda --dtype bfloat16",

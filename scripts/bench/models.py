@@ -32,16 +32,28 @@ PEFT: Mapping[str, tuple[str, Mapping[str, int]]] = {  # its own methods: the co
     "PEFT LoHa r=8": ("LoHaConfig", {"r": 8}),
     "PEFT RandLoRA r=32": ("RandLoraConfig", {"r": 32}),
 }
-FAMILIES = (
+FAMILIES = [
     *(f"{name} rank={rank}" for name in ("lora", "cp", "lorta") for rank in (8, 64)),
     *(f"tenslora {name} ranks=8" for name in CONSTRUCTIONS),
     "tenslora qkv_depth ranks=(64, 64, 3, 2)",
-    *("tera ranks=8", "tera ranks=64"),
-    *("lotr rank=8", "fact_tt rank=8", "fact_tk rank=8", "metatt_4d ranks=8", "metatt_5d ranks=8"),
-    *("loretta", "tt_lora", "tucker", "tensor_train", "tensor_ring", "hierarchical_tucker", "block_term"),
-    *("refta rank=8", "lora_xs rank=8", "vera rank=256", "lokr rank=8", "krona", "loha rank=8"),
-    *("randlora rank=32", "gralora rank=8", "miss rank=8", "monarch", "hira rank=8", "ia3"),
-)
+    "tera ranks=8",
+    "tera ranks=64",
+    *(f"{name} rank=8" for name in ("lotr", "fact_tt", "fact_tk")),
+    *(f"{name} ranks=8" for name in ("metatt_4d", "metatt_5d")),
+    *["loretta", "tt_lora", "tucker", "tensor_train", "tensor_ring", "hierarchical_tucker", "block_term"],
+    "refta rank=8",
+    "lora_xs rank=8",
+    "vera rank=256",
+    "lokr rank=8",
+    "krona",
+    "loha rank=8",
+    "randlora rank=32",
+    "gralora rank=8",
+    "miss rank=8",
+    "monarch",
+    "hira rank=8",
+    "ia3",
+]
 OPTIONS: Mapping[str, Any] = {  # which several benchmarks have
     "shape": {"choices": SHAPES, "default": "opt-125m"},
     "layers": {"type": int, "help": "layers of the model, if not the shape's own"},
@@ -53,9 +65,9 @@ OPTIONS: Mapping[str, Any] = {  # which several benchmarks have
 }
 
 
-def options(*names: str, **own: Any) -> dict[str, Any]:
-    """Return a benchmark's options: some of those that several have, and its own."""
-    return {name: OPTIONS[name] for name in names} | own
+def options(names: str, **own: Any) -> dict[str, Any]:
+    """Return a benchmark's options: some of those that several have, by their names, and its own."""
+    return {name: OPTIONS[name] for name in names.split()} | own
 
 
 # ---- models

@@ -13,7 +13,7 @@ import torch
 import tnpeft
 from bench import driver, models
 
-OPTIONS = models.options("shape", "only", layers=2, batch=8, length=128)
+OPTIONS = models.options("shape only", layers=2, batch=8, length=128)
 PUBLISHED = {"optimizer": "--samples 9 --clock cpu"}
 FAMILIES = ("lora", "moslora", "tucker", "tensor_train", "cp", "lotr", "tenslora")
 MODES = {"AdamW": None, "preconditioned": {"invariant": False}, "invariant": {"invariant": True}}

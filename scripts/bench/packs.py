@@ -75,7 +75,10 @@ def tables(data: Any) -> driver.Rows:
         packs = row["packs"]
         most = {key: f"{max(its[key] for its in packs.values()):.1g}" for key in ("accuracy", "loss")}
         yield {
-            **{"method": row["method"], "runs": row["runs"], "alone, s": row["seconds"]},
+            "method": row["method"],
+            "runs": row["runs"],
+            "alone, s": row["seconds"],
             **{f"packs of {size}": f"{row['seconds'] / its['seconds']:.2f}" for size, its in packs.items()},
-            **{"accuracies differ by": most["accuracy"], "losses differ by": most["loss"]},
+            "accuracies differ by": most["accuracy"],
+            "losses differ by": most["loss"],
         }

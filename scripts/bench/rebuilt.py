@@ -17,7 +17,7 @@ from bench.models import CONSTRUCTIONS, TARGETS
 
 # Released code forms the whole tensor that a site's factors belong to, all layers and projections in it, at every
 # call, and takes one slice of it. Some constructions take 8 GB of memory.
-OPTIONS = models.options("shape", "layers", rank=4, tokens=1024, samples=15)
+OPTIONS = models.options("shape layers", rank=4, tokens=1024, samples=15)
 PUBLISHED = {
     "rebuilt": "--samples 9 --clock cpu",
     "rebuilt_short": "--samples 9 --clock cpu --tokens 128",

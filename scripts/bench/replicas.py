@@ -37,7 +37,7 @@ def with_layers(text: str) -> tuple[str, int]:
 
 SHAPES = {"nargs": "+", "type": with_layers, "default": [("tiny", 4), ("opt-125m", 2)], "help": "name:layers"}
 OPTIONS = models.options(
-    *("dtype", "device"),
+    "dtype device",
     shapes=SHAPES,
     families={"nargs": "+", "choices": FAMILIES, "default": [*FAMILIES]},
     batches=("1x8", "4x8", "4x32", "16x32", "16x64"),  # rows x tokens of each replica; SST-2's are 16 x 32
@@ -97,14 +97,12 @@ def measure(options: driver.Options) -> driver.Rows:
             make = partial(trainer, base, FAMILIES[family], rows=rows, length=length)
             runs = {k: make(replicas=k) for k in (1, *options.replicas)}
             times = driver.interleaved(runs, options)
-            yield {
-                **{"shape": shape, "layers": layers, "family": family, "rows": rows, "length": length},
-                "milliseconds": 1e3 * median(times[1]),
-                "gain": {k: k * driver.ratio(times[1], times[k]) for k in options.replicas},
-            }
+            case = {"shape": shape, "layers": layers, "family": family, "rows": rows, "length": length}
+            gain = {k: k * driver.ratio(times[1], times[k]) for k in options.replicas}
+            yield {**case, "milliseconds": 1e3 * median(times[1]), "gain": gain}
 
 
-def row(its: Mapping[str, Any], **between: Any) -> dict[str, Any]:
+def row(its: Mapping[str, Any], between: Mapping[str, Any]) -> dict[str, Any]:
     """Return a case as a row of a table: backbone, adapter, what tells it from others, and its gains."""
     head = {"backbone": f"{its['shape']}, {its['layers']} layers", "adapter": its["family"]}
     return {**head, **between, **{f"K={k}": f"{gain:.2f}" for k, gain in its["gain"].items()}}
@@ -113,5 +111,5 @@ def row(its: Mapping[str, Any], **between: Any) -> dict[str, Any]:
 def tables(data: Any) -> driver.Rows:
     """Yield a row for each case."""
     for its in data["cases"]:
-        size = {"tokens of a replica": f"{its['rows']} x {its['length']}"}
-        yield row(its, **size, **{"ms alone": its["milliseconds"]})
+        size = f"{its['rows']} x {its['length']}"
+        yield row(its, {"tokens of a replica": size, "ms alone": its["milliseconds"]})

@@ -57,7 +57,9 @@ def tables(data: Any) -> driver.Rows:
     """Yield a row for each method and size."""
     for row in data["cases"]:
         yield {
-            **{key: row[key] for key in ("case", "linear", "tokens")},
+            "case": row["case"],
+            "linear": row["linear"],
+            "tokens": row["tokens"],
             "bytes kept": row["saved"],
             "beside the input": row["saved"] - BYTES * row["linear"] * row["tokens"],
             "inner width": row.get("width"),

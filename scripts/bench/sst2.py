@@ -10,8 +10,7 @@ an epoch of {{ train }} sentences.
 from __future__ import annotations
 
 import itertools
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from statistics import fmean, median
@@ -81,26 +80,20 @@ def gains(make: Callable[[Sequence[int]], Runs], at: Sequence[int], options: dri
     alone = [make([k]) for k in range(max(options.replicas))]
     ways = {(what, k): partial(its.step, cut=cut) for k, its in enumerate(alone) for what, cut in WAYS.items()}
     ways |= {("pack", k): make(range(k)).step for k in options.replicas}
+    runs = {(*way, place): partial(step, place) for place in at for way, step in ways.items()}
+    times = driver.interleaved(runs, options)
 
-    def turn(places: Sequence[int]) -> Counter[tuple[str, int]]:
-        spent: Counter[tuple[str, int]] = Counter()
-        for place, (way, step) in itertools.product(places, ways.items()):
-            spent[way] += driver.once(partial(step, place), options.clock)[1]  # type: ignore[assignment]
-        return spent
+    def total(what: str, numbers: Iterable[int]) -> list[float]:
+        return [sum(each) for each in zip(*(times[what, k, place] for k in numbers for place in at), strict=True)]
 
-    turn(at[:1])
-    rounds = [turn(at) for _ in range(options.samples)]
-
-    def total(what: str, most: int = len(alone)) -> list[float]:
-        return [sum(spent[what, k] for k in range(most)) for spent in rounds]
-
+    every = range(len(alone))
     own, padded = zip(*(its.tokens(place) for place in at for its in alone), strict=True)
     return {
-        "milliseconds": 1e3 * median(total("alone")) / len(alone) / len(at),
+        "milliseconds": 1e3 * median(total("alone", every)) / len(alone) / len(at),
         "tokens": round(fmean(own)),
         "padded": round(fmean(padded)),
-        "cut": driver.ratio(total("as they come"), total("alone")),
-        "gain": {k: driver.ratio(total("alone", k), [its["pack", k] for its in rounds]) for k in options.replicas},
+        "cut": driver.ratio(total("as they come", every), total("alone", every)),
+        "gain": {k: driver.ratio(total("alone", range(k)), total("pack", [k])) for k in options.replicas},
     }
 
 
@@ -129,9 +122,11 @@ def measure(options: driver.Options) -> driver.Rows:
 def tables(data: Any) -> driver.Rows:
     """Yield a row for each case."""
     for its in data["cases"]:
-        yield replicas.row(
-            its,
-            **{"examples": f"{its['batch']} {its['order']}", "tokens": its["tokens"]},
-            **{"padded as they come": its["padded"], "ms alone": its["milliseconds"]},
-            **{"as they come": f"{1 / its['cut']:.2f}"},
-        )
+        between = {
+            "examples": f"{its['batch']} {its['order']}",
+            "tokens": its["tokens"],
+            "padded as they come": its["padded"],
+            "ms alone": its["milliseconds"],
+            "as they come": f"{1 / its['cut']:.2f}",
+        }
+        yield replicas.row(its, between)

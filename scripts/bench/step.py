@@ -20,7 +20,7 @@ from bench.models import CONSTRUCTIONS, TARGETS
 
 # The floor is the frozen backbone with gradients flowing to the embeddings' output.
 OPTIONS = models.options(
-    *("shape", "layers", "dtype", "device", "narrow", "compile", "only"),
+    "shape layers dtype device narrow compile only",
     bare={"action": "store_true", "help": "the adapted linears and nothing else"},
     batch=8,
     length=128,

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import tomllib
 from collections import Counter
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import reproduce_counts as script
 
 from tnpeft.networks import NetworkError
 
@@ -18,17 +16,6 @@ ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = ROOT / "paper" / "published"
 
 
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("reproduce_counts", ROOT / "scripts" / "reproduce_counts.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["reproduce_counts"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load()
 ENTRIES: list[dict[str, Any]] = script.read(PUBLISHED / "counts.toml")
 TABLES: list[dict[str, Any]] = tomllib.loads((PUBLISHED / "results.toml").read_text(encoding="utf-8"))["table"]
 NO_FAMILY = {"TinyLoRA", "VB-LoRA", "Uni-LoRA", "FourierFT"}
@@ -65,7 +52,7 @@ def test_figures_of_the_papers_by_hand() -> None:
 
 
 def test_tables_are_current(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert script.main(["--tables", str(tmp_path)]) == 0
+    assert script.main(tables=tmp_path) == 0
     told = capsys.readouterr().out
     for mark, count in Counter(entry["evidence"] for entry in ENTRIES).items():
         assert f"{mark}: {count} of {count} " in told
@@ -84,7 +71,7 @@ def test_a_wrong_value_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert text.count("value = 9264\n") == 1
     wrong = tmp_path / "counts.toml"
     wrong.write_text(text.replace("value = 9264\n", "value = 9265\n"), encoding="utf-8")
-    assert script.main(["--published", str(wrong), "--tables", str(tmp_path / "tables")]) == 1
+    assert script.main(wrong, tmp_path / "tables") == 1
     assert "cp-opt1.3b-qv-c1: secondary 9,265, from the line 9,264" in capsys.readouterr().err
     assert "| NO |" in (tmp_path / "tables" / "counts.md").read_text()
 

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import reproduce_results as script
 
 ROOT = Path(__file__).resolve().parents[2]
-import reproduce_results as script  # noqa: E402
-
 PUBLISHED = ROOT / "paper" / "published"
 TABLES = tomllib.loads((PUBLISHED / "results.toml").read_text())["table"]
 HERE = {its["table"]: its for its in tomllib.loads((PUBLISHED / "here.toml").read_text())["here"]}
@@ -54,7 +53,7 @@ def test_a_study_in_the_papers_own_setting_counts_as_one(tmp_path: Path) -> None
     made = [point("LoRA", "rank=1", 196608), point("LoRA", "rank=2", 393216, **{"0": 0.25, "1": 0.75})]
     made.append(point("CP", "rank=43", 398352, **{"0": 0.5, "1": 0.75}))
     (tmp_path / "tables" / "cp_steps.json").write_text(json.dumps({"points": made}))
-    script.main(["--paper", str(tmp_path)])
+    script.main(tmp_path, tmp_path / "tables")
     text = (tmp_path / "tables" / "results.md").read_text()
     low = next(line for line in text.splitlines() if line.startswith("| SST-2 | low"))
     assert "| 0.500 ± 0.354 (rank=2, 2 seeds) | 0.625 ± 0.177 (rank=43, 2 seeds) |" in low
@@ -69,7 +68,7 @@ def test_a_study_in_the_papers_own_setting_counts_as_one(tmp_path: Path) -> None
 
 
 def test_the_table_is_up_to_date(tmp_path: Path) -> None:
-    script.main(["--out", str(tmp_path)])
+    script.main(out=tmp_path)
     for name in ("results.md", "results.csv"):
         assert (tmp_path / name).read_text() == (ROOT / "paper" / "tables" / name).read_text()
 

@@ -274,27 +274,6 @@ def test_outputs_and_gradients_of_every_layer(name, dtype):
             assert_close(gradient(parameter), wanted, tolerance, f"gradient of {label} at {where}")
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if torch.float64 in case.dtypes])
-def test_the_whole_model(name):
-    models = pair(CASES[name], torch.float64)
-    inputs = [draw((2, 5, 16), "x").requires_grad_() for _ in models]
-    outputs = [model(x) for model, x in zip(models, inputs, strict=True)]
-    assert_close(outputs[1], outputs[0], 1e-12, "output")
-    for output in outputs:
-        output.square().sum().backward()
-    assert_close(inputs[1].grad, inputs[0].grad, 1e-12, "input gradient")
-
-
-def test_gradients_of_c3a_are_those_of_its_dense_update():
-    _, ours = pair(CASES["c3a"], torch.float64)
-    layer = layer_of(ours, 0, "q_proj")
-    x = draw((3, 16), "x").requires_grad_()
-    weight = layer.get_base_layer().weight + layer.get_delta_weight("default")
-    weights = draw((3, 24), "loss")
-    (layer(x) * weights).sum().backward()
-    assert_close(x.grad, weights @ weight, 1e-12, "input gradient")
-
-
 @pytest.mark.parametrize(("name", "dtype"), RUNS)
 def test_merged_weights(name, dtype):
     case = CASES[name]

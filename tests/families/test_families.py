@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Callable
 from itertools import product as pairs
 from math import ceil, prod
 from typing import Any
@@ -196,6 +197,7 @@ def test_rules_of_sizes() -> None:
     assert sizes_of(families.lokr(out=(4, None)), out=64, inp=128) == {
         "layer": 2, "proj": 3, "o1": 4, "o2": 16, "i1": 8, "i2": 16, "r": 8,
     }  # fmt: skip
+    assert families.rasa(rank=4, shared=1).sizes(layer=5, proj=2, out=6, inp=10)["c"] == 5
     guide = families.tensor_guide().with_ranks(a=3, b=5)
     assert (sizes_of(guide)["c"], sizes_of(guide)["d"]) == (3, 5)
 
@@ -258,33 +260,52 @@ def test_hierarchical_tucker_is_a_binary_tree(leaves: int) -> None:
 # ---- meaning, against constructions written independently of the declarations
 
 
-def test_kronecker_forms() -> None:
-    w, a = dense_of(families.lokr(rank=2), out=12, inp=20)
-    np.testing.assert_allclose(w, np.kron(a["C"], a["P"] @ a["Q"]), atol=1e-12)
-    w, a = dense_of(families.krona(), out=12, inp=20)
-    np.testing.assert_allclose(w, np.kron(a["C"], a["K"]), atol=1e-12)
-    w, a = dense_of(families.cp(rank=3), out=12, inp=20)
-    parts = [
-        a["w"][r] * np.outer(np.kron(a["A"][:, r], a["B"][:, r]), np.kron(a["C"][:, r], a["D"][:, r]))
-        for r in range(3)
-    ]
-    np.testing.assert_allclose(w, sum(parts), atol=1e-12)
+FORMS: dict[str, tuple[Factorization, int, int, Callable[[dict[str, np.ndarray]], np.ndarray]]] = {
+    "lokr": (families.lokr(rank=2), 12, 20, lambda a: np.kron(a["C"], a["P"] @ a["Q"])),
+    "krona": (families.krona(), 12, 20, lambda a: np.kron(a["C"], a["K"])),
+    "cp": (
+        *(families.cp(rank=3), 12, 20),
+        lambda a: sum(
+            w * np.outer(np.kron(p, q), np.kron(s, t))
+            for w, p, q, s, t in zip(a["w"], a["A"].T, a["B"].T, a["C"].T, a["D"].T, strict=True)
+        ),
+    ),
+    "loha": (families.loha(rank=2), 6, 10, lambda a: (a["B1"] @ a["A1"]) * (a["B2"] @ a["A2"])),
+    "hira": (families.hira(rank=2), 6, 10, lambda a: a["W0"] * (a["B"] @ a["A"])),
+    "kradapter": (
+        *(families.kradapter(), 12, 5),
+        lambda a: np.stack([np.kron(a["U"][:, k], a["V"][:, k]) for k in range(5)], 1),
+    ),
+    "gralora": (
+        *(families.gralora(rank=6, k=2), 8, 12),
+        lambda a: np.block([[a["B"][i, j].T @ a["A"][i, j] for j in range(2)] for i in range(2)]),
+    ),
+    "rasa": (
+        *(families.rasa(rank=4, shared=1), 6, 10),
+        lambda a: a["B"] @ np.diag(a["d"]) @ a["A"] + a["e"] * np.outer(a["U"], a["V"]),
+    ),
+    "pera": (families.pera(3), 6, 10, lambda a: a["B"] @ a["A"] + a["B"] ** 2 @ np.diag(a["h"]) @ a["A"] ** 2),
+    "glora": (families.glora(rank=2), 6, 10, lambda a: a["W0"] * (a["B1"] @ a["A1"]) + a["B2"] @ a["A2"]),
+    "svft": (families.svft(), 6, 10, lambda a: a["U"] @ np.diag(a["m"]) @ a["V"]),
+    "tied_lora": (families.tied_lora(3), 6, 10, lambda a: np.diag(a["b"]) @ a["B"] @ np.diag(a["d"]) @ a["A"]),
+    "vera": (families.vera(4), 6, 10, lambda a: np.diag(a["b"]) @ a["B"] @ np.diag(a["d"]) @ a["A"]),
+    "stella": (families.stella(rank=3), 6, 10, lambda a: a["U"] @ a["S"] @ a["V"]),
+    "abba": (families.abba(rank=4), 6, 10, lambda a: (a["B1"] @ a["A1"]) * (a["B2"] @ a["A2"])),
+    "randlora": (
+        *(families.randlora(rank=4), 12, 8),
+        lambda a: sum(a["B"][:, n] @ np.diag(a["lam"][:, n]) @ a["A"] @ np.diag(a["gam"][n]) for n in range(2)),
+    ),
+}
 
 
-def test_hadamard_and_khatri_rao_forms() -> None:
-    w, a = dense_of(families.loha(rank=2), out=6, inp=10)
-    np.testing.assert_allclose(w, (a["B1"] @ a["A1"]) * (a["B2"] @ a["A2"]), atol=1e-12)
-    w, a = dense_of(families.hira(rank=2), out=6, inp=10)
-    np.testing.assert_allclose(w, a["W0"] * (a["B"] @ a["A"]), atol=1e-12)
-    w, a = dense_of(families.kradapter(), out=12, inp=5)
-    columns = [np.kron(a["U"][:, k], a["V"][:, k]) for k in range(5)]
-    np.testing.assert_allclose(w, np.stack(columns, 1), atol=1e-12)
+@pytest.mark.parametrize("name", FORMS)
+def test_a_line_is_the_product_that_its_source_prints(name: str) -> None:
+    f, out, inp, form = FORMS[name]
+    update, factors = dense_of(f, out=out, inp=inp)
+    np.testing.assert_allclose(update, form(factors), atol=1e-12)
 
 
-def test_block_forms() -> None:
-    w, a = dense_of(families.gralora(rank=6, k=2), out=8, inp=12)
-    blocks = [[a["B"][i, j].T @ a["A"][i, j] for j in range(2)] for i in range(2)]
-    np.testing.assert_allclose(w, np.block(blocks), atol=1e-12)
+def test_miss_repeats_its_block_over_the_inputs() -> None:
     f = families.miss(rank=4)
     sizes = dict(f.sizes(layer=1, proj=1, out=8, inp=12))
     factors = arrays(f.network, sizes)
@@ -317,25 +338,6 @@ def test_block_diagonal_forms() -> None:
         else:
             wanted = diagonal(b[0], b[1]) @ np.concatenate([a[0], a[1]], 0)
         np.testing.assert_allclose(dense(line.network, factors)[0, 0], wanted, atol=1e-12)
-
-
-def test_low_rank_forms_with_vectors_mixers_and_powers() -> None:
-    w, a = dense_of(families.rasa(rank=4, shared=1), out=6, inp=10, layer=1)
-    own = a["B"] @ np.diag(a["d"]) @ a["A"]
-    np.testing.assert_allclose(w, own + a["e"] * np.outer(a["U"], a["V"]), atol=1e-12)
-    assert families.rasa(rank=4, shared=1).sizes(layer=5, proj=2, out=6, inp=10)["c"] == 5
-    w, a = dense_of(families.pera(rank=3), out=6, inp=10)
-    np.testing.assert_allclose(w, a["B"] @ a["A"] + a["B"] ** 2 @ np.diag(a["h"]) @ a["A"] ** 2, atol=1e-12)
-    w, a = dense_of(families.glora(rank=2), out=6, inp=10)
-    np.testing.assert_allclose(w, a["W0"] * (a["B1"] @ a["A1"]) + a["B2"] @ a["A2"], atol=1e-12)
-    w, a = dense_of(families.svft(), out=6, inp=10)
-    np.testing.assert_allclose(w, a["U"] @ np.diag(a["m"]) @ a["V"], atol=1e-12)
-    w, a = dense_of(families.tied_lora(rank=3), out=6, inp=10)
-    np.testing.assert_allclose(w, np.diag(a["b"]) @ a["B"] @ np.diag(a["d"]) @ a["A"], atol=1e-12)
-    w, a = dense_of(families.stella(rank=3), out=6, inp=10)
-    np.testing.assert_allclose(w, a["U"] @ a["S"] @ a["V"], atol=1e-12)
-    w, a = dense_of(families.abba(rank=4), out=6, inp=10)
-    np.testing.assert_allclose(w, (a["B1"] @ a["A1"]) * (a["B2"] @ a["A2"]), atol=1e-12)
 
 
 def test_expert_forms_expert_by_expert() -> None:
@@ -378,14 +380,6 @@ def test_mica_starts_from_the_minor_singular_vectors() -> None:
     piece = placed.site_layouts[0].parameters["B"]
     start = Initializer(placed, weight=lambda site: weight)(piece)
     assert torch.allclose(start.abs(), torch.tensor([[0.0, 0], [0, 0], [0, 1], [1, 0]]), atol=1e-6)
-
-
-def test_vera_and_randlora() -> None:
-    w, a = dense_of(families.vera(rank=4), out=6, inp=10)
-    np.testing.assert_allclose(w, np.diag(a["b"]) @ a["B"] @ np.diag(a["d"]) @ a["A"], atol=1e-12)
-    w, a = dense_of(families.randlora(rank=4), out=12, inp=8)
-    terms = [a["B"][:, n] @ np.diag(a["lam"][:, n]) @ a["A"] @ np.diag(a["gam"][n]) for n in range(2)]
-    np.testing.assert_allclose(w, sum(terms), atol=1e-12)
 
 
 @pytest.mark.parametrize("digits", [2, 3, 4])
@@ -435,84 +429,6 @@ def test_tera_reaches_the_rank_of_its_bonds(bonds: tuple[int, ...], rank: int) -
         w, _ = dense_of(f, out=16, inp=16)
         assert np.linalg.matrix_rank(w) == rank
         assert layout(f, [Site(0, "q_proj", 16, 16)]).count() == trained
-
-
-# ---- the lines as released, against PEFT's own layers
-
-
-def circulant(block: int) -> np.ndarray:
-    return np.stack([np.roll(np.eye(block), row, axis=0) for row in range(block)])
-
-
-def released(method: str, layer: Any, out: int, inp: int) -> tuple[Factorization, dict[str, Any]]:
-    """A family, and by its labels the factors of a PEFT layer with their axes in the order of the family's."""
-    if method == "LoKr":
-        named = {"C": layer.lokr_w1, "P": layer.lokr_w2_a, "Q": layer.lokr_w2_b}
-        return families.lokr(2, alpha=4), named
-    if method == "LoHa":
-        named = {"B1": layer.hada_w1_a, "A1": layer.hada_w1_b, "B2": layer.hada_w2_a, "A2": layer.hada_w2_b}
-        return families.loha(2, alpha=4), named
-    if method == "Hira":
-        return families.hira(2), {"B": layer.hira_B, "A": layer.hira_A, "W0": {"default": layer.base_layer.weight}}
-    if method == "Vera":
-        named = {"b": layer.vera_lambda_b, "B": layer.vera_B, "d": layer.vera_lambda_d, "A": layer.vera_A}
-        return families.vera(8), named
-    if method == "Miss":
-        return families.miss(8), {
-            "D": {"default": layer.miss_block["default"].T},
-            "J": {"default": np.ones(inp // 8)},
-        }
-    if method == "C3A":
-        return families.c3a(16, scale=1 / inp), {"K": layer.c3a_kernel, "Circ": {"default": circulant(16)}}
-    if method == "Gralora":
-        a, b = layer.gralora_A["default"], layer.gralora_B["default"]
-        inputs = a.reshape(2, inp // 2, 2, 4).permute(2, 0, 3, 1)
-        return families.gralora(8, k=2, alpha=16), {"A": {"default": inputs}, "B": {"default": b}}
-    short, long = sorted((out, inp))
-    lam, gam = layer.randlora_lambda["default"], layer.randlora_gamma["default"]
-    a, b = layer.randlora_A["default"][:, 0, :short], layer.randlora_B["default"][:long, : lam.shape[1]]
-    relabelled = b.flatten(1).reshape(long, *lam.shape).transpose(1, 2)
-    suffix = "" if out >= inp else "T"
-    factors = {"B": relabelled, "lam": lam, "A": a, "gam": gam}
-    return families.randlora(8, alpha=16), {name + suffix: {"default": array} for name, array in factors.items()}
-
-
-SETTINGS: dict[str, dict[str, Any]] = {
-    "LoKr": {"r": 2, "alpha": 4},
-    "LoHa": {"r": 2, "alpha": 4},
-    "Hira": {"r": 2},
-    "Vera": {"r": 8, "projection_prng_key": 1},
-    "Miss": {"r": 8},
-    "C3A": {"block_size": 16},
-    "Gralora": {"r": 8, "gralora_k": 2, "alpha": 16},
-    "RandLora": {"r": 8, "randlora_alpha": 16, "projection_prng_key": 1},
-}
-
-
-@pytest.mark.parametrize(("out", "inp"), [(32, 48), (48, 32), (32, 32)])
-@pytest.mark.parametrize("method", SETTINGS)
-def test_lines_are_what_peft_computes(method: str, out: int, inp: int) -> None:
-    import peft
-    import torch
-
-    torch.manual_seed(0)
-    config = getattr(peft, f"{method}Config")(target_modules=["0"], **SETTINGS[method])
-    model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(inp, out, bias=False)), config)
-    layer = model.base_model.model[0]
-    for name, parameter in layer.named_parameters():
-        if "base_layer" not in name:
-            parameter.data = torch.randn_like(parameter) / 3
-    f, factors = released(method, layer, out, inp)
-    placed = layout(f, [Site(0, "q_proj", out, inp)]).site_layouts[0]
-    values: dict[str, np.ndarray] = {}
-    for factor in placed.network.factors:
-        array = factors[factor.name]["default"]
-        array = array.detach().numpy() if isinstance(array, torch.Tensor) else array
-        values[factor.name] = np.reshape(array.astype(np.float64), [placed.sizes[i] for i in factor.indices])
-    x = torch.randn(5, inp)
-    theirs = (model(x) - layer.base_layer(x)).detach().numpy()
-    ours = x.numpy() @ (f.scale * dense(placed.network, values)).T
-    np.testing.assert_allclose(theirs, ours, rtol=0, atol=inp * np.finfo(np.float32).eps * np.abs(ours).max())
 
 
 def test_a_misspelt_argument_gets_the_nearest_one() -> None:

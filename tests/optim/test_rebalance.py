@@ -69,9 +69,6 @@ def test_both_sides_of_a_bond_have_one_diagonal_gram():
         assert torch.allclose(gram, gram.diagonal().diag(), atol=1e-9 * float(gram.max()))
 
 
-SHAPES = {"B": (8, 3), "M": (3, 3), "A": (3, 8)}
-
-
 def test_inner_bonds_of_a_tree_see_whole_halves():
     model = attached(FAMILIES["moslora"])
     tnpeft.rebalance(model)

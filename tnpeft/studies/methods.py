@@ -169,7 +169,7 @@ def attach(
 ) -> Any:
     """The model with the method's adapter on it, everything else frozen; ``full`` frees every weight.
 
-    A new classification head trains in float32, whatever the backbone's dtype.
+    A new classification head trains in float32, whatever the backbone's dtype: 16 bits would round small steps away.
 
     ``replicas`` are methods and seeds of several adapters that train in one pass: families or lines that differ in
     ranks and scale alone.
@@ -179,7 +179,7 @@ def attach(
     """
     heads = [getattr(model, name) for name in _HEADS if hasattr(model, name)] if classifier else []
     for head in heads:
-        head.float().register_forward_pre_hook(_in_float32)
+        head.float().register_forward_pre_hook(lambda _, inputs: tuple(each.float() for each in inputs))
     model.requires_grad_("full" in method)
     if "full" in method or "none" in method:
         for head in heads:
@@ -213,11 +213,6 @@ def peft_config(method: Method, **common: Any) -> Any:
         return kinds[method["peft"]](**common, **method.get("args", {}))
     except TypeError as error:
         raise StudyError(f"wrong arguments: {error}", where=f"PEFT's {method['peft']!r}") from None
-
-
-def _in_float32(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Cast what a head reads: 16 bits would round its small steps away."""
-    return tuple(each.float() for each in inputs)
 
 
 def trainable(model: Any) -> tuple[int, int]:

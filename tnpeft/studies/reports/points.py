@@ -91,7 +91,7 @@ class Point:
             if name in table:
                 table[name] = {str(key): finite(value) for key, value in table[name].items()}
         if self.search:
-            table["search"] = [{**asdict(its), "loss": finite(its.loss)} for its in self.search]
+            table["search"] = [{**its, "loss": finite(its["loss"])} for its in table["search"]]
         return {"task": table.pop("task"), "method": table.pop("label"), **table}
 
     @property

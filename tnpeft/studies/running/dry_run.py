@@ -65,7 +65,12 @@ def trial(study: Study, *, steps: int = 2, batch: int = 2) -> Iterator[Row]:
         counted = methods.count(cell.method, backbones.shape(study.places["model"]), terms.targets)
         row = {"study": study.name, "model": study.places["model"], "task": task.name, "method": cell.label}
         row |= {"size": cell.size, "counted": "" if counted is None else counted, "batch": batch}
-        yield row | dict.fromkeys(_MEASURED, "") | _in_a_process(replace(run, protocol={**run.protocol, **short}))
+        with processes(1) as pool:
+            try:
+                measured = pool.submit(_measured, replace(run, protocol={**run.protocol, **short})).result()
+            except BrokenProcessPool:
+                measured = {"outcome": f"FAILED ({DIED})"}
+        yield row | dict.fromkeys(_MEASURED, "") | measured
 
 
 def _task(study: Study) -> Task:
@@ -89,14 +94,6 @@ def _at_hand(study: Study) -> Study:
         return study
     words = study.places["tokenizer"] or backbones.BYTES
     return replace(study, places={**study.places, "model": backbones.RANDOM + name, "tokenizer": words})
-
-
-def _in_a_process(run: Run) -> dict[str, Any]:
-    with processes(1) as pool:
-        try:
-            return pool.submit(_measured, run).result()
-        except BrokenProcessPool:
-            return {"outcome": f"FAILED ({DIED})"}
 
 
 def _measured(run: Run) -> dict[str, Any]:

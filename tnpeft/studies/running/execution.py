@@ -92,8 +92,10 @@ def train_and_evaluate(
         cache=Path(first.places.get("cache", "runs/cache")),
         tokenizer=first.places.get("tokenizer", ""),
     )
-    if several:
-        _refuse_dropout(model.config.to_dict())
+    dropout = {name: p for name, p in model.config.to_dict().items() if "drop" in name and isinstance(p, float) and p}
+    if several and dropout:  # the runs' masks would come out of one stream of random numbers
+        name, p = next(iter(dropout.items()))
+        raise StudyError(f"the backbone trains with {name} = {p}", remedy="make such runs alone")
     scorer = Scorer(task, tokenizer, protocol.head, protocol.max_length)
     held = [scorer.encode(each.eval) for each in splits]
     training.check_rows(model, scorer, held[0])
@@ -124,13 +126,6 @@ def train_and_evaluate(
     }
     parts = zip(job, sizes, splits, courses, reached, strict=True)
     return [{**_outcome(task, seconds / len(job), *part), **common} for part in parts]
-
-
-def _refuse_dropout(config: dict[str, Any]) -> None:
-    """Refuse dropout in a pass of several runs: their masks would come out of one stream of random numbers."""
-    found = [name for name, value in config.items() if "drop" in name and isinstance(value, float) and value > 0]
-    if found:
-        raise StudyError(f"the backbone trains with {found[0]} = {config[found[0]]}", remedy="make such runs alone")
 
 
 def _outcome(

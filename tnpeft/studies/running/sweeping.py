@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -138,19 +139,17 @@ def _make(runs: Sequence[Run], store: Store, workers: Workers, summary: SweepSum
             ended += 1
             setattr(summary, status, getattr(summary, status) + 1)
             left = (time.perf_counter() - start) / ended * (len(runs) - ended)
-            say(f"[{ended}/{len(runs)}] {run}: {_outcome(run, status, store)}, {seconds:.1f} s; {_time(left)} left")
+            if status == "failed":
+                outcome = f"FAILED ({(store.failure(run.key) or {}).get('cause', 'unknown')})"
+            else:
+                result = store.result(run.key) or {"dev": math.nan, "eval": math.nan}
+                outcome = f"dev {result['dev']:.3f}, eval {result['eval']:.3f}"
+            say(f"[{ended}/{len(runs)}] {run}: {outcome}, {seconds:.1f} s; {_time(left)} left")
         if busy and len(busy) != len(waiting):
             say(f"waiting for {len(busy)} runs that another process has under way")
         if busy:
             time.sleep(1)
         waiting = busy
-
-
-def _outcome(run: Run, status: str, store: Store) -> str:
-    if status == "failed":
-        return f"FAILED ({(store.failure(run.key) or {}).get('cause', 'unknown')})"
-    result = store.result(run.key)
-    return f"dev {result['dev']:.3f}, eval {result['eval']:.3f}" if result else status
 
 
 def _time(seconds: float) -> str:

@@ -60,8 +60,7 @@ def count(
     """
     from tnpeft.cli.format import counted
 
-    line = read_network(net, rank, option)
-    data = counted(line, read_sizes(size, rank, line), model, targets)
+    data = counted(*read_network(net, rank, size, option), model, targets)
     facts = {{"mebibytes": "MiB"}.get(key, key.replace("_", " ")): value for key, value in data.items()}
     rows = tuple((key, _text(value)) for key, value in facts.items() if value not in (None, {}, [], ""))
     show(data, as_json, lambda: Table((), rows).text())
@@ -94,9 +93,9 @@ def plan(
     from tnpeft.planning import plan as best
     from tnpeft.planning import plan_table
 
-    line = read_network(net, rank, option)
+    line, sizes = read_network(net, rank, size, option)
     plans, texts = list[dict[str, Any]](), list[str]()
-    for shape in site_shapes(line, model=model, targets=targets, **read_sizes(size, rank, line)):
+    for shape in site_shapes(line, model=model, targets=targets, **sizes):
         goal: dict[str, Any] = {"minimize": minimize, "training": training}
         if table:
             found: Any = plan_table(shape.network, shape.sizes, **goal)
@@ -177,8 +176,7 @@ def draw(
     """
     from tnpeft import drawing
 
-    line = read_network(net, rank, option)
-    known = read_sizes(size, rank, line)
+    line, known = read_network(net, rank, size, option)
     data: dict[str, Any] = {}
     if file is not None:
         data["file"] = str(drawing.draw(line, file, known))
@@ -208,10 +206,9 @@ def check(
     """
     from tnpeft.testing import examine
 
-    written = "[" in net  # a line is a network even where it has no rank to give
-    line = read_network(net, None if written else rank, option)
-    line = line.network if written and isinstance(line, Factorization) else line
-    known = read_sizes(size, rank, line)
+    line, known = read_network(net, rank, size, option)
+    if "[" in net and isinstance(line, Factorization):  # a line is a network even where it has all its ranks
+        line, known = line.network, {**known, **line.ranks}
     if isinstance(line, Factorization) and known:
         raise NetworkError("a family is tried at small sites of its own", remedy="leave --size out, or write a line")
     report = examine(line, known, seed=seed)
@@ -280,7 +277,7 @@ def budget(
     from tnpeft.counting import budget as rungs
 
     number = read_number(parameters)
-    goal = read_network(number, rank) if isinstance(number, str) else number
+    goal = read_network(number, rank)[0] if isinstance(number, str) else number
     held = read_sizes(size) | ({} if isinstance(goal, Factorization) else read_sizes(rank))
     if isinstance(goal, Network):
         raise NetworkError(

@@ -43,24 +43,30 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _DIGITS = 4000  # of a whole number: Python reads no more than 4,300
 
 
+Texts = Iterable[str] | None
+
+
 def read_network(
-    text: str, ranks: Iterable[str] | None = None, options: Iterable[str] | None = None
-) -> Network | Factorization:
-    """The network that was typed: a line, or a family called with its options, with its ranks set.
+    text: str, ranks: Texts = None, sizes: Texts = None, options: Texts = None
+) -> tuple[Network | Factorization, dict[str, int]]:
+    """The network that was typed, a line or a family called with its options, with its ranks set, and the sizes.
 
     A line whose bonds all have a rank is a factorization; else it stays a network, and the ranks are sizes.
 
-    >>> read_network("lora:4").ranks, read_network("cp", ["2"], ["out=32,64"]).splits
+    >>> read_network("lora:4")[0].ranks, read_network("cp", ["2"], options=["out=32,64"])[0].splits
     ({'r': 4}, {'out': (32, 64)})
+    >>> read_network("A[layer out r] B[r s] C[s inp] -> layer out inp", ["r=8"], ["layer=24"])[1]
+    {'layer': 24, 'r': 8}
     """
-    given = _whole_numbers(ranks)
-    if "[" in text or "->" in text:
-        if options:
-            raise NetworkError("--set is for families", line=text, remedy="give sizes with --size, ranks with --rank")
-        net = network(text)
-        known = _named(given, net)
-        return Factorization.of(net, ranks=known) if set(net.bonds) <= set(known) else net
-    return _family(text, given, dict(_pairs(options or ())))
+    given, known = read_sizes(ranks), read_sizes(sizes)
+    if "[" not in text and "->" not in text:
+        return _family(text, given, dict(_pairs(options or ()))), known
+    if options:
+        raise NetworkError("--set is for families", line=text, remedy="give sizes with --size, ranks with --rank")
+    net = network(text)
+    if "" in given:  # a number without a name is the size of every bond that is not named
+        given = {**dict.fromkeys(net.bonds, given.pop("")), **given}
+    return (Factorization.of(net, ranks=given), known) if set(net.bonds) <= set(given) else (net, known | given)
 
 
 def read_number(text: str) -> int | str:
@@ -88,17 +94,12 @@ def read_named(text: str) -> str | tuple[str, str]:
     return (name.strip(), line.strip()) if equals and name.strip() else text
 
 
-def read_sizes(sizes: Iterable[str] | None, ranks: Iterable[str] | None = None, net: Any = None) -> dict[str, int]:
-    """Sizes by index name; with a bare network its ranks count as sizes too.
-
-    >>> read_sizes(["layer=24"], ["r=8"], network("A[layer out r] B[r inp] -> layer out inp"))
-    {'layer': 24, 'r': 8}
-    """
-    found = _whole_numbers(sizes)
-    return found | _named(_whole_numbers(ranks), net) if isinstance(net, Network) else found
+def read_sizes(sizes: Texts) -> dict[str, int]:
+    """Sizes or ranks by name; a number alone has none."""
+    return {name: _whole(name, value) for name, value in _pairs(sizes or ())}
 
 
-def read_ratios(ratios: Iterable[str] | None) -> dict[str, float]:
+def read_ratios(ratios: Texts) -> dict[str, float]:
     """Ratios by rank."""
     found = {name: _value(text) for name, text in _pairs(ratios or ())}
     for name, ratio in found.items():
@@ -127,20 +128,10 @@ def _family(name: str, ranks: dict[str, int], options: dict[str, str]) -> Factor
     return replace(f, ranks={**f.ranks, **ranks})
 
 
-def _named(ranks: dict[str, int], net: Network) -> dict[str, int]:
-    """A number without a name is the size of every bond that is not named."""
-    named = {bond: size for bond, size in ranks.items() if bond}
-    return {**dict.fromkeys(net.bonds, ranks[""]), **named} if "" in ranks else named
-
-
 def _pairs(texts: Iterable[str]) -> Iterable[tuple[str, str]]:
     for text in texts:
         name, equals, value = text.partition("=")
         yield (name.strip(), value.strip()) if equals else ("", text.strip())
-
-
-def _whole_numbers(texts: Iterable[str] | None) -> dict[str, int]:
-    return {name: _whole(name, value) for name, value in _pairs(texts or ())}
 
 
 def _whole(name: str, text: str) -> int:

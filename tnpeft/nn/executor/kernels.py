@@ -187,6 +187,8 @@ class Einsum2(Kernel):
     def _aligned(self, layout: Layout, order: Group) -> View | None:
         """One axis per index; a smaller factor is copied if its axes move, so that the result is stored in order."""
         own = flat(layout)
+        if layout == singly(order[len(order) - len(own) :]):  # broadcast as it is
+            return None
         seen, _ = view(layout, singly(order), self.sizes)
         moved = tuple(index for index in order if index in own) != own
         if seen is None or not moved or len(own) == len(order) or self.sizes.token in own or self.summed:

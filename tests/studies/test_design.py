@@ -122,6 +122,17 @@ def test_weights_are_found_by_the_models_card(tmp_path: Path, monkeypatch: pytes
             assert found[name] == pytest.approx(float(own.square().mean().sqrt()), rel=1e-9)
 
 
+def test_weights_of_experts_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of gate and up of gpt-oss take turns."""
+    from expert_models import mixture
+
+    model = mixture("gpt_oss")
+    model.save_pretrained(tmp_path / "its")
+    monkeypatch.setattr(backbones, "shape", lambda _: model.config)
+    with pytest.raises(StudyError, match="no weights of 'experts_gate_up_proj/out:0'"):
+        backbones.weight_rms(str(tmp_path / "its"), ("q_proj", "experts_gate_up_proj/out:0"), tmp_path)
+
+
 def test_the_last_bits_of_a_rate_change_no_runs_name(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     its = study(cache)
     cell = next(cell for cell in its.cells if cell.name == "P1: LoTR (rank=10)")

@@ -248,7 +248,7 @@ def _weight_rms(where: str, stem: str, projections: tuple[Projection, ...]) -> t
     for file in sorted(Path(where).glob("*.safetensors")):
         with safe_open(file, framework="pt") as weights:
             for key, p in itertools.product(weights.keys(), projections):
-                if re.fullmatch(rf"(.*\.)?{re.escape(stem)}\.\d+\.{re.escape(p.path)}(\.weight)?", key):
+                if re.fullmatch(rf"(.*\.)?{re.escape(stem)}\.\d+\.{re.escape(p.path)}\.weight", key):
                     entries = weights.get_tensor(key).double()
                     entries = entries if entries.shape[-1] == p.inp else entries.mT
                     own = entries[..., p.start : p.start + p.out, :]

@@ -43,7 +43,7 @@ def backbone_graphs() -> list[int]:
     return graphs_of_steps(opt(layers=1).train())
 
 
-@pytest.mark.parametrize("key", ["lora", "shared", "cp"])
+@pytest.mark.parametrize("key", ["shared", "cp"])
 def test_compiled_training_takes_no_more_graphs_than_the_backbone(key: str) -> None:
     """Forward and backward, the same gradients at every batch size, and nothing is compiled a second time."""
     model = adapted(key, opt(layers=1 + (key == "shared"))).train()

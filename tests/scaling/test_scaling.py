@@ -21,7 +21,7 @@ from tnpeft.scaling.gain import entries_of
 from tnpeft.scaling.moments import Entry, first_step
 from tnpeft.testing.strategies import networks, sizes_for
 
-FEW = settings(max_examples=1000, deadline=None)
+FEW = settings(max_examples=500, deadline=None)
 
 
 def letters(net: Network) -> dict[str, str]:

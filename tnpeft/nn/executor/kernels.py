@@ -128,7 +128,7 @@ class Einsum2(Kernel):
         self.summed = tuple(index for index in b if index in a and index not in y)
         self.product = bool(self.summed) if product is None else product
         self._scale_right = sizes.volume(b) <= sizes.volume(y)
-        self._swap = False
+        self._swap, self._vjps = False, dict[int, Kernel]()  # made when asked for, for every selection of gradients
         if self.product:
             self._choose(a, b, y, strided)
         else:
@@ -136,8 +136,10 @@ class Einsum2(Kernel):
 
     def vjp(self, k: int) -> tuple[Kernel, tuple[int, ...]]:
         """The result's gradient takes the operand's place."""
-        layouts = (self.out, self.right, self.left) if k == 0 else (self.out, self.left, self.right)
-        return Einsum2(*layouts, self.sizes, self.product, strided=True), (1 - k,)
+        if k not in self._vjps:
+            layouts = (self.out, self.right, self.left) if k == 0 else (self.out, self.left, self.right)
+            self._vjps[k] = Einsum2(*layouts, self.sizes, self.product, strided=True)
+        return self._vjps[k], (1 - k,)
 
     # ---- as matrix products
 
@@ -145,10 +147,12 @@ class Einsum2(Kernel):
         """Choose the orders of the rows, columns and summed indices that copy least, and the side that is narrow."""
         batch = tuple(index for index in y if index in a and index in b)
         stack, best = singly(batch), None
-        for own, other, third in choices((a, y), (b, y), (a, b)):
-            rows = tuple(index for index in own if index in a and index in y and index not in b)
-            cols = tuple(index for index in other if index in b and index in y and index not in a)
-            summed = tuple(index for index in third if index in self.summed)
+        parts = {*a} & {*y} - {*b}, {*b} & {*y} - {*a}, {*self.summed}
+        orders = dict.fromkeys(
+            tuple(tuple(index for index in order if index in part) for order, part in zip(its, parts, strict=True))
+            for its in choices((a, y), (b, y), (a, b))
+        )
+        for rows, cols, summed in orders:
             first, second = (*stack, rows, summed), (*stack, cols, summed)
             swap = bool(rows and cols) and y == (*batch, *cols, *rows)
             natural = (*stack, cols, rows) if swap else (*stack, rows, cols)
@@ -162,7 +166,7 @@ class Einsum2(Kernel):
                 best = cost, swap, natural, views
             if not cost:
                 break  # none copies less
-        assert best is not None  # there are eight choices
+        assert best is not None  # there is an order
         _, self._swap, natural, ((self._left, _), (self._right, _), (self._give, _)) = best
         if self._swap:
             self._left, self._right = self._right, self._left

@@ -30,6 +30,7 @@ from tnpeft.adapters.rollback import layers, or_as_before, outside, parked, walk
 from tnpeft.adapters.sites.bases import excluded_weights
 from tnpeft.adapters.sites.parameter import check_one_for_all
 from tnpeft.adapters.sites.raw import raw_names
+from tnpeft.adapters.state import bank_of
 from tnpeft.adapters.storage.contents import AGAIN, check_modules
 from tnpeft.adapters.storage.expressions import check_expression
 from tnpeft.adapters.storage.files import check_state, translated
@@ -188,13 +189,8 @@ class TensorNetworkModel(BaseTuner):
 
     def _refuse_merge(self, adapter_names: Sequence[str] | None) -> None:
         """Raise before the first linear is merged if any takes no merge, or an adapter is missing."""
-        unknown = (
-            [] if isinstance(adapter_names, str) else [n for n in adapter_names or () if n not in self.peft_config]
-        )
-        if unknown:
-            raise NetworkError(
-                f"unknown adapter {unknown[0]!r}", remedy=f"the adapters are {', '.join(self.peft_config)}"
-            )
+        for name in () if isinstance(adapter_names, str) else adapter_names or ():
+            bank_of(self.model, name)
         for name, module in walk(self.model):
             if isinstance(module, DenseLinear):
                 try:

@@ -135,8 +135,7 @@ def carriers(f: Factorization) -> tuple[str, ...]:
 
 
 def _config(tuner: BaseTuner, adapter: str) -> Any:
-    if adapter not in tuner.peft_config:
-        raise NetworkError(f"unknown adapter {adapter!r}", remedy=f"the adapters are {', '.join(tuner.peft_config)}")
+    bank_of(tuner.model, adapter)
     config = tuner.peft_config[adapter]
     if config.replicas > 1:
         raise NetworkError(

@@ -27,8 +27,10 @@ Shapes = Mapping[str, tuple[int, int]]  # out and inp of the base model's linear
 _MAGNITUDE = ("lora_magnitude_vector", "lora_magnitude_vector.weight")
 ABOUT = ("base_model_name_or_path", "task_type", "revision", "modules_to_save")  # what a configuration tells besides
 # What changes the base weight or the update in ways that the factors alone do not tell.
-_REFUSED = ("lora_bias", "use_qalora", "layer_replication", "arrow_config", "kasa_config", "velora_config")
-_REFUSED += ("monteclora_config", "use_bdlora", "alora_invocation_tokens")
+_REFUSED = (
+    *("lora_bias", "use_qalora", "layer_replication", "arrow_config", "kasa_config", "velora_config"),
+    *("monteclora_config", "use_bdlora", "alora_invocation_tokens"),
+)
 _MOVED = re.compile(r"(pissa|olora|corda|loftq|lora_ga)", re.IGNORECASE)
 _IMAGE = re.compile(r"(?:lora|lycoris)_\w+\.[\w.]+")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,13 @@ from tnpeft.adapters.storage.files import ROOM
 from tnpeft.models import Card, cards
 from tnpeft.networks import AdapterFileError, ConfigError, NetworkError
 
-TARGETS = ("tnpeft", "peft", "lora", "per_expert", "shared_outer", "kohya", "lycoris", "gguf")
+_WRITERS: Mapping[str, Callable[..., bool]] = {
+    "tnpeft": write_folder,
+    **dict.fromkeys(("peft", "lora", "per_expert", "shared_outer"), write_peft),
+    **dict.fromkeys(("kohya", "lycoris"), write_image),
+    "gguf": write_gguf,
+}
 _FILES = {"kohya": ".safetensors", "lycoris": ".safetensors", "gguf": ".gguf"}
-_WRITERS = {"tnpeft": write_folder, "kohya": write_image, "lycoris": write_image, "gguf": write_gguf}  # else PEFT's
 _INPUTS = 4  # drawn per site
 _SLACK = 64  # of the dtype's rounding, where values were multiplied
 
@@ -79,8 +83,8 @@ def convert(source: str | Path, target: str | Path, to: str = "tnpeft", *, model
     tnpeft.networks.errors.AdapterFileError: 'no/such/folder' is neither a folder nor a file
     pass the adapter's path
     """
-    if to not in TARGETS:
-        raise ConfigError(f"to={to!r} is not a target", remedy=f"use one of {', '.join(TARGETS)}")
+    if to not in _WRITERS:
+        raise ConfigError(f"to={to!r} is not a target", remedy=f"use one of {', '.join(_WRITERS)}")
     path = Path(target)
     if os.path.exists(path):
         raise ConfigError(f"{str(path)!r} exists", remedy="choose another target, or remove it first")
@@ -111,7 +115,7 @@ def _write(lines: AdapterLines, new: Path, to: str, card: Card | None) -> Adapte
     """Write a target; sites whose values it rounds are marked in the lines that come back."""
     if to not in _FILES:
         new.mkdir()
-    rounded = _WRITERS.get(to, write_peft)(lines, new, to, card)
+    rounded = _WRITERS[to](lines, new, to, card)
     return replace(lines, sites=tuple(replace(site, rounded=True) for site in lines.sites)) if rounded else lines
 
 

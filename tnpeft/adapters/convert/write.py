@@ -160,8 +160,8 @@ def _as_peft_sizes(whole: Mapping[str, Tensor], shapes: Sequence[tuple[int, int]
 def _config(kind: str, pairs: Sequence[tuple[Packing, SiteAdapter]], about: Mapping[str, Any]) -> Any:
     import peft
 
-    names = (*ABOUT, "trainable_token_indices")
-    names += ("fan_in_fan_out",) if kind in ("LORA", "RANDLORA", "VERA") else ()
+    names = [*ABOUT, "trainable_token_indices"]
+    names += ["fan_in_fan_out"] if kind in ("LORA", "RANDLORA", "VERA") else []
     own: dict[str, Any] = {"inference_mode": True} | {key: about[key] for key in names if about.get(key)}
     experts = {site.module for packing, site in pairs if packing is NESTED}
     paths = sorted(site.module for _, site in pairs if site.module not in experts)

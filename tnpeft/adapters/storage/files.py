@@ -131,11 +131,11 @@ def check_fits(model: Any, adapter: str, folder: Any, **hub: Any) -> None:
 
     from tnpeft.adapters.state import bank_of
 
+    base = bank_of(model, adapter)
     own, what = model.peft_config[adapter], f"the adapter in {str(folder)!r}"
     new: Any = PeftConfig.from_pretrained(folder, **hub)
     if not isinstance(new, type(own)):
         raise AdapterFileError(f"{what} is a {new.peft_type}", remedy="load it under another name")
-    base = bank_of(model, adapter)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     new = translated(inner, new)
     for name in _FIXED:

@@ -88,9 +88,8 @@ class StoredFactors:
             sizes = _sizes(f, rule, [(axes, {tuple(a.shape) for a in its}) for axes, its in held.values()], features)
             if sizes is None:
                 continue
-            site = Site(
-                layer, proj, *(prod(sizes[i] for i in group) for group in (net.rows, net.cols)), module=module
-            )
+            out, inp = (prod(sizes[index] for index in group) for group in (net.rows, net.cols))
+            site = Site(layer, proj, out, inp, module=module)
             if rule.serves(site) and f.rule_for(site) is rule:
                 own = net.select(*(index for index in net.stack if index in _PLACE))
                 shapes = {label: tuple(sizes[index] for index in axes) for label, (axes, _) in held.items()}

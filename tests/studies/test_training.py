@@ -23,7 +23,7 @@ from tnpeft.studies.running import training  # noqa: E402
 from tnpeft.studies.running.batching import batches, micro_batches  # noqa: E402
 from tnpeft.studies.running.finetune import train  # noqa: E402
 from tnpeft.studies.tasks.data import Example, Splits, load  # noqa: E402
-from tnpeft.studies.tasks.scoring import Scorer, evaluate, judge  # noqa: E402
+from tnpeft.studies.tasks.scoring import Scorer, evaluate, judge, only  # noqa: E402
 from tnpeft.studies.tasks.task import TASKS, task  # noqa: E402
 
 PROTOCOL = Protocol(targets=("q_proj", "v_proj"), steps=6, batch=8, evaluate_every=2)
@@ -128,6 +128,10 @@ def test_a_head_that_is_looked_at_gives_all_its_logits(tiny: Path) -> None:
     model, tokenizer = backbone(tiny)
     scorer = Scorer(task({"name": "t", "prompt": "{image}", "words": {"0": " p1", "1": " p2"}}), tokenizer)
     batch = scorer.collate(scorer.encode([Example(prompt, prompt, 0) for prompt in ("p4 p7 p9", "p1")]))
+    with only(model, [1, 3]) as alone:
+        logits = model(input_ids=batch["input_ids"]).logits
+    assert (alone, logits.shape) == (True, (2, 1, 2))
+    assert torch.allclose(logits[:, 0], model(input_ids=batch["input_ids"]).logits[:, -1, [1, 3]])
     few, seen = scorer.scores(model, batch), list[Any]()
     handle = model.lm_head.register_forward_hook(lambda *its: seen.append(its[-1].shape))
     assert torch.allclose(scorer.scores(model, batch), few, rtol=1e-5)

@@ -111,7 +111,11 @@ def on_backbones(points: Sequence[Point]) -> bool:
 
 
 def span(counts: Sequence[int]) -> str:
-    """Return counts as text: ``"3"``, or ``"2 to 5"``."""
+    """Return counts as text.
+
+    >>> span([3, 3]), span([5, 2])
+    ('3', '2 to 5')
+    """
     low, high = min(counts), max(counts)
     return str(low) if low == high else f"{low} to {high}"
 

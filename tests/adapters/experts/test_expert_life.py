@@ -1,4 +1,4 @@
-"""Adapters of fused experts in every implementation: mixed, with magnitudes, compiled, recomputed, explained."""
+"""Adapters of fused experts in every implementation: counted, mixed, with magnitudes, compiled, recomputed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from adapter_models import shake
-from expert_models import attached, logits, mixture, tokens
+from expert_models import CONFIGS, attached, logits, mixture, tokens
 from oracles import dense
 from torch import Tensor, nn
 
@@ -41,6 +41,36 @@ def alike(one: dict[str, Tensor], two: dict[str, Tensor], limit: float = 1e-5) -
     assert one.keys() == two.keys()
     for name, value in one.items():
         assert (value - two[name]).norm() <= limit * (1e-6 + two[name].norm()), name
+
+
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "batched_mm"])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_identity_at_the_start_and_counts(kind: str, implementation: str) -> None:
+    base = mixture(kind, implementation)
+    for f in (tnpeft.families.shared_outer_lora(rank=2), tnpeft.families.expert_cp(3), tnpeft.families.tucker()):
+        model = attached(base, f)
+        exact = implementation == "grouped_mm"  # the others multiply the same rows one by one, or elsewhere in memory
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad), torch.no_grad() if not grad else torch.enable_grad():
+                found, plain = model(tokens()).logits, base(tokens()).logits
+            assert torch.equal(found, plain) if exact else torch.allclose(found, plain, atol=1e-5)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        stored = sum(value.numel() for name, value in model.state_dict().items() if ".tnpeft_" in name)
+        assert trained == stored == tnpeft.parameters(f, model=base.config, targets=["experts"])
+        with model.disable_adapter():
+            assert torch.equal(model(tokens()).logits, base(tokens()).logits)
+
+
+@pytest.mark.parametrize("start", ["svd", "tt_svd"])
+def test_a_start_from_the_weight_of_every_expert(start: str) -> None:
+    line = "U[layer proj expert out r] V[layer proj expert r inp] -> layer proj expert out inp"
+    base = mixture("gpt_oss")
+    f = tnpeft.Factorization.of(line, ranks={"r": "min(out, inp)"}, init=dict.fromkeys("UV", start))
+    model = attached(base, f)
+    down = base.get_parameter("model.layers.1.mlp.experts.down_proj").mT
+    for name, weight in (("down_proj", down), ("gate_up_proj", base.model.layers[1].mlp.experts.gate_up_proj.mT)):
+        adapted = model.base_model.model.model.layers[1].mlp.experts.get_submodule(name)
+        assert torch.allclose(adapted.get_delta_weight("default").mT, weight, atol=1e-5)
 
 
 def test_a_file_of_other_experts_is_refused_and_nothing_is_attached(tmp_path: Path) -> None:

@@ -86,10 +86,13 @@ def test_adapters_that_change_in_between_and_back(line: str, reentrant: bool) ->
     assert all(torch.allclose(got[0][name], got[1][name], atol=1e-5) for name in got[0])
 
 
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("line", "refused"), [("lora", False), ("B[out r] A[r inp] -> out inp", True)])
-def test_hooks_that_take_parts_of_a_gradient(line: str, refused: bool) -> None:
+def test_hooks_that_take_parts_of_a_gradient(line: str, refused: bool, training: bool) -> None:
     """A hook runs once for each reentrant checkpoint that holds a shared factor, with a part of its gradient."""
-    model, seen = adapted(True, {"network": line, "ranks": {"r": 2}}), []
+    model, seen = adapted(True, {"network": line, "ranks": {"r": 1}}).train(training), []
+    with torch.no_grad():
+        model(torch.ones(3, 6))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda its: seen.append(id(its)))

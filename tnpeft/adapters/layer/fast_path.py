@@ -94,6 +94,7 @@ class InferenceFastPath:
             layer.training
             or layer._disable_adapters
             or layer.merged
+            or layer.bank.watching
             or layer._active_adapter != self.known.active
             or x.dtype != self.dtype
             or _computed(base)

@@ -395,3 +395,17 @@ def test_an_update_in_half_precision_is_merged_as_computed_in_float32() -> None:
     net, _ = in_half_precision("cp")
     layer, double = three(net.bfloat16())[0], three(copy.deepcopy(net).double())[0]
     assert error(layer.get_delta_weight("default"), double.get_delta_weight("default")) <= 1e-6
+
+
+@torch.no_grad()
+def test_a_convolutions_magnitudes_keep_their_dtype_under_autocast() -> None:
+    torch.manual_seed(0)
+    config = tnpeft.TensorNetworkConfig(network="lora", ranks={"r": 2}, target_modules=["0"], dora=True)
+    model = peft.get_peft_model(nn.Sequential(nn.Conv2d(8, 16, 2)).bfloat16(), config).eval()
+    layer, x = model.base_model.model[0], torch.randn(4, 8, 9, 9).bfloat16()
+    layer.tnpeft_magnitude["default"].copy_(1 + torch.rand(16))
+    wanted = copy.deepcopy(model).double()(x.double())
+    plain = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(x)
+    assert error(found, wanted) <= 1.1 * error(plain, wanted)

@@ -115,9 +115,8 @@ class TensorNetworkLinear(DenseLinear):
 
     def _dora(self, adapter: str, x: Tensor, base: Tensor, dropped: bool) -> Tensor:
         """Return what rescaling the rows to the learned magnitudes adds to ``base`` (arXiv 2402.09353, 4.3)."""
-        dtype = torch.promote_types(x.dtype, self.tnpeft_magnitude[adapter].dtype)
-        ratio = self._ratio(adapter, dtype)
-        bias = self.get_base_layer().bias
+        ratio, bias = self._ratio(adapter, x.dtype), self.get_base_layer().bias
+        dtype = ratio.dtype
         if dropped:
             plain = nn.functional.linear(x.to(dtype), self.base_matrix().to(dtype))
         else:

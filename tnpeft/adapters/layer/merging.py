@@ -265,10 +265,11 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
         return updated * ratio[..., None] - base
 
     def _ratio(self, adapter: str, dtype: torch.dtype) -> Tensor:
-        """What the rows of the updated weight take to have their learned magnitudes; lengths have no gradient."""
+        """What updated rows take to have their learned magnitudes, in the wider dtype; lengths have no gradient."""
         with torch.no_grad():
             updated = self.base_matrix() + self._delta(adapter)
         length = updated.detach().norm(dim=1)  # forward derivatives heed detach alone
+        dtype = torch.promote_types(dtype, self.tnpeft_magnitude[adapter].dtype)
         return rescaling(self.tnpeft_magnitude[adapter].to(dtype), length.to(dtype))
 
     def _matrix(self, weight: Tensor) -> Tensor:

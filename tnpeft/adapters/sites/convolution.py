@@ -107,7 +107,8 @@ class TensorNetworkConvolution(CalledLayer):
         if dropped:
             plain = self._convolved(x, module.weight.to(dtype))
         else:
-            plain = base.to(dtype) if module.bias is None else base.to(dtype) - self._channels(module.bias.to(dtype))
+            plain = base.to(ratio.dtype)
+            plain = plain if module.bias is None else plain - self._channels(module.bias.to(plain.dtype))
         return (ratio - 1) * plain + ratio * update
 
     def patches(self, x: Tensor, most: int) -> tuple[Tensor, Groups]:

@@ -6,8 +6,8 @@ evaluation, and an interrupted training goes on from the newest whole one, to th
 
 from __future__ import annotations
 
+import json
 import math
-import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 import tnpeft
 from tnpeft.studies import methods
@@ -264,17 +266,19 @@ class _State:
 
     def save(self, folder: Path, step: int) -> None:
         """Write a checkpoint as a whole, and remove the older ones."""
+        tensors = {f"model/{name}": p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        for k, course in enumerate(self.courses):
+            tensors |= {f"weights/{k}/{name}": value for name, value in course.weights.items()}
+        for index, values in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{index}/{name}": torch.as_tensor(value) for name, value in values.items()}
+        tensors["random"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            tensors["cuda"] = torch.cuda.get_rng_state()
+        courses = json.dumps([{**vars(course), "weights": {}} for course in self.courses])
         folder.mkdir(parents=True, exist_ok=True)
-        with whole(folder / f"checkpoint-{step}.pt") as part:
-            state = {
-                "step": step,
-                "courses": [vars(course) for course in self.courses],
-                "model": {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad},
-                "optimizer": self.optimizer.state_dict()["state"],
-                "random": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-            }
-            torch.save(state, part)
+        with whole(folder / f"checkpoint-{step}.safetensors") as part:
+            its = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+            save_file(its, part, metadata={"step": str(step), "courses": courses})
         for old in _checkpoints(folder)[:-_KEPT]:
             old.unlink(missing_ok=True)
 
@@ -282,23 +286,35 @@ class _State:
         """Take up the newest whole checkpoint and return its step, 0 without one; damaged ones are removed."""
         for path in reversed(_checkpoints(folder)):
             try:
-                saved = torch.load(path, map_location="cpu", weights_only=True)
-            except (OSError, EOFError, RuntimeError, pickle.UnpicklingError):
+                with safe_open(path, "pt") as file:
+                    saved = file.metadata()
+                    tensors = {name.partition("/")[::2]: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            except (OSError, SafetensorError):
                 path.unlink(missing_ok=True)
                 continue
+            courses = [Course(**course) for course in json.loads(saved["courses"])]
+            state: dict[int, dict[str, torch.Tensor]] = {}
             with torch.no_grad():
-                for name, value in saved["model"].items():
-                    self.model.get_parameter(name).copy_(value)
+                for (kind, rest), tensor in tensors.items():
+                    key, _, name = rest.partition("/")
+                    if kind == "model":
+                        self.model.get_parameter(rest).copy_(tensor)
+                    elif kind == "optimizer":
+                        state.setdefault(int(key), {})[name] = tensor
+                    elif kind == "weights":
+                        courses[int(key)].weights[name] = tensor.to(next(self.model.parameters()).device)
             groups = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict({"state": saved["optimizer"], "param_groups": groups})
-            torch.set_rng_state(saved["random"])
-            if saved["cuda"] is not None and torch.cuda.is_available():
-                torch.cuda.set_rng_state(saved["cuda"])
-            self.courses[:] = [Course(**course) for course in saved["courses"]]
+            self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+            torch.set_rng_state(tensors["random", ""])
+            if ("cuda", "") in tensors and torch.cuda.is_available():
+                torch.cuda.set_rng_state(tensors["cuda", ""])
+            for course in courses:
+                course.curve = [tuple(row) for row in course.curve]  # type: ignore[misc]
+            self.courses[:] = courses
             return int(saved["step"])
         return 0
 
 
 def _checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, the oldest first."""
-    return sorted(folder.glob("checkpoint-*.pt"), key=lambda path: int(path.stem.partition("-")[2]))
+    return sorted(folder.glob("checkpoint-*.safetensors"), key=lambda path: int(path.stem.partition("-")[2]))

@@ -35,11 +35,12 @@ def share(model: nn.Module) -> None:
 
 
 def _begin(model: nn.Module, inputs: Any) -> None:
-    sharded = torch.distributed.is_available() and torch.distributed.is_initialized()
-    sharded = sharded and DistributedDataParallel._get_active_ddp_module() is None  # perhaps: FSDP, ZeRO
     bank: FactorBank = model.factor_bank  # type: ignore[assignment]
-    if torch.compiler.is_compiling() or not _apart() or sharded or bank.disable_adapters or bank.merged_adapters:
+    if torch.compiler.is_compiling() or not _apart() or bank.disable_adapters or bank.merged_adapters:
         return
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if several and DistributedDataParallel._get_active_ddp_module() is None:
+        return  # under FSDP or ZeRO, perhaps, where factors are parts
     found: dict[Hashable, list[Tensor]] = {}
     for store, key, axes in (item for name in bank.active_adapters for item in bank.unit_norm.get(name, ())):
         array = store.get(key)

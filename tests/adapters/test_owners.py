@@ -1,6 +1,7 @@
 """What an adapter meets in a model: owners that read weights, names that coincide, reports, flags, many adapters."""
 
 import time
+from collections.abc import Callable
 
 import peft
 import pytest
@@ -47,12 +48,16 @@ def test_owners_that_read_weights(owner: str, children: set[str]) -> None:
     assert children or not {"wo", "wi_0", "dense_4h_to_h", "q_proj", "o_proj"} & found
 
 
+def decorated(method: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    return lambda *args: method(*args)
+
+
 class Reader(nn.Module):
     """Reads the weights of linears that it calls, too, by whatever path."""
 
     def __init__(self) -> None:
         super().__init__()
-        for name in ("own", "alias", "called"):
+        for name in ("own", "alias", "called", "of_property", "of_decorated"):
             setattr(self, name, nn.Linear(4, 4))
         self.inner = nn.ModuleDict({"deep": nn.Linear(4, 4), "called": nn.Linear(4, 4)})
         self.listed = nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])
@@ -66,11 +71,20 @@ class Reader(nn.Module):
             x = block.down(x) @ block.up.weight
         return x
 
+    @property
+    def turned(self) -> torch.Tensor:
+        return self.of_property.weight.T
+
+    @decorated
+    def other(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.of_decorated.weight
+
 
 @pytest.mark.parametrize(
     ("name", "read"),
     [
-        ("own", True), ("alias", True), ("inner.deep", True), ("listed.1", True), ("looped.0.up", True),
+        ("own", True), ("alias", True), ("of_property", True), ("of_decorated", True),
+        ("inner.deep", True), ("listed.1", True), ("looped.0.up", True),
         ("called", False), ("inner.called", False), ("listed.0", False), ("looped.0.down", False),
     ],
 )  # fmt: skip

@@ -21,7 +21,7 @@ from tnpeft.scaling.gain import entries_of
 from tnpeft.scaling.moments import Entry, first_step
 from tnpeft.testing.strategies import networks, sizes_for
 
-FEW = settings(max_examples=500, deadline=None)
+DRAWN = settings(max_examples=1000, deadline=None)
 
 
 def letters(net: Network) -> dict[str, str]:
@@ -105,7 +105,7 @@ def started(draw) -> tuple[Factorization, dict[str, int]]:
     return f, sizes
 
 
-@FEW
+@DRAWN
 @given(started())
 def test_gain_is_the_mean_of_signed_steps(case):
     f, sizes = case

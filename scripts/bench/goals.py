@@ -42,7 +42,8 @@ WHY = {
     "products of forward and backward in which it is then used, and the narrow products take the time of reading and "
     "writing the linears' inputs and outputs once more. The more sites a tensor spans, the larger the gain.",
     "launches": "On a GPU: at a few thousand tokens a step of the frozen model waits for the launches of its "
-    "operations, and so for each that an adapter adds; CP's four factors are normalised at every site.",
+    "operations, and so for each that an adapter adds. CP's four factors were normalised at every site when this was "
+    "measured; they are now for all sites at once, with a third of the operations, and that was not measured there.",
     "replicas": "Replicas: the arithmetic of the frozen backbone takes nearly all the time of a step of that size, "
     "and one pass saves only what a step costs however small it is.",
 }

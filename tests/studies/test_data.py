@@ -74,6 +74,7 @@ WRONG: dict[str, tuple[str, bytes, str]] = {
         r"a\.csv:2: no column 'text'; the columns are words, ",
     ),
     "two columns of one name": ("a.csv", b"text,label,text\na,1,b\n", r"a\.csv:1: two columns are called 'text'"),
+    "two keys inside a value": ("a.jsonl", b'{"text": {"b": 1, "b": 2}}', r"a\.jsonl:1: two columns are called 'b'"),
     "two keys of one name": ("a.jsonl", GOOD + b'{"text": "a", "text": "b", "label": 1}', r"a\.jsonl:4: two columns"),
     "unknown label": ("a.jsonl", GOOD + b'{"text": "a", "label": 7}', r"a\.jsonl:4: unknown label '7'; .* are 0, 1"),
     "label left out": ("a.jsonl", GOOD + b'{"text": "a", "label": null}', r"a\.jsonl:4: 'label' is empty"),

@@ -25,15 +25,6 @@ backbone.
 """
 
 
-class _Step(Protocol):
-    @property
-    def operands(self) -> tuple[str, ...]: ...
-    @property
-    def uses(self) -> tuple[tuple[str, ...], ...]: ...
-    @property
-    def indices(self) -> tuple[str, ...]: ...
-
-
 class Steps(Protocol):
     """Anything with the steps of a contraction, such as :class:`tnpeft.planning.Plan`."""
 

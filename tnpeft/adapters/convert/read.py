@@ -27,10 +27,11 @@ Shapes = Mapping[str, tuple[int, int]]  # out and inp of the base model's linear
 _MAGNITUDE = ("lora_magnitude_vector", "lora_magnitude_vector.weight")
 ABOUT = ("base_model_name_or_path", "task_type", "revision", "modules_to_save")  # what a configuration tells besides
 # What changes the base weight or the update in ways that the factors alone do not tell.
-_REFUSED = (
-    *("lora_bias", "use_qalora", "layer_replication", "arrow_config", "kasa_config", "velora_config"),
-    *("monteclora_config", "use_bdlora", "alora_invocation_tokens"),
-)
+_REFUSED: Mapping[str, tuple[Any, ...]] = {  # options, and their values that are converted
+    **dict.fromkeys(("lora_bias", "use_qalora"), (False, None)),
+    **dict.fromkeys(("layer_replication", "arrow_config", "kasa_config", "velora_config"), (None,)),
+    **dict.fromkeys(("monteclora_config", "use_bdlora", "alora_invocation_tokens"), (None,)),
+}
 _MOVED = re.compile(r"(pissa|olora|corda|loftq|lora_ga)", re.IGNORECASE)
 _IMAGE = re.compile(r"(?:lora|lycoris)_\w+\.[\w.]+")
 
@@ -142,8 +143,8 @@ def read_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor], shapes: 
 
 
 def _check(config: Mapping[str, Any]) -> None:
-    for key in _REFUSED:
-        if config.get(key) not in (None, False):
+    for key, allowed in _REFUSED.items():
+        if config.get(key) not in allowed:
             raise ConfigError(f"{key}={config[key]!r} is not converted", remedy="convert an adapter without it")
     if config.get("bias", "none") != "none":
         raise ConfigError("an adapter with trained biases is not converted", remedy="train it with bias='none'")

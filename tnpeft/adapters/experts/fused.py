@@ -69,14 +69,19 @@ def fused_weights(module: nn.Module) -> tuple[FusedWeight, ...]:
 
 
 def matrices(module: nn.Module) -> dict[str, Tensor]:
-    """The arrays of several matrices that a module holds itself; none of torch's own layers."""
-    held = {} if type(module).__name__ in vars(nn) else {**module._parameters, **module._buffers}
+    """The arrays of several matrices that a module holds itself."""
+    held = {**module._parameters, **module._buffers}
     return {name: array for name, array in held.items() if array is not None and array.dim() == 3}
+
+
+def _of_no_layer(module: nn.Module) -> dict[str, Tensor]:
+    """Those of a module that is not called as one of torch's own layers, such as a convolution."""
+    return {} if type(module).__name__ in vars(nn) else matrices(module)
 
 
 def check_floating(name: str, module: nn.Module) -> None:
     """Raise if a module holds several matrices in one array of few bits."""
-    if any(array.dtype.itemsize < 2 or not array.is_floating_point() for array in matrices(module).values()):
+    if any(array.dtype.itemsize < 2 or not array.is_floating_point() for array in _of_no_layer(module).values()):
         raise NetworkError(
             f"{name} is a {type(module).__name__}, whose experts are quantised, and no back end can give their "
             "weights",
@@ -86,7 +91,7 @@ def check_floating(name: str, module: nn.Module) -> None:
 
 def check_experts(name: str, module: nn.Module) -> None:
     """Raise if a module holds experts that cannot be adapted."""
-    first = min(matrices(module), default="")
+    first = min(_of_no_layer(module), default="")
     if first and not fused_weights(module):
         raise NetworkError(
             f"{name} is a {type(module).__name__}, whose weights of several matrices have an unknown layout",

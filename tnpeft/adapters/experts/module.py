@@ -124,8 +124,10 @@ def weights_in(module: nn.Module) -> tuple[FusedWeight, ...]:
 
 
 def stacks(module: nn.Module) -> tuple[str, ...]:
-    """The names of a module's own arrays of several matrices, adapted or not."""
-    return module.names if isinstance(module, TensorNetworkExperts) else tuple(matrices(module))
+    """The names of a module's own arrays of several matrices, adapted or not, but for layers of torch."""
+    if isinstance(module, TensorNetworkExperts):
+        return module.names
+    return () if type(module).__module__.startswith("torch.nn") else tuple(matrices(module))
 
 
 def experts_at(model: nn.Module, path: str, bank: FactorBank) -> TensorNetworkExperts:

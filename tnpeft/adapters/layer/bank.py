@@ -33,10 +33,8 @@ class FactorStore(nn.Module):
             raise NetworkError(f"a factor of a model cannot be called {key!r}", remedy="give it another name")
         if trained:
             self.register_parameter(key, nn.Parameter(value))
-        else:
-            self.register_buffer(
-                key, value.data, persistent=kept
-            )  # not a view: a cast would leave its base as it was
+        else:  # not a view: a cast would leave its base as it was
+            self.register_buffer(key, value.data, persistent=kept)
 
     def get(self, key: str) -> Tensor:
         """The array: whatever stands there now, so that casts, sharding and loading may replace it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,9 +22,8 @@ def unit_columns(array: Tensor, axes: tuple[int, ...]) -> Tensor:
     """Return a factor whose columns, along ``axes``, have length one; zero columns stay zero."""
     if torch.compiler.is_compiling() or not _apart():
         return _divided(array, axes)[0]
-    units = getattr(_forward, "units", {})
-    _, unit = units.get(_key(array, axes), (None, None)) if units else (None, None)
-    return UnitColumns.apply(axes, array)[0] if unit is None else unit
+    found = getattr(_forward, "units", {}).get(_key(array, axes))
+    return UnitColumns.apply(axes, array)[0] if found is None else found[1]  # type: ignore[no-any-return]
 
 
 def share(model: nn.Module) -> None:
@@ -86,8 +85,8 @@ class UnitColumns(torch.autograd.Function):
         return None, *(given.get(k) for k in range(len(grads)))
 
 
-def _divided(array: Tensor, axes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    length = torch.linalg.vector_norm(array, dim=tuple(axes), keepdim=True)
+def _divided(array: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    length = torch.linalg.vector_norm(array, dim=axes, keepdim=True)
     length = length.clamp_min(torch.finfo(length.dtype).tiny)
     return array / length, length
 

@@ -9,6 +9,7 @@ import random
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -189,18 +190,20 @@ def _json(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, R
             continue
         where = f"{path}:{number}"
         try:
-            row = json.loads(line, object_pairs_hook=_Pairs)
+            row = json.loads(line, object_pairs_hook=partial(_unique, where))
+        except StudyError:
+            raise
         except (ValueError, RecursionError) as error:
             remedy = "write one whole object a line"
             raise StudyError(f"invalid JSON: {error}", where=where, remedy=remedy) from None
-        if not isinstance(row, _Pairs):
+        if not isinstance(row, dict):
             raise StudyError("expected a JSON object", where=where, remedy="write one object a line")
-        _once([name for name, _ in row], where)
-        yield number, dict(row)
+        yield number, row
 
 
-class _Pairs(list[tuple[str, Any]]):
-    """The keys and values of a JSON object."""
+def _unique(where: str, pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    _once([name for name, _ in pairs], where)
+    return dict(pairs)
 
 
 def _once(names: Sequence[str], where: str) -> None:

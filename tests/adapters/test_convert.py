@@ -78,7 +78,7 @@ def test_round_trips_of_drawn_peft_adapters(method: str, tmp_path: Path, monkeyp
     )  # it takes as long as the rest
     make = mixture if method == "target_parameters" else opt
     base = make()
-    for seed in range(20):  # of three ranks, four alphas, five targets
+    for seed in range(DRAWS):
         base = make() if method == "target_parameters" else base  # unloading would turn its parameters round
         rng = random.Random(f"{method}{seed}")
         model = trained(drawn(method, rng), base, seed)

@@ -437,7 +437,7 @@ def actions() -> st.SearchStrategy[tuple[object, ...]]:
     )
 
 
-@settings(max_examples=120, phases=(Phase.explicit, Phase.generate))  # a history shrinks for minutes
+@settings(max_examples=200, phases=(Phase.explicit, Phase.generate))  # a history shrinks for minutes
 @given(first=st.sampled_from([*KINDS]), told=st.lists(actions(), min_size=4, max_size=12))
 def test_a_model_is_the_dense_model_of_its_history(first: str, told: list[tuple[object, ...]]) -> None:
     with TemporaryDirectory() as folder, warnings.catch_warnings():

@@ -49,7 +49,7 @@ def close(got: np.ndarray, net: Network, sizes: dict[str, int], factors: dict[st
     )
 
 
-@settings(max_examples=1000)
+@settings(max_examples=2000)
 @given(cases(), st.integers(0, 2**32 - 1))
 def test_dense_is_brute_force(case: tuple[Network, dict[str, int]], seed: int) -> None:
     net, sizes = case

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tnpeft
-from tnpeft.adapters.layer.columns import _forward
+from tnpeft.adapters.layer import columns
+from tnpeft.adapters.layer.columns import UnitColumns, _forward
 
 
 class Counted(TorchDispatchMode):
@@ -27,9 +28,9 @@ class Counted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def model() -> Any:
+def model(base: nn.Module | None = None) -> Any:
     torch.manual_seed(0)
-    base = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3)))
+    base = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3))) if base is None else base
     net = peft.get_peft_model(base, tnpeft.TensorNetworkConfig(network="cp", target_modules=["0", "1", "2"]))
     for parameter in net.parameters():
         parameter.data = torch.randn_like(parameter, dtype=torch.float64)
@@ -58,6 +59,53 @@ def test_once_in_a_forward_and_once_in_its_backward() -> None:
     assert forward.norms == 12
     x.square().sum().backward()
     torch.testing.assert_close(grads(net), grads(alone), rtol=1e-12, atol=1e-12)
+
+
+class Beside(nn.Module):
+    """Three linears of one input, whose outputs are several."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linears = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [linear(x).sin().sum() for linear in self.linears]
+
+
+def test_sites_may_run_backward_each_on_its_own() -> None:
+    found = []
+    for apart in (True, False):
+        net = model(Beside())
+        losses = net(X)
+        for loss in losses if apart else [sum(losses)]:
+            loss.backward()
+        found.append(grads(net))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+def test_nothing_is_left_of_a_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, units = model(), list[Tensor]()
+    original = UnitColumns.apply
+    monkeypatch.setattr(UnitColumns, "apply", lambda *args: units.append(original(*args)) or units[-1])
+    loss = net(X).square().sum()
+    nodes = [results[0].grad_fn for results in units]
+    loss.backward(retain_graph=True)
+    assert len(nodes) == 1
+    assert nodes[0].batch.known is None
+    before = [grad.clone() for grad in grads(net)]
+    loss.backward()
+    torch.testing.assert_close(grads(net), [2 * grad for grad in before], rtol=1e-12, atol=1e-12)
+
+
+def test_differentiable_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for apart in (True, False):
+        net = model()
+        trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
+        first = torch.autograd.grad(net(X).sin().sum(), trained, create_graph=True)
+        found.append(torch.autograd.grad(sum(grad.sin().sum() for grad in first), trained))
+        monkeypatch.setattr(columns, "_apart", lambda: False)
+    torch.testing.assert_close(*found, rtol=1e-11, atol=1e-11)
 
 
 def test_of_the_active_adapter_alone() -> None:

@@ -103,13 +103,21 @@ def test_replicas_keep_what_as_many_adapters_keep(name: str) -> None:
 @pytest.mark.parametrize("tokens", [TOKENS, MANY])
 @pytest.mark.parametrize("name", FOUNDING)
 def test_founding_families_keep_what_a_lora_of_their_width_keeps_plus_factors(name: str, tokens: int) -> None:
-    """The input, one result as wide as the bond, the factors, and the lengths of their columns: no thin matrix."""
+    """The input, one result as wide as the bond, and the factors: no thin matrix."""
     model, update = site(family(name), tokens)
     factors = sum(piece.size for piece in update.site_layout.parameters.values())
-    factors += sum(
-        2 * piece.shape[-1] for label, piece in update.site_layout.parameters.items() if label in update.unit_norm
-    )
     assert saved(model, tokens) <= BYTES * (tokens * (WIDE + width(update)) + factors)
+
+
+@pytest.mark.parametrize("tokens", [TOKENS, MANY])
+def test_factors_with_columns_of_length_one_are_not_kept(tokens: int) -> None:
+    """As little as of the same line without: the input, and for many tokens one narrow result."""
+    f = family("cp")
+    model, update = site(f, tokens)
+    assert update.norms
+    kept = saved(model, tokens)
+    assert kept == saved(site(replace(f, unit_norm=()), tokens)[0], tokens)
+    assert kept <= BYTES * tokens * (WIDE + width(update))
 
 
 @pytest.mark.parametrize("name", ["lokr", "loha", "randlora"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Hashable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,29 +61,61 @@ HOOKS = (_begin, _end)
 
 
 class UnitColumns(torch.autograd.Function):
-    """Factors of one shape divided by the lengths of their columns, which the backward pass computes again.
+    """Factors of one shape divided by the lengths of their columns.
 
-    They are not saved as autograd does: sites may run backward each on its own.
+    Nothing is saved as autograd does: sites may run backward each on its own, and what reads a result computes it
+    ``again`` (see :mod:`tnpeft.nn.executor.saving`).
     """
 
     @staticmethod
     def forward(ctx: Any, axes: tuple[int, ...], *arrays: Tensor) -> tuple[Tensor, ...]:
-        ctx.axes, ctx.arrays, ctx.versions = axes, arrays, [array._version for array in arrays]
+        ctx.batch = _Batch(axes, arrays)
+        ctx.again = ctx.batch.unit
         ctx.set_materialize_grads(False)
-        return _divided(torch.stack(arrays), axes)[0].unbind()  # type: ignore[no-any-return]
+        return ctx.batch.divided()[0]  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         wanted = [k for k, grad in enumerate(grads) if grad is not None]
-        if any(ctx.arrays[k]._version != ctx.versions[k] for k in wanted):
-            raise RuntimeError("a factor was changed in place between the forward pass and its backward pass")
         if not wanted:
             return None, *grads
+        _, unit, length = ctx.batch.repeated(*wanted)
+        ctx.batch.known = None  # this pass has read all that it reads
+        if len(wanted) < len(grads):
+            unit, length = unit[wanted], length[wanted]
         grad = torch.stack([grads[k] for k in wanted])  # type: ignore[misc]
-        unit, length = _divided(torch.stack([ctx.arrays[k] for k in wanted]), ctx.axes)
-        found = grad.addcmul(unit, (grad * unit).sum(ctx.axes, keepdim=True), value=-1) / length
+        found = grad.addcmul(unit, (grad * unit).sum(ctx.batch.axes, keepdim=True), value=-1) / length
         given = dict(zip(wanted, found.unbind(), strict=True))
         return None, *(given.get(k) for k in range(len(grads)))
+
+
+class _Batch:
+    """Factors of one shape, and what a backward pass on its way has computed from them: once, for all that read it."""
+
+    def __init__(self, axes: tuple[int, ...], arrays: tuple[Tensor, ...]) -> None:
+        self.axes, self.arrays, self.versions = axes, arrays, [array._version for array in arrays]
+        device = arrays[0].device.type
+        self.autocast = device if autocast_active(device) else ""
+        self.known: tuple[tuple[Tensor, ...], Tensor, Tensor] | None = None
+
+    def divided(self) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+        """The units apart and stacked, and the lengths of their columns."""
+        unit, length = _divided(torch.stack(self.arrays), self.axes)
+        return unit.unbind(), unit, length
+
+    def repeated(self, *wanted: int) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+        """The same in a backward pass, differentiable if that is itself differentiated."""
+        for k in wanted:
+            if self.arrays[k]._version != self.versions[k]:
+                raise RuntimeError("a factor was changed in place between the forward pass and its backward pass")
+        if self.known is None or self.known[1].requires_grad != torch.is_grad_enabled():
+            with torch.autocast(self.autocast) if self.autocast else nullcontext():
+                self.known = self.divided()
+        return self.known
+
+    def unit(self, k: int) -> Tensor:
+        """One of the units in a backward pass."""
+        return self.repeated(k)[0][k]
 
 
 def _divided(array: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from tnpeft.nn.executor.groups import GroupedEinsum2, Groups
 from tnpeft.nn.executor.kernels import Instruction, Kernel, Layout, flat, run
 from tnpeft.nn.executor.listing import FACTORS, WIDE, Code, X, Y, _marked
 from tnpeft.nn.executor.program import SiteProgram
+from tnpeft.nn.executor.saving import kept, restored
 from tnpeft.planning.planner import planned
 from tnpeft.planning.steps import Plan, Step
 
@@ -246,8 +247,9 @@ class _GroupedLinear(torch.autograd.Function):
             codes.append(code)
             saved += [values[k] for k in code.saved]
             at += count
+        own, ctx.again = kept(factors)
         ctx.call, ctx.codes = call, codes
-        ctx.save_for_backward(source, weight, *factors, *saved)
+        ctx.save_for_backward(source, weight, *own, *saved)
         return total
 
     @staticmethod
@@ -259,8 +261,8 @@ class _GroupedLinear(torch.autograd.Function):
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     call, twice = ctx.call, torch.is_grad_enabled()
     source, weight, *rest = ctx.saved_tensors
-    factors, saved = rest[: sum(len(part.operands) for part in call.parts)], None
-    saved = iter(rest[len(factors) :])
+    count = sum(len(part.operands) for part in call.parts)
+    factors, saved = restored(rest[:count], ctx.again), iter(rest[count:])
     on_source, on_factors = ctx.needs_input_grad[1], ctx.needs_input_grad[4:]
     start, x = _prepared(call, source, on_source, twice)
     to_x = None

@@ -21,6 +21,7 @@ from tnpeft.nn.executor.compile import compile_plan
 from tnpeft.nn.executor.eligibility import autocast_active, can_absorb_update, can_use_custom_backward
 from tnpeft.nn.executor.kernels import run
 from tnpeft.nn.executor.listing import FACTORS, WIDE, Listing, X, Y
+from tnpeft.nn.executor.saving import kept, restored
 from tnpeft.nn.executor.shared_projection import Link, ProjectionGroup, split
 from tnpeft.planning.planner import planned
 from tnpeft.planning.steps import Plan
@@ -241,9 +242,10 @@ class ProgramFunction(torch.autograd.Function):
     ) -> Tensor:
         needs = tuple([t is not None and t.requires_grad for t in (x, wide, weight, bias, None, *factors)])
         if torch.compiler.is_compiling():
-            code = listing.traced_code(needs)
+            code, saved, ctx.again = listing.traced_code(needs), factors, None
         else:
             code = listing.codes.get(needs) or listing.code(needs)
+            saved, ctx.again = (factors, None) if all([f.is_leaf for f in factors]) else kept(factors)
         ctx.code, ctx.scale, ctx.link, kind = code, scale, link, x.device.type
         ctx.autocast = (kind, torch.get_autocast_dtype(kind)) if weight is None and autocast_active(kind) else None
         own = factors[0].dtype  # the activations are kept in theirs, which may be narrower
@@ -255,7 +257,7 @@ class ProgramFunction(torch.autograd.Function):
         values = [seen, wide, weight, bias, base, *factors, *[None] * (code.size - FACTORS - len(factors))]
         run(code.forward, values, scale, inplace=ctx.autocast is None)
         brought = wide if link is not None and link.reads else None
-        ctx.save_for_backward(*factors, *[x if k == X else values[k] for k in code.saved], brought)
+        ctx.save_for_backward(*saved, *[x if k == X else values[k] for k in code.saved], brought)
         result: Tensor = values[Y]
         return result if shape is None else result.view(*shape[:-1], result.shape[-1])
 
@@ -266,7 +268,7 @@ class ProgramFunction(torch.autograd.Function):
         count = len(saved) - len(code.saved)
         twice = torch.is_grad_enabled()  # then what is computed here is differentiated in its turn
         values: list[Any] = [None] * code.total
-        values[FACTORS : FACTORS + count] = factors = saved[:count]
+        values[FACTORS : FACTORS + count] = factors = saved[:count] if ctx.again is None else restored(saved[:count], ctx.again)
         for k, value in zip(code.saved, saved[count:], strict=True):
             if not twice or k < FACTORS:
                 values[k] = value

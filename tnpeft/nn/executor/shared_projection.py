@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tnpeft.nn.executor.kernels import NARROW, Einsum2, Instruction, Layout, Linear, Sum, run
 from tnpeft.nn.executor.listing import FACTORS, WIDE, Code, Listing, X, Y
+from tnpeft.nn.executor.saving import kept, restored
 
 # ---- the steps
 
@@ -138,7 +139,7 @@ class SharedProjection(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, group: ProjectionGroup, inbox: list[Tensor], x: Tensor, *operands: Tensor) -> Any:
-        ctx.group, ctx.inbox, ctx.operands = group, inbox, operands  # small, and Parameters mostly
+        ctx.group, ctx.inbox, (ctx.operands, ctx.again) = group, inbox, kept(operands)  # Parameters
         ctx.set_materialize_grads(False)
         narrow = group.project(x, operands)
         return (*narrow, x) if x.requires_grad else tuple(narrow)
@@ -149,7 +150,8 @@ class SharedProjection(torch.autograd.Function):
         group, x = ctx.group, ctx.inbox.pop() if ctx.inbox else None
         narrow, to_x = grads[: len(group.prefixes)], grads[-1] if on_x else None
         if any(grad is not None for grad in narrow):
-            to_x, *to_operands = group.gradients(narrow, x, to_x, ctx.operands, on_x, on_operands)
+            operands = restored(ctx.operands, ctx.again)
+            to_x, *to_operands = group.gradients(narrow, x, to_x, operands, on_x, on_operands)
         else:
             to_operands = [None] * len(on_operands)
         ctx.inbox.clear()

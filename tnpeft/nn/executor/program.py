@@ -268,7 +268,8 @@ class ProgramFunction(torch.autograd.Function):
         count = len(saved) - len(code.saved)
         twice = torch.is_grad_enabled()  # then what is computed here is differentiated in its turn
         values: list[Any] = [None] * code.total
-        values[FACTORS : FACTORS + count] = factors = saved[:count] if ctx.again is None else restored(saved[:count], ctx.again)
+        factors = saved[:count] if ctx.again is None else restored(saved[:count], ctx.again)
+        values[FACTORS : FACTORS + count] = factors
         for k, value in zip(code.saved, saved[count:], strict=True):
             if not twice or k < FACTORS:
                 values[k] = value

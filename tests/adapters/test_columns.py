@@ -99,7 +99,7 @@ def test_nothing_is_left_of_a_backward_pass(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_differentiable_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
-    for apart in (True, False):
+    for _ in range(2):
         net = model()
         trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
         first = torch.autograd.grad(net(X).sin().sum(), trained, create_graph=True)

@@ -90,7 +90,7 @@ class UnitColumns(torch.autograd.Function):
 
 
 class _Batch:
-    """Factors of one shape, and what a backward pass on its way has computed from them: once, for all that read it."""
+    """Factors of one shape, and what a backward pass on its way has computed from them, once for all."""
 
     def __init__(self, axes: tuple[int, ...], arrays: tuple[Tensor, ...]) -> None:
         self.axes, self.arrays, self.versions = axes, arrays, [array._version for array in arrays]

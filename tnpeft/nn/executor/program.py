@@ -245,7 +245,7 @@ class ProgramFunction(torch.autograd.Function):
             code, saved, ctx.again = listing.traced_code(needs), factors, None
         else:
             code = listing.codes.get(needs) or listing.code(needs)
-            saved, ctx.again = (factors, None) if all([f.is_leaf for f in factors]) else kept(factors)
+            saved, ctx.again = (factors, None) if all(f.is_leaf for f in factors) else kept(factors)
         ctx.code, ctx.scale, ctx.link, kind = code, scale, link, x.device.type
         ctx.autocast = (kind, torch.get_autocast_dtype(kind)) if weight is None and autocast_active(kind) else None
         own = factors[0].dtype  # the activations are kept in theirs, which may be narrower

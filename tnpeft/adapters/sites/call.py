@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,8 @@ from tnpeft.adapters.layer.mixed_batch import adapters_of_rows
 from tnpeft.networks import REPLICA, Network, NetworkError
 from tnpeft.nn.executor.eligibility import added
 
+Apply = Callable[[Any, Tensor, Mapping[str, Tensor]], Tensor]  # of the base layer, its input, and factors by label
+
 
 class CalledLayer(DenseLinear):
     """The base of embeddings and convolutions. A kind says how it applies one site's update to an input.
@@ -25,30 +27,25 @@ class CalledLayer(DenseLinear):
     """
 
     @abstractmethod
-    def compiled(self, item: SiteUpdate) -> Any:
-        """Return what is computed once from the network of one site's update, :func:`network_of`."""
+    def compiled(self, item: SiteUpdate) -> tuple[str, Apply]:
+        """How one site's update is applied, in words, and the function that does: the layer's update, not scaled."""
 
     @abstractmethod
-    def apply_update(self, item: SiteUpdate, x: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
-        """The update of ``x`` by one site, not scaled; ``arrays`` are its factors by label."""
-
-    @abstractmethod
-    def compute_dtype(self, adapter: str, x: Tensor) -> torch.dtype:
-        """The dtype in which an update of ``x`` is computed."""
-
-    @abstractmethod
-    def how(self, adapter: str) -> str:
-        """Return how an adapter's update is applied, in words."""
+    def change(self, adapter: str, x: Tensor, base: Tensor) -> Tensor:
+        """Return what an adapter adds to ``base``, the output of the base layer alone."""
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """PEFT's conversion makes LoRAs of linears alone."""
         return False
 
+    def applied(self, item: SiteUpdate) -> tuple[str, Apply]:
+        """Return what :meth:`compiled` gives, once for every update."""
+        return item.cached("applied", partial(self.compiled, item))  # type: ignore[no-any-return]
+
     def prepare(self, adapter: str) -> None:
         """Compute what depends on the networks alone, so that a forward only looks it up."""
         for item in self.updates[adapter]:
-            self.compiled(item)
-            item.cached("network", partial(network_of, item))
+            self.applied(item)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
         """The base layer's output plus the updates of the active adapters, or of each row's own adapter."""
@@ -68,41 +65,20 @@ class CalledLayer(DenseLinear):
 
     def route_of_update(self, x: Tensor) -> Route:
         """The path of a call with updates, and how they are applied."""
-        return Route("plain", self.how(self.active_here[0]))
+        return Route("plain", self.applied(self.updates[self.active_here[0]][0])[0])
 
-    def change(self, adapter: str, x: Tensor, base: Tensor) -> Tensor:
-        """Return what an adapter adds to ``base``, the output of the base layer alone."""
-        return self.update_of(adapter, x)
-
-    def update_of(self, adapter: str, x: Tensor) -> Tensor:
-        """The adapter's scaled update of ``x``."""
-        dtype = self.compute_dtype(adapter, x)
-        first, *rest = (
-            self.placed(item, self._by_block(item, x, self._labelled(adapter, item, x, dtype))) * item.scale
-            for item in self.updates[adapter]
-        )
+    def update_of(self, adapter: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The adapter's scaled update of ``x``, of factors in a dtype."""
+        first, *rest = (self._by_block(adapter, item, x, dtype) * item.scale for item in self.updates[adapter])
         return sum(rest, first)
 
-    def placed(self, item: SiteUpdate, update: Tensor) -> Tensor:
-        """The update of one site as one of the whole layer; what :meth:`apply_update` gives is one already."""
-        return update
-
-    def _labelled(self, adapter: str, item: SiteUpdate, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        return dict(zip(item.program.labels, self.operands(adapter, item, x, dtype), strict=True))
-
-    def _by_block(self, item: SiteUpdate, x: Tensor, arrays: dict[str, Tensor]) -> Tensor:
-        params = item.site_layout.parameters
-        own: set[str] = set()
-        count = 1
-        if item.stack:
-            rows, count = item.rows(self.bank.selected)
-            both = zip(item.program.labels, item.operands, strict=True)
-            own = {label for label, operand in both if any(index in rows for _, index in operand.stack)}
-        elif item.program.replicas > 1:
-            count = item.program.replicas
-            own = {label for label in arrays if REPLICA in params[label].indices}
+    def _by_block(self, adapter: str, item: SiteUpdate, x: Tensor, dtype: torch.dtype) -> Tensor:
+        apply, base, params = self.applied(item)[1], self.get_base_layer(), item.site_layout.parameters
+        arrays = dict(zip(item.program.labels, self.operands(adapter, item, x, dtype), strict=True))
+        rows, count = item.rows(self.bank.selected) if item.stack else ((REPLICA,), item.program.replicas)
+        own = {label for label in arrays if any(index in rows for index in params[label].indices)}
         if not own:
-            return self.apply_update(item, x, arrays)
+            return apply(base, x, arrays)
         if len(x) % count:
             what = "values, one for each row" if item.stack else "replicas"
             raise NetworkError(
@@ -112,7 +88,7 @@ class CalledLayer(DenseLinear):
         parts = []
         for k, block in enumerate(x.chunk(count)):
             values = {label: array[k] if label in own else array for label, array in arrays.items()}
-            parts.append(self.apply_update(item, block, values))
+            parts.append(apply(base, block, values))
         return torch.cat(parts)
 
     def _mixed(self, x: Tensor, base: Tensor, names: Sequence[str]) -> Tensor:

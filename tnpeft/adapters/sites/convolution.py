@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters.layer.binding import SiteUpdate
-from tnpeft.adapters.sites.call import CalledLayer, network_of
+from tnpeft.adapters.sites.call import Apply, CalledLayer, network_of
 from tnpeft.networks import NetworkError
 from tnpeft.nn.dense import evaluator
 from tnpeft.nn.executor.groups import Groups
@@ -36,79 +37,43 @@ class TensorNetworkConvolution(CalledLayer):
         module: Any = self.get_base_layer()
         return matrix.reshape(module.weight.shape)
 
-    def compute_dtype(self, adapter: str, x: Tensor) -> torch.dtype:
-        """The wider dtype of input and factors."""
-        return self._compute_dtype(adapter, x)
-
-    def how(self, adapter: str) -> str:
-        """Return how an adapter's update is applied, in words."""
-        item = self.updates[adapter][0]
-        if item.side:
-            return "the update is formed: it is of slices of the layer"
-        width = self.compiled(item)[0]
-        if not width:
-            return "the update is formed: no cut of its network is narrower"
-        return f"a kernel of {width} channels, then one tap"
-
-    def compiled(self, item: SiteUpdate) -> tuple[int, Any]:
-        """The channels between the two kernels of an update, and the function of the factors that gives these.
-
-        0 channels if forming the update takes fewer multiply-adds: the function gives its matrix then.
-        """
-        return item.cached("sides", lambda: self._sides(item))  # type: ignore[no-any-return]
-
-    def _sides(self, item: SiteUpdate) -> tuple[int, Any]:
-        base: Any = self.get_base_layer()
+    def compiled(self, item: SiteUpdate) -> tuple[str, Apply]:
+        """Two convolutions where they take fewer multiply-adds than one with the formed update."""
+        out, inp, base = self.out_features, self.in_features, self.get_base_layer()
         net, sizes = network_of(item), item.site_layout.sizes
-        cut = 0 if item.side else cut_rank(net, sizes)
-        if cut and cut * (base.groups * self.in_features + self.out_features) < self.out_features * self.in_features:
-            return cut, compiled_sides(net, sizes)
-        shape = tuple(prod(sizes[index] for index in group) for group in (net.rows, net.cols))
+        width = 0 if item.side else cut_rank(net, sizes)
+        if width and width * (base.groups * inp + out) < out * inp:  # type: ignore[operator]
+            return f"a kernel of {width} channels, then one tap", partial(_narrow, compiled_sides(net, sizes))
         form = evaluator(planned(net, tuple((index, sizes[index]) for index in net.indices), None))
-        return 0, lambda arrays: form(arrays).reshape(shape)
+        shape = tuple(prod(sizes[index] for index in group) for group in (net.rows, net.cols))
 
-    def apply_update(self, item: SiteUpdate, x: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
-        """The update of ``x [batch, channels, *places]``."""
-        base: Any = self.get_base_layer()
-        taps = base.weight.shape[2:]
-        batched = x if x.dim() == len(taps) + 2 else x[None]
-        width, form = self.compiled(item)
-        if width:
-            left, right = form(arrays)
-            kernel = right.reshape(width, -1, *taps).repeat(base.groups, *(1 for _ in base.weight.shape[1:]))
-            narrow = self._convolved(batched, kernel)
-            result = _FUNCTIONS[len(taps)](narrow, left.reshape(*left.shape, *(1 for _ in taps)), groups=base.groups)
-        else:
-            result = self._convolved(batched, self._stored(self._whole(item, form(arrays))))
-        return result if batched is x else result[0]
+        def formed(base: Any, x: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
+            matrix = form(arrays).reshape(shape)
+            if item.side:
+                whole = matrix.new_zeros(out, inp)
+                whole.narrow(0 if item.side == "out" else 1, item.start, item.length).copy_(matrix)
+                matrix = whole
+            return _convolved(base, x, matrix.reshape(base.weight.shape))
 
-    def _whole(self, item: SiteUpdate, matrix: Tensor) -> Tensor:
-        """The matrix of one site's update, zero outside the site's slice."""
-        if not item.side:
-            return matrix
-        whole = matrix.new_zeros(self.out_features, self.in_features)
-        whole.narrow(0 if item.side == "out" else 1, item.start, item.length).copy_(matrix)
-        return whole
-
-    def _convolved(self, x: Tensor, kernel: Tensor) -> Tensor:
-        module: Any = self.get_base_layer()
-        return module._conv_forward(x, kernel, None)  # type: ignore[no-any-return]  # its stride, padding and groups
+        why = "it is of slices of the layer" if item.side else "no cut of its network is narrower"
+        return f"the update is formed: {why}", formed
 
     def change(self, adapter: str, x: Tensor, base: Tensor) -> Tensor:
         """Return what an adapter adds to ``base``, the output of the base layer alone."""
-        drop, dtype = self.dropouts[adapter], self.compute_dtype(adapter, x)
+        drop, dtype = self.dropouts[adapter], self._compute_dtype(adapter, x)
         dropped = bool(drop) and self.training
         x = nn.functional.dropout(x, drop).to(dtype) if dropped else x.to(dtype)
-        update = self.update_of(adapter, x)
+        update = self.update_of(adapter, x, dtype)
         if adapter not in self.tnpeft_magnitude:
             return update
-        ratio = self._channels(self._ratio(adapter, dtype))
         module: Any = self.get_base_layer()
+        each = (-1, *(1 for _ in module.weight.shape[2:]))  # of channels
+        ratio = self._ratio(adapter, dtype).reshape(each)
         if dropped:
-            plain = self._convolved(x, module.weight.to(dtype))
+            plain = _convolved(module, x, module.weight.to(dtype))
         else:
             plain = base.to(ratio.dtype)
-            plain = plain if module.bias is None else plain - self._channels(module.bias.to(plain.dtype))
+            plain = plain if module.bias is None else plain - module.bias.to(plain.dtype).reshape(each)
         return (ratio - 1) * plain + ratio * update
 
     def patches(self, x: Tensor, most: int) -> tuple[Tensor, Groups]:
@@ -128,9 +93,21 @@ class TensorNetworkConvolution(CalledLayer):
         ids = torch.arange(base.groups, device=x.device).repeat_interleave(len(chosen))
         return x.flatten(0, 1), Groups(ids, base.groups)
 
-    def _channels(self, values: Tensor) -> Tensor:
-        module: Any = self.get_base_layer()
-        return values.reshape(-1, *(1 for _ in module.weight.shape[2:]))
+
+def _narrow(
+    sides: Callable[..., tuple[Tensor, Tensor]], base: Any, x: Tensor, arrays: Mapping[str, Tensor]
+) -> Tensor:
+    """A convolution with the kernel of the columns' side of an update, and one of one tap with the rows' side."""
+    left, right = sides(arrays)
+    _, channels, *taps = base.weight.shape
+    kernel = right.reshape(-1, channels, *taps).repeat(base.groups, *(1 for _ in base.weight.shape[1:]))
+    return _FUNCTIONS[len(taps)](
+        _convolved(base, x, kernel), left.reshape(*left.shape, *(1 for _ in taps)), groups=base.groups
+    )
+
+
+def _convolved(base: Any, x: Tensor, kernel: Tensor) -> Tensor:
+    return base._conv_forward(x, kernel, None)  # type: ignore[no-any-return]  # its stride, padding and groups
 
 
 def check_convolution(name: str, module: nn.Module) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from math import prod
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters.layer.binding import SiteUpdate
-from tnpeft.adapters.sites.call import CalledLayer, network_of
+from tnpeft.adapters.sites.call import Apply, CalledLayer, network_of
 from tnpeft.networks import Factor, Network, NetworkError, Term
 from tnpeft.nn.dense import evaluator
 from tnpeft.planning.planner import planned
@@ -48,37 +47,24 @@ class TensorNetworkEmbedding(CalledLayer):
     def _stored(self, matrix: Tensor) -> Tensor:
         return matrix.T
 
-    def compute_dtype(self, adapter: str, x: Tensor) -> torch.dtype:
-        """The wider dtype of base weight and factors."""
-        module: Any = self.get_base_layer()
-        return self._compute_dtype(adapter, module.weight)
-
-    def how(self, adapter: str) -> str:
-        """Return how an adapter's update is applied, in words."""
-        return "tokens are looked up in the factors"
-
-    def compiled(self, item: SiteUpdate) -> Lookup:
-        """The lookup of one site's network."""
-        make = partial(lookup, network_of(item), item.site_layout.sizes, item.tokens)
-        return item.cached("lookup", make)  # type: ignore[no-any-return]
-
-    def apply_update(self, item: SiteUpdate, x: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
-        """The update of tokens ``x [...]``: ``[..., out]``; zero for tokens outside a slice."""
-        look = self.compiled(item)
-        if item.side != "inp":
-            return look(x, arrays)
-        inside = (x >= item.start) & (x < item.start + item.length)
-        return look((x - item.start).clamp(0, item.length - 1), arrays) * inside[..., None]
-
-    def placed(self, item: SiteUpdate, update: Tensor) -> Tensor:
-        """The update of a slice of the features among zeros."""
+    def compiled(self, item: SiteUpdate) -> tuple[str, Apply]:
+        """The rows of tokens; zero for tokens outside a slice, and among zeros those of a slice of the features."""
+        look = lookup(network_of(item), item.site_layout.sizes, item.tokens)
         behind = self.out_features - item.start - item.length
-        return nn.functional.pad(update, (item.start, behind)) if item.side == "out" else update
+
+        def apply(base: nn.Embedding, x: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
+            if item.side == "inp":
+                inside = (x >= item.start) & (x < item.start + item.length)
+                return look((x - item.start).clamp(0, item.length - 1), arrays) * inside[..., None]
+            found = look(x, arrays)
+            return nn.functional.pad(found, (item.start, behind)) if item.side else found
+
+        return "tokens are looked up in the factors", apply
 
     def change(self, adapter: str, x: Tensor, base: Tensor) -> Tensor:
         """Return what an adapter adds to ``base``, the output of the base layer alone."""
         module: Any = self.get_base_layer()
-        found = self.update_of(adapter, x)
+        found = self.update_of(adapter, x, self._compute_dtype(adapter, module.weight))
         if module.padding_idx is not None:
             found = torch.where((x == module.padding_idx)[..., None], found.detach(), found)
         drop = self.dropouts[adapter]

@@ -21,8 +21,9 @@ from tnpeft.adapters.placement import check_patterns, extract_replica, match_par
 from tnpeft.adapters.replicas.batch import expect_blocks
 from tnpeft.adapters.rollback import or_as_before, outside
 from tnpeft.adapters.sites.selection import choose, described
+from tnpeft.adapters.sites.weight import features
 from tnpeft.adapters.state import entries
-from tnpeft.adapters.targets import features, names_by_path
+from tnpeft.adapters.targets import names_by_path
 from tnpeft.adapters.weighted_sum import carriers, direct_sum
 from tnpeft.layout import layout
 from tnpeft.networks import ConfigError, Factorization, NetworkError, Site, replicated

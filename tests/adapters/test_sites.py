@@ -10,6 +10,7 @@ from torch import nn
 
 import tnpeft
 from tnpeft.adapters.placement import check_memory
+from tnpeft.adapters.sites.weight import Weight
 from tnpeft.adapters.targets import resolve, select
 from tnpeft.layout import layout
 from tnpeft.models import cards
@@ -24,9 +25,9 @@ CASES = {
 }
 
 
-def chosen(model: nn.Module, targets: list[str]) -> dict[str, nn.Module]:
+def chosen(model: nn.Module, targets: list[str]) -> dict[str, Weight]:
     found, _ = resolve(model, targets)
-    return {n: m for n, m in model.named_modules() if any(f".{n}".endswith(f".{t}") for t in found)}
+    return {n: Weight.of(m) for n, m in model.named_modules() if any(f".{n}".endswith(f".{t}") for t in found)}
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
@@ -51,7 +52,7 @@ def test_users_order_comes_first() -> None:
 
 def test_layers_are_counted_as_numbers() -> None:
     model = nn.ModuleDict({"blocks": nn.ModuleList(nn.ModuleDict({"lin": nn.Linear(4, 4)}) for _ in range(12))})
-    modules = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    modules = {n: Weight.of(m) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     found = select(model, modules)
     assert [s.module for s in found.sites] == [f"blocks.{k}.lin" for k in range(12)]
     assert [s.layer for s in found.sites] == [*range(12)]
@@ -60,7 +61,7 @@ def test_layers_are_counted_as_numbers() -> None:
 def test_unknown_trees_tell_modules_of_a_layer_apart() -> None:
     block = {"self": nn.ModuleDict({"q": nn.Linear(4, 4)}), "cross": nn.ModuleDict({"q": nn.Linear(4, 4)})}
     model = nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict(block)]), "head": nn.Linear(4, 2)})
-    modules = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    modules = {n: Weight.of(m) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     found = select(model, modules)
     assert {(s.proj, s.module) for s in found.sites} == {
         ("self_q", "blocks.0.self.q"), ("cross_q", "blocks.0.cross.q"), ("head", "head"),

@@ -21,7 +21,6 @@ from tnpeft.adapters.placement import base_constants, build_layout, start_values
 from tnpeft.adapters.replicas.batch import expect_blocks
 from tnpeft.adapters.sites.bases import adapted_layer, check_kind, site_weight, targets_of
 from tnpeft.adapters.sites.owners import check_owner
-from tnpeft.adapters.sites.raw import RawWeight
 from tnpeft.adapters.sites.tied import note_tied
 from tnpeft.adapters.targets import shared_input_groups
 from tnpeft.layout import Layout, ParameterSpec, SiteLayout
@@ -45,15 +44,15 @@ def attach(
     ``meant`` is PEFT's answer for the path of a weight, as in :func:`targets_of`; ``bank_for`` gives the model its
     bank if it has none.
     """
-    bases = targets_of(model, modules, config, meant)
-    for name, base in bases.items():
-        for path in () if isinstance(base, RawWeight) else name.replace("*", "0").split("="):
+    weights = targets_of(model, modules, config, meant)
+    for name, weight in weights.items():
+        for path in () if weight.held else name.replace("*", "0").split("="):
             check_owner(model, path)
-        check_kind(name, base, config, get_quantization_kwargs(model))
-    layout = build_layout(model, bases, config)
+        check_kind(name, weight, config, get_quantization_kwargs(model))
+    layout = build_layout(model, weights, config)
     check_name(adapter, layout, getattr(model, BANK, None))
-    values = start_values(config, layout, partial(site_weight, model, bases))
-    holders = [getattr(base, "module", base) for base in bases.values()]  # of fused weights of experts
+    values = start_values(config, layout, partial(site_weight, model, weights))
+    holders = [weight.module for weight in weights.values()]
     if any(array.dtype == torch.float64 for holder in holders for array in holder.parameters()):
         values = {param: value.double() for param, value in values.items()}  # or loading would round them
     bank = bank_for(holders[0])
@@ -64,12 +63,12 @@ def attach(
     shared = {param: value for param, value in values.items() if not param.home}
     bank.register_factors(adapter, shared, config.save_frozen)
     bank._move_adapter_to_device_of_base_layer(adapter)
-    site_layouts: dict[tuple[str, int], list[SiteLayout]] = {}
+    site_layouts: dict[tuple[str, str, int], list[SiteLayout]] = {}
     for site_layout in layout.site_layouts:
         for expert, path in enumerate(site_layout.site.paths):
-            site_layouts.setdefault((path, expert), []).append(site_layout)
-    for (path, expert), its in site_layouts.items():
-        layer = adapted_layer(model, path, bases.get(path), bank)
+            site_layouts.setdefault((site_layout.site.module, path, expert), []).append(site_layout)
+    for (name, path, expert), its in site_layouts.items():
+        layer = adapted_layer(model, path, weights[name], bank)
         _register(layer, path, expert, adapter, config, values, sorted(its, key=lambda p: p.site.start))
     if bank.unit_norm[adapter]:
         columns.share(model)

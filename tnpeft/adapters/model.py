@@ -18,7 +18,7 @@ from tnpeft.adapters.attach import attach
 from tnpeft.adapters.config import TensorNetworkConfig
 from tnpeft.adapters.config_validation import check_replicas
 from tnpeft.adapters.constants import PREFIX
-from tnpeft.adapters.experts.module import TensorNetworkExperts, stacks
+from tnpeft.adapters.experts.module import TensorNetworkExperts, names_in
 from tnpeft.adapters.experts.weight import ExpertWeight
 from tnpeft.adapters.layer import columns
 from tnpeft.adapters.layer.bank import BANK, FactorBank, TensorNetworkLayer, find_bank
@@ -29,7 +29,6 @@ from tnpeft.adapters.replicas.batch import check_blocks
 from tnpeft.adapters.rollback import layers, or_as_before, outside, parked, walk
 from tnpeft.adapters.sites.bases import excluded_weights
 from tnpeft.adapters.sites.parameter import check_one_for_all
-from tnpeft.adapters.sites.raw import raw_names
 from tnpeft.adapters.state import bank_of
 from tnpeft.adapters.storage.contents import AGAIN, check_modules
 from tnpeft.adapters.storage.expressions import check_expression
@@ -100,7 +99,7 @@ class TensorNetworkModel(BaseTuner):
                     if isinstance(pattern := getattr(config, field), str):
                         check_expression(field, pattern, names)
                 check_modules(model, config, adapter_name)
-                self._inside = {name: (*stacks(module), *raw_names(module)) for name, module in model.named_modules()}
+                self._inside = {name: names_in(module) for name, module in model.named_modules()}
                 with excluded_weights(self._inside, partial(check_target_module_exists, config)):
                     super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException as error:

@@ -13,6 +13,7 @@ from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 
 from tnpeft.adapters.sites.selection import one_value
+from tnpeft.adapters.sites.weight import Weight
 from tnpeft.adapters.storage.contents import check_contents, contents
 from tnpeft.adapters.targets import select
 from tnpeft.counting.cuts import warn_ranks
@@ -40,15 +41,15 @@ def base_constants(f: Factorization) -> tuple[str, ...]:
     )
 
 
-def build_layout(model: nn.Module, modules: Mapping[str, nn.Module], config: TensorNetworkConfig) -> Layout:
-    """The layout of the configuration's network on the model's chosen linears.
+def build_layout(model: nn.Module, weights: Mapping[str, Weight], config: TensorNetworkConfig) -> Layout:
+    """The layout of the configuration's network on the model's chosen weights.
 
     The order of layers and projections is written into the configuration; if a file fixed it, it has to agree.
     """
     saved = config.loaded
     places = config.projections or {}
     order = sorted(places, key=places.__getitem__) if saved else config.named
-    chosen = select(model, modules, order, config.layers if saved else None)
+    chosen = select(model, weights, order, config.layers if saved else None)
     if saved and config.projections != chosen.projections:
         raise NetworkError(
             f"the adapter was made for {', '.join(config.projections or {})}, "

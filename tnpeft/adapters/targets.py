@@ -6,15 +6,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from tnpeft.adapters.experts.fused import FusedWeight, fused_weights
-from tnpeft.adapters.experts.listed import ListedWeight, lists
-from tnpeft.adapters.sites.raw import RawWeight, raw_names
+from tnpeft.adapters.experts.listed import lists
+from tnpeft.adapters.sites.weight import Weight, held_weights
 from tnpeft.layout import sorted_projs
 from tnpeft.models import cards
 from tnpeft.networks import NetworkError, Site
@@ -56,10 +53,11 @@ def resolve(model: nn.Module, targets: Sequence[str]) -> tuple[list[str], list[s
     """
     card = card_of(model)
     modules = [*model.named_modules()]
-    fused = [f"{name}.{weight.name}" for name, module in modules for weight in fused_weights(module)]
+    held = [(name, weight) for name, module in modules for weight in held_weights(module)]
+    fused = [f"{name}.{weight.name}" for name, weight in held if weight.grouped]
     paths = [name for name, module in modules if hasattr(module, "weight")] + fused + [*lists(model)]
-    others = [name for name, _ in modules] + fused
-    others += [f"{name}.{its}" for name, module in modules for its in raw_names(module)]
+    others = [name for name, _ in modules]
+    others += [f"{name}.{its}" for name, weight in held for its in (weight.name, weight.child)]
     found: list[str] = []
     named: list[str] = []
     for target in targets:
@@ -78,29 +76,29 @@ def resolve(model: nn.Module, targets: Sequence[str]) -> tuple[list[str], list[s
 
 def select(
     model: nn.Module,
-    modules: Mapping[str, nn.Module],
+    weights: Mapping[str, Weight],
     order: Sequence[str] = (),
     layers: Mapping[str, int] | None = None,
 ) -> Selection:
-    """The sites of the chosen modules, layer by layer.
+    """The sites of the chosen weights, layer by layer.
 
     A model whose architecture has a card gets the card's projections, heads and slices of fused linears. In any
     other, the first number in a path is the layer, and the path's last name, or as much of its end as tells the
     modules of a layer apart, the projection.
 
     Args:
-        model: the model that the modules stand in.
-        modules: the chosen linears by path.
+        model: the model that the weights stand in.
+        weights: the chosen ones by path.
         order: projections as the user ordered them, to which those of the card are limited; others follow as in
             :func:`sorted_projs`.
         layers: a saved order of layers, path to position, that has to be met.
     """
     card = card_of(model)
     keep = {*order}
-    known = [place for name, module in modules.items() for place in _known(card, name, module, keep)]
+    known = [place for name, weight in weights.items() for place in _known(card, name, weight, keep)]
     names = {site.module for _, site in known}
     found = [(layer, site) for layer, site in known if not keep or site.proj in keep]
-    found += _by_pattern(model, {name: module for name, module in modules.items() if name not in names}, keep)
+    found += _by_pattern(model, {name: weight for name, weight in weights.items() if name not in names}, keep)
     _check_apart(found)
     _check_layers({layer for layer, _ in found}, layers)
     places = layers or {name: k for k, name in enumerate(sorted({layer for layer, _ in found}, key=natural))}
@@ -130,68 +128,42 @@ def shared_input_groups(model: nn.Module, sites: Iterable[Site]) -> list[tuple[s
     return [tuple(modules) for modules in found.values() if len({*modules}) == len(modules) > 1]
 
 
-def features(module: nn.Module) -> tuple[int, int]:
-    """Rows and columns of a layer's matrix: output and input features of a linear or one matrix of fused experts.
-
-    Of an embedding they are features and tokens; of a convolution output channels, and input channels of a group
-    times taps of the kernel.
-    """
-    if isinstance(module, Conv1D):
-        inp, out = module.weight.shape
-        return out, inp
-    if isinstance(module, nn.Embedding):
-        return module.embedding_dim, module.num_embeddings
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return module.weight.shape[0], prod(module.weight.shape[1:])
-    return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
-
-
-def kernel(module: nn.Module) -> tuple[int, ...]:
-    """The sizes of a convolution's kernel, none of any other layer."""
-    return tuple(module.weight.shape[2:]) if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else ()
-
-
-def _known(card: cards.Card | None, name: str, module: Any, keep: set[str]) -> list[_Place]:
-    """The places of a module by the model's card; none if the card does not know it as it is.
+def _known(card: cards.Card | None, name: str, weight: Weight, keep: set[str]) -> list[_Place]:
+    """The places of a weight by the model's card; none if the card does not know it as it is.
 
     Fused experts are one place if ``keep`` names the whole weight and none of its slices.
     """
     found = [
         (layer, Site(0, p.name, p.out, p.inp, p.heads, name, p.start, p.experts)) for layer, p in on_card(card, name)
     ]
-    out, inp = features(module)
-    experts = getattr(module, "experts", 0)
-    if sum(site.out for _, site in found) != out or any((s.inp, s.experts) != (inp, experts) for _, s in found):
+    out, own = weight.out_features, (weight.in_features, weight.experts)
+    if sum(site.out for _, site in found) != out or any((site.inp, site.experts) != own for _, site in found):
         return []
-    whole = {site.proj.partition("/")[0] for _, site in found if experts} & keep
+    whole = {site.proj.partition("/")[0] for _, site in found if weight.experts} & keep
     return [(found[0][0], replace(found[0][1], proj=whole.pop(), out=out))] if whole else found
 
 
-def _by_pattern(model: nn.Module, modules: Mapping[str, Any], keep: set[str]) -> list[_Place]:
-    names = names_by_path(map(_one, modules))
+def _by_pattern(model: nn.Module, weights: Mapping[str, Weight], keep: set[str]) -> list[_Place]:
+    """The places of weights by their paths; the projections in one are one place each, unless ``keep`` names it."""
+    names = names_by_path(map(_one, weights))
     found: list[_Place] = []
-    for name, module in modules.items():
+    for name, weight in weights.items():
         layer, proj = names[_one(name)]
-        raw, last = isinstance(module, RawWeight), _one(name).rpartition(".")[2]
-        heads = module.heads if raw else _heads(model, last, module)
-        site = Site(0, proj, *features(module), heads, name, kernel=kernel(module))
-        several = raw or isinstance(module, FusedWeight | ListedWeight)
-        found += [(layer, its) for its in (_of_experts(module, site, keep) if several else [site])]
+        out = weight.out_features
+        heads = weight.heads if weight.held else _heads(model, _one(name).rpartition(".")[2], out)
+        site = Site(0, proj, out, weight.in_features, heads, name, 0, weight.experts, weight.kernel)
+        if weight.slices == 1 or proj in keep:
+            found.append((layer, site))
+        else:
+            out //= weight.slices
+            slices = (replace(site, proj=f"{proj}/out:{k}", out=out, start=k * out) for k in range(weight.slices))
+            found += [(layer, each) for each in slices]
     return found
 
 
 def _one(path: str) -> str:
     """The path of one of the layers at the path of a site: of no expert in a list, of the first of tied layers."""
     return path.replace(".*", "").partition("=")[0]
-
-
-def _of_experts(weight: FusedWeight | ListedWeight | RawWeight, site: Site, keep: set[str]) -> list[Site]:
-    """The projections that a fused weight or raw Parameter holds; the whole if that is what ``keep`` names."""
-    site = replace(site, experts=weight.experts)
-    if weight.slices == 1 or site.proj in keep:
-        return [site]
-    out = weight.out_features // weight.slices
-    return [replace(site, proj=f"{site.proj}/out:{k}", out=out, start=k * out) for k in range(weight.slices)]
 
 
 def names_by_path(paths: Iterable[str]) -> dict[str, tuple[str, str]]:
@@ -213,7 +185,7 @@ def names_by_path(paths: Iterable[str]) -> dict[str, tuple[str, str]]:
     return {name: (layer, names[name]) for layer, _, name in found}
 
 
-def _heads(model: nn.Module, name: str, module: nn.Module) -> int:
+def _heads(model: nn.Module, name: str, out: int) -> int:
     config: Any = getattr(model, "config", None)
     config = getattr(config, "text_config", config)
     heads = getattr(config, "num_attention_heads", None) or 0
@@ -221,8 +193,7 @@ def _heads(model: nn.Module, name: str, module: nn.Module) -> int:
         heads = getattr(config, "num_key_value_heads", None) or heads
     elif name not in _ALL_HEADS:
         return 0
-    whole = isinstance(heads, int) and heads > 0 and all(size % heads == 0 for size in features(module)[:1])
-    return heads if whole else 0
+    return heads if isinstance(heads, int) and heads > 0 and out % heads == 0 else 0
 
 
 def natural(text: str) -> list[tuple[int, int, str]]:

@@ -178,7 +178,7 @@ def _shapes(model: Any) -> dict[str, tuple[int, int]]:
     if isinstance(model, nn.Module):
         from transformers.pytorch_utils import Conv1D
 
-        from tnpeft.adapters.targets import features
+        from tnpeft.adapters.sites.weight import features
 
         return {
             name: features(module) for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)

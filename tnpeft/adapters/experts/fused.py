@@ -1,71 +1,13 @@
-"""Experts that transformers fuses into one Parameter per projection: which modules have them, and in which layout.
-
-Classes of experts say themselves how they store their weights (transformers' ``use_experts_implementation``): gate
-and up side by side or row by row in turn, transposed or not, with biases or without. Only such classes are adapted.
-"""
+"""Experts in one array per projection: what is refused of them, and how those that transformers fuses are called."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from tnpeft.networks import NetworkError, Site
-
-_SAYS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "num_experts")
-
-
-@dataclass(frozen=True)
-class FusedWeight:
-    """One Parameter of a module of experts, ``[expert, out, inp]`` or, ``transposed``, ``[expert, inp, out]``.
-
-    ``slices`` is the number of projections side by side in its output features: gate and up; ``interleaved`` if these
-    take turns row by row.
-    """
-
-    module: nn.Module
-    name: str
-    transposed: bool
-    interleaved: bool
-    slices: int
-    experts: int
-    out_features: int
-    in_features: int
-
-    def region(self, site: Site) -> tuple[slice, slice]:
-        """The output and input features of a site: all of them, gate's or up's, or square slices of these."""
-        parts = site.proj.split("/")[1:]
-        start, step, size = 0, 1, self.out_features // self.slices
-        if parts and self.slices > 1 and parts[0].startswith("out:") and (len(parts) > 1 or site.out == size):
-            number = int(parts.pop(0).removeprefix("out:"))
-            start, step = (number, self.slices) if self.interleaved else (number * size, 1)
-        square = dict(part.split(":") for part in parts)
-        row, col = int(square.get("out", 0)) * site.out, int(square.get("inp", 0)) * site.inp
-        return slice(start + step * row, start + step * (row + site.out), step), slice(col, col + site.inp)
-
-    def parameter(self) -> Tensor:
-        """The Parameter as it stands there now."""
-        value: Tensor = getattr(self.module, self.name)
-        return value
-
-
-def fused_weights(module: nn.Module) -> tuple[FusedWeight, ...]:
-    """The fused weights of a module of experts; none of any other module."""
-    if not all(hasattr(module, says) for says in _SAYS):
-        return ()
-    first = "gate_up_proj" if module.has_gate else "up_proj"
-    found = []
-    for name in (first, "down_proj"):
-        weight = getattr(module, name, None)
-        if not isinstance(weight, Tensor) or weight.dim() != 3:
-            return ()
-        transposed = bool(module.is_transposed)
-        experts, out, inp = weight.shape if not transposed else (weight.shape[0], weight.shape[2], weight.shape[1])
-        fused = name == "gate_up_proj"
-        turns = fused and not module.is_concatenated
-        found.append(FusedWeight(module, name, transposed, turns, 1 + fused, experts, out, inp))
-    return tuple(found)
+from tnpeft.adapters.sites.weight import grouped_weights
+from tnpeft.networks import NetworkError
 
 
 def matrices(module: nn.Module) -> dict[str, Tensor]:
@@ -92,7 +34,7 @@ def check_floating(name: str, module: nn.Module) -> None:
 def check_experts(name: str, module: nn.Module) -> None:
     """Raise if a module holds experts that cannot be adapted."""
     first = min(_of_no_layer(module), default="")
-    if first and not fused_weights(module):
+    if first and not grouped_weights(module):
         raise NetworkError(
             f"{name} is a {type(module).__name__}, whose weights of several matrices have an unknown layout",
             remedy=f"name a Parameter and its axes, target_modules=[{first!r}] with axes={{{first!r}: "
@@ -112,7 +54,7 @@ def is_eager(module: nn.Module) -> bool:
 
 def check_local(module: nn.Module) -> None:
     """Raise where a forward cannot read the weights: they are on no device, or belong to several processes."""
-    weights = fused_weights(module)
+    weights = grouped_weights(module)
     if getattr(module, "_is_expert_parallel", False) or any(w.parameter().device.type == "meta" for w in weights):
         raise NetworkError(
             "the weights of experts are offloaded or distributed over processes, and adapters read them here",

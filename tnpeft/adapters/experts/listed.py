@@ -4,34 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from tnpeft.adapters.sites.weight import Weight, features
 from tnpeft.networks import NetworkError
 
 _INSIDE = re.compile(r"(?P<list>.*)\.(?P<number>\d+)\.(?P<rest>\D.*)")
-
-
-@dataclass(frozen=True)
-class ListedWeight:
-    """The linears of one name in a list of experts: ``[expert, out, inp]``, a matrix in each."""
-
-    linears: tuple[Any, ...]
-    out_features: int
-    in_features: int
-    slices: int = 1
-
-    @property
-    def module(self) -> nn.Module:
-        """The linear of the first expert."""
-        return self.linears[0]  # type: ignore[no-any-return]
-
-    @property
-    def experts(self) -> int:
-        """The number of experts."""
-        return len(self.linears)
 
 
 def is_list(name: str, module: nn.Module) -> bool:
@@ -47,18 +27,20 @@ def starred(model: nn.Module, path: str) -> str:
     return f"{match['list']}.*.{match['rest']}"
 
 
-def listed_weight(path: str, linears: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]) -> ListedWeight:
+def listed_weight(path: str, linears: Mapping[str, Any]) -> Weight:
     """The weight of a path with ``*``, of the linears of all experts by their paths, in order."""
     wanted = [path.replace("*", str(k)) for k in range(len(linears))]
+    shapes = {features(linear) for linear in linears.values()}
     problem = next((f"{name} is not among them" for name in wanted if name not in linears), "")
-    if not problem and len({*shapes.values()}) > 1:
-        problem = " and ".join(f"{out} x {inp}" for out, inp in sorted({*shapes.values()}))
+    if not problem and len(shapes) > 1:
+        problem = " and ".join(f"{out} x {inp}" for out, inp in sorted(shapes))
     if problem:
         raise NetworkError(
             f"the experts of {path} differ: {problem}",
             remedy="target linears that all experts of the list have, of one shape in each",
         )
-    return ListedWeight(tuple(linears[name] for name in wanted), *shapes[wanted[0]])
+    own = tuple(linears[name] for name in wanted)
+    return Weight(own[0], *features(own[0]), experts=len(own), linears=own)
 
 
 def lists(model: nn.Module) -> Iterator[str]:

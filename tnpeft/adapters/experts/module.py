@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tnpeft.adapters.experts.fused import FusedWeight, check_local, fused_weights, is_eager, matrices
+from tnpeft.adapters.experts.fused import check_local, is_eager, matrices
 from tnpeft.adapters.experts.weight import ExpertWeight
 from tnpeft.adapters.layer.bank import FactorBank
 from tnpeft.adapters.layer.checkpointing import check_recomputation, refuse_reentrant
+from tnpeft.adapters.sites.weight import Weight, grouped_weights, held_weights
 from tnpeft.networks import NetworkError
 from tnpeft.nn.executor.groups import Groups
 
@@ -27,9 +28,10 @@ class TensorNetworkExperts(nn.Module):
     def __init__(self, experts: nn.Module, bank: FactorBank) -> None:
         super().__init__()
         self.base_layer = experts
-        self.names = tuple(fused.name for fused in fused_weights(experts))
-        for fused in fused_weights(experts):
-            self._modules[fused.name] = ExpertWeight(fused, bank)
+        found = grouped_weights(experts)
+        self.names = tuple(weight.name for weight in found)
+        for weight in found:
+            self._modules[weight.name] = ExpertWeight(weight, bank)
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the module of experts, such as ``num_experts``."""
@@ -118,16 +120,15 @@ class TensorNetworkExperts(nn.Module):
         return gated
 
 
-def weights_in(module: nn.Module) -> tuple[FusedWeight, ...]:
-    """The fused weights of a module of experts, adapted or not; none of any other module."""
-    return fused_weights(module.base_layer if isinstance(module, TensorNetworkExperts) else module)
+def weights_in(module: nn.Module) -> tuple[Weight, ...]:
+    """The Parameters that a module reads itself, adapted or not; none of a layer that is called."""
+    return held_weights(module.base_layer if isinstance(module, TensorNetworkExperts) else module)
 
 
-def stacks(module: nn.Module) -> tuple[str, ...]:
-    """The names of a module's own arrays of several matrices, adapted or not, but for layers of torch."""
-    if isinstance(module, TensorNetworkExperts):
-        return module.names
-    return () if type(module).__module__.startswith("torch.nn") else tuple(matrices(module))
+def names_in(module: nn.Module) -> tuple[str, ...]:
+    """The names of arrays inside a module by which targets may mean one, whether it can be adapted or not."""
+    names = [name for weight in weights_in(module) for name in (weight.name, weight.child)]
+    return (*names, *(() if type(module).__module__.startswith("torch.nn") else matrices(module)))
 
 
 def experts_at(model: nn.Module, path: str, bank: FactorBank) -> TensorNetworkExperts:

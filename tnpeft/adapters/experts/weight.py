@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tnpeft.adapters.experts.fused import FusedWeight, is_eager
+from tnpeft.adapters.experts.fused import is_eager
 from tnpeft.adapters.layer.bank import FactorBank
 from tnpeft.adapters.layer.binding import SiteUpdate
 from tnpeft.adapters.layer.merging import HeldWeight, Route, rescaling
 from tnpeft.adapters.layer.mixed_batch import BASE
+from tnpeft.adapters.sites.weight import Weight
 from tnpeft.nn.executor.eligibility import added, autocast_active, can_use_custom_backward
 from tnpeft.nn.executor.grouped import Part, grouped_linear
 from tnpeft.nn.executor.groups import Groups
@@ -26,7 +27,7 @@ class ExpertWeight(HeldWeight):
     It stands where the Parameter stood; the Parameter stays in the module of experts, and is fetched at every use.
     """
 
-    def __init__(self, fused: FusedWeight, bank: FactorBank) -> None:
+    def __init__(self, fused: Weight, bank: FactorBank) -> None:
         nn.Module.__init__(self)
         self._fused = fused
         self.weight_name = fused.name

@@ -18,7 +18,7 @@ from tnpeft.adapters.layer.bank import FactorBank, TensorNetworkLayer
 from tnpeft.adapters.layer.binding import Operand, SiteUpdate, as_base_factor
 from tnpeft.adapters.layer.snapshot import WeightSnapshot
 from tnpeft.adapters.sites.selection import choose
-from tnpeft.adapters.targets import features
+from tnpeft.adapters.sites.weight import features
 from tnpeft.networks import REPLICA, NetworkError
 from tnpeft.nn.executor.eligibility import autocast_active
 

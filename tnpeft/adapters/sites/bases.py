@@ -11,24 +11,22 @@ import torch
 from peft.tuners.tuners_utils import _ExcludedModule
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from transformers.pytorch_utils import Conv1D
 
-from tnpeft.adapters.experts.fused import FusedWeight, check_experts, check_floating
-from tnpeft.adapters.experts.listed import ListedWeight, is_list, listed_weight, starred
+from tnpeft.adapters.experts.fused import check_experts, check_floating
+from tnpeft.adapters.experts.listed import is_list, listed_weight, starred
 from tnpeft.adapters.experts.module import experts_at, weights_in
 from tnpeft.adapters.experts.weight import ExpertWeight
 from tnpeft.adapters.layer.bank import FactorBank
 from tnpeft.adapters.layer.linear import TensorNetworkLinear
 from tnpeft.adapters.layer.merging import DenseLinear
 from tnpeft.adapters.rollback import outside
-from tnpeft.adapters.sites.convolution import CONVOLUTIONS, TensorNetworkConvolution, check_convolution
+from tnpeft.adapters.sites.convolution import TensorNetworkConvolution, check_convolution
 from tnpeft.adapters.sites.embedding import TensorNetworkEmbedding, check_embedding
 from tnpeft.adapters.sites.owners import fused, keep_unfused
-from tnpeft.adapters.sites.parameter import TensorNetworkParameter, adapted_parameter, check_parameter, read_through
-from tnpeft.adapters.sites.raw import RawWeight, raw_weights
+from tnpeft.adapters.sites.parameter import TensorNetworkParameter, check_parameter, read_through
 from tnpeft.adapters.sites.tied import join_tied
-from tnpeft.adapters.targets import features
+from tnpeft.adapters.sites.weight import CONVOLUTIONS, Weight, features
 from tnpeft.networks import ConfigError, Factorization, NetworkError, Site
 
 _NEAR = 0.02  # of the length of an output: rounding in half precision
@@ -53,48 +51,42 @@ def base_of(module: nn.Module) -> nn.Module:
 
 def targets_of(
     model: nn.Module, modules: Mapping[str, nn.Module], config: Any, meant: Callable[[str], Any]
-) -> dict[str, Any]:
-    """What targeted modules adapt, by path: layers, and in place of modules that hold several weights these.
+) -> dict[str, Weight]:
+    """What targeted modules adapt, by path: the weights of layers, and Parameters that modules read themselves.
 
     ``meant`` is PEFT's answer for the path of a weight: true if it is a target itself, an ``_ExcludedModule`` if it
     is excluded.
     """
-    left, quantised = dict(modules), get_quantization_kwargs(model)
-    bases: dict[str, Any] = dict(_take_listed(model, left, meant, config.factorization))
-    axes = config.axes or {}
+    left, quantised, axes = dict(modules), get_quantization_kwargs(model), config.axes or {}
+    found = _take_listed(model, left, meant, config.factorization)
     unused = {*axes}
     for name, module in left.items():
         if isinstance(module, TensorNetworkParameter):
             module, name = module.get_base_layer(), name.rpartition(".")[0]
         check_floating(name, module)
-        raws = {}
-        for raw in (raw for raw in raw_weights(module) if _named(name, raw, meant)):
-            path = f"{name}.{raw.name}".lstrip(".")
-            mine = [own for own in axes if f".{path}".endswith(f".{own}")]
-            raws[f"{name}.{raw.child}".lstrip(".")] = raw.with_axes(path, axes[mine[0]] if mine else None)
-            unused -= {*mine}
-        if raws:
-            bases |= raws
-            continue
-        check_experts(name, module)
         weights = weights_in(module)
-        for weight in weights:
-            answer = meant(path := f"{name}.{weight.name}")
-            if answer or (meant(name) and not isinstance(answer, _ExcludedModule)):
-                bases[path] = weight
-        if not weights:
-            bases[name] = _layer(name, base_of(module), quantised)
+        held = [weight for weight in weights if _named(name, weight, meant)]
+        if all(weight.grouped for weight in held):
+            check_experts(name, module)
+        for weight in held:
+            path = f"{name}.{weight.name}".lstrip(".")
+            if not weight.grouped:
+                weight = weight.with_axes(path, axes)
+                unused -= {end for end in axes if f".{path}".endswith(f".{end}")}
+            found[f"{name}.{weight.child}".lstrip(".")] = weight
+        if not held and not any(weight.grouped for weight in weights):
+            found[name] = _layer(name, base_of(module), quantised)
     if unused:
         raise ConfigError(
             f"axes names {min(unused)!r}, and no targeted Parameter is called so",
             remedy="name Parameters that modules read themselves, as in target_modules",
         )
-    join_tied(model, bases, meant, config.loaded)
-    return bases
+    join_tied(model, found, meant, config.loaded)
+    return found
 
 
-def _layer(name: str, base: nn.Module, quantised: dict[str, Any]) -> nn.Module:
-    """The module, once it is known to be a linear, an embedding or a convolution."""
+def _layer(name: str, base: nn.Module, quantised: dict[str, Any]) -> Weight:
+    """The weight of a module, once it is known to be a linear, an embedding or a convolution."""
     if isinstance(base, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
         raise NetworkError(
             f"{name} is a {type(base).__name__}, and transposed convolutions are not adapted",
@@ -108,12 +100,15 @@ def _layer(name: str, base: nn.Module, quantised: dict[str, Any]) -> nn.Module:
             else "target nn.Linear, Conv1D, quantised linears, nn.Embedding or nn.Conv1d to nn.Conv3d; "
             "exclude_modules leaves others out",
         )
-    return base
+    return Weight.of(base)
 
 
-def _named(owner: str, raw: RawWeight, meant: Callable[[str], Any]) -> bool:
-    answers = [meant(f"{owner}.{its}".lstrip(".")) for its in (raw.name, raw.child)]
-    return any(answers) and not any(isinstance(answer, _ExcludedModule) for answer in answers)
+def _named(owner: str, weight: Weight, meant: Callable[[str], Any]) -> bool:
+    """True if a weight is a target, by its names or, grouped with others, by its owner's, and not excluded."""
+    answers = [meant(f"{owner}.{its}".lstrip(".")) for its in {weight.name, weight.child}]
+    if any(isinstance(answer, _ExcludedModule) for answer in answers):
+        return False
+    return any(answers) or (weight.grouped and bool(meant(owner)))
 
 
 def _take_listed(
@@ -121,7 +116,7 @@ def _take_listed(
     modules: dict[str, nn.Module],
     meant: Callable[[str], Any],
     f: Factorization,
-) -> dict[str, ListedWeight]:
+) -> dict[str, Weight]:
     """Take the lists of experts out of the targeted modules, and give the weights that their linears are.
 
     If a line has the index ``expert``, so are targeted linears inside such lists.
@@ -143,10 +138,7 @@ def _take_listed(
     for name in targeted:
         if not any(star.startswith(f"{name}.") for star in groups):
             raise NetworkError(f"the experts of {name} hold no linears", remedy="leave it out of target_modules")
-    return {
-        star: listed_weight(star, own, {path: features(base) for path, base in own.items()})
-        for star, own in groups.items()
-    }
+    return {star: listed_weight(star, own) for star, own in groups.items()}
 
 
 @contextmanager
@@ -159,43 +151,40 @@ def excluded_weights(held: Mapping[str, Sequence[str]], meant: Callable[[str], A
         yield
 
 
-def site_weight(model: nn.Module, bases: Mapping[str, Any], site: Site) -> Tensor:
+def site_weight(model: nn.Module, weights: Mapping[str, Weight], site: Site) -> Tensor:
     """The base weight of a site, fp32 ``[out, inp]``, of experts ``[expert, out, inp]``."""
-    base = bases[site.module]
-    if isinstance(base, FusedWeight):
-        return ExpertWeight(base, FactorBank()).base_matrix()[:, *base.region(site)]
-    if isinstance(base, RawWeight):
-        matrix = adapted_parameter(base, FactorBank()).base_matrix()
-    else:
-        layers = map(model.get_submodule, site.paths if site.listed else site.paths[:1])
-        matrices = [_adapted(model, layer, FactorBank()).base_matrix() for layer in layers]
-        matrix = torch.stack(matrices) if site.listed else matrices[0]
-    rows = slice(site.start, site.start + site.out) if "/out:" in site.proj else slice(None)
-    cols = slice(site.start, site.start + site.inp) if "/inp:" in site.proj else slice(None)
-    return matrix[..., rows, cols]
+    weight = weights[site.module]
+    paths = site.paths if site.listed else site.paths[:1]
+    matrices = [_adapting(model, path, weight, FactorBank()).base_matrix() for path in paths]
+    matrix = torch.stack(matrices) if site.listed else matrices[0]
+    return matrix[..., *weight.region(site)]
 
 
-def _adapted(model: nn.Module, layer: nn.Module, bank: FactorBank) -> DenseLinear:
-    """The layer if it is adapted, else another that adapts it."""
+def _adapting(model: nn.Module, path: str, weight: Weight, bank: FactorBank) -> DenseLinear:
+    """What adapts a weight at one of its paths; if there is nothing yet, what could, in no place of the model."""
+    if weight.held:
+        owner = model.get_submodule(path.rpartition(".")[0]) if weight.grouped else weight.module
+        found = owner._modules.get(weight.child)
+        cls: Any = ExpertWeight if weight.grouped else TensorNetworkParameter
+        return found if isinstance(found, cls) else cls(weight, bank)
+    layer, quantised = model.get_submodule(path), get_quantization_kwargs(model)
     if isinstance(layer, DenseLinear):
         return layer
-    quantised = get_quantization_kwargs(model)
-    cls = kind(layer, quantised)
-    assert cls is not None  # it was checked when it was targeted
-    return cls(layer, bank, **quantised)
+    cls = kind(layer, quantised)  # there is one: it was checked when it was targeted
+    return cls(layer, bank, **quantised)  # type: ignore[no-any-return]
 
 
-def adapted_layer(model: nn.Module, path: str, base: Any, bank: FactorBank) -> DenseLinear:
-    """The adapted layer or weight at a path of the model; it takes the place of its base if there is none."""
+def adapted_layer(model: nn.Module, path: str, weight: Weight, bank: FactorBank) -> DenseLinear:
+    """What adapts a weight at one of its paths in the model; it takes the weight's place if there is nothing yet."""
     owner, _, name = path.rpartition(".")
-    if isinstance(base, RawWeight):
-        read_through(base, layer := adapted_parameter(base, bank))
-        return layer
-    if isinstance(base, FusedWeight):
+    if weight.grouped:
         return experts_at(model, owner, bank).get_submodule(name)  # type: ignore[return-value]
+    found = _adapting(model, path, weight, bank)
+    if weight.held:
+        read_through(weight, found)
+        return found
     parent = model.get_submodule(owner)
     target = getattr(parent, name)
-    found = _adapted(model, target, bank)
     if found is not target:
         if fused(parent):
             found.register_forward_pre_hook(keep_unfused)
@@ -206,20 +195,21 @@ def adapted_layer(model: nn.Module, path: str, base: Any, bank: FactorBank) -> D
 # ---- what a kind refuses
 
 
-def check_kind(name: str, module: Any, config: Any, quantised: dict[str, Any]) -> None:
-    """Raise if the layer, a base layer of a kind, is one that an adapter of the configuration cannot adapt."""
-    weight = getattr(module, "weight", None)
-    if is_lazy(weight) or 0 in features(module):
+def check_kind(name: str, weight: Weight, config: Any, quantised: dict[str, Any]) -> None:
+    """Raise if the weight is one that an adapter of the configuration cannot adapt."""
+    module = weight.module
+    if 0 in (weight.out_features, weight.in_features):
         raise NetworkError(
             f"{name} has no weight yet, or an empty one", remedy="call the model once, or leave it out"
         )
-    if isinstance(module, RawWeight):
-        check_parameter(name, config)
+    if weight.held:
+        if not weight.grouped:
+            check_parameter(name, config)
     elif isinstance(module, nn.Embedding):
         check_embedding(name, module, config.dora)
     elif isinstance(module, CONVOLUTIONS):
         check_convolution(name, module)
-    for linear in module.linears if isinstance(module, ListedWeight) else (module,):
+    for linear in weight.linears or (module,):
         if isinstance(linear, nn.Linear | Conv1D) and resolve_quantization_backend(linear, **quantised) is None:
             _check_linear(name, linear)
 

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from tnpeft.adapters.layer.binding import SiteUpdate
 from tnpeft.adapters.sites.call import Apply, CalledLayer, network_of
+from tnpeft.adapters.sites.weight import CONVOLUTIONS
 from tnpeft.networks import NetworkError
 from tnpeft.nn.dense import evaluator
 from tnpeft.nn.executor.groups import Groups
 from tnpeft.nn.lowrank import compiled_sides, cut_rank
 from tnpeft.planning.planner import planned
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FUNCTIONS = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
 
 

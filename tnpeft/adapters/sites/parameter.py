@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tnpeft.adapters.layer.bank import FactorBank
 from tnpeft.adapters.layer.checkpointing import check_recomputation, refuse_reentrant
 from tnpeft.adapters.layer.merging import DenseLinear, HeldWeight, Route, wide
-from tnpeft.adapters.sites.raw import RawWeight
+from tnpeft.adapters.sites.weight import Weight
 from tnpeft.networks import NetworkError
 
 _FORMED = "the module reads the weight itself: it is formed at every call"
@@ -25,7 +25,7 @@ _FORMED = "the module reads the weight itself: it is formed at every call"
 class TensorNetworkParameter(HeldWeight):
     """One raw Parameter and the factors of its adapters: who reads the Parameter gets the adapted weight."""
 
-    def __init__(self, raw: RawWeight, bank: FactorBank) -> None:
+    def __init__(self, raw: Weight, bank: FactorBank) -> None:
         nn.Module.__init__(self)
         self._owner = (raw.module,)
         self.weight_name = raw.name
@@ -94,13 +94,7 @@ class TensorNetworkParameter(HeldWeight):
 # ---- the module's class
 
 
-def adapted_parameter(raw: RawWeight, bank: FactorBank) -> TensorNetworkParameter:
-    """The adapted Parameter of a raw one; if there is none, one that the module does not read yet."""
-    found = raw.module._modules.get(raw.child)
-    return found if isinstance(found, TensorNetworkParameter) else TensorNetworkParameter(raw, bank)
-
-
-def read_through(raw: RawWeight, layer: TensorNetworkParameter) -> None:
+def read_through(raw: Weight, layer: TensorNetworkParameter) -> None:
     """Let the module of a raw Parameter read it through the layer that adapts it."""
     if raw.module._modules.get(raw.child) is not layer:
         raw.module.add_module(raw.child, layer.train(raw.module.training))

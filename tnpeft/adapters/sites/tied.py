@@ -11,10 +11,11 @@ from torch import nn
 
 from tnpeft.adapters.layer.merging import DenseLinear
 from tnpeft.adapters.rollback import outside
+from tnpeft.adapters.sites.weight import Weight
 from tnpeft.networks import Site
 
 
-def join_tied(model: nn.Module, bases: dict[str, Any], meant: Callable[[str], Any], known: bool) -> None:
+def join_tied(model: nn.Module, bases: dict[str, Weight], meant: Callable[[str], Any], known: bool) -> None:
     """Make one target of a targeted embedding or linear and all that hold its Parameter, if one is an embedding.
 
     Its path is those of all of them, joined by ``=``, the embedding's first. What is excluded stays as it is. Unless
@@ -35,7 +36,7 @@ def join_tied(model: nn.Module, bases: dict[str, Any], meant: Callable[[str], An
         first = embeddings[0]
         others = [path for path in group if path != first]
         joined = "=".join([first, *others])
-        bases[joined] = layers[first]
+        bases[joined] = Weight.of(layers[first])
         for path in targeted:
             del bases[path]
         if not known:

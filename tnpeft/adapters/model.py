@@ -28,7 +28,7 @@ from tnpeft.adapters.layer.mixed_batch import BatchAdapterNames, check_names, ro
 from tnpeft.adapters.replicas.batch import check_blocks
 from tnpeft.adapters.rollback import layers, or_as_before, outside, parked, walk
 from tnpeft.adapters.sites.bases import excluded_weights
-from tnpeft.adapters.sites.parameter import check_one_for_all
+from tnpeft.adapters.sites.parameter import check_one_for_all, remove_hooks
 from tnpeft.adapters.state import bank_of
 from tnpeft.adapters.storage.contents import AGAIN, check_modules
 from tnpeft.adapters.storage.expressions import check_expression
@@ -211,10 +211,7 @@ class TensorNetworkModel(BaseTuner):
                 self.unmerge_adapter()
             model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
             delattr(model, BANK)
-            for hooks in (model._forward_pre_hooks, model._forward_hooks):
-                for key in [key for key, hook in hooks.items() if hook in (watch, check_blocks, *columns.HOOKS)]:
-                    del hooks[key]
-                    model._forward_hooks_always_called.pop(key, None)
+            remove_hooks(model, (watch, check_blocks, *columns.HOOKS))
         return model
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: Any, child: nn.Module) -> None:

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters.experts.fused import is_eager
-from tnpeft.adapters.layer.bank import FactorBank
 from tnpeft.adapters.layer.binding import SiteUpdate
-from tnpeft.adapters.layer.merging import HeldWeight, Route, rescaling
+from tnpeft.adapters.layer.merging import Route, rescaling
 from tnpeft.adapters.layer.mixed_batch import BASE
-from tnpeft.adapters.sites.weight import Weight
+from tnpeft.adapters.sites.parameter import HeldWeight
 from tnpeft.nn.executor.eligibility import added, autocast_active, can_use_custom_backward
 from tnpeft.nn.executor.grouped import Part, grouped_linear
 from tnpeft.nn.executor.groups import Groups
@@ -24,25 +23,8 @@ Prepare = Callable[[Tensor], Tensor]
 class ExpertWeight(HeldWeight):
     """One fused Parameter of a module of experts, ``[expert, out, inp]``, and the factors of its adapters.
 
-    It stands where the Parameter stood; the Parameter stays in the module of experts, and is fetched at every use.
+    It stands where the Parameter stood, which stays in the module of experts.
     """
-
-    def __init__(self, fused: Weight, bank: FactorBank) -> None:
-        nn.Module.__init__(self)
-        self._fused = fused
-        self.weight_name = fused.name
-        self.quantization_backend = None
-        self.begin(bank)
-        self.out_features, self.in_features, self.experts = fused.out_features, fused.in_features, fused.experts
-
-    def get_base_layer(self) -> nn.Module:
-        """The module of experts that holds the Parameter."""
-        return self._fused.module
-
-    @property
-    def weight(self) -> Tensor:
-        """The Parameter."""
-        return self._fused.parameter()
 
     def site_part(self, matrix: Tensor, item: SiteUpdate) -> Tensor:
         """The slices of the matrices that belong to a site, a view."""
@@ -54,10 +36,7 @@ class ExpertWeight(HeldWeight):
 
     def region(self, item: SiteUpdate) -> tuple[slice, slice]:
         """The output and input features of a site."""
-        return self._fused.region(item.site_layout.site)
-
-    def _stored(self, matrix: Tensor) -> Tensor:
-        return matrix.mT if self._fused.transposed else matrix
+        return self.held.region(item.site_layout.site)
 
     # ---- forward
 
@@ -91,7 +70,7 @@ class ExpertWeight(HeldWeight):
 
     def _oriented(self) -> Tensor:
         """The weight as it stands right of the rows, ``[expert, inp, out]``."""
-        return self.weight if self._fused.transposed else self.weight.mT
+        return self.weight if self.transposed else self.weight.mT
 
     def _bias(self) -> Tensor | None:
         bias: Tensor | None = getattr(self.get_base_layer(), f"{self.weight_name}_bias", None)

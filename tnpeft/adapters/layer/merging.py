@@ -362,32 +362,6 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
         return nullcontext() if self._kept is None else self._kept.back()
 
 
-class HeldWeight(DenseLinear):
-    """A weight that stays a Parameter of the module that reads it, under its own name, without a bias."""
-
-    bias = None
-
-    @property
-    def weight(self) -> Tensor:
-        """The Parameter."""
-        raise NotImplementedError
-
-    def home_device(self) -> torch.device:
-        """The device of the Parameter."""
-        return self.weight.device
-
-    def base_dtype(self) -> torch.dtype | None:
-        """The dtype of the Parameter."""
-        return self.weight.dtype
-
-    def get_base_weight(self) -> Tensor:
-        """The Parameter's numbers."""
-        return self.weight.data
-
-    def _snapshot(self) -> WeightSnapshot:
-        return WeightSnapshot.of(self.get_base_layer(), self.weight_name)
-
-
 def rescaling(magnitude: Tensor, length: Tensor) -> Tensor:
     """Return the factors that give rows of some length a magnitude; a row of zeros has no direction and stays."""
     there = length > 0

@@ -6,7 +6,7 @@ them, finds the adapted weight. The Parameter stays where it is, under its own n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -15,39 +15,61 @@ from torch import Tensor, nn
 
 from tnpeft.adapters.layer.bank import FactorBank
 from tnpeft.adapters.layer.checkpointing import check_recomputation, refuse_reentrant
-from tnpeft.adapters.layer.merging import DenseLinear, HeldWeight, Route, wide
+from tnpeft.adapters.layer.merging import DenseLinear, Route, wide
+from tnpeft.adapters.layer.snapshot import WeightSnapshot
 from tnpeft.adapters.sites.weight import Weight
 from tnpeft.networks import NetworkError
 
 _FORMED = "the module reads the weight itself: it is formed at every call"
 
 
-class TensorNetworkParameter(HeldWeight):
-    """One raw Parameter and the factors of its adapters: who reads the Parameter gets the adapted weight."""
+class HeldWeight(DenseLinear):
+    """A weight that stays a Parameter of the module that reads it, under its own name, without a bias.
 
-    def __init__(self, raw: Weight, bank: FactorBank) -> None:
+    The Parameter is fetched at every use.
+    """
+
+    bias = None
+
+    def __init__(self, weight: Weight, bank: FactorBank) -> None:
         nn.Module.__init__(self)
-        self._owner = (raw.module,)
-        self.weight_name = raw.name
-        self.quantization_backend = None
+        self.held, self.weight_name, self.quantization_backend = weight, weight.name, None
         self.begin(bank)
-        self.out_features, self.in_features = raw.out_features, raw.in_features
-        self.experts, self.transposed = raw.experts, raw.transposed
-        self._call: dict[bool, Tensor] | None = None
+        self.out_features, self.in_features = weight.out_features, weight.in_features
+        self.experts, self.transposed = weight.experts, weight.transposed
 
     def get_base_layer(self) -> nn.Module:
         """The module that holds the Parameter."""
-        return self._owner[0]
+        return self.held.module
 
     @property
     def weight(self) -> Tensor:
         """The Parameter."""
-        value = self.get_base_layer()._parameters[self.weight_name]
-        assert value is not None  # it is adapted
-        return value
+        return self.held.parameter()
+
+    def home_device(self) -> torch.device:
+        """The device of the Parameter."""
+        return self.weight.device
+
+    def base_dtype(self) -> torch.dtype | None:
+        """The dtype of the Parameter."""
+        return self.weight.dtype
+
+    def get_base_weight(self) -> Tensor:
+        """The Parameter's numbers."""
+        return self.weight.data
 
     def _stored(self, matrix: Tensor) -> Tensor:
         return matrix.mT if self.transposed else matrix
+
+    def _snapshot(self) -> WeightSnapshot:
+        return WeightSnapshot.of(self.get_base_layer(), self.weight_name)
+
+
+class TensorNetworkParameter(HeldWeight):
+    """One raw Parameter and the factors of its adapters: who reads the Parameter gets the adapted weight."""
+
+    _call: dict[bool, Tensor] | None = None  # weights formed in a call of the module, without and with gradients
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """PEFT's conversion makes LoRAs of linears alone."""
@@ -57,16 +79,13 @@ class TensorNetworkParameter(HeldWeight):
 
     def adapted(self) -> Tensor:
         """The weight with the updates of the active adapters: what merging them would give, with its gradients."""
-        call = None if torch.compiler.is_compiling() else self._call
         if self.route(self.weight).kind != "plain":
             return self.weight
+        call = {} if self._call is None or torch.compiler.is_compiling() else self._call
         grads = torch.is_grad_enabled()
-        if call is not None and grads in call:
-            return call[grads]
-        found = self._formed()
-        if call is not None:
-            call[grads] = found
-        return found
+        if grads not in call:
+            call[grads] = self._formed()
+        return call[grads]
 
     def _formed(self) -> Tensor:
         if not torch.compiler.is_compiling() and (seen := check_recomputation(self)) is not None:
@@ -94,11 +113,11 @@ class TensorNetworkParameter(HeldWeight):
 # ---- the module's class
 
 
-def read_through(raw: Weight, layer: TensorNetworkParameter) -> None:
-    """Let the module of a raw Parameter read it through the layer that adapts it."""
-    if raw.module._modules.get(raw.child) is not layer:
-        raw.module.add_module(raw.child, layer.train(raw.module.training))
-        _with_properties(raw.module, raw.name, raw.child)
+def read_through(weight: Weight, layer: TensorNetworkParameter) -> None:
+    """Let the module of a Parameter read it through the layer that adapts it."""
+    if weight.module._modules.get(weight.child) is not layer:
+        weight.module.add_module(weight.child, layer.train(weight.module.training))
+        _with_properties(weight.module, weight.name, weight.child)
 
 
 def _with_properties(module: nn.Module, name: str, child: str | None) -> None:
@@ -110,11 +129,16 @@ def _with_properties(module: nn.Module, name: str, child: str | None) -> None:
         module.register_forward_pre_hook(_begin)
         module.register_forward_hook(_end, always_call=True)
     if not names:
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if hook in (_begin, _end)]:
-                del hooks[key]
-                module._forward_hooks_always_called.pop(key, None)
+        remove_hooks(module, (_begin, _end))
     module.__class__ = _class(own, names) if names else own
+
+
+def remove_hooks(module: nn.Module, functions: Collection[Any]) -> None:
+    """Take functions out of the hooks of a module's forward."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, hook in hooks.items() if hook in functions]:
+            del hooks[key]
+            module._forward_hooks_always_called.pop(key, None)
 
 
 @lru_cache(maxsize=256)
@@ -139,17 +163,19 @@ def _made(own: type[nn.Module], names: tuple[tuple[str, str], ...]) -> nn.Module
 
 def _begin(module: nn.Module, args: Any) -> None:
     """Form each weight once in a call, however often the module reads it: a forward pre-hook."""
-    if not torch.compiler.is_compiling():
-        for layer in module._modules.values():
-            if isinstance(layer, TensorNetworkParameter):
-                layer._call = {}
+    for layer in _read_through(module):
+        layer._call = {}
 
 
 def _end(module: nn.Module, args: Any, output: Any) -> None:
-    if not torch.compiler.is_compiling():
-        for layer in module._modules.values():
-            if isinstance(layer, TensorNetworkParameter):
-                layer._call = None
+    for layer in _read_through(module):
+        layer._call = None
+
+
+def _read_through(module: nn.Module) -> list[TensorNetworkParameter]:
+    if torch.compiler.is_compiling():
+        return []
+    return [layer for layer in module._modules.values() if isinstance(layer, TensorNetworkParameter)]
 
 
 def check_parameter(name: str, config: Any) -> None:

@@ -59,9 +59,9 @@ class Weight:
         return self.child != ""
 
     def parameter(self) -> Tensor:
-        """A held Parameter as it stands there now."""
-        value: Tensor = getattr(self.module, self.name)
-        return value
+        """A held Parameter as it stands there now, without the updates that its module may read it with."""
+        value: Tensor | None = self.module._parameters.get(self.name)
+        return getattr(self.module, self.name) if value is None else value  # type: ignore[no-any-return]
 
     def region(self, site: Site) -> tuple[slice, slice]:
         """The output and input features of a site: all of them, a projection's, or square slices of these."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 from tnpeft.networks import STACK, Factorization, Network, NetworkError, Site, SiteRule
-from tnpeft.networks.factor import Group, Kind
+from tnpeft.networks.factor import Factor, Group, Kind
 from tnpeft.networks.sizes import Size, bind, check_size, integers
 
 # The order of projections when the user gives none; names outside it follow in alphabetical order.
@@ -23,6 +24,7 @@ _ORDER = (
 
 
 _MOST_AXES = 64
+_PLACE = ("layer", "proj")
 
 
 @dataclass(frozen=True)
@@ -167,21 +169,34 @@ def layout(
     if not chosen:
         raise NetworkError("no site is selected", remedy="check the targets against the model's projections")
     lines = [f.rule_for(site) for site in chosen]
-    axes = _axes(chosen, lines, stack or {})
-    networks = {line: _site_network(line.network) for line in axes}
-    templates: dict[tuple[SiteRule, int, int, int, int, tuple[int, ...]], _SiteTemplate] = {}
+    served: dict[SiteRule, list[Site]] = {}
+    for site, line in zip(chosen, lines, strict=True):
+        served.setdefault(line, []).append(site)
+    networks = {line: line.network.select(*(i for i in line.network.stack if i in _PLACE)) for line in served}
+    alike: dict[tuple[Any, ...], tuple[dict[str, int], list[_Piece]]] = {}  # what sites of one shape have in common
+    shapes: dict[str, set[tuple[int, ...]]] = {}
+    found = []
     for site, line in zip(chosen, lines, strict=True):
         key = line, site.out, site.inp, site.heads, site.experts, site.kernel
-        if key not in templates:
-            templates[key] = _site_template(line, networks[line], _site_sizes(f, line, site, axes[line]))
-    several = _several_shapes(templates.values())
-    site_layouts = []
-    for site, line in zip(chosen, lines, strict=True):
-        template = templates[line, site.out, site.inp, site.heads, site.experts, site.kernel]
-        pieces = {factor.label: _parameter(site, factor, factor.label in several) for factor in template.factors}
-        site_layouts.append(SiteLayout(site, line, template.network, template.sizes, pieces))
+        if key not in alike:
+            places = {index: len({getattr(its, index) for its in served[line]}) for index in _PLACE}
+            sizes = _site_sizes(f, line, site, {**(stack or {}), **places})
+            alike[key] = sizes, [_piece(line.network, factor, sizes) for factor in line.network.factors]
+            for label, _, _, shape in alike[key][1]:
+                shapes.setdefault(label, set()).add(shape)
+        found.append((site, line, *alike[key]))
+    site_layouts = tuple(
+        SiteLayout(
+            site,
+            line,
+            networks[line],
+            sizes,
+            {piece[0]: _parameter(site, piece, len(shapes[piece[0]]) > 1) for piece in pieces},
+        )
+        for site, line, sizes, pieces in found
+    )
     layers = tuple(sorted({site.layer for site in chosen}))
-    return Layout(f, tuple(site_layouts), layers, sorted_projs({site.proj for site in chosen}, projs))
+    return Layout(f, site_layouts, layers, sorted_projs({site.proj for site in chosen}, projs))
 
 
 def sorted_projs(names: Iterable[str], wanted: Sequence[str] = ()) -> tuple[str, ...]:
@@ -249,73 +264,26 @@ def _check_axes(net: Network) -> None:
         )
 
 
-def _site_network(net: Network) -> Network:
-    return net.select(*(index for index in net.stack if index in ("layer", "proj")))
+_Piece = tuple[str, Factor, Group, tuple[int, ...]]  # label and factor, its axes without layer and proj, their sizes
 
 
-@dataclass(frozen=True)
-class _FactorTemplate:
-    """A factor at sites of one shape: its axes without layer and proj, and which of these two it carries."""
-
-    label: str
-    kind: Kind
-    indices: Group
-    shape: tuple[int, ...]
-    layer: bool
-    proj: bool
+def _piece(net: Network, factor: Factor, sizes: Mapping[str, int]) -> _Piece:
+    indices = tuple(index for index in factor.indices if index not in _PLACE)
+    return net.label(factor), factor, indices, tuple(sizes[index] for index in indices)
 
 
-@dataclass(frozen=True)
-class _SiteTemplate:
-    """The part of a layout that all sites of one line and one shape have in common."""
-
-    network: Network
-    sizes: Mapping[str, int]
-    factors: tuple[_FactorTemplate, ...]
-
-
-def _axes(
-    sites: Sequence[Site], lines: Sequence[SiteRule], stack: Mapping[str, int]
-) -> dict[SiteRule, dict[str, int]]:
-    """The sizes of the stack indices of each line, over the sites that it serves."""
-    served: dict[SiteRule, list[Site]] = {}
-    for site, line in zip(sites, lines, strict=True):
-        served.setdefault(line, []).append(site)
-    return {
-        line: {**stack, "layer": len({s.layer for s in its}), "proj": len({s.proj for s in its})}
-        for line, its in served.items()
-    }
-
-
-def _site_template(line: SiteRule, site_network: Network, sizes: Mapping[str, int]) -> _SiteTemplate:
-    factors = []
-    for factor in line.network.factors:
-        indices = tuple(index for index in factor.indices if index not in ("layer", "proj"))
-        shape = tuple(sizes[index] for index in indices)
-        carried = ("layer" in factor.indices, "proj" in factor.indices)
-        factors.append(_FactorTemplate(line.network.label(factor), factor.kind, indices, shape, *carried))
-    return _SiteTemplate(site_network, sizes, tuple(factors))
-
-
-def _several_shapes(templates: Iterable[_SiteTemplate]) -> frozenset[str]:
-    """Labels of factors that need more than one shape, so that a shared param's key has to tell which."""
-    shapes: dict[str, set[tuple[int, ...]]] = {}
-    for template in templates:
-        for factor in template.factors:
-            shapes.setdefault(factor.label, set()).add(factor.shape)
-    return frozenset(label for label, found in shapes.items() if len(found) > 1)
-
-
-def _parameter(site: Site, factor: _FactorTemplate, several: bool) -> ParameterSpec:
-    layer = site.layer if factor.layer else None
-    proj = site.proj if factor.proj else None
+def _parameter(site: Site, piece: _Piece, several: bool) -> ParameterSpec:
+    """The array of a factor at a site; ``several``: there are others of other shapes."""
+    label, factor, indices, shape = piece
+    layer = site.layer if "layer" in factor.indices else None
+    proj = site.proj if "proj" in factor.indices else None
     if layer is not None and proj is not None and len(site.paths) == 1:  # what several layers share is the bank's
-        home, key = site.module or f"{site.layer}/{site.proj}", factor.label
+        home, key = site.module or f"{site.layer}/{site.proj}", label
         if "/" in site.proj:
             key += "@" + site.proj.partition("/")[2]
     else:
-        home, key = "", factor.label
+        home, key = "", label
         key += "" if layer is None else f"@{layer}"
         key += "" if proj is None else f"@{proj}"
-        key += "#" + "x".join(map(str, factor.shape)) if several else ""
-    return ParameterSpec(factor.label, factor.kind, factor.indices, factor.shape, layer, proj, home, key)
+        key += "#" + "x".join(map(str, shape)) if several else ""
+    return ParameterSpec(label, factor.kind, indices, shape, layer, proj, home, key)

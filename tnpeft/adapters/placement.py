@@ -180,17 +180,16 @@ def start_values(
             )
         started.append({param: starter(param) for param in one.parameters if param.label not in constants})
     hashes = frozen_hashes(started[0])
-    values = started[0]
     if config.replicas > 1:
         hashes = {f"{label}/{k}": its for k, own in enumerate(started) for label, its in frozen_hashes(own).items()}
-        pairs = [dict(match_parameters(found, one)) for one in layouts]
-        values = {
-            many: _side_by_side(many, [own[its[many]] for own, its in zip(started, pairs, strict=True)])
-            if many in pairs[0]
-            else torch.tensor(found.factorization.init[many.label], dtype=torch.float32)
-            for many in found.parameters
-            if many.label not in constants
-        }
+    pairs = [dict(match_parameters(found, one)) for one in layouts]
+    values = {
+        many: _side_by_side(many, [own[its[many]] for own, its in zip(started, pairs, strict=True)])
+        if many in pairs[0]
+        else torch.tensor(found.factorization.init[many.label], dtype=torch.float32)  # masks and scales
+        for many in found.parameters
+        if many.label not in constants
+    }
     if config.loaded and not config.save_frozen and (config.frozen or {}) != hashes:
         changed = sorted(label for label in hashes if (config.frozen or {}).get(label) != hashes[label])
         raise NetworkError(
@@ -231,7 +230,8 @@ def _side_by_side(param: ParameterSpec, values: list[Tensor]) -> Tensor:
             array[(k, *map(slice, value.shape))] = value
         return array
     whole = max(values, key=Tensor.numel)
-    if any(not torch.equal(value, whole[tuple(map(slice, value.shape))]) for value in values):
+    others = (value for value in values if value is not whole)
+    if any(not torch.equal(value, whole[tuple(map(slice, value.shape))]) for value in others):
         raise NetworkError(
             f"the constant {param.label!r} differs from seed to seed or rank to rank, and replicas share constants",
             remedy=f"declare it frozen, ~{param.label}: each replica then has its own",

@@ -24,17 +24,25 @@ from tnpeft.adapters.layer.snapshot import WeightSnapshot
 _CONTAINERS = (dict, OrderedDict, list, set)
 
 
-def walk(root: nn.Module, adapters: Collection[str] | None = (), prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules of a model, each once; of the adapters' own modules those of ``adapters``, None for all."""
+def walk(
+    root: nn.Module, adapters: Collection[str] | None = (), *, inside: bool = True
+) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules of a model, each once.
+
+    Of the adapters' own modules those of ``adapters``, None for all; without ``inside`` nothing of adapted modules.
+    """
     seen: set[int] = set()
     stores: set[int] = set()
-    waiting = [(prefix, root)]
+    waiting = [("", root)]
     while waiting:
         name, module = waiting.pop()
         if id(module) in seen:
             continue
         seen.add(id(module))
         yield name, module
+        if not inside and isinstance(module, BaseTunerLayer | TensorNetworkExperts):
+            seen.update(map(id, module.modules()))
+            continue
         children = module._modules.items()
         if adapters is not None and id(module) in stores:
             children = [(key, child) for key in adapters if (child := module._modules.get(key)) is not None]
@@ -46,18 +54,8 @@ def walk(root: nn.Module, adapters: Collection[str] | None = (), prefix: str = "
 
 
 def outside(root: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Names and modules of a model but for what lies inside adapted modules, in the order of the model."""
-    found: list[tuple[str, nn.Module]] = []
-    inner: set[int] = set()
-    for name, module in walk(root):
-        if id(module) in inner:
-            inner.update(map(id, module.children()))
-            continue
-        if isinstance(module, BaseTunerLayer | TensorNetworkExperts):
-            inner.update(map(id, module.children()))
-        if not isinstance(module, FactorBank):
-            found.append((name, module))
-    return found
+    """Names and modules of a model, but for the bank and what lies inside adapted modules, in the model's order."""
+    return [its for its in walk(root, inside=False) if not isinstance(its[1], FactorBank)]
 
 
 def layers(root: nn.Module) -> Iterator[TensorNetworkLayer]:

@@ -102,28 +102,29 @@ def updates(model: nn.Module) -> Iterator[Any]:
 
 
 def _checked(index: str, value: Any, size: int) -> Tensor:
-    problem, remedy = "", f"pass a number from 0 to {size - 1}, or a 1-D tensor of such numbers, one for each row"
-    if isinstance(value, Tensor):
-        if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool or value.dim() > 1:
-            problem = f"is a tensor of {value.dtype} with shape {tuple(value.shape)}"
-        elif not value.numel():
-            problem = "is an empty tensor"
-        found = value.detach().long()
+    """The value of a stack index as whole numbers below its size: one, or one for each row."""
+    given = value.tolist() if isinstance(value, Tensor) else value
+    several = isinstance(given, list | tuple | range)
+    items = [*given] if several else [given]
+    try:
+        numbers = [operator.index(item) for item in items if not isinstance(item, bool)]
+    except TypeError:
+        numbers = []
+    outside = [number for number in numbers if not 0 <= number < size]
+    if len(numbers) != len(items) or not items:
+        problem = f"is {value!r}"
+        if isinstance(value, Tensor):
+            problem = (
+                f"is a tensor of {value.dtype} with shape {tuple(value.shape)}" if items else "is an empty tensor"
+            )
+    elif outside:
+        problem = f"is {outside[0]}, and the index has the values 0 to {size - 1}"
     else:
-        try:
-            items = [value] if not isinstance(value, list | tuple | range) else [*value]
-            numbers = [operator.index(item) for item in items if not isinstance(item, bool) and abs(item) < 2**63]
-        except TypeError:
-            numbers, items = [], [value]
-        if len(numbers) != len(items) or not numbers:
-            problem = f"is {value!r}"
-        found = torch.tensor(numbers if isinstance(value, list | tuple | range) else (*numbers, 0)[0])
-    if not problem and (int(found.min()) < 0 or int(found.max()) >= size):
-        wrong = found[(found < 0) | (found >= size)] if found.dim() else found.reshape(1)
-        problem = f"is {int(wrong[0])}, and the index has the values 0 to {size - 1}"
-    if problem:
-        raise NetworkError(f"the value of the stack index {index!r} {problem}", remedy=remedy)
-    return found
+        return torch.tensor(numbers if several else numbers[0])
+    raise NetworkError(
+        f"the value of the stack index {index!r} {problem}",
+        remedy=f"pass a number from 0 to {size - 1}, or a 1-D tensor of such numbers, one for each row",
+    )
 
 
 # ---- in a forward

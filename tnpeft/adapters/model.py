@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
-from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -94,12 +93,11 @@ class TensorNetworkModel(BaseTuner):
             with or_as_before(self), parked(model):
                 config = self.peft_config[adapter_name] = copy.deepcopy(translated(model, given).copied())
                 config.keep_model()
-                names = [name for name, _ in model.named_modules()]
+                self._inside = {name: names_in(module) for name, module in model.named_modules()}
                 for field in ("target_modules", "exclude_modules"):
                     if isinstance(pattern := getattr(config, field), str):
-                        check_expression(field, pattern, names)
+                        check_expression(field, pattern, self._inside)
                 check_modules(model, config, adapter_name)
-                self._inside = {name: names_in(module) for name, module in model.named_modules()}
                 with excluded_weights(self._inside, partial(check_target_module_exists, config)):
                     super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException as error:
@@ -138,23 +136,7 @@ class TensorNetworkModel(BaseTuner):
                 for name, module in outside(self.model)
                 if name and self._check_target_module_exists(peft_config, name)
             }
-            meant = partial(check_target_module_exists, peft_config)
-            attach(self.model, modules, peft_config, adapter_name, meant, self._bank)
-
-    def _bank(self, first: nn.Module) -> FactorBank:
-        """The model's bank, made if there is none, on the device of the first module of an adapter."""
-        bank: FactorBank | None = getattr(self.model, BANK, None)
-        if bank is not None and not isinstance(bank, FactorBank):
-            raise NetworkError(
-                f"the model has something of its own called {BANK!r}, where shared factors would be kept",
-                remedy="rename it, or adapt a module that holds the model",
-            )
-        if bank is None:
-            bank = FactorBank(resolve_quantization_backend(first, **get_quantization_kwargs(self.model)))
-            setattr(self.model, BANK, bank.train(self.model.training))
-            self.model.register_forward_pre_hook(watch)
-        bank.device = next(first.parameters()).device
-        return bank
+            attach(self.model, modules, peft_config, adapter_name, partial(check_target_module_exists, peft_config))
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Keep all that an adapter trains in fp32, or cast it to the base weight's dtype if autocasting is off."""

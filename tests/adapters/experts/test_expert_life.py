@@ -61,6 +61,18 @@ def test_identity_at_the_start_and_counts(kind: str, implementation: str) -> Non
             assert torch.equal(model(tokens()).logits, base(tokens()).logits)
 
 
+def test_beside_a_merged_adapter_starts_are_of_the_weight_before_the_merge() -> None:
+    line = "B[layer proj expert out r] A[layer proj expert r inp] -> layer proj expert out inp"
+    config = tnpeft.TensorNetworkConfig(
+        network=line, ranks={"r": 2}, init={"A": "svd", "B": "zeros"}, target_modules=["experts"]
+    )
+    model = shaken(mixture(), CP)
+    wanted = tnpeft.factors(peft.get_peft_model(mixture(), config))["A"]
+    model.merge_adapter()
+    model.add_adapter("second", config)
+    assert torch.equal(tnpeft.factors(model, "second")["A"], wanted)
+
+
 @pytest.mark.parametrize("start", ["svd", "tt_svd"])
 def test_a_start_from_the_weight_of_every_expert(start: str) -> None:
     line = "U[layer proj expert out r] V[layer proj expert r inp] -> layer proj expert out inp"

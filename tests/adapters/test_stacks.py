@@ -177,7 +177,7 @@ def test_a_value_that_is_not_chosen_is_an_error() -> None:
         (4, "is 4, and the index has the values 0 to 3"),
         (-1, "is -1"),
         (2**63, "is 9223372036854775808"),
-        ([0, 2**200], "is .0, "),
+        ([0, 2**200], f"is {2**200}, and"),
         (True, "is True"),
         (1.0, "is 1.0"),
         ("1", "is '1'"),

@@ -153,7 +153,8 @@ def _add(
             if operand.norm:
                 now[name] = now[name] / torch.linalg.vector_norm(now[name], dim=operand.norm, keepdim=True)
         if looked:
-            return module.applied(item)[1](module.get_base_layer(), x, now)
+            found = module.applied(item)[1](module.get_base_layer(), x, now)
+            return found.narrow(-1, item.start, item.length) if item.side == "out" else found
         return _own(dense(net, {**now, "activations": x}), groups, item)
 
     for label, param in place.parameters.items():
@@ -161,7 +162,8 @@ def _add(
             continue
         sign = choose(grads[param].sign().double(), operands[label].stack, its)
         _, change = torch.func.jvp(lambda array, label=label: moved(label, array), (values[label],), (sign,))
-        seen.changes[label] = seen.changes.get(label, 0.0) + item.scale**2 * float(change.square().sum())
+        square = item.scale**2 * float(change.square().mean())
+        seen.changes[label] = seen.changes.get(label, 0.0) + square * output.numel()
 
 
 def _own(result: Tensor, groups: Groups | None, item: SiteUpdate) -> Tensor:

@@ -7,10 +7,12 @@ import pytest
 import torch
 from adapter_models import MODELS, opt
 from torch import nn
+from transformers import Phi3Config, Phi3ForCausalLM
 
 import tnpeft
 from tnpeft.adapters.placement import check_memory
 from tnpeft.adapters.sites.weight import Weight
+from tnpeft.adapters.state import bank_of
 from tnpeft.adapters.targets import resolve, select
 from tnpeft.layout import layout
 from tnpeft.models import cards
@@ -167,3 +169,27 @@ def test_targets_that_match_nothing_are_a_value_error_with_the_remedy() -> None:
         with pytest.raises(ValueError, match="nothing"):
             model.add_adapter("other", tnpeft.TensorNetworkConfig(network="lora", target_modules=targets))
         assert [*model.peft_config] == ["default"]
+
+
+def phi3() -> nn.Module:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    special = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return Phi3ForCausalLM(Phi3Config(**sizes, **special, num_hidden_layers=1))
+
+
+def test_squares_of_a_slice_are_where_the_slice_is() -> None:
+    line = "B[layer proj out r] A[layer proj r inp] -> layer proj out inp"
+    config = tnpeft.TensorNetworkConfig(network=line, ranks={"r": 2}, square=True, target_modules=["gate_up_proj"])
+    model = peft.get_peft_model(phi3(), config)
+    projs = bank_of(model).layouts["default"].projs
+    b = torch.zeros_like(tnpeft.factors(model)["B"])
+    b[:, projs.index("gate_up_proj/out:1/out:1")] = 1.0
+    tnpeft.set_factors(model, {"B": b})
+    layer = model.base_model.model.model.layers[0].mlp.gate_up_proj
+    x = torch.randn(3, 32)
+    change = (layer(x) - layer.get_base_layer()(x)).abs().amax(0)
+    assert change[:96].max() == 0 < change[96:].min()
+    assert torch.allclose(x @ layer.get_delta_weight("default").T, layer(x) - layer.get_base_layer()(x), atol=1e-5)
+    config = tnpeft.TensorNetworkConfig(network=line, ranks={"r": 2}, square=True, target_modules=["qkv_proj"])
+    with pytest.raises(NetworkError, match="qkv_proj/out:1 is a slice of qkv_proj, and cut into squares it would be"):
+        peft.get_peft_model(phi3(), config)

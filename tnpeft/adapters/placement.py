@@ -58,6 +58,7 @@ def build_layout(model: nn.Module, weights: Mapping[str, Weight], config: Tensor
         )
     found = layout(config.factorization, chosen.sites, [*chosen.projections], stack=config.stack)
     check_experts(found)
+    check_slices(found)
     check_patterns(config.factorization, config.patterns, [site_layout.site for site_layout in found.site_layouts])
     if config.replicas > 1 and any(site_layout.site.experts for site_layout in found.site_layouts):
         raise ConfigError(
@@ -143,6 +144,18 @@ def check_experts(found: Layout) -> None:
                     position=str(site_layout.line.network).index(label),
                     remedy=f"let it carry the index 'expert', as in ^{label}[layer proj expert out inp]",
                 )
+
+
+def check_slices(found: Layout) -> None:
+    """Raise if a site of one matrix is a slice of rows and of columns: layers know slices of one side."""
+    for site in (site_layout.site for site_layout in found.site_layouts):
+        if "/out:" in site.proj and "/inp:" in site.proj and not site.experts:
+            whole, _, own = site.proj.partition("/")
+            raise NetworkError(
+                f"{whole}/{own.partition('/')[0]} is a slice of {whole}, and cut into squares it would be slices of "
+                "rows and columns at once",
+                remedy="leave this projection out, or choose a factorization without square slices",
+            )
 
 
 def check_patterns(f: Factorization, patterns: Sequence[str], sites: Sequence[Site]) -> None:

@@ -84,8 +84,9 @@ class Site:
                 f"{self.proj} ({self.out} x {self.inp}) cannot be cut into squares",
                 remedy="leave this projection out, or choose a factorization without square slices",
             )
+        first = self.start if side == "out" else 0  # of a slice, which is one of rows
         return tuple(
-            replace(self, proj=f"{self.proj}/{side}:{k}", out=short, inp=short, start=k * short, kernel=())
+            replace(self, proj=f"{self.proj}/{side}:{k}", out=short, inp=short, start=first + k * short, kernel=())
             for k in range(long // short)
         )
 

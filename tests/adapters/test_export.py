@@ -212,3 +212,14 @@ def test_what_cannot_be_exported_is_refused(change, text, tmp_path):
     with pytest.raises(NetworkError, match=text):
         tnpeft.export_lora(model, tmp_path / "lora", **change)
     assert not (tmp_path / "lora").exists()
+
+
+def test_a_value_for_each_row_is_not_one_lora(tmp_path):
+    line = "B[scene layer proj out r] A[layer proj r inp] -> scene layer proj out inp"
+    model = adapted(opt(), line, ranks={"r": 2}, stack={"scene": 2})
+    tnpeft.select(model, scene=[0, 1])
+    with pytest.raises(NetworkError, match="a value of 'scene' for each row, not one update"):
+        tnpeft.export_lora(model, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+    tnpeft.select(model, scene=1)
+    assert tnpeft.export_lora(model, tmp_path / "lora").rows

@@ -98,3 +98,10 @@ def test_several_updates_are_not_one_to_be_measured() -> None:
     tnpeft.select(model, scene=[0, 1])
     with pytest.raises(NetworkError, match="a value of 'scene' for each row, not one update"):
         tnpeft.coordinate_check(model, its.example())
+
+
+def test_an_adapter_beside_the_active_one_is_not_measured() -> None:
+    model = adapted(KINDS["embedding"], **LINES["tucker"])
+    model.add_adapter("other", model.peft_config["default"])
+    with pytest.raises(NetworkError, match="moves no factor of 'other' at any of 2 sites\nactivate the adapter"):
+        tnpeft.coordinate_check(model, KINDS["embedding"].example(), "other")

@@ -91,7 +91,7 @@ def export_lora(model: nn.Module, path: str | Path, adapter: str = "default", *,
         rank: the largest rank; None for the largest at which two factors have at most as many elements as the update.
 
     Raises:
-        NetworkError: the adapter is unknown or trains biases, or ``rank`` is not a positive integer.
+        NetworkError: the adapter is unknown, several updates or trains biases, or ``rank`` is not a positive integer.
 
     >>> import peft, tempfile, tnpeft
     >>> config = tnpeft.TensorNetworkConfig(network="vera", ranks={"r": 3}, target_modules=["0"])
@@ -127,6 +127,7 @@ def export_lora(model: nn.Module, path: str | Path, adapter: str = "default", *,
             )
     rows, sites = [], []
     for name, linear in linears.items():
+        linear._refuse_several(adapter)
         row, left, right = _lora(name, linear, adapter, rank)
         packing = formats.NESTED if linear.experts else formats.LORA
         rows.append(row)

@@ -193,7 +193,7 @@ def gradients(model: nn.Module, batch: Any, held: Mapping[ParameterSpec, Tensor]
         if loss is None:
             value = out if isinstance(out, Tensor) else next(v for v in _tensors(out) if v.is_floating_point())
             loss = value.float().square().mean() if value.ndim else value
-        if not loss.requires_grad:
+        if not (trained and loss.requires_grad):
             return {param: torch.zeros_like(array) for param, array in trained.items()}
         grads = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
     return {

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
 import sys
-import tempfile
-import tomllib
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,11 +20,11 @@ from typing import Any
 import jinja2
 
 from tnpeft._text import Table
-from tnpeft.studies.files import write_text
+from tnpeft.studies.files import read_toml, write_text
 from tnpeft.studies.reports import tables
 from tnpeft.studies.reports.points import Point
 from tnpeft.studies.reports.reporting import render
-from tnpeft.studies.statistics import VERDICT, Finding, Summary, exchange_rate, paired, summary, variance_ratio
+from tnpeft.studies.statistics import VERDICT, Finding, Summary, exchange_rate, paired, variance_ratio
 
 PAPER = Path(__file__).resolve().parent.parent / "paper"
 MEASURES = {"metric": ("scores", 100, " points"), "loss": ("losses", 1, "")}  # what is compared, times, unit
@@ -53,14 +51,12 @@ class Facts:
         return path.read_text(encoding="utf-8")
 
     def _data(self, study: str) -> Any:
-        found = json.loads(self._text(f"{study}.json"))
-        path = self.paper / "backbones.toml"
-        known = tomllib.loads(path.read_text(encoding="utf-8"))
+        found, known = json.loads(self._text(f"{study}.json")), read_toml(self.paper / "backbones.toml")
         if not found.get("backbones"):
             raise Missing(f"{study} names no backbone by its hash: run it again")
         for backbone, identity in found["backbones"].items():
             if known.get(Path(backbone).name) != identity:
-                raise Missing(f"{study} was run on {backbone} ({identity}), which is not in {path.name}")
+                raise Missing(f"{study} was run on {backbone} ({identity}), which is not in backbones.toml")
         return found
 
     def rows(self, name: str) -> list[dict[str, str]]:
@@ -86,7 +82,7 @@ class Facts:
 
     def mean(self, study: str, name: str) -> str:
         """The mean score over seeds in percent, with its interval and number."""
-        return shown(summary(self.point(study, name).scores), 100, " %", ".1f")
+        return shown(self.point(study, name).summary, 100, " %", ".1f")
 
     def difference(self, study: str, one: str, other: str, measure: str = "metric") -> str:
         """``one`` minus ``other`` over shared replicates, in points or in cross-entropy, with interval and number."""
@@ -96,16 +92,14 @@ class Facts:
             raise Missing(f"{one} and {other} have no common seed in {study}")
         return shown(its, scale, unit)
 
-    def _findings(self, study: str) -> list[tuple[Finding, str, str]]:
+    def _findings(self, study: str) -> Iterator[tuple[Finding, str, str]]:
         """The declared contrasts of a study, each with its difference and margin as text."""
         declared = self.data(study)["contrasts"]
-        found = []
         for its, row in zip(tables.contrasts(self.points(study), declared), declared, strict=True):
             _, scale, unit = MEASURES[row["measure"]]
             margin = its.margin * scale
             limit = f"{margin:g}{unit.rstrip('s') if margin == 1 else unit}"
-            found.append((its, shown(its.summary, scale, unit) if its.summary else "not run", limit))
-        return found
+            yield its, shown(its.summary, scale, unit) if its.summary else "not run", limit
 
     def contrast(self, study: str, name: str) -> str:
         """A declared contrast, ``+1.0 points (+0.1 to +1.9, n = 8; higher)``: the verdict where there is one."""
@@ -130,17 +124,14 @@ class Facts:
         )
         if its is None:
             raise Missing(f"{study} has no variance between families under {policy} and {base}")
-        return f"{its.mean:.2g} ({its.low:.2g} to {its.high:.2g}, {its.n} backbones)"
+        return over(its, "backbones")
 
     def under(self, study: str, policy: str, own: str, points: float) -> str:
         """The families whose mean under a policy is more than so many points under their own tuned one."""
-        tuned = {p.label: p for p in reversed(self.points(study, policy=own))}
-        found = []
-        for p in self.points(study, policy=policy):
-            gap = paired(p.scores, tuned[p.label].scores) if p.label in tuned else None
-            if gap and 100 * gap.mean < -points:
-                found.append(f"{p.label} {shown(gap, 100, ' points')}")
-        return ", ".join(found) or "none"
+        tuned = {p.label: p.scores for p in reversed(self.points(study, policy=own))}
+        gaps = [(p.label, paired(p.scores, tuned.get(p.label, {}))) for p in self.points(study, policy=policy)]
+        low = [f"{label} {shown(its, 100, ' points')}" for label, its in gaps if its and 100 * its.mean < -points]
+        return ", ".join(low) or "none"
 
     def near(self, study: str, policy: str, label: str) -> str:
         """How many methods chose a relative step within half a decade of one method's, and their learning rates.
@@ -157,9 +148,7 @@ class Facts:
         """Parameters of one family that reach the loss of one parameter of another, with a jackknife interval."""
         curves = (self.points(study, policy=policy, label=label) for label in (of, against))
         its = exchange_rate(*([(p.parameters, p.losses) for p in curve] for curve in curves))
-        if its is None:
-            return "cannot be read off: the curves have no common loss"
-        return f"{its.mean:.2g} ({its.low:.2g} to {its.high:.2g}, {its.n} seeds)"
+        return over(its, "seeds") if its else "cannot be read off: the curves have no common loss"
 
     def settings(self, *studies: str) -> str:
         """The settings of studies side by side, and their backbones."""
@@ -169,9 +158,13 @@ class Facts:
             data = self.data(study)
             own = {"targets": ", ".join(data["settings"]["targets"]), "seeds": str(len(data["seeds"]))}
             found[study] = {**data["settings"], **own, "backbone": data["backbone"]}
-        return Table.of(
-            {"setting": key, **{study: its[key] for study, its in found.items()}} for key in keys
-        ).markdown()
+        rows = ({"setting": key, **{study: its[key] for study, its in found.items()}} for key in keys)
+        return Table.of(rows).markdown()
+
+
+def over(its: Summary, what: str) -> str:
+    """A ratio with its interval and the number behind it."""
+    return f"{its.mean:.2g} ({its.low:.2g} to {its.high:.2g}, {its.n} {what})"
 
 
 def shown(its: Summary, scale: float, unit: str, form: str = "") -> str:
@@ -184,12 +177,7 @@ def shown(its: Summary, scale: float, unit: str, form: str = "") -> str:
 def show(paper: Path, name: str) -> None:
     """Make the tables and figures of one study from its results."""
     facts = json.loads((paper / "tables" / f"{name}.json").read_text(encoding="utf-8"))
-    with tempfile.TemporaryDirectory() as made:
-        render(facts, made)
-        for path in sorted(Path(made).iterdir()):
-            folder = paper / ("figures" if path.suffix in (".png", ".pdf", ".svg") else "tables")
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, folder / path.name)
+    render(facts, paper / "tables", paper / "figures")
 
 
 def studies(paper: Path) -> list[str]:

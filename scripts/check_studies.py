@@ -34,16 +34,14 @@ def problems(paper: Path) -> Iterator[str]:
     facts = Facts(paper)
     for name in studies(paper):
         try:
-            points, declared = facts.points(name), facts.data(name)["contrasts"]
+            for p in facts.points(name):
+                if p.edge:
+                    yield f"{name}: the value of {p.name} stands at an end of its grid"
+            for row in facts.rows(f"{name}-contrasts") if facts.data(name)["contrasts"] else ():
+                if row["verdict"] and int(row["n"]) < VERDICT:
+                    yield f"{name}: {row['contrast']} has a verdict on {row['n']} observations"
         except Missing as error:
             yield str(error)
-            continue
-        for p in points:
-            if p.edge:
-                yield f"{name}: the value of {p.name} stands at an end of its grid"
-        for row in facts.rows(f"{name}-contrasts") if declared else ():
-            if row["verdict"] and int(row["n"]) < VERDICT:
-                yield f"{name}: {row['contrast']} has a verdict on {row['n']} observations"
 
 
 def spread(points: tuple[Point, ...]) -> tuple[float, float]:

@@ -52,7 +52,8 @@ def pretrain(seed: int, folder: Path) -> float:
 
 def main() -> None:
     torch.use_deterministic_algorithms(True)
-    table = read_toml(WEIGHTS / "digits.toml") if (WEIGHTS / "digits.toml").exists() else {}
+    path = WEIGHTS / "digits.toml"
+    table = read_toml(path) if path.exists() else {}
     for seed in map(int, sys.argv[1:] or range(packaged.DIGITS_COUNT)):
         weights = WEIGHTS / f"digits-{seed}.safetensors"
         with tempfile.TemporaryDirectory() as made:
@@ -67,7 +68,7 @@ def main() -> None:
     text = "# Ten frozen backbones by seed: hash of the weights, accuracy on upright digits not trained on.\n"
     for seed in sorted(table, key=int):
         text += f"\n[{seed}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in table[seed].items())
-    write_text(WEIGHTS / "digits.toml", text)
+    write_text(path, text)
 
 
 if __name__ == "__main__":

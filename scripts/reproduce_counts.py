@@ -7,9 +7,10 @@ out from these by hand are told apart.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -40,14 +41,6 @@ class Group:
     sizes: Mapping[str, int]
     options: Mapping[str, Any]
     projections: tuple[str, ...]
-
-    def sites(self) -> Iterator[Site]:
-        """The sites; a size that the entry leaves open enters frozen factors only, so any number serves."""
-        net, sizes = self.network, self.sizes
-        out, inp = (prod(sizes.get(index, 1) for index in side) for side in (net.rows, net.cols))
-        for layer in range(sizes["layer"]):
-            for projection in self.projections:
-                yield Site(layer, projection, out, inp, heads=sizes.get("head", 0), experts=sizes.get("expert", 0))
 
 
 @dataclass(frozen=True)
@@ -82,11 +75,7 @@ class Row:
 
 
 def groups_of(entry: Mapping[str, Any]) -> Iterator[Group]:
-    """The groups of an entry, each with its sizes filled in; an entry without groups is one group.
-
-    Raises:
-        NetworkError: a line is not a network, or a size is not a positive integer.
-    """
+    """The groups of an entry, each with its sizes filled in; an entry without groups is one group."""
     taken = 0
     for group in entry.get("groups", ({"name": "all", "sizes": {}},)):
         net = network(group.get("line", entry["line"]))
@@ -94,17 +83,13 @@ def groups_of(entry: Mapping[str, Any]) -> Iterator[Group]:
         count = sizes.get("proj", 1)
         projections = tuple(group.get("projections", (f"p{taken + k}" for k in range(count))))
         taken += count
-        options = {**entry.get("options", {}), **group.get("options", {})}
-        yield Group(group["name"], net, sizes, options, projections)
+        yield Group(group["name"], net, sizes, entry.get("options", {}) | group.get("options", {}), projections)
 
 
-def count_by_line(groups: Iterable[Group]) -> int:
+def count_by_line(groups: Sequence[Group]) -> int:
     """Elements of all trainable factors, by the structure of the lines alone.
 
     A factor that carries ``proj`` belongs to its group; any other is shared by all groups that have its shape.
-
-    Raises:
-        NetworkError: a trainable factor has an index without a size.
     """
     stored: dict[tuple[str, tuple[int, ...], str], int] = {}
     for group in groups:
@@ -116,23 +101,27 @@ def count_by_line(groups: Iterable[Group]) -> int:
     return sum(stored.values())
 
 
-def count_by_family(name: str, groups: Iterable[Group]) -> int:
-    """Trainable elements of a family over the sites of the groups; groups of equal options share a layout."""
-    alike: dict[str, list[Group]] = defaultdict(list)
+def count_by_family(name: str, groups: Sequence[Group]) -> int:
+    """Trainable elements of a family over the sites of the groups; groups of equal options share a layout.
+
+    A size that the entry leaves open enters frozen factors only, so any number serves.
+    """
+    alike: dict[str, list[Site]] = defaultdict(list)
     for group in groups:
-        alike[canonical(group.options)].append(group)
+        net, sizes = group.network, group.sizes
+        out, inp = (prod(sizes.get(index, 1) for index in side) for side in (net.rows, net.cols))
+        more = {"heads": sizes.get("head", 0), "experts": sizes.get("expert", 0)}
+        places = [(layer, projection) for layer in range(sizes["layer"]) for projection in group.projections]
+        alike[canonical(group.options)] += [Site(*place, out, inp, **more) for place in places]
     declare = families.get(name)
-    return sum(
-        layout(declare(**same[0].options), [site for group in same for site in group.sites()]).count()
-        for same in alike.values()
-    )
+    return sum(layout(declare(**json.loads(options)), sites).count() for options, sites in alike.items())
 
 
 def derive(entry: Mapping[str, Any]) -> Row:
     """Return the recorded count with its derivations.
 
     Raises:
-        NetworkError: the entry cannot be derived; the message names it.
+        NetworkError: a line is not a network, or a size that counts is missing or wrong; the message names the entry.
     """
     try:
         groups, extra = [*groups_of(entry)], entry.get("extra", 0)
@@ -143,45 +132,33 @@ def derive(entry: Mapping[str, Any]) -> Row:
         raise NetworkError(problem, line=error.line, position=error.position, remedy=error.remedy) from None
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """Return the recorded counts of a file."""
-    entries: list[dict[str, Any]] = read_toml(path)["count"]
-    return entries
-
-
-def markdown(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table, under a line that says how many match."""
-    shown = ({column: row.cells()[column] for column in SHOWN} for row in rows)
-    marks = "\n".join(f"- {line}" for line in summary(rows))
-    return f"""# Parameter counts from lines of einsum
+def main(published: Path = PAPER / "published" / "counts.toml", tables: Path = PAPER / "tables") -> int:
+    """Write the tables of the published counts; 0 if every count matches, else 1."""
+    rows = [derive(entry) for entry in read_toml(published)["count"]]
+    cells = [row.cells() for row in rows]
+    marks = []
+    for mark, meaning in EVIDENCE.items():
+        found = [row.match for row in rows if row.entry["evidence"] == mark]
+        marks.append(f"{mark}: {sum(found)} of {len(found)} ({meaning})")
+    listed = "\n".join(f"- {line}" for line in marks)
+    text = f"""# Parameter counts from lines of einsum
 
 {sum(row.match for row in rows)} of {len(rows)} recorded values follow exactly from their lines of einsum, \
 {sum(row.by_family is not None for row in rows)} of them through a family as well. By evidence:
 
-{marks}
+{listed}
 
 Lines, sizes, extras and sources: `counts.csv` and `paper/published/counts.toml`.
 
-{Table.of(shown, "<<<><>><").markdown()}
+{Table.of(({column: its[column] for column in SHOWN} for its in cells), "<<<><>><").markdown()}
 """
-
-
-def summary(rows: Sequence[Row]) -> list[str]:
-    """Return one line for each mark of evidence: how many values match, and where they stand."""
-    marked = {mark: [row.match for row in rows if row.entry["evidence"] == mark] for mark in EVIDENCE}
-    return [f"{mark}: {sum(its)} of {len(its)} ({EVIDENCE[mark]})" for mark, its in marked.items()]
-
-
-def main(published: Path = PAPER / "published" / "counts.toml", tables: Path = PAPER / "tables") -> int:
-    """Write the tables of the published counts; 0 if every count matches, else 1."""
-    rows = [derive(entry) for entry in read(published)]
-    write_text(tables / "counts.md", markdown(rows))
-    write_text(tables / "counts.csv", Table.of(row.cells() for row in rows).csv())
-    wrong = [row.cells() for row in rows if not row.match]
+    write_text(tables / "counts.md", text)
+    write_text(tables / "counts.csv", Table.of(cells).csv())
+    wrong = [its for its in cells if its["match"] == "NO"]
     for its in wrong:
-        found = f"from the line {its['from the line']}, from the family {its['from the family'] or 'None'}"
-        print(f"{its['id']}: {its['evidence']} {its['value']}, {found}", file=sys.stderr)
-    print("parameter counts that follow exactly from their lines", *summary(rows), sep="\n")
+        text = f"from the line {its['from the line']}, from the family {its['from the family'] or 'None'}"
+        print(f"{its['id']}: {its['evidence']} {its['value']}, {text}", file=sys.stderr)
+    print("parameter counts that follow exactly from their lines", *marks, sep="\n")
     return bool(wrong)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from tnpeft._text import Table
 from tnpeft.studies.files import read_toml, write_text
-from tnpeft.studies.statistics import Summary, summary
+from tnpeft.studies.statistics import summary
 
 PAPER = Path(__file__).resolve().parent.parent / "paper"
 SLACK = 0.1  # of the budget, within which sizes are counterparts
@@ -32,49 +32,34 @@ def counterpart(points: Sequence[Row], task: str, method: str, share: float) -> 
     return best if best and abs(best["parameters"] - share * unit) <= SLACK * share * unit else None
 
 
-def beside(published: Row, here: Row, tables: Path) -> Iterator[tuple[Row, str, str, Row]]:
-    """Every score of a published table with its counterpart in every study that has one, or in none.
+def beside(published: Row, here: Row, tables: Path) -> Iterator[tuple[int, str, str, Row]]:
+    """Every score of a published table with its counterpart in every study that may have one.
 
-    Yields the published row, the column, the score here as text, and all of it as a row of the CSV file.
+    Yields the published row's number, the column, the score here as text, and all of it as a row of the CSV file.
     """
-    for row in published["rows"]:
-        for column, its in here["columns"].items():
+    points = {}
+    for study in here.get("studies", ()):
+        path = tables / f"{study}.json"
+        points[study] = json.loads(path.read_text(encoding="utf-8"))["points"] if path.exists() else []
+    for number, row in enumerate(published["rows"]):
+        for column, its in here["columns"].items() if points else ():
             method = row["method"] if its["method"] == "row" else its["method"]
             share = row[its["size"]] * here["steps"][method] / here["steps"]["LoRA"]
-            for study in here["studies"]:
-                point = counterpart(read(tables / f"{study}.json"), here["tasks"][row["task"]], method, share) or {}
-                scores = summary(point["scores"]) if point else None
-                yield (
-                    row,
-                    column,
-                    shown(scores, point["size"]) if scores else NOT_RUN,
-                    {
-                        "table": published["id"],
-                        "task": row["task"],
-                        "method": row.get("method", column),
-                        "published": row[column],
-                        "study": study,
-                        "size here": point.get("size", ""),
-                        "parameters here": point.get("parameters", ""),
-                        "mean here": f"{scores.mean:.4f}" if scores else NOT_RUN,
-                        "sd here": f"{scores.sd:.4f}" if scores and scores.n > 1 else "",
-                        "seeds here": scores.n if scores else 0,
-                    },
-                )
+            for study, every in points.items():
+                flat = {"table": published["id"], "task": row["task"], "method": row.get("method", column)}
+                flat |= {"published": row[column], "study": study, "size here": "", "parameters here": ""}
+                flat |= {"mean here": NOT_RUN, "sd here": "", "seeds here": 0}
+                text = NOT_RUN
+                if point := counterpart(every, here["tasks"][row["task"]], method, share):
+                    scores, size = summary(point["scores"]), point["size"]
+                    sd, plural = (f"{scores.sd:.4f}", "s") if scores.n > 1 else ("", "")
+                    text = f"{scores.mean:.3f}{sd and f' ± {scores.sd:.3f}'} ({size}, {scores.n} seed{plural})"
+                    flat |= {"size here": size, "parameters here": point["parameters"]}
+                    flat |= {"mean here": f"{scores.mean:.4f}", "sd here": sd, "seeds here": scores.n}
+                yield number, column, text, flat
 
 
-def shown(its: Summary, size: str) -> str:
-    """A score as text."""
-    spread, plural = (f" ± {its.sd:.3f}", "s") if its.n > 1 else ("", "")
-    return f"{its.mean:.3f}{spread} ({size}, {its.n} seed{plural})"
-
-
-def read(path: Path) -> list[Row]:
-    """The points of a study; none if it was not run."""
-    return list(json.loads(path.read_text(encoding="utf-8"))["points"]) if path.exists() else []
-
-
-def section(published: Row, here: Row, cells: Sequence[tuple[Row, str, str, Row]]) -> str:
+def section(published: Row, here: Row, cells: Sequence[tuple[int, str, str, Row]]) -> str:
     """A published table as Markdown, with a column for each study that has something beside it."""
     lines = [f"## {published['id']}", "", f"{published['what']}. {published['model']}; {published['metric']}."]
     lines += [f"Evidence: {published['evidence']}, {published['source']}.", ""]
@@ -85,9 +70,9 @@ def section(published: Row, here: Row, cells: Sequence[tuple[Row, str, str, Row]
     if own not in ran:
         lines += [f"`{own}`, the paper's own setting: **not run** ({here['why']}).", ""]
     rows = [dict(row) for row in published["rows"]]
-    for row, found in zip(published["rows"], rows, strict=True):
-        kept = (cell for cell in cells if cell[0] is row and cell[3]["study"] in ran)
-        found |= {f"{column}: {its['study']}": text for _, column, text, its in kept}
+    for number, column, text, its in cells:
+        if its["study"] in ran:
+            rows[number][f"{column}: {its['study']}"] = text
     keys = list(dict.fromkeys(key for row in rows for key in row))
     return "\n".join([*lines, Table.of({key: row.get(key, "") for key in keys} for row in rows).markdown(), ""])
 
@@ -96,12 +81,9 @@ def main(paper: Path = PAPER, out: Path = PAPER / "tables") -> None:
     """Write the tables of what is below ``paper`` into ``out``."""
     published = read_toml(paper / "published" / "results.toml")["table"]
     matches = {its["table"]: its for its in read_toml(paper / "published" / "here.toml")["here"]}
-    parts, flat = [], []
-    for table in published:
-        here = matches[table["id"]]
-        cells = list(beside(table, here, paper / "tables")) if "studies" in here else []
-        parts.append(section(table, here, cells))
-        flat += [its for *_, its in cells]
+    cells = {table["id"]: [*beside(table, matches[table["id"]], paper / "tables")] for table in published}
+    parts = [section(table, matches[table["id"]], cells[table["id"]]) for table in published]
+    flat = [its for each in cells.values() for *_, its in each]
     own = {its["studies"][0] for its in matches.values() if "studies" in its}
     ran = [row["study"] in own for row in flat if row["mean here"] != NOT_RUN]
     same, smaller = sum(ran), len(ran) - sum(ran)

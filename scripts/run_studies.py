@@ -12,26 +12,18 @@ import argparse
 import gzip
 import json
 import os
-import shutil
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from build_report import PAPER, show
-
 from tnpeft.studies import Engine, Store, Study, report, sweep
 from tnpeft.studies.files import whole
 
-ROOT = PAPER.parent
+ROOT = Path(__file__).resolve().parent.parent
 STUDIES = (
-    "study0_smollm2",
-    "study1_structure_or_step",
-    "study1_controls",
-    "study1_own_steps",
-    "study2_finer_steps",
-    "study3_constructions",
-    "study2_mpnet",
+    *("study0_smollm2", "study1_structure_or_step", "study1_controls", "study1_own_steps"),
+    *("study2_finer_steps", "study3_constructions", "study2_mpnet"),
 )
 
 
@@ -48,15 +40,13 @@ def main() -> None:
         study, runs = Study.read(ROOT / "presets" / f"{name}.toml", data=args.data), ROOT / "runs" / name
         if not args.report:
             sweep(study, runs, Engine(workers=args.workers, pack=args.pack), say=lambda line: print(line, flush=True))
-        publish(study, runs)
+        publish(study, runs, ROOT / "paper")
 
 
-def publish(study: Study, runs: Path) -> None:
+def publish(study: Study, runs: Path, paper: Path) -> None:
     """Report a study in paper/, with the records of its runs, predictions and all, as one compressed file."""
-    report(study, runs, runs / "report")
-    shutil.copyfile(runs / "report" / f"{study.name}.json", PAPER / "tables" / f"{study.name}.json")
-    show(PAPER, study.name)
-    store, path = Store(runs), PAPER / "records" / f"{study.name}.jsonl.gz"
+    report(study, runs, paper / "tables", figures=paper / "figures")
+    store, path = Store(runs), paper / "records" / f"{study.name}.jsonl.gz"
     keys = sorted({run.key for run in (*study.search(store), *study.confirmation(store))})
     lines = [json.dumps(record, sort_keys=True) for key in keys if (record := store.result(key))]
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -46,7 +46,8 @@ def cases(options: driver.Options) -> driver.Cases:
     base = models.placed(options, causal=True, eos_token_id=None).eval()
     prompt = torch.arange(3, 3 + options.prompt, device=options.device)[None]
     built = {"floor": base}
-    for name, config in driver.chosen(models.configs(1, names=KINDS), options.only).items():
+    for name in driver.chosen(KINDS, options.only):
+        config = models.config(name, 1)
         model = models.adapted(base, config).eval()
         merged = peft.get_peft_model(copy.deepcopy(base), config).eval().merge_and_unload()
         assert torch.equal(*(decode(its, prompt, min(4, options.tokens)) for its in (merged, model)))

@@ -21,7 +21,6 @@ import argparse
 import gc
 import importlib
 import json
-import multiprocessing
 import os
 import platform
 import re
@@ -30,17 +29,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import jinja2
 import torch
 
-from bench.models import SHAPES, described
+from bench.models import SHAPES
 from tnpeft.studies.files import digest, write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,7 +58,7 @@ Options = argparse.Namespace
 Rows = Iterable[dict[str, Any]]
 CLOCKS: Mapping[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 CLOCK = {"choices": CLOCKS, "help": "cpu: time that other work cannot add to"}
-PRIVATE = ("out", "only", "against", "data", "tokenizer", "cache")  # paths, and what the rows tell
+PRIVATE = ("out", "only", "against", "data", "tokenizer", "cache", "work")  # paths, and what the rows tell
 
 
 def parse(name: str, arguments: Sequence[str]) -> tuple[Any, Options]:
@@ -68,7 +69,14 @@ def parse(name: str, arguments: Sequence[str]) -> tuple[Any, Options]:
         options["against"] = {"type": Path, "help": "another checkout, whose cases are timed in turn with these"}
     parser = _parser(name, module.__doc__)
     for option, value in {**options, **module.OPTIONS}.items():
-        parser.add_argument(f"--{option}", **(value if isinstance(value, dict) else _argument(value)))
+        its = value
+        if isinstance(value, bool):
+            its = {"action": "store_true"}
+        elif isinstance(value, tuple):
+            its = {"type": type(value[0]), "nargs": "+", "default": value, "help": "default: %(default)s"}
+        elif not isinstance(value, dict):
+            its = {"type": type(value), "default": value, "help": "default: %(default)s"}
+        parser.add_argument(f"--{option}", **its)
     found = parser.parse_args(arguments)
     if "shape" in found:
         found.layers = found.layers or SHAPES[found.shape][2]
@@ -80,26 +88,22 @@ def _parser(name: str, text: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(f"bench.py {name}", description=text, formatter_class=raw)
 
 
-def _argument(default: Any) -> dict[str, Any]:
-    """Return the argument of an option that is given by its default."""
-    if isinstance(default, bool):
-        return {"action": "store_true"}
-    many = isinstance(default, tuple)
-    kind = {"type": type(default[0]), "nargs": "+"} if many else {"type": type(default)}
-    return {**kind, "default": default, "help": "default: %(default)s"}
+def known(what: str, names: Iterable[str], there: Iterable[str]) -> None:
+    """End with a message about the first name that is not there, if there is one."""
+    for name in sorted({*names} - {*there}):
+        sys.exit(f"unknown {what} {name!r}; there are {', '.join(there)}")
 
 
-def chosen(known: Mapping[str, Any], only: Sequence[str] | None) -> dict[str, Any]:
+def chosen(every: Iterable[str], only: Sequence[str] | None) -> list[str]:
     """Return the cases that are asked for, with the floors."""
-    unknown = sorted({*(only or ())} - {*known})
-    if unknown:
-        sys.exit(f"unknown case {unknown[0]!r}; the cases are {', '.join(known)}")
-    return {name: case for name, case in known.items() if not only or name in only or name.startswith("floor")}
+    known("case", only or (), every)
+    return [name for name in every if not only or name in only or name.startswith("floor")]
 
 
-def progress(what: Any) -> None:
-    """Tell on the error stream what was found."""
+def told(what: Any) -> Any:
+    """Return what was found, after telling it on the error stream."""
     print(what, file=sys.stderr, flush=True)
+    return what
 
 
 # ---- times
@@ -115,9 +119,13 @@ class Case:
     unit: str = "milliseconds"
     per: int = 1
 
+    def row(self, times: Sequence[float], floor: Sequence[float]) -> dict[str, Any]:
+        """Return the facts and the times."""
+        its = {self.unit: 1e3 * median(times) / self.per, "overhead": ratio(times, floor) - 1, "samples": times}
+        return {**self.facts, **its}
+
 
 Cases = Iterator[tuple[str, Case]]
-Sampler = Callable[[], float]
 
 
 def once(run: Callable[[], Any], clock: str) -> tuple[Any, float]:
@@ -126,32 +134,31 @@ def once(run: Callable[[], Any], clock: str) -> tuple[Any, float]:
     return run(), CLOCKS[clock]() - start
 
 
-def samplers(runs: Mapping[str, Callable[[], Any]], options: Options) -> dict[str, Sampler]:
-    """Return for each run a function that runs it and returns the seconds that it took."""
+def interleaved(runs: Mapping[Any, Callable[[], Any]], options: Options) -> dict[Any, list[float]]:
+    """Return seconds of each run, one sample of each in turn, so that a busy machine slows all of them alike.
+
+    Where two checkouts are compared, each sample of one is followed by that of the other.
+    """
     wait = torch.cuda.synchronize if getattr(options, "device", "cpu") == "cuda" else lambda: None
+    warm, turn = 3 if getattr(options, "compile", False) else 1, getattr(options, "turn", None)
 
     def sample(run: Callable[[], Any]) -> float:
+        if turn:
+            turn.recv()
         wait()
-        return once(lambda: (run(), wait()), options.clock)[1]
+        _, seconds = once(lambda: (run(), wait()), options.clock)
+        if turn:
+            with suppress(BrokenPipeError):  # the other has had its last turn
+                turn.send(None)
+        return seconds
 
-    return {name: partial(sample, run) for name, run in runs.items()}
-
-
-def in_turn(each: Mapping[Any, Sampler], options: Options) -> dict[Any, list[float]]:
-    """Return seconds of each, one sample of each in turn, so that a busy machine slows all of them alike."""
-    warm = 3 if getattr(options, "compile", False) else 1
     gc.collect()
     gc.disable()
     try:
-        turns = [{name: sampler() for name, sampler in each.items()} for _ in range(warm + options.samples)]
+        turns = [{name: sample(run) for name, run in runs.items()} for _ in range(warm + options.samples)]
     finally:
         gc.enable()
-    return {name: [turn[name] for turn in turns[warm:]] for name in each}
-
-
-def interleaved(runs: Mapping[Any, Callable[[], Any]], options: Options) -> dict[Any, list[float]]:
-    """Return seconds of each run, in turn."""
-    return in_turn(samplers(runs, options), options)
+    return {name: [each[name] for each in turns[warm:]] for name in runs}
 
 
 def ratio(times: Sequence[float], floor: Sequence[float]) -> float:
@@ -165,92 +172,55 @@ def added(times: Sequence[float], floor: Sequence[float]) -> float:
 
 
 def measured(module: Any, options: Options) -> dict[str, Any]:
-    """Return what a benchmark measures itself; rows, which are told one by one, are its cases."""
-    found = _prepared(module.measure, options)
-    if isinstance(found, dict):
-        return found
-    rows = []
-    for row in found:
-        progress(row)
-        rows.append(row)
-    return {"cases": rows}
-
-
-def _prepared(call: Callable[[Options], Any], options: Options) -> Any:
+    """Return what a benchmark finds; cases that are timed over a floor are timed here, all in turn."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    return call(options)
+    if not hasattr(module, "cases"):
+        found = module.measure(options)
+        return found if isinstance(found, dict) else {"cases": [*map(told, found)]}
+    cases = {}
+    for name, case in module.cases(options):
+        told(f"{name}: {case.facts}")
+        cases[name] = case
+    times = interleaved({name: case.run for name, case in cases.items()}, options)
+    return {"cases": {name: case.row(times[name], times[case.floor]) for name, case in cases.items()}}
 
 
-def made(module: Any, options: Options) -> tuple[dict[str, Case], dict[str, Sampler]]:
-    """Return a benchmark's cases, and what gives the seconds of a sample of each."""
-    cases: dict[str, Case] = dict(_prepared(module.cases, options))
-    return cases, samplers({name: case.run for name, case in cases.items()}, options)
+def work(path: Path, turn: Any, name: str, arguments: Sequence[str]) -> None:
+    """Write what a benchmark finds with this process's package, each sample when it is its turn."""
+    module, options = parse(name, arguments)
+    options.turn = turn
+    write_json(path, measured(module, options))
 
 
-@contextmanager
-def worker(root: Path, name: str, arguments: Sequence[str]) -> Iterator[tuple[dict[str, Case], dict[str, Sampler]]]:
-    """Give the cases of this checkout's benchmark on another one's package, which a process has, and samplers."""
-    spawn = multiprocessing.get_context("spawn")
-    pipe, theirs = spawn.Pipe()
-    process = spawn.Process(target=serve, args=(theirs, name, arguments), daemon=True)
-    sys.path.insert(0, str(root))  # the process begins with this path
-    process.start()
-    sys.path.pop(0)
-    theirs.close()
-    try:
-        package, cases = pipe.recv()
-        if not Path(package).is_relative_to(root):
-            sys.exit(f"{root} has no package tnpeft")
-        yield cases, {key: lambda key=key: (pipe.send(key), pipe.recv())[1] for key in cases}
-    except EOFError:
-        sys.exit("a worker has failed")
-    finally:
-        process.terminate()
-
-
-def serve(pipe: Any, name: str, arguments: Sequence[str]) -> None:
-    """Answer a parent: with the cases, then with the seconds of each case that it names."""
-    import tnpeft
-
-    cases, each = made(*parse(name, arguments))
-    pipe.send((str(Path(tnpeft.__file__).resolve()), {key: replace(case, run=print) for key, case in cases.items()}))
-    gc.disable()
-    while True:
-        pipe.send(each[pipe.recv()]())
-
-
-def timed(module: Any, options: Options, arguments: Sequence[str]) -> dict[str, Any]:
-    """Return the cases of a benchmark with their times, all in turn, those of another checkout among them."""
-    if not options.against:
-        cases, each = made(module, options)
-        return {"cases": _rows(cases, in_turn(each, options))}
-    with ExitStack() as stack:
-        roots, name = (ROOT, options.against.resolve()), module.__name__.rpartition(".")[2]
-        both = [stack.enter_context(worker(root, name, arguments)) for root in roots]
-        times = in_turn({(key, k): both[k][1][key] for key in both[0][0] for k in (0, 1)}, options)
-    ours, theirs = (_rows(both[k][0], {key: times[key, k] for key in both[0][0]}) for k in (0, 1))
-    for key, row in theirs.items():
-        row["time"] = ratio(ours[key]["samples"], row["samples"])
-    return {"cases": ours, "against": theirs, "commits": [*map(_commit, roots)]}
-
-
-def _rows(cases: Mapping[str, Case], times: Mapping[str, list[float]]) -> dict[str, dict[str, Any]]:
-    """Return the facts and the times of cases."""
-    return {
-        key: {
-            **case.facts,
-            case.unit: 1e3 * median(times[key]) / case.per,
-            "overhead": ratio(times[key], times[case.floor]) - 1,
-            "samples": times[key],
-        }
-        for key, case in cases.items()
-    }
-
-
-def _commit(root: Path) -> str:
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+def compared(name: str, options: Options, arguments: Sequence[str]) -> dict[str, Any]:
+    """Return what a benchmark finds here and in another checkout, each in a process, in turn."""
+    spawn, roots = get_context("spawn"), (ROOT, options.against.resolve())
+    ends, found, commits = spawn.Pipe(), [], []
+    ends[1].send(None)  # the first turn is ours
+    with TemporaryDirectory() as folder:
+        paths = [Path(folder) / f"{k}.json" for k in range(2)]
+        workers = [
+            spawn.Process(target=work, args=(*each, name, arguments), daemon=True)
+            for each in zip(paths, ends, strict=True)
+        ]
+        for root, worker, end in zip(roots, workers, ends, strict=True):
+            if not (root / "tnpeft").is_dir():
+                sys.exit(f"{root} has no package tnpeft")
+            sys.path.insert(0, str(root))  # the process begins with this path
+            worker.start()
+            sys.path.pop(0)
+            end.close()
+            command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*"]
+            commits.append(subprocess.run(command, capture_output=True, text=True).stdout.strip())
+        for worker, path in zip(workers, paths, strict=True):
+            worker.join()
+            if worker.exitcode:
+                sys.exit("a worker has failed")
+            found.append(json.loads(path.read_text(encoding="utf-8"))["cases"])
+    for name, row in found[1].items():
+        row["time"] = ratio(found[0][name]["samples"], row["samples"])
+    return {"cases": found[0], "against": found[1], "commits": commits}
 
 
 # ---- pages
@@ -297,9 +267,11 @@ def page(module: Any, data: Mapping[str, Any]) -> str:
     """Return the title, what was measured, the settings and the machine, and the tables."""
     title, _, about = module.__doc__.partition(".\n\n")
     about += "" if getattr(module, "EXACT", False) else HOW
-    settings = data["settings"]
-    text = jinja2.Template(" ".join(about.split())).render(**data, **settings, how=described(settings))
-    tables = module.tables(data)
+    settings, tables = data.get("settings", {}), module.tables(data)
+    dtype = settings.get("dtype", "float32")
+    factors = f", factors in {dtype if settings.get('narrow') else 'float32'}" if dtype != "float32" else ""
+    how = f"{'compiled' if settings.get('compile') else 'eager'}{factors}"
+    text = jinja2.Template(" ".join(about.split())).render(**data, **settings, how=how)
     parts = {**(tables if isinstance(tables, dict) else {"": tables}), **_against(data)}
     shown = (
         (f"\n## {heading}\n" if heading else "") + f"\n{rows if isinstance(rows, str) else markdown(rows)}"
@@ -326,7 +298,7 @@ def _against(data: Mapping[str, Any]) -> dict[str, Any]:
 def run(name: str, arguments: Sequence[str]) -> None:
     """Measure, write, and print the page."""
     module, options = parse(name, arguments)
-    found = timed(module, options, arguments) if hasattr(module, "cases") else measured(module, options)
+    found = compared(name, options, arguments) if getattr(options, "against", None) else measured(module, options)
     settings = {option: value for option, value in vars(options).items() if option not in PRIVATE}
     settings["malloc"] = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
     settings |= found.pop("settings", {})
@@ -351,40 +323,35 @@ def code() -> str:
 
 def run_published(arguments: Sequence[str]) -> None:
     """Run what is asked for and has not run, each in its own process."""
-    known = published()
+    there = published()
     parser = _parser("all", __doc__)
-    parser.add_argument("names", nargs="*", help=f"some of {', '.join(known)} (default: all)")
+    parser.add_argument("names", nargs="*", help=f"some of {', '.join(there)} (default: all)")
     parser.add_argument("--data", help="folder with sst2/train.jsonl.gz and sst2/dev.jsonl.gz, or the hub")
     parser.add_argument("--tokenizer", help="folder or name of OPT's tokenizer")
     parser.add_argument("--again", action="store_true", help="run what has run already as well")
     parser.add_argument("--out", type=Path, default=TABLES, help="folder of the results")
     parser.add_argument("--done", type=Path, default=ROOT / "runs" / "benchmarks", help="folder of the notes")
     options = parser.parse_args(arguments)
-    _known(options.names, known)
-    for name in options.names or known:
-        which, its = known[name]
+    known("benchmark", options.names, there)
+    for name in options.names or there:
+        which, its = there[name]
         note, what = options.done / f"{name}.txt", f"{code()} {which} {its}\n"
         ran = note.is_file() and note.read_text() == what and (options.out / f"{name}.json").is_file()
         if "--device cuda" in its and not torch.cuda.is_available():
-            progress(f"== {name} needs a GPU: left as it is")
+            told(f"== {name} needs a GPU: left as it is")
         elif ran and not options.again:
-            progress(f"== {name} has run")
+            told(f"== {name} has run")
         else:
-            progress(f"== {name}")
+            told(f"== {name}")
             given = {"name": name, "out": options.out}
-            given |= {"data": options.data, "tokenizer": options.tokenizer} if which == "sst2" else {}
+            has = importlib.import_module(f"bench.{which}").OPTIONS
+            given |= {key: vars(options)[key] for key in ("data", "tokenizer") if key in has}
             command = [sys.executable, str(ROOT / "scripts" / "bench.py"), which, *shlex.split(its)]
             command += [f"--{key}={value}" for key, value in given.items() if value]
             environment = {**os.environ, **({} if name in GIVEN_BACK else KEPT)}
             seconds = once(partial(subprocess.run, command, check=True, env=environment), "wall")[1]
             write_text(note, what)
-            progress(f"== {name} took {seconds:.0f} s")
-
-
-def _known(names: Iterable[str], known: Iterable[str]) -> None:
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        sys.exit(f"unknown benchmark {unknown[0]!r}; there are {', '.join(known)}")
+            told(f"== {name} took {seconds:.0f} s")
 
 
 def main() -> None:
@@ -395,5 +362,5 @@ def main() -> None:
     elif name == "all":
         run_published(rest)
     else:
-        _known([name], (*NAMES, "goals"))
+        known("benchmark", [name], (*NAMES, "goals"))
         run(name, rest)

@@ -11,12 +11,11 @@ once more in place of keeping the results.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import peft
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bench import driver, meters, models
 
@@ -58,19 +57,13 @@ def adapters(rank: int) -> dict[str, Any]:
     whole = ("experts_gate_up_proj", "experts_down_proj")  # gate and up as one matrix, as PEFT has them
     ours = {f"expert_lora rank={rank}": whole, f"shared_outer_lora rank={rank}": ("experts",)}
     ours |= {"expert_cp rank=64": ("experts",), "expert_tucker ranks=32": ("experts",)}
-    return found | {title: models.network(models.family(title), 1024, targets) for title, targets in ours.items()}
-
-
-def step(module: nn.Module, x: Tensor, weights: Tensor) -> Tensor:
-    """Return the loss of one step."""
-    loss: Tensor = (module(x.detach().requires_grad_()) * weights).sum()
-    return loss
+    return found | {title: models.config(title, 1024, targets) for title, targets in ours.items()}
 
 
 def cases(options: driver.Options) -> driver.Cases:
     """Yield every case with few and with many experts, over the frozen block with as many."""
     x = torch.randn(1, options.tokens, options.hidden).to(options.device, getattr(torch, options.dtype))
-    weights = torch.randn_like(x) / x.numel()
+    forward_of = models.stepper(x, lambda module, its: module(its))
     for experts in options.experts:
         base = block(options, experts)
         built = {"frozen": base} | {name: models.adapted(base, its) for name, its in adapters(options.rank).items()}
@@ -78,7 +71,7 @@ def cases(options: driver.Options) -> driver.Cases:
             for parameter in (p for p in model.parameters() if p.requires_grad):
                 nn.init.normal_(parameter, 0, 0.02)
             module = next(its for where, its in model.named_modules() if where.endswith("layers.0.mlp")).train()
-            forward = partial(step, module, x, weights)
+            forward = forward_of(module)
             facts = {"trained": models.trained(module), "saved": meters.saved_bytes(module, forward)}
             facts |= {"case": name, "experts": experts}
             yield f"{name}, {experts}", driver.Case(models.backward(forward), facts, f"frozen, {experts}")
@@ -87,25 +80,19 @@ def cases(options: driver.Options) -> driver.Cases:
 def tables(data: Any) -> dict[str, driver.Rows]:
     """Return costs beside the frozen block and PEFT's, and growth with the number of experts."""
     by = {(row["case"], row["experts"]): row for row in data["cases"].values()}
-    peers = {experts: row for (name, experts), row in by.items() if name.startswith(PEFT)}
-    first, last = data["settings"]["experts"][0], data["settings"]["experts"][-1]
-
-    def costs(name: str, experts: int, row: Any) -> dict[str, Any]:
-        frozen, peer = by["frozen", experts], peers[experts]
+    costs, names = [], dict.fromkeys(name for name, _ in by)
+    for (name, experts), row in by.items():
+        frozen = by["frozen", experts]
+        (peer,) = (by[its, experts] for its in names if its.startswith(PEFT))
         mine = {"case": name, "experts": experts, "trained": row["trained"], "ms": row["milliseconds"]}
+        mine |= {"bytes kept": row["saved"], "to PEFT's, in all": row["saved"] / peer["saved"]}
         if row is not frozen:
             kept, theirs = row["saved"] - frozen["saved"], peer["saved"] - frozen["saved"]
             mine |= {"over frozen": f"{row['overhead']:+.1%}", "to PEFT": row["overhead"] / peer["overhead"]}
             mine |= {"beside the frozen": kept, "to PEFT's": kept / theirs}
-        return {**mine, "bytes kept": row["saved"], "to PEFT's, in all": row["saved"] / peer["saved"]}
-
-    def growth(name: str) -> float:
-        return driver.ratio(by[name, last]["samples"], by[name, first]["samples"])
-
-    names, own = dict.fromkeys(name for name, _ in by), growth("frozen")
-    return {
-        "": [costs(*key, row) for key, row in by.items()],
-        f"From {first} to {last} experts": [
-            {"case": name, "growth": growth(name), "beyond the frozen": growth(name) / own} for name in names
-        ],
-    }
+        costs.append(mine)
+    first, last = data["settings"]["experts"][0], data["settings"]["experts"][-1]
+    growth = {name: driver.ratio(by[name, last]["samples"], by[name, first]["samples"]) for name in names}
+    own = growth["frozen"]
+    grown = [{"case": name, "growth": its, "beyond the frozen": its / own} for name, its in growth.items()]
+    return {"": costs, f"From {first} to {last} experts": grown}

@@ -32,8 +32,9 @@ KINDS = ("PEFT LoRA r=8", "lora rank=8", "cp rank=8", "lorta rank=8", "tenslora 
 def cases(options: driver.Options) -> driver.Cases:
     """Yield the forward of each kind at each number of tokens."""
     base = models.placed(options).eval()
-    chosen = driver.chosen(models.configs(max(options.tokens), names=KINDS), options.only)
-    made = {"floor": base} | {name: models.adapted(base, its, options.narrow).eval() for name, its in chosen.items()}
+    made = {"floor": base}
+    for name in driver.chosen(KINDS, options.only):
+        made[name] = models.adapted(base, models.config(name, max(options.tokens)), options.narrow).eval()
     torch._dynamo.config.recompile_limit = 64  # all cases call one function of PEFT's
     for tokens in options.tokens:
         calls = made

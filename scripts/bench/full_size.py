@@ -6,7 +6,9 @@ bare model and merged.
 
 from __future__ import annotations
 
+import itertools
 import tempfile
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,9 +30,8 @@ CASES = (("bfloat16", 1), ("bfloat16", 21), ("float32", 21))
 
 def created(dtype: str) -> Any:
     """Return the model with its whole vocabulary."""
-    torch.manual_seed(0)
     fields = {"vocab_size": 50272, "dropout": 0.1, "dtype": dtype}
-    return models.backbone("opt-1.3b", causal=True, **fields).to(getattr(torch, dtype)).eval()
+    return models.placed(Namespace(dtype=dtype), "opt-1.3b", causal=True, **fields).eval()
 
 
 def losses(model: Any, tokens: Tensor) -> list[float]:
@@ -45,19 +46,19 @@ def losses(model: Any, tokens: Tensor) -> list[float]:
     return found
 
 
+@torch.inference_mode()
 def logits(model: Any, tokens: Tensor) -> Tensor:
     """Return the logits of the model as it is used, in float32."""
-    with torch.inference_mode():
-        result: Tensor = model.eval()(input_ids=tokens).logits.float()
-    return result
+    return model.eval()(input_ids=tokens).logits.float()  # type: ignore[no-any-return]
 
 
-def check(dtype: str, components: int, tokens: Tensor) -> dict[str, Any]:
+def check(dtype: str, components: int) -> dict[str, Any]:
     """Return one case, from a new model to its merged weights."""
+    tokens = torch.arange(4, 36).reshape(2, 16) * 7
     base, creating = driver.once(partial(created, dtype), "wall")
     plain = logits(base, tokens)
-    f = tnpeft.families.cp(rank=components, out=(32, 64), inp=(32, 64))
-    config = models.network(f, 32, ("q_proj", "v_proj"), task_type="CAUSAL_LM")
+    title = f"cp rank={components} out=(32, 64) inp=(32, 64)"
+    config = models.config(title, 32, ("q_proj", "v_proj"), task_type="CAUSAL_LM")
     model, attaching = driver.once(partial(peft.get_peft_model, base, config), "wall")
     trainable = models.trained(model)
     found, training = driver.once(partial(losses, model, tokens), "wall")
@@ -87,8 +88,7 @@ def check(dtype: str, components: int, tokens: Tensor) -> dict[str, Any]:
 
 def measure(options: driver.Options) -> driver.Rows:
     """Yield every case."""
-    for case in CASES:
-        yield check(*case, torch.arange(4, 36).reshape(2, 16) * 7)
+    yield from itertools.starmap(check, CASES)
 
 
 def tables(data: Any) -> driver.Rows:

@@ -1,20 +1,19 @@
 """What a step costs: goals and measurements.
 
-{{ goals | length }} goals, {{ goals | rejectattr("reached") | list | length }} missed. Times are medians of
-interleaved runs on {{ machine.cores }} cores ({{ machine.processor }}; torch {{ machine.torch }}, peft
-{{ machine.peft }}) unless a GPU is named, bytes are exact; settings, machine and load are in the table named last.
+{{ goals | length }} goals, {{ goals | rejectattr("reached") | list | length }} missed. Of more than four cases
+those are named that miss their bound, else the one nearest to it. Times are medians of interleaved runs on
+{{ machine.cores }} cores ({{ machine.processor }}; torch {{ machine.torch }}, peft {{ machine.peft }}) unless a GPU
+is named, bytes are exact; settings, machine and load are in the table named last.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from bench.driver import Options
-from bench.growth import COUNTED, FAMILIES, power
+from bench.growth import COUNTED, by_family, power
 from bench.models import CONSTRUCTIONS
 
 OPTIONS = {"name": "speed"}
@@ -29,7 +28,9 @@ PEERS = {
     "loha rank=8": "PEFT LoHa r=8",
     "randlora rank=32": "PEFT RandLoRA r=32",
 }
-LORA = "PEFT LoRA r=8"
+FOUNDING, LORA = "founding papers' families", "PEFT LoRA r=8"
+PEER = "at most PEFT LoRA's overhead"
+ON_GPU = {1024: 0.10, 4096: 0.13, 16384: 0.20}  # the largest overhead of a forward, by tokens
 WHY = {
     "whole": "Whole layers: an adapter is a few per cent of such a step, little more than turns of one case scatter; "
     "the bare linears tell the two apart.",
@@ -49,193 +50,136 @@ WHY = {
 }
 
 
-@dataclass(frozen=True)
-class Goal:
-    """One goal and what was found."""
-
-    what: str
-    goal: str
-    measured: str
-    reached: bool
-    source: str
-    why: str = ""  # it may be missed
+Read = Callable[[str], Any]  # a benchmark's results, by the name of their table
+Cases = Mapping[str, tuple[float, float]]  # a number of each case, and the bound on it
 
 
-class Results:
-    """The benchmarks' result files."""
+def goal(
+    what: str, aim: str, source: str, cases: Cases, form: str = "{:+.1%}", why: str = "", least: bool = False
+) -> dict[str, Any]:
+    """Return a goal with what was found; no number may be above its bound, or below if it is the ``least``."""
+    beyond = {name: bound - number if least else number - bound for name, (number, bound) in cases.items()}
+    told = [name for name, by in beyond.items() if by > 0 or len(cases) < 5] or [max(beyond, key=beyond.__getitem__)]
+    numbers, bounds = ([form.format(cases[name][k]) for name in told] for k in (0, 1))
+    found = [f"{name}: {number}" if name else number for name, number in zip(told, numbers, strict=True)]
+    counted = f"{what} ({len(cases)} cases)" if len(cases) > 1 else what
+    its = {"what": counted, "goal": aim, "measured": ", ".join(found), "bound": ", ".join(dict.fromkeys(bounds))}
+    return {**its, "reached": max(beyond.values()) <= 0, "from": source, "why": why}
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
 
-    def __getitem__(self, name: str) -> Any:
-        return json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
-
-    def overheads(self, name: str) -> dict[str, float]:
-        """Return the overheads of a benchmark's cases, by name."""
-        return {case: row["overhead"] for case, row in self[name]["cases"].items()}
+def over_peers(read: Read, source: str, peers: Mapping[str, str], share: float = 1) -> Cases:
+    """Return the overheads of cases, each with a share of that of a peer as its bound."""
+    rows = read(source)["cases"]
+    return {name: (rows[name]["overhead"], share * rows[peer]["overhead"]) for name, peer in peers.items()}
 
 
-def goals(results: Results) -> Iterator[Goal]:
+def goals(read: Read) -> Iterator[dict[str, Any]]:
     """Yield every goal in turn."""
-    for name, source in (("bare linears", "step_bare"), ("whole layers", "step_lora")):
-        over = results.overheads(source)
-        ours, theirs = over["lora rank=8"], over[LORA]
-        found = f"{ours:+.1%} against {theirs:+.1%}: {ours / theirs:.2f} of it"
-        what = f"overhead of LoRA r=8 on q, k and v, {name}"
-        yield Goal(what, "at most half of PEFT LoRA's", found, ours <= theirs / 2, source, WHY["whole"])
-    over = results.overheads("step_bare")
+    what, lora = "overhead of LoRA r=8 on q, k and v", {"lora rank=8": LORA}
+    for where, source in (("bare linears", "step_bare"), ("whole layers", "step_lora")):
+        cases = over_peers(read, source, lora, 1 / 2)
+        yield goal(f"{what}, {where}", "at most half of PEFT LoRA's", source, cases, why=WHY["whole"])
     for width, names in OF_WIDTH.items():
-        what, goal = f"inner width {width}", f"at most PEFT LoRA's overhead at rank {width}"
-        yield slowest(f"founding papers' families at {what}", goal, over, names, f"PEFT LoRA r={width}", "step_bare")
+        cases = over_peers(read, "step_bare", dict.fromkeys(names, f"PEFT LoRA r={width}"))
+        yield goal(f"{FOUNDING} at inner width {width}", f"{PEER} at rank {width}", "step_bare", cases)
     for name, peer in PEERS.items():
-        yield slowest(name.partition(" ")[0], "faster than PEFT's own", over, [name], peer, "step_bare")
-    yield from kept(results)
-    for name in ("rebuilt", "rebuilt_short"):
-        yield from against_rebuilding(results, name)
-    yield from growing(results)
-    yield from before_the_first_step(results)
-    what, goal = "token-by-token decoding with LoRA r=8, unmerged", "at most PEFT LoRA's overhead"
-    yield slowest(what, goal, results.overheads("decode"), ["lora rank=8"], LORA, "decode")
-    yield from replicas(results)
-    yield from on_a_gpu(results)
-
-
-def slowest(
-    what: str, goal: str, over: Mapping[str, float], names: Sequence[str], peer: str, source: str, why: str = ""
-) -> Goal:
-    """Return the goal that the largest overhead of some cases is at most a peer's."""
-    worst, several = max(names, key=over.__getitem__), len(names) > 1
-    found = f"{f'the slowest, {worst}: ' if several else ''}{over[worst]:+.1%} against {over[peer]:+.1%}"
-    counted = f"{what} ({len(names)} of them)" if several else what
-    return Goal(counted, goal, found, over[worst] <= over[peer], source, why)
-
-
-def kept(results: Results) -> Iterator[Goal]:
-    """Yield what one linear keeps for backward, against PEFT's own and against a LoRA as wide inside."""
-    every = results["saved"]["cases"]
-    for linear, tokens in dict.fromkeys((case["linear"], case["tokens"]) for case in every):
-        cases = {c["case"]: c for c in every if (c["linear"], c["tokens"]) == (linear, tokens)}
-        at, inputs = f"{linear} x {linear}, {tokens} tokens", 4 * linear * tokens
-        for beside, common, why in (("", 0, WHY["input"]), (" beside the input", inputs, WHY["loha"])):
-            bytes_ = {name: case["saved"] - common for name, case in cases.items()}
-            gain = {n: bytes_[PEERS[n]] / max(bytes_[n], 1) for n in PEERS if not n.startswith("vera")}
-            least = min(gain, key=gain.__getitem__)
-            what, goal = f"bytes kept{beside}, LoKr, LoHa, RandLoRA: {at}", "at most a tenth of PEFT's"
-            found = f"the least gain, {least.partition(' ')[0]}: {bytes_[least]:,} against {bytes_[PEERS[least]]:,}"
-            yield Goal(what, goal, found, gain[least] >= 10, "saved", why)
-        founding = [cases[name] for names in OF_WIDTH.values() for name in names]
-        beyond = {c["case"]: c["saved"] - inputs - 4 * tokens * c["width"] - c["factors"] for c in founding}
-        most = max(beyond, key=beyond.__getitem__)
-        what, goal = "bytes kept, founding papers' families", "at most LoRA's of equal inner width plus the factors"
-        yield Goal(f"{what}: {at}", goal, f"the most, {most}: {beyond[most]:+,} to that", beyond[most] <= 0, "saved")
-
-
-def against_rebuilding(results: Results, name: str) -> Iterator[Goal]:
-    """Yield TensLoRA through its factors against its whole tensor rebuilt on every call."""
-    cases, settings = results[name]["constructions"], results[name]["settings"]
-    own = [case["factors"]["seconds"] / results[name]["floor"]["seconds"] for case in cases.values()]
-    share = f" (the factors take {min(own):.0%} to {max(own):.0%} of the linears' own time)"
-    calls, tokens = settings["sites"], settings["tokens"]
-    head = f"TensLoRA's seven constructions against rebuilding the tensor on each of {calls} calls, {tokens:,} tokens"
-    for what, key, least, note in (("adapter time", "seconds", 50, share), ("saved bytes", "saved", 100, "")):
-        times = {which: case["rebuilt"][key] / case["factors"][key] for which, case in cases.items()}
-        short = ", ".join(f"{which} {its:.0f}" for which, its in times.items() if its < least)
-        found = f"{min(times.values()):.0f} to {max(times.values()):.0f} times{note}"
-        found += f"; short of it: {short}" if short else ""
-        yield Goal(f"{head}: {what}", f"at least {least} times less", found, not short, name, WHY["rebuilt"])
-
-
-def growing(results: Results) -> Iterator[Goal]:
-    """Yield how the cost of a step's adapters grows."""
-    for what, points in results["growth"]["growth"].items():
-        rows = [[row for row in points if row["family"] == name] for name in FAMILIES]
+        cases = over_peers(read, "step_bare", {name: peer})
+        yield goal(name.partition(" ")[0], "at most the overhead of PEFT's own", "step_bare", cases)
+    yield from kept(read("saved")["cases"])
+    for source in ("rebuilt", "rebuilt_short"):
+        data = read(source)
+        what = "TensLoRA's constructions against rebuilding the tensor on each of {sites} calls, {tokens:,} tokens"
+        for cost, key, times in (("adapter time", "seconds", 50), ("saved bytes", "saved", 100)):
+            rows, head = data["constructions"].items(), f"{what.format_map(data['settings'])}: {cost}"
+            cases = {name: (row["rebuilt"][key] / row["factors"][key], times) for name, row in rows}
+            yield goal(head, f"at least {times} times less", source, cases, "{:.0f}", WHY["rebuilt"], least=True)
+    for what, points in read("growth")["growth"].items():
+        rows = by_family(points).values()
         powers = {cost: max(power(its, what, cost) for its in rows) for cost in (*COUNTED, "milliseconds")}
-        shown = ", ".join(f"{'bytes kept' if cost == 'saved' else cost} {p:.2f}" for cost, p in powers.items())
-        reached = all(round(powers[cost], 2) <= 1 for cost in COUNTED) and powers["milliseconds"] <= 1.15
-        head = f"cost of a step's adapters from {what} {points[0][what]:,} to {points[-1][what]:,}"
-        goal = f"no more than linear{' (no term in rows times columns)' * (what == 'width')}"
-        yield Goal(head, goal, f"largest powers: {shown}", reached, "growth")
+        cases = {cost: (round(p, 2), 1.15 if cost == "milliseconds" else 1) for cost, p in powers.items()}
+        head = f"cost of a step's adapters from {what} {points[0][what]:,} to {points[-1][what]:,}, as a power of it"
+        yield goal(head, "no more than linear: no term in rows times columns", "growth", cases, "{:.2f}")
+    yield from before_the_first_step(read("attach"))
+    yield goal("decoding with LoRA r=8, unmerged, token by token", PEER, "decode", over_peers(read, "decode", lora))
+    for case in read("sst2")["cases"]:
+        what = "K = 8 replicas on SST-2, {shape}, {layers} layers, {batch} examples a step, {order}".format_map(case)
+        cases, aim = {"": (case["gain"]["8"], 1.1)}, "at least 1.1 times 8 runs in turn"
+        yield goal(what, aim, "sst2", cases, "{:.3f}", WHY["replicas"], least=True)
+    yield from on_a_gpu(read, lora)
 
 
-def before_the_first_step(results: Results) -> Iterator[Goal]:
+def kept(every: Any) -> Iterator[dict[str, Any]]:
+    """Yield what one linear keeps for backward, against PEFT's own and against a LoRA as wide inside."""
+    peers = {name: peer for name, peer in PEERS.items() if not name.startswith("vera")}
+    for linear, tokens in dict.fromkeys((case["linear"], case["tokens"]) for case in every):
+        at, inputs = f"{linear} x {linear}, {tokens} tokens", 4 * linear * tokens
+        rows = {case["case"]: case for case in every if (case["linear"], case["tokens"]) == (linear, tokens)}
+        for beside, less, why in (("", 0, WHY["input"]), (" beside the input", inputs, WHY["loha"])):
+            cases = {n: (rows[n]["saved"] - less, (rows[peer]["saved"] - less) / 10) for n, peer in peers.items()}
+            what = f"bytes kept{beside}, LoKr, LoHa, RandLoRA: {at}"
+            yield goal(what, "at most a tenth of PEFT's", "saved", cases, "{:,.0f}", why)
+        founding = [rows[name] for names in OF_WIDTH.values() for name in names]
+        cases = {row["case"]: (row["saved"], inputs + 4 * tokens * row["width"] + row["factors"]) for row in founding}
+        aim = "at most LoRA's of equal inner width plus the factors"
+        yield goal(f"bytes kept, {FOUNDING}: {at}", aim, "saved", cases, "{:,.0f}")
+
+
+def before_the_first_step(data: Any) -> Iterator[dict[str, Any]]:
     """Yield attaching and planning, and how attaching grows."""
-    attach = results["attach"]
-    ours = [row for row in attach["attach"] if "of which planning s" in row]  # PEFT plans nothing
-    slowest = max(ours, key=lambda row: row["attach s"])
-    planning = max(row["of which planning s"] for row in ours)
-    what, found = f"attaching to OPT-1.3B's shape, {slowest['sites']} sites", slowest["attach s"]
-    measured = f"{found:.2f} s ({slowest['family']})"
-    yield Goal(what, "under 1 s beyond module creation", measured, found < 1, "attach")
-    yield Goal("of which planning", "under 0.2 s", f"{planning:.3f} s", planning < 0.2, "attach")
-    for family in dict.fromkeys(row["family"] for row in attach["growth"]):
-        rows = [row for row in attach["growth"] if row["family"] == family]
+    ours = [row for row in data["attach"] if "of which planning s" in row]  # PEFT plans nothing
+    for what, key, most in (
+        ("attaching, beyond module creation", "attach s", 1),
+        ("planning", "of which planning s", 0.2),
+    ):
+        cases = {row["family"]: (row[key], most) for row in ours}
+        yield goal(
+            f"{what}, OPT-1.3B's shape, {ours[0]['sites']} sites", f"under {most} s", "attach", cases, "{:.3f} s"
+        )
+    for family, rows in by_family(data["growth"]).items():
         few, *_, many = sorted((row["sites"], row["attach s"] / row["sites"]) for row in rows)
-        what, each = f"attaching {family} to {few[0]} and to {many[0]} sites", many[1] / few[1]
-        yield Goal(what, "linear in sites", f"{each:.2f} times the time per site", each <= 1.5, "attach")
+        what, cases = f"time per site of attaching, {many[0]} sites over {few[0]}", {family: (many[1] / few[1], 1.5)}
+        yield goal(what, "linear in sites", "attach", cases, "{:.2f}")
 
 
-def replicas(results: Results) -> Iterator[Goal]:
-    """Yield eight adapters in one pass against eight runs in turn, on SST-2's sentences in a study's batches."""
-    for case in results["sst2"]["cases"]:
-        if case["family"] == "lora r=8" and "8" in case["gain"]:
-            what = (
-                f"K = 8 replicas on SST-2, {case['shape']}, {case['layers']} layers, {case['batch']} examples a step"
-            )
-            gain, goal = case["gain"]["8"], "at least 1.1 times 8 runs in turn"
-            found = f"{gain:.2f} times; {gain * case['cut']:.2f} times runs whose batches are padded as they come"
-            yield Goal(f"{what}, {case['order']}", goal, found, gain >= 1.1, "sst2", WHY["replicas"])
-
-
-def on_a_gpu(results: Results) -> Iterator[Goal]:
+def on_a_gpu(read: Read, lora: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     """Yield what was measured on a GPU, in half precision."""
-    source, most = "forward_gpu_narrow", {1024: 0.10, 4096: 0.13, 16384: 0.20}
-    ours, theirs, over = [], [], results.overheads(source)
-    for tokens in most:
-        its = {name: value for name, value in over.items() if name.endswith(f", {tokens} tokens")}
-        theirs.append(its[f"{LORA}, {tokens} tokens"])
-        ours.append(max(its[name] for name in without_peers(its)))
-    what = "forward over the frozen model at 1,024, 4,096, 16,384 tokens on a GPU, the slowest of five families"
-    found, peer = (", ".join(f"{value:+.1%}" for value in each) for each in (ours, theirs))
-    reached = all(value < bound for value, bound in zip(ours, most.values(), strict=True))
-    goal = f"below {', '.join(f'{bound:+.0%}' for bound in most.values())}"
-    yield Goal(what, goal, f"{found}; PEFT LoRA's {peer}", reached, source, WHY["launches"])
-    source, goal = "step_gpu_narrow", "at most PEFT LoRA's overhead"
-    over = results.overheads(source)
-    what = "step of LoRA r=8 on q, k and v on a GPU, 4,096 tokens"
-    yield slowest(what, goal, over, ["lora rank=8"], LORA, source)
-    what = "step of founding papers' families at inner width 8 on a GPU, 4,096 tokens"
-    names = [name for name in OF_WIDTH[8] if name in over]
-    yield slowest(what, f"{goal} at rank 8", over, names, LORA, source, WHY["launches"])
-    over = results.overheads("mixed_gpu")
-    shares = [over[name] / over[f"{LORA},{name.rpartition(',')[2]}"] for name in without_peers(over)]
-    what = "16 adapters in one batch on a GPU, 1, 16 and 128 tokens a row, three families"
-    goal, found = "at most the overhead of PEFT's adapter_names", f"{min(shares):.2f} to {max(shares):.2f} of it"
-    yield Goal(what, goal, found, max(shares) <= 1, "mixed_gpu")
-    rows = [row for row in results["replicas_gpu"]["cases"] if row["family"] != "none"]
-    gain, row = min(((row["gain"]["8"], row) for row in rows), key=lambda each: each[0])
-    what, goal = "K = 8 replicas on a GPU, models below 200M parameters", "at least 5 times 8 runs in turn"
-    found = f"the least gain, {row['family']}, {row['shape']}: {gain:.2f} times"
-    yield Goal(what, goal, found, gain >= 5, "replicas_gpu")
+    rows, slowest = read("forward_gpu_narrow")["cases"], {}
+    for tokens, most in ON_GPU.items():
+        ours = [row["overhead"] for name, row in rows.items() if is_ours(name) and row["tokens"] == tokens]
+        slowest[f"{tokens:,} tokens"] = max(ours), most
+    what = "forward over the frozen model on a GPU, the slowest of five families"
+    yield goal(what, "below a bound by tokens", "forward_gpu_narrow", slowest, why=WHY["launches"])
+    source, width = "step_gpu_narrow", dict.fromkeys(OF_WIDTH[8], LORA)
+    yield goal("step of LoRA r=8 on q, k and v on a GPU, 4,096 tokens", PEER, source, over_peers(read, source, lora))
+    cases = over_peers(read, source, {name: peer for name, peer in width.items() if name in read(source)["cases"]})
+    what = f"step of {FOUNDING} at inner width 8 on a GPU, 4,096 tokens"
+    yield goal(what, f"{PEER} at rank 8", source, cases, why=WHY["launches"])
+    peers = {name: f"{LORA},{name.rpartition(',')[2]}" for name in read("mixed_gpu")["cases"] if is_ours(name)}
+    what, aim = "16 adapters in one batch on a GPU", "at most the overhead of PEFT's adapter_names"
+    yield goal(what, aim, "mixed_gpu", over_peers(read, "mixed_gpu", peers))
+    rows = [row for row in read("replicas_gpu")["cases"] if row["family"] != "none"]
+    gains = {"{family}, {rows} x {length} tokens".format_map(row): (row["gain"]["8"], 5) for row in rows}
+    what, aim = "K = 8 replicas on a GPU, models below 200M parameters", "at least 5 times 8 runs in turn"
+    yield goal(what, aim, "replicas_gpu", gains, "{:.2f}", least=True)
 
 
-def without_peers(names: Mapping[str, float]) -> list[str]:
-    """Return the cases that are ours."""
-    return [name for name in names if not name.startswith(("PEFT", "floor"))]
+def is_ours(case: str) -> bool:
+    """Return True for a case that is neither PEFT's nor the frozen model."""
+    return not case.startswith(("PEFT", "floor"))
 
 
 def measure(options: Options) -> dict[str, Any]:
     """Return the goals, judged by the results in the folder of tables."""
-    results = Results(options.out)
-    found = [asdict(goal) for goal in goals(results)]
-    return {"goals": found, "machine": results["step_bare"]["machine"]}
+
+    def read(name: str) -> Any:
+        return json.loads((options.out / f"{name}.json").read_text(encoding="utf-8"))
+
+    return {"goals": [*goals(read)], "machine": read("step_bare")["machine"]}
 
 
-def tables(data: Mapping[str, Any]) -> dict[str, Any]:
+def tables(data: Any) -> dict[str, Any]:
     """Return a row for each goal, and why some are missed."""
-    rows = [
-        {**{key: goal[key] for key in ("what", "goal", "measured")}, "reached": ("**no**", "yes")[goal["reached"]]}
-        | {"from": goal["source"]}
-        for goal in data["goals"]
-    ]
-    reasons = dict.fromkeys(goal["why"] for goal in data["goals"] if not goal["reached"] and goal["why"])
-    return {"": rows} | ({"Why some are missed": "".join(f"- {why}\n" for why in reasons)} if reasons else {})
+    missed = {its["why"]: None for its in data["goals"] if its["why"] and not its["reached"]}
+    rows = [{**its, "reached": "yes" if its["reached"] else "**no**"} for its in data["goals"]]
+    table = [{key: value for key, value in row.items() if key != "why"} for row in rows]
+    return {"": table} | ({"Why some are missed": "".join(f"- {why}\n" for why in missed)} if missed else {})

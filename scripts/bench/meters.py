@@ -74,19 +74,10 @@ def flop_counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=dict.fromkeys(in_place, accumulated))
 
 
-def counted(module: nn.Module, forward: Callable[[], Tensor]) -> dict[str, int]:
-    """Return the flops and kept bytes of one forward and backward of something large."""
-    saved = saved_bytes(module, forward)
-    with flop_counter() as counter:
-        forward().backward()
-    module.zero_grad()
-    return {"flops": counter.get_total_flops(), "saved": saved}
-
-
 def meters(module: nn.Module, forward: Callable[[], Tensor], device: str = "cpu") -> Meters:
     """Return what one forward and backward costs, counted and not timed."""
-    counts = counted(module, forward)
-    with _Dispatched() as dispatched:
+    saved = saved_bytes(module, forward)
+    with flop_counter() as counter, _Dispatched() as dispatched:
         forward().backward()
     module.zero_grad()
     peak, kernels = dispatched.peak, dispatched.kernels
@@ -103,4 +94,4 @@ def meters(module: nn.Module, forward: Callable[[], Tensor], device: str = "cpu"
             torch.cuda.synchronize()
         kernels = sum(event.device_type == torch.autograd.DeviceType.CUDA for event in launched.events())
         gc.collect()
-    return Meters(**counts, peak=peak, kernels=kernels)
+    return Meters(counter.get_total_flops(), saved, peak, kernels)

@@ -25,7 +25,8 @@ def cases(options: driver.Options) -> driver.Cases:
     base = models.placed(options).eval()
     names = [f"a{k}" for k in range(options.adapters)]
     calls: dict[str, Any] = {"floor": base}
-    for kind, config in driver.chosen(models.configs(16, names=KINDS), options.only).items():
+    for kind in driver.chosen(KINDS, options.only):
+        config = models.config(kind, 16)
         model = models.adapted(base, config)
         for name in names:
             model.add_adapter(name, config)

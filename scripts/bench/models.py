@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 
 import tnpeft
 from tnpeft.networks import Factorization
+from tnpeft.studies.methods import peft_config
 
 SHAPES: Mapping[str, tuple[int, int, int]] = {  # width, heads, layers
     "tiny": (256, 4, 4),
@@ -24,36 +25,20 @@ SHAPES: Mapping[str, tuple[int, int, int]] = {  # width, heads, layers
 }
 TARGETS = ("q_proj", "k_proj", "v_proj")
 CONSTRUCTIONS = ("att", "qkv", "depth", "att_qkv", "att_depth", "qkv_depth", "att_qkv_depth")
-PEFT: Mapping[str, tuple[str, Mapping[str, int]]] = {  # its own methods: the configuration and its options
-    "PEFT LoRA r=8": ("LoraConfig", {"r": 8, "lora_alpha": 16}),
-    "PEFT LoRA r=64": ("LoraConfig", {"r": 64, "lora_alpha": 16}),
-    "PEFT VeRA r=256": ("VeraConfig", {"r": 256}),
-    "PEFT LoKr r=8": ("LoKrConfig", {"r": 8}),
-    "PEFT LoHa r=8": ("LoHaConfig", {"r": 8}),
-    "PEFT RandLoRA r=32": ("RandLoraConfig", {"r": 32}),
-}
+PEFT = tuple(
+    f"PEFT {title}" for title in ("LoRA r=8", "LoRA r=64", "VeRA r=256", "LoKr r=8", "LoHa r=8", "RandLoRA r=32")
+)
 FAMILIES = [
     *(f"{name} rank={rank}" for name in ("lora", "cp", "lorta") for rank in (8, 64)),
     *(f"tenslora {name} ranks=8" for name in CONSTRUCTIONS),
-    "tenslora qkv_depth ranks=(64, 64, 3, 2)",
-    "tera ranks=8",
-    "tera ranks=64",
+    *("tenslora qkv_depth ranks=(64, 64, 3, 2)", "tera ranks=8", "tera ranks=64"),
     *(f"{name} rank=8" for name in ("lotr", "fact_tt", "fact_tk")),
     *(f"{name} ranks=8" for name in ("metatt_4d", "metatt_5d")),
-    *["loretta", "tt_lora", "tucker", "tensor_train", "tensor_ring", "hierarchical_tucker", "block_term"],
-    "refta rank=8",
-    "lora_xs rank=8",
-    "vera rank=256",
-    "lokr rank=8",
-    "krona",
-    "loha rank=8",
-    "randlora rank=32",
-    "gralora rank=8",
-    "miss rank=8",
-    "monarch",
-    "hira rank=8",
-    "ia3",
+    *("loretta", "tt_lora", "tucker", "tensor_train", "tensor_ring", "hierarchical_tucker", "block_term"),
+    *("refta rank=8", "lora_xs rank=8", "vera rank=256", "lokr rank=8", "krona", "loha rank=8", "randlora rank=32"),
+    *("gralora rank=8", "miss rank=8", "monarch", "hira rank=8", "ia3"),
 ]
+METHODS = (*PEFT, *FAMILIES)
 OPTIONS: Mapping[str, Any] = {  # which several benchmarks have
     "shape": {"choices": SHAPES, "default": "opt-125m"},
     "layers": {"type": int, "help": "layers of the model, if not the shape's own"},
@@ -83,16 +68,12 @@ def opt(width: int, heads: int, layers: int, *, causal: bool = False, **fields: 
     return (OPTForCausalLM if causal else OPTModel)(OPTConfig(**{**sizes, **fields})).requires_grad_(False)
 
 
-def backbone(shape: str, layers: int | None = None, **fields: Any) -> Any:
-    """Return a frozen OPT of a shape."""
-    width, heads, depth = SHAPES[shape]
-    return opt(width, heads, layers or depth, **fields)
-
-
-def placed(its: Any, **fields: Any) -> Any:
-    """Return the frozen OPT that a benchmark's options name, on their device and in their dtype."""
+def placed(its: Any, shape: str = "", **fields: Any) -> Any:
+    """Return a frozen OPT on the device and in the dtype that options name: of their shape, or ``"tiny:4"``."""
+    name, _, layers = (shape or f"{its.shape}:{its.layers}").partition(":")
+    width, heads, depth = SHAPES[name]
     where = getattr(its, "device", "cpu"), getattr(torch, getattr(its, "dtype", "float32"))
-    return backbone(its.shape, its.layers, **fields).to(*where)
+    return opt(width, heads, int(layers or depth), **fields).to(*where)
 
 
 def sharing(base: nn.Module) -> nn.Module:
@@ -132,22 +113,14 @@ def family(title: str) -> Factorization:
     return tnpeft.families.get(name)(*(word for word, equals, _ in given if not equals), **fields)
 
 
-def network(f: Factorization, tokens: int, targets: Sequence[str] = TARGETS, **fields: Any) -> Any:
-    """Return the configuration of an adapter."""
-    return tnpeft.TensorNetworkConfig(network=f, target_modules=list(targets), tokens=tokens, **fields)
-
-
-def configs(tokens: int, targets: Sequence[str] = TARGETS, names: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the configurations of PEFT's own methods and of ours, or of some of them, by title."""
-    import peft
-
-    def one(title: str) -> Any:
-        if title not in PEFT:
-            return network(family(title), tokens, targets)
-        kind, fields = PEFT[title]
-        return getattr(peft, kind)(target_modules=list(targets), **fields)
-
-    return {title: one(title) for title in names or (*PEFT, *FAMILIES)}
+def config(title: str, tokens: int | None = None, targets: Sequence[str] = TARGETS, **fields: Any) -> Any:
+    """Return the configuration of one of PEFT's own methods, or of ours, by its title."""
+    fields |= {"target_modules": list(targets)}
+    if title in PEFT:
+        _, kind, rank = title.split()
+        return peft_config({"peft": kind.lower(), "args": {"r": int(rank.removeprefix("r="))}}, **fields)
+    fields |= {"tokens": tokens} if tokens else {}
+    return tnpeft.TensorNetworkConfig(network=family(title), **fields)
 
 
 def adapted(base: nn.Module, config: Any, narrow: bool = False) -> Any:
@@ -160,24 +133,18 @@ def adapted(base: nn.Module, config: Any, narrow: bool = False) -> Any:
     return peft.get_peft_model(sharing(base), config, autocast_adapter_dtype=not narrow)
 
 
-def described(settings: Mapping[str, Any]) -> str:
-    """Return how a model is run and what dtype the factors have, for a table's text."""
-    dtype = settings.get("dtype", "float32")
-    factors = f", factors in {dtype if settings.get('narrow') else 'float32'}" if dtype != "float32" else ""
-    return f"{'compiled' if settings.get('compile') else 'eager'}{factors}"
-
-
 def trained(model: nn.Module) -> int:
     """Return the number of trainable parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def rebuilt(base: nn.Module, f: Factorization, whole: bool) -> nn.Module:
+def rebuilt(base: nn.Module, title: str, whole: bool) -> nn.Module:
     """Return an honest reference: a copy whose linears form their update densely at each call.
 
     A site forms its own matrix; or, ``whole``, all that its factors share: every stack index that some factor lacks.
     """
-    net, stacked, model = f.network, tnpeft.factors(adapted(base, network(f, 1))), sharing(base)
+    f, model = family(title), sharing(base)
+    net, stacked = f.network, tnpeft.factors(adapted(base, config(title)))
     model.arrays = nn.ParameterDict({name: nn.Parameter(value) for name, value in stacked.items()})
     shared = [i for i in net.stack if any(i not in factor.indices for factor in net.factors)] if whole else []
 
@@ -204,16 +171,13 @@ def embeddings(base: Any, rows: int, length: int) -> Tensor:
     return torch.randn(rows, length, base.config.hidden_size).to(next(base.parameters()))
 
 
-def stepper(base: Any, rows: int, length: int) -> Callable[[nn.Module], Callable[[], Tensor]]:
+def stepper(
+    x: Tensor, call: Callable[[Any, Tensor], Tensor] | None = None, grad: bool = True
+) -> Callable[[Any], Callable[[], Tensor]]:
     """Return what makes of a model the forward of a step, on embeddings that all models share."""
-    x = embeddings(base, rows, length)
     weights = torch.randn_like(x) / x.numel()
-
-    def loss(model: Callable[..., Any]) -> Tensor:
-        result: Tensor = (model(inputs_embeds=x.detach().requires_grad_(), use_cache=False)[0] * weights).sum()
-        return result
-
-    return lambda model: partial(loss, model)
+    call = call or (lambda model, its: model(inputs_embeds=its, use_cache=False)[0])
+    return lambda model: lambda: (call(model, x.detach().requires_grad_(grad)) * weights).sum()
 
 
 def backward(forward: Callable[[], Tensor]) -> Callable[[], None]:

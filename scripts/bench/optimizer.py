@@ -22,9 +22,9 @@ MODES = {"AdamW": None, "preconditioned": {"invariant": False}, "invariant": {"i
 def cases(options: driver.Options) -> driver.Cases:
     """Yield each family's forward and backward, and its optimizer's steps on one gradient in every mode."""
     base = models.placed(options)
-    forward_of = models.stepper(base, options.batch, options.length)
-    configs = models.configs(options.batch * options.length, ("q_proj", "v_proj"), FAMILIES)
-    for name, config in driver.chosen(configs, options.only).items():
+    forward_of = models.stepper(models.embeddings(base, options.batch, options.length))
+    for name in driver.chosen(FAMILIES, options.only):
+        config = models.config(name, options.batch * options.length, ("q_proj", "v_proj"))
         for mode, how in MODES.items():
             model = models.adapted(base, config).train()
             optimizer = torch.optim.AdamW(tnpeft.parameter_groups(model, relative_step=1e-3))

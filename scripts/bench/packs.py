@@ -7,6 +7,7 @@ of a run's results on the evaluation set.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,40 +33,32 @@ METHODS = (
 )
 
 
-def study(options: driver.Options) -> Study:
-    """Return the demo's backbone and task with a few steps of each run."""
-    protocol = {"targets": ["q_proj", "v_proj"], "train": 700, "dev": 200, "eval": 0}
-    protocol |= {"steps": options.steps, "batch": options.batch, "evaluate_every": max(1, options.steps // 2)}
-    table = {"name": "packs", "backbone": options.backbone, "cache": str(options.cache), "tasks": ["digits_shifted"]}
-    table |= {"seeds": list(SEEDS), "protocol": protocol, "methods": list(METHODS)}
-    return Study.of(table, Path("."))
-
-
-def made(runs: list[Run], size: int, clock: str) -> tuple[list[dict[str, Any]], float]:
-    """Return the records of runs made in packs of a size, and the seconds that it took."""
-    lots = [runs[k : k + size] for k in range(0, len(runs), size)]
-    return driver.once(lambda: [record for lot in lots for record in train_and_evaluate(lot)], clock)
+def made(runs: list[Run], size: int) -> list[dict[str, Any]]:
+    """Return the records of runs made in packs of a size."""
+    return [record for k in range(0, len(runs), size) for record in train_and_evaluate(runs[k : k + size])]
 
 
 def measure(options: driver.Options) -> dict[str, Any]:
     """Return every method's runs alone and in packs."""
-    its, rows = study(options), []
+    protocol = {"targets": ["q_proj", "v_proj"], "train": 700, "dev": 200, "eval": 0, "steps": options.steps}
+    protocol |= {"batch": options.batch, "evaluate_every": max(1, options.steps // 2)}
+    table = {"name": "packs", "backbone": options.backbone, "cache": str(options.cache), "tasks": ["digits_shifted"]}
+    its = Study.of({**table, "seeds": [*SEEDS], "protocol": protocol, "methods": [*METHODS]}, Path("."))
     prepare(its)
-    (task,) = its.tasks
-    train_and_evaluate([its.run(its.cells[0], task, 1e-3, 0)])  # what is loaded once in a process
+    (task,), rows = its.tasks, []
+    made([its.run(its.cells[0], task, 1e-3, 0)], 1)  # what is loaded once in a process
     for cell in its.cells:
         runs = [its.run(cell, task, lr, seed) for lr in its.terms(cell, task).learning_rates for seed in SEEDS]
-        alone, seconds = made(runs, 1, options.clock)
-        row: dict[str, Any] = {"method": cell.label, "runs": len(runs), "seconds": seconds, "packs": {}}
-        for size in PACKS:
-            packed, its_seconds = made(runs, size, options.clock)
-            apart = {
+        found = {size: driver.once(partial(made, runs, size), options.clock) for size in (1, *PACKS)}
+        alone, seconds = found.pop(1)
+        packs = {}
+        for size, (packed, took) in found.items():
+            gaps = {
                 what: max(abs(a[key] - b[key]) for a, b in zip(alone, packed, strict=True))
                 for what, key in (("accuracy", "eval"), ("loss", "eval_loss"))
             }
-            row["packs"][size] = {"seconds": its_seconds, **apart}
-        rows.append(row)
-        driver.progress(row)
+            packs[size] = {"seconds": took, **gaps}
+        rows.append(driver.told({"method": cell.label, "runs": len(runs), "seconds": seconds, "packs": packs}))
     return {"methods": rows}
 
 

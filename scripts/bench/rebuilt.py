@@ -27,31 +27,32 @@ PUBLISHED = {
 def measure(options: driver.Options) -> dict[str, Any]:
     """Return both ways of every construction, counted and timed."""
     base = models.Bare(models.placed(options)).train()
-    forward_of = models.stepper(base, 1, options.tokens)
-    floor = meters.counted(base, forward_of(base))
+    forward_of = models.stepper(models.embeddings(base, 1, options.tokens))
+
+    def counted(model: Any) -> dict[str, Any]:
+        found = meters.meters(model, forward_of(model))
+        return {"flops": found.flops, "saved": found.saved}
+
+    floor = counted(base)
     # Every adapter keeps its linear's input, and no frozen linear does.
     floor["saved"] += 4 * options.layers * options.tokens * base.config.hidden_size
     runs, rows = {"floor": models.backward(forward_of(base))}, {}
     for name in CONSTRUCTIONS:
-        f = models.family(f"tenslora {name} ranks={options.rank}")
-        ways = {
-            "factors": models.adapted(base, models.network(f, options.tokens)).train(),
-            "rebuilt": models.rebuilt(base, f, whole=True).train(),
-        }
-        row: dict[str, Any] = {}
-        for way, model in ways.items():
-            counts = meters.counted(model, forward_of(model))
-            row[way] = {key: value - floor[key] for key, value in counts.items()}
-        runs[name] = models.backward(forward_of(ways["factors"]))
-        row["rebuilt"]["seconds"] = driver.once(models.backward(forward_of(ways["rebuilt"])), options.clock)[1]
-        rows[name] = row
-        driver.progress(f"{name}: {row}")
+        title = f"tenslora {name} ranks={options.rank}"
+        factors = models.adapted(base, models.config(title, options.tokens)).train()
+        rebuilt = models.rebuilt(base, title, whole=True).train()
+        row = rows[name] = {"factors": counted(factors), "rebuilt": counted(rebuilt)}
+        runs[name] = models.backward(forward_of(factors))
+        row["rebuilt"]["seconds"] = driver.once(models.backward(forward_of(rebuilt)), options.clock)[1]
+        driver.told(f"{name}: {row}")
     times = driver.interleaved(runs, options)
+    floor["seconds"] = median(times["floor"])
     for name, row in rows.items():
         row["factors"]["seconds"] = driver.added(times[name], times["floor"])
-        row["rebuilt"]["seconds"] -= median(times["floor"])
-    settings = {"sites": len(TARGETS) * options.layers}
-    return {"settings": settings, "floor": {**floor, "seconds": median(times["floor"])}, "constructions": rows}
+        row["rebuilt"]["seconds"] -= floor["seconds"]
+        for way in row.values():
+            way |= {key: way[key] - floor[key] for key in ("flops", "saved")}
+    return {"settings": {"sites": len(TARGETS) * options.layers}, "floor": floor, "constructions": rows}
 
 
 def tables(data: Any) -> driver.Rows:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from functools import partial
+from itertools import product
 from math import prod
 from typing import Any
 
@@ -31,26 +32,20 @@ def inner_width(run: Any) -> int:
     return min((prod(plan.sizes[i] for i in s.indices if i != plan.activation) for s in through), default=run.cols)
 
 
-def kept(config: Any, width: int, tokens: int) -> dict[str, Any]:
-    """Return the bytes that a linear with an adapter keeps; for ours the inner width and the factors' bytes."""
-    torch.manual_seed(0)
-    site: Any = nn.Sequential(OrderedDict(q_proj=nn.Linear(width, width)))
-    site.config = {"num_attention_heads": 16}
-    model = peft.get_peft_model(site, config)
-    x = torch.randn(tokens, width).requires_grad_()
-    row: dict[str, Any] = {"saved": meters.saved_bytes(model, partial(model, x))}
-    for module in model.modules():
-        for item in getattr(module, "updates", {}).get("default", ()):
-            row["width"] = inner_width(item.program)
-            row["factors"] = BYTES * sum(param.size for param in item.site_layout.parameters.values())
-    return row
-
-
 def measure(options: driver.Options) -> driver.Rows:
-    """Yield every method at every size."""
-    for width, tokens in SIZES:
-        for name, config in driver.chosen(models.configs(tokens, ["q_proj"]), options.only).items():
-            yield {"case": name, "linear": width, "tokens": tokens, **kept(config, width, tokens)}
+    """Yield the bytes that a linear keeps with every adapter; for ours the inner width and the factors' bytes."""
+    for (width, tokens), name in product(SIZES, driver.chosen(models.METHODS, options.only)):
+        torch.manual_seed(0)
+        site: Any = nn.Sequential(OrderedDict(q_proj=nn.Linear(width, width)))
+        site.config = {"num_attention_heads": 16}
+        model = peft.get_peft_model(site, models.config(name, tokens, ["q_proj"]))
+        x = torch.randn(tokens, width).requires_grad_()
+        row = {"case": name, "linear": width, "tokens": tokens, "saved": meters.saved_bytes(model, partial(model, x))}
+        for module in model.modules():
+            for item in getattr(module, "updates", {}).get("default", ()):
+                row["width"] = inner_width(item.program)
+                row["factors"] = BYTES * sum(param.size for param in item.site_layout.parameters.values())
+        yield row
 
 
 def tables(data: Any) -> driver.Rows:

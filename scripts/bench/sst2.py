@@ -10,11 +10,13 @@ an epoch of {{ train }} sentences.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from statistics import fmean, median
 from typing import Any
+
+from transformers import AutoTokenizer
 
 from bench import driver, models, replicas
 from tnpeft.studies.protocol import Protocol
@@ -24,18 +26,16 @@ from tnpeft.studies.tasks.data import Data, load
 from tnpeft.studies.tasks.scoring import Scorer
 from tnpeft.studies.tasks.task import TASKS
 
-ORDERS = {"shuffled": False, "by length": True}
-WAYS = {"alone": True, "as they come": False}  # whether batches are cut by length
 OPTIONS = {
     "data": {"default": "", "help": "folder with sst2/train.jsonl.gz and sst2/dev.jsonl.gz, or the hub"},
     "tokenizer": {"default": "facebook/opt-125m", "help": "folder or name (default: %(default)s)"},
     "words": {"nargs": 2, "default": [" bad", " good"], "help": "of the labels, a token each"},
     "shapes": replicas.SHAPES,
-    "families": {"nargs": "+", "choices": ("lora r=8", "cp r=16"), "default": ["lora r=8"]},
+    "families": ("lora rank=8",),
     "batches": (8, 16),
-    "orders": {"nargs": "+", "choices": ORDERS, "default": [*ORDERS]},
+    "orders": ("shuffled", "by length"),
     "replicas": (2, 4, 8),
-    "train": {"type": int, "default": 1000, "help": "sentences of an epoch"},
+    "train": 1000,
     "steps": 9,
     "samples": 3,
 }
@@ -43,55 +43,52 @@ PUBLISHED = {"sst2": "--steps 7 --samples 3 --clock cpu"}
 
 
 class Runs:
-    """Runs that train in one pass; ``numbers`` are their seeds."""
+    """Runs that train in one pass; ``seeds`` are theirs."""
 
     def __init__(
-        self, scorer: Scorer, base: Any, title: str, data: Data, protocol: Protocol, numbers: Sequence[int]
+        self, scorer: Scorer, base: Any, title: str, data: Data, protocol: Protocol, seeds: Sequence[int]
     ) -> None:
-        self.scorer = scorer
-        sizes = protocol.train, protocol.dev, protocol.eval
-        self.rows = [scorer.encode(data.splits(k, *sizes).train) for k in numbers]
+        self.scorer, sizes = scorer, (protocol.train, protocol.dev, protocol.eval)
+        self.rows = [scorer.encode(data.splits(seed, *sizes).train) for seed in seeds]
         lengths = [[len(row["ids"]) for row in rows] for rows in self.rows]
-        orders = [batches(each, protocol, k) for each, k in zip(lengths, numbers, strict=True)]
+        orders = [batches(each, protocol, seed) for each, seed in zip(lengths, seeds, strict=True)]
         self.steps = [[*itertools.islice(order, protocol.steps)] for order in orders]
-        f = models.family(title)
-        config = models.network(f, 16 * protocol.batch, replicas.TARGETS, replicas=len(numbers))
+        config = models.config(title, 16 * protocol.batch, replicas.TARGETS, replicas=len(seeds))
         self.model = models.adapted(base, config).train()
-        optimizer = training.optimizer(self.model, protocol, 1e-3)
-        self.update = replicas.updater(self.model, optimizer, len(numbers))
+        self.update = replicas.updater(self.model, training.optimizer(self.model, protocol, 1e-3), len(seeds))
 
-    def step(self, at: int, cut: bool = True) -> None:
-        """Take the step at a place of the epoch; a run alone may be padded to its longest row, not ``cut``."""
-        if cut:
-            training.backward(self.scorer, self.model, self.rows, [steps[at] for steps in self.steps])
-        else:
-            batch = self.scorer.collate([self.rows[0][k] for k in self.steps[0][at][0]])
-            self.scorer.losses(self.model, batch).mean().backward()
+    def step(self, at: int) -> None:
+        """Take the step at a place of the epoch."""
+        training.backward(self.scorer, self.model, self.rows, [steps[at] for steps in self.steps])
         self.update()
 
-    def tokens(self, at: int) -> tuple[int, int]:
-        """Return the tokens of a run alone at a place: without padding, and padded as they come."""
-        lengths = [len(self.rows[0][k]["ids"]) for k in self.steps[0][at][0]]
-        return sum(lengths), len(lengths) * max(lengths)
+    def padded(self, at: int) -> None:
+        """Take that of a run alone, padded to its longest row."""
+        self.scorer.losses(self.model, self.scorer.collate(self.batch(at))).mean().backward()
+        self.update()
+
+    def batch(self, at: int) -> list[dict[str, Any]]:
+        """Return the rows of a run alone at a place."""
+        return [self.rows[0][k] for k in self.steps[0][at][0]]
 
 
 def gains(make: Callable[[Sequence[int]], Runs], at: Sequence[int], options: driver.Options) -> dict[str, Any]:
     """Return the gain of each way to take the steps of the largest number of runs, in turn; for fewer, of these."""
     alone = [make([k]) for k in range(max(options.replicas))]
-    ways = {(what, k): partial(its.step, cut=cut) for k, its in enumerate(alone) for what, cut in WAYS.items()}
+    ways = {("alone", k): its.step for k, its in enumerate(alone)}
+    ways |= {("as they come", k): its.padded for k, its in enumerate(alone)}
     ways |= {("pack", k): make(range(k)).step for k in options.replicas}
-    runs = {(*way, place): partial(step, place) for place in at for way, step in ways.items()}
-    times = driver.interleaved(runs, options)
+    times = driver.interleaved({(*way, k): partial(step, k) for k in at for way, step in ways.items()}, options)
 
-    def total(what: str, numbers: Iterable[int]) -> list[float]:
+    def total(what: str, numbers: Sequence[int]) -> list[float]:
         return [sum(each) for each in zip(*(times[what, k, place] for k in numbers for place in at), strict=True)]
 
     every = range(len(alone))
-    own, padded = zip(*(its.tokens(place) for place in at for its in alone), strict=True)
+    lengths = [[len(row["ids"]) for row in its.batch(place)] for place in at for its in alone]
     return {
         "milliseconds": 1e3 * median(total("alone", every)) / len(alone) / len(at),
-        "tokens": round(fmean(own)),
-        "padded": round(fmean(padded)),
+        "tokens": round(fmean(map(sum, lengths))),
+        "padded": round(fmean(len(each) * max(each) for each in lengths)),
         "cut": driver.ratio(total("as they come", every), total("alone", every)),
         "gain": {k: driver.ratio(total("alone", range(k)), total("pack", [k])) for k in options.replicas},
     }
@@ -99,24 +96,19 @@ def gains(make: Callable[[Sequence[int]], Runs], at: Sequence[int], options: dri
 
 def measure(options: driver.Options) -> driver.Rows:
     """Yield every case; steps are spread evenly over the epoch, whose order by length begins with the longest."""
-    from transformers import AutoTokenizer
-
     task = replace(TASKS["sst2"], words=dict(zip("01", options.words, strict=True)))
-    scorer, data = (
-        Scorer(task, AutoTokenizer.from_pretrained(options.tokenizer), "words", 128),
-        load(task, options.data),
-    )
-    for shape, layers in options.shapes:
-        fields = {"vocab_size": len(scorer.tokenizer), "pad_token_id": scorer.pad}
-        base = models.backbone(shape, layers, causal=True, **fields)
+    scorer = Scorer(task, AutoTokenizer.from_pretrained(options.tokenizer), "words", 128)
+    data, fields = load(task, options.data), {"vocab_size": len(scorer.tokenizer), "pad_token_id": scorer.pad}
+    for shape in options.shapes:
+        base = models.placed(options, shape, causal=True, **fields)
+        head = {"shape": shape.partition(":")[0], "layers": base.config.num_hidden_layers}
         for family, batch, order in itertools.product(options.families, options.batches, options.orders):
             sizes = {"train": options.train, "dev": 1, "eval": 1, "steps": options.train // batch, "batch": batch}
-            its = Protocol(**sizes, by_length=ORDERS[order])
+            its = Protocol(**sizes, by_length=order == "by length")
             gaps = max(1, options.steps - 1)
             at = sorted({round(k * (its.steps - 1) / gaps) for k in range(options.steps)})
-            make = partial(Runs, scorer, base, replicas.FAMILIES[family], data, its)
-            row = {"shape": shape, "layers": layers, "family": family, "batch": batch, "order": order}
-            yield row | gains(make, at, options)
+            found = gains(partial(Runs, scorer, base, family, data, its), at, options)
+            yield {**head, "family": family, "batch": batch, "order": order, **found}
 
 
 def tables(data: Any) -> driver.Rows:
@@ -129,4 +121,4 @@ def tables(data: Any) -> driver.Rows:
             "ms alone": its["milliseconds"],
             "as they come": f"{1 / its['cut']:.2f}",
         }
-        yield replicas.row(its, between)
+        yield replicas.row(its, **between)

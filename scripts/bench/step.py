@@ -8,12 +8,9 @@ floor's row holds its own numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from bench import driver, meters, models
 from bench.models import CONSTRUCTIONS, TARGETS
@@ -33,32 +30,26 @@ PUBLISHED = {
     "'PEFT LoRA r=8' 'lora rank=8' 'cp rank=8' 'lorta rank=8' 'tenslora qkv_depth ranks=8' 'tera ranks=8' "
     "'PEFT VeRA r=256' 'vera rank=256' 'PEFT LoKr r=8' 'lokr rank=8'",
 }
-
-
-def makers(tokens: int, narrow: bool) -> dict[str, Callable[[nn.Module], nn.Module]]:
-    """Return what turns a backbone into a case, by the case's name."""
-    found: dict[str, Callable[[nn.Module], nn.Module]] = {"floor": models.sharing}
-    for name, config in models.configs(tokens).items():
-        found[name] = partial(models.adapted, config=config, narrow=narrow)
-    for name in CONSTRUCTIONS:
-        f = models.family(f"tenslora {name} ranks=8")
-        found[f"rebuilt tensor: {name}"] = partial(models.rebuilt, f=f, whole=True)
-    f = models.family("tenslora qkv_depth ranks=8")
-    return {**found, "rebuilt site: qkv_depth": partial(models.rebuilt, f=f, whole=False)}
+CASES = ("floor", *models.METHODS, *(f"rebuilt tensor: {name}" for name in CONSTRUCTIONS), "rebuilt site: qkv_depth")
 
 
 def cases(options: driver.Options) -> driver.Cases:
     """Yield all cases, metered."""
     base = models.placed(options)
-    base = models.Bare(base) if options.bare else base
-    forward_of = models.stepper(base, options.batch, options.length)
-    for name, make in driver.chosen(makers(options.batch * options.length, options.narrow), options.only).items():
-        model = make(base).train()
-        forward = forward_of(model)
-        counted = vars(meters.meters(model, forward, options.device))
+    base, tokens = models.Bare(base) if options.bare else base, options.batch * options.length
+    forward_of = models.stepper(models.embeddings(base, options.batch, options.length))
+    for name in driver.chosen(CASES, options.only):
+        way, _, construction = name.partition(": ")
+        if construction:
+            model = models.rebuilt(base, f"tenslora {construction} ranks=8", whole=way == "rebuilt tensor")
+        elif name == "floor":
+            model = models.sharing(base)
+        else:
+            model = models.adapted(base, models.config(name, tokens), options.narrow)
+        forward = forward_of(model.train())
+        facts = {"parameters": models.trained(model), **vars(meters.meters(model, forward, options.device))}
         forward = forward_of(torch.compile(model)) if options.compile else forward
-        yield name, driver.Case(models.backward(forward), {"parameters": models.trained(model), **counted})
-        driver.progress(f"{name}: {counted}")
+        yield name, driver.Case(models.backward(forward), facts)
 
 
 def tables(data: Any) -> driver.Rows:

@@ -8,10 +8,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-import compare_peft
 import peft
 import pytest
 import torch
+from bench import compare_peft
 from torch import Tensor
 
 import tnpeft

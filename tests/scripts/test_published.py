@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = ROOT / "paper" / "published"
 
 
-ENTRIES: list[dict[str, Any]] = script.read(PUBLISHED / "counts.toml")
+ENTRIES: list[dict[str, Any]] = tomllib.loads((PUBLISHED / "counts.toml").read_text(encoding="utf-8"))["count"]
 TABLES: list[dict[str, Any]] = tomllib.loads((PUBLISHED / "results.toml").read_text(encoding="utf-8"))["table"]
 NO_FAMILY = {"TinyLoRA", "VB-LoRA", "Uni-LoRA", "FourierFT"}
 

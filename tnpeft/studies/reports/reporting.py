@@ -9,13 +9,16 @@ from typing import Any
 
 from tnpeft.studies import packaged
 from tnpeft.studies.files import StudyError, write_json
-from tnpeft.studies.reports import figures, tables
+from tnpeft.studies.reports import figures as drawn
+from tnpeft.studies.reports import tables
 from tnpeft.studies.reports.points import Point, collect, failures, on_backbones, span
 from tnpeft.studies.runs import Store
 from tnpeft.studies.study import Study
 
 
-def report(study: Study, folder: str | Path, out: str | Path, reference: str = "") -> tuple[Point, ...]:
+def report(
+    study: Study, folder: str | Path, out: str | Path, reference: str = "", figures: str | Path = ""
+) -> tuple[Point, ...]:
     """The study's points, after its tables and figures were written below ``out``.
 
     Files: ``<name>.json`` with every score, and what :func:`render` makes of it. Nothing in them depends on when or
@@ -26,6 +29,7 @@ def report(study: Study, folder: str | Path, out: str | Path, reference: str = "
         folder: where its results are.
         out: where to write.
         reference: the method that others are compared with; the study's first if empty.
+        figures: where to write figures; ``out`` if empty.
 
     Raises:
         StudyError: there are results of no method yet, or the reference is unknown.
@@ -74,10 +78,10 @@ def report(study: Study, folder: str | Path, out: str | Path, reference: str = "
     write_json(out / f"{study.name}.json", facts)
     if failed:
         tables.write([{"run": run, "cause": cause} for run, cause in failed], out / f"{study.name}-failed.md")
-    return render(facts, out)
+    return render(facts, out, figures)
 
 
-def render(facts: Mapping[str, Any], out: str | Path) -> tuple[Point, ...]:
+def render(facts: Mapping[str, Any], out: str | Path, figures: str | Path = "") -> tuple[Point, ...]:
     """The points of a study, after the tables and figures were written that its results (a report's JSON) show.
 
     Files: the tables ``<name>`` (all points), ``<name>-contrasts`` (declared comparisons), ``<name>-variance``
@@ -86,7 +90,8 @@ def render(facts: Mapping[str, Any], out: str | Path) -> tuple[Point, ...]:
     ``<name>-contrasts``. What has no content is left out.
     """
     points = tuple(map(Point.of, facts["points"]))
-    where, name, title = Path(out), facts["name"], facts["title"]
+    where, seen = Path(out), Path(figures or out)
+    name, title = facts["name"], facts["title"]
     wanted = len(facts["seeds"]) * max(1, facts.get("reported", 1))
     gaps = sum(wanted - len(p.scores) for p in points)
     seeds = f"{span([p.summary.replicates for p in points])} seeds"
@@ -106,14 +111,14 @@ def render(facts: Mapping[str, Any], out: str | Path) -> tuple[Point, ...]:
         if rows:
             tables.write(rows, where / f"{name}-{kind}.md")
     if not further["variance"]:
-        draw = figures.budget_figure if figures.is_ladder(points) else figures.ranked_figure
-        draw(points, where / name, title=title, reference=facts["reference"])
+        draw = drawn.budget_figure if drawn.is_ladder(points) else drawn.ranked_figure
+        draw(points, seen / name, title=title, reference=facts["reference"])
     if any(p.step is not None and len(p.search) > 1 for p in points):
-        figures.rates_figure(points, where / f"{name}-rates", title=title)
+        drawn.rates_figure(points, seen / f"{name}-rates", title=title)
     if further["variance"]:
-        figures.variance_figure(points, where / f"{name}-variance", controls, title=title)
+        drawn.variance_figure(points, seen / f"{name}-variance", controls, title=title)
     if found:
         measures = {c["measure"] for c in facts["contrasts"]}
         unit = {"loss": "cross-entropy", "metric": points[0].metric}[measures.pop()] if len(measures) == 1 else ""
-        figures.forest_figure(found, where / f"{name}-contrasts", title=title, unit=unit)
+        drawn.forest_figure(found, seen / f"{name}-contrasts", title=title, unit=unit)
     return points

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import tnpeft
-from tnpeft.adapters import attach as attach_module
+from tnpeft.adapters import model as model_module
 from tnpeft.adapters.constants import TENSOR_NETWORK
 from tnpeft.adapters.layer import merging as dense_module
 from tnpeft.adapters.layer.bank import FactorBank
@@ -188,7 +188,7 @@ def test_a_quantised_layer_is_adapted_as_its_back_end_allows(name: str, monkeypa
     def resolve(base: nn.Module, **_: Any) -> QuantizationBackend | None:
         return BACKENDS[name] if isinstance(base, Packed) else None
 
-    for module in (bases_module, dense_module, attach_module):
+    for module in (bases_module, dense_module, model_module):
         monkeypatch.setattr(module, "resolve_quantization_backend", resolve)
     model = peft.get_peft_model(Host(Packed()), settings())
     assert model.get_model_status().quantization_backend == name

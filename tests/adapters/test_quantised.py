@@ -10,7 +10,7 @@ from adapter_models import adapted, logits, opt, shake
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
-from tnpeft.adapters import attach as attach_module
+from tnpeft.adapters import model as model_module
 from tnpeft.adapters.layer import merging as dense_module
 from tnpeft.adapters.sites import bases as bases_module
 
@@ -59,7 +59,7 @@ def test_forward_merge_and_unmerge(monkeypatch: pytest.MonkeyPatch) -> None:
     def resolve(base: nn.Module, **_: Any) -> Backend8 | None:
         return Backend8() if isinstance(base, Linear8) else None
 
-    for module in (bases_module, dense_module, attach_module):
+    for module in (bases_module, dense_module, model_module):
         monkeypatch.setattr(module, "resolve_quantization_backend", resolve)
     model = adapted("mixed", quantised())
     assert torch.equal(logits(model), logits(quantised()))

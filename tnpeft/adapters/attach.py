@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from tnpeft.adapters.config import TensorNetworkConfig
@@ -15,7 +15,6 @@ from tnpeft.adapters.constants import PREFIX
 from tnpeft.adapters.layer import columns
 from tnpeft.adapters.layer.bank import BANK, FactorBank
 from tnpeft.adapters.layer.binding import SiteUpdate
-from tnpeft.adapters.layer.checkpointing import watch
 from tnpeft.adapters.layer.merging import DenseLinear
 from tnpeft.adapters.layer.shared_input import join
 from tnpeft.adapters.placement import base_constants, build_layout, start_values
@@ -38,10 +37,12 @@ def attach(
     config: TensorNetworkConfig,
     adapter: str,
     meant: Callable[[str], Any],
+    bank_for: Callable[[nn.Module], FactorBank],
 ) -> None:
     """Give targeted modules an adapter, all checks before the first of them is touched.
 
-    ``meant`` is PEFT's answer for the path of a weight, as in :func:`targets_of`.
+    ``meant`` is PEFT's answer for the path of a weight, as in :func:`targets_of`; ``bank_for`` gives the model its
+    bank if it has none.
     """
     weights = targets_of(model, modules, config, meant)
     for name, weight in weights.items():
@@ -54,7 +55,7 @@ def attach(
     holders = [weight.module for weight in weights.values()]
     if any(array.dtype == torch.float64 for holder in holders for array in holder.parameters()):
         values = {param: value.double() for param, value in values.items()}  # or loading would round them
-    bank = _bank_of(model, holders[0])
+    bank = bank_for(holders[0])
     bank.layouts[adapter], bank.configs[adapter] = layout, config
     bank.keys[adapter], bank.unit_norm[adapter] = frozenset(param.key for param in layout.parameters), {}
     if config.replicas > 1:
@@ -73,22 +74,6 @@ def attach(
         columns.share(model)
     for names in shared_input_groups(model, [site_layout.site for site_layout in layout.site_layouts]):
         join(adapter, map(model.get_submodule, names))
-
-
-def _bank_of(model: nn.Module, first: nn.Module) -> FactorBank:
-    """The model's bank, made if there is none, on the device of the first module of an adapter."""
-    bank: FactorBank | None = getattr(model, BANK, None)
-    if bank is not None and not isinstance(bank, FactorBank):
-        raise NetworkError(
-            f"the model has something of its own called {BANK!r}, where shared factors would be kept",
-            remedy="rename it, or adapt a module that holds the model",
-        )
-    if bank is None:
-        bank = FactorBank(resolve_quantization_backend(first, **get_quantization_kwargs(model)))
-        setattr(model, BANK, bank.train(model.training))
-        model.register_forward_pre_hook(watch)
-    bank.device = next(first.parameters()).device
-    return bank
 
 
 def check_name(adapter: str, layout: Layout, bank: Any) -> None:

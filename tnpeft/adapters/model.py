@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
+from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -26,7 +28,6 @@ from tnpeft.adapters.layer.merging import DenseLinear
 from tnpeft.adapters.layer.mixed_batch import BatchAdapterNames, check_names, rows_for_each
 from tnpeft.adapters.replicas.batch import check_blocks
 from tnpeft.adapters.rollback import layers, or_as_before, outside, parked, walk
-from tnpeft.adapters.sites.bases import excluded_weights
 from tnpeft.adapters.sites.parameter import check_one_for_all, remove_hooks
 from tnpeft.adapters.state import bank_of
 from tnpeft.adapters.storage.contents import AGAIN, check_modules
@@ -98,7 +99,10 @@ class TensorNetworkModel(BaseTuner):
                     if isinstance(pattern := getattr(config, field), str):
                         check_expression(field, pattern, self._inside)
                 check_modules(model, config, adapter_name)
-                with excluded_weights(self._inside, partial(check_target_module_exists, config)):
+                inner = (f"{name}.{its}" for name, names in self._inside.items() for its in names)
+                with warnings.catch_warnings():
+                    if any(isinstance(check_target_module_exists(config, path), _ExcludedModule) for path in inner):
+                        warnings.filterwarnings("ignore", "You have passed exclude_modules")  # PEFT sees modules only
                     super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException as error:
             if known is None:  # the table may be the model's own, which transformers leaves as it is
@@ -136,7 +140,23 @@ class TensorNetworkModel(BaseTuner):
                 for name, module in outside(self.model)
                 if name and self._check_target_module_exists(peft_config, name)
             }
-            attach(self.model, modules, peft_config, adapter_name, partial(check_target_module_exists, peft_config))
+            meant = partial(check_target_module_exists, peft_config)
+            attach(self.model, modules, peft_config, adapter_name, meant, self._bank)
+
+    def _bank(self, first: nn.Module) -> FactorBank:
+        """The model's bank, made if there is none, on the device of the first module of an adapter."""
+        bank: FactorBank | None = getattr(self.model, BANK, None)
+        if bank is not None and not isinstance(bank, FactorBank):
+            raise NetworkError(
+                f"the model has something of its own called {BANK!r}, where shared factors would be kept",
+                remedy="rename it, or adapt a module that holds the model",
+            )
+        if bank is None:
+            bank = FactorBank(resolve_quantization_backend(first, **get_quantization_kwargs(self.model)))
+            setattr(self.model, BANK, bank.train(self.model.training))
+            self.model.register_forward_pre_hook(watch)
+        bank.device = next(first.parameters()).device
+        return bank
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Keep all that an adapter trains in fp32, or cast it to the base weight's dtype if autocasting is off."""

@@ -2,39 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from torch import Tensor, nn
 
-from tnpeft.adapters.sites.weight import grouped_weights
+from tnpeft.adapters.sites.weight import Weight, grouped_weights
 from tnpeft.networks import NetworkError
 
 
 def matrices(module: nn.Module) -> dict[str, Tensor]:
-    """The arrays of several matrices that a module holds itself."""
-    held = {**module._parameters, **module._buffers}
+    """The arrays of several matrices that a module holds itself; none of a layer of torch, such as a convolution."""
+    held = {} if type(module).__name__ in vars(nn) else {**module._parameters, **module._buffers}
     return {name: array for name, array in held.items() if array is not None and array.dim() == 3}
 
 
-def _of_no_layer(module: nn.Module) -> dict[str, Tensor]:
-    """Those of a module that is not called as one of torch's own layers, such as a convolution."""
-    return {} if type(module).__name__ in vars(nn) else matrices(module)
-
-
-def check_floating(name: str, module: nn.Module) -> None:
-    """Raise if a module holds several matrices in one array of few bits."""
-    if any(array.dtype.itemsize < 2 or not array.is_floating_point() for array in _of_no_layer(module).values()):
+def check_matrices(name: str, module: nn.Module, chosen: Collection[Weight]) -> None:
+    """Raise if a module holds several matrices in one array that cannot be adapted, whichever of them are chosen."""
+    arrays = matrices(module)
+    if any(array.dtype.itemsize < 2 or not array.is_floating_point() for array in arrays.values()):
         raise NetworkError(
             f"{name} is a {type(module).__name__}, whose experts are quantised, and no back end can give their "
             "weights",
             remedy="load the model without quantised experts, or leave them out with exclude_modules",
         )
-
-
-def check_experts(name: str, module: nn.Module) -> None:
-    """Raise if a module holds experts that cannot be adapted."""
-    first = min(_of_no_layer(module), default="")
-    if first and not grouped_weights(module):
+    if not all(weight.grouped for weight in chosen):
+        return  # they are formed, wherever they stand
+    if arrays and not grouped_weights(module):
+        first = min(arrays)
         raise NetworkError(
             f"{name} is a {type(module).__name__}, whose weights of several matrices have an unknown layout",
             remedy=f"name a Parameter and its axes, target_modules=[{first!r}] with axes={{{first!r}: "

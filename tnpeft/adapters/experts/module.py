@@ -127,8 +127,7 @@ def weights_in(module: nn.Module) -> tuple[Weight, ...]:
 
 def names_in(module: nn.Module) -> tuple[str, ...]:
     """The names of arrays inside a module by which targets may mean one, whether it can be adapted or not."""
-    names = [name for weight in weights_in(module) for name in (weight.name, weight.child)]
-    return (*names, *(() if type(module).__module__.startswith("torch.nn") else matrices(module)))
+    return (*matrices(module), *(name for weight in weights_in(module) for name in (weight.name, weight.child)))
 
 
 def experts_at(model: nn.Module, path: str, bank: FactorBank) -> TensorNetworkExperts:

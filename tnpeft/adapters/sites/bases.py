@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +11,7 @@ from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tnpeft.adapters.experts.fused import check_experts, check_floating
+from tnpeft.adapters.experts.fused import check_matrices
 from tnpeft.adapters.experts.listed import is_list, listed_weight, starred
 from tnpeft.adapters.experts.module import experts_at, weights_in
 from tnpeft.adapters.experts.weight import ExpertWeight
@@ -63,11 +61,9 @@ def targets_of(
     for name, module in left.items():
         if isinstance(module, TensorNetworkParameter):
             module, name = module.get_base_layer(), name.rpartition(".")[0]
-        check_floating(name, module)
         weights = weights_in(module)
         held = [weight for weight in weights if _named(name, weight, meant)]
-        if all(weight.grouped for weight in held):
-            check_experts(name, module)
+        check_matrices(name, module, held)
         for weight in held:
             path = f"{name}.{weight.name}".lstrip(".")
             if not weight.grouped:
@@ -139,16 +135,6 @@ def _take_listed(
         if not any(star.startswith(f"{name}.") for star in groups):
             raise NetworkError(f"the experts of {name} hold no linears", remedy="leave it out of target_modules")
     return {star: listed_weight(star, own) for star, own in groups.items()}
-
-
-@contextmanager
-def excluded_weights(held: Mapping[str, Sequence[str]], meant: Callable[[str], Any]) -> Iterator[None]:
-    """Keep PEFT, which sees modules only, from saying that nothing is excluded where a weight of one is."""
-    paths = (f"{name}.{weight}" for name, weights in held.items() for weight in weights)
-    with warnings.catch_warnings():
-        if any(isinstance(meant(path), _ExcludedModule) for path in paths):
-            warnings.filterwarnings("ignore", "You have passed exclude_modules")
-        yield
 
 
 def site_weight(model: nn.Module, weights: Mapping[str, Weight], site: Site) -> Tensor:

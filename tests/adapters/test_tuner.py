@@ -250,6 +250,18 @@ def test_weighted_sum_is_exact(key: str) -> None:
         model.base_model.add_weighted_adapter(["default"], [1.0], "sum")
 
 
+@pytest.mark.parametrize("family", ["ia3", "randlora"])
+def test_a_sum_knows_only_what_the_lines_at_its_sites_name(family: str) -> None:
+    """The start of the other line's factor, and a rank that is a rule over another, by the name they have in it."""
+    model = adapted("lora")
+    model.add_adapter("second", tnpeft.TensorNetworkConfig(network=family, target_modules=["q_proj", "v_proj"]))
+    shake(model, 1), shake(model, 2, "second")
+    model.base_model.add_weighted_adapter(["default", "second"], [0.7, -2.0], "sum")
+    for module in linears(model).values():
+        first, second = (module.get_delta_weight(name) for name in ("default", "second"))
+        assert close(module.get_delta_weight("sum"), 0.7 * first - 2.0 * second)
+
+
 CHOICES = [
     {"target_modules": ["q_proj", "v_proj"]},
     {"target_modules": ["fc1", "v_proj"]},

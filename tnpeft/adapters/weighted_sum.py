@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -72,20 +73,32 @@ def direct_sum(found: Sequence[Factorization], sites: Sequence[Sequence[Site]]) 
             raise _differ(*(found[k - 1] for k in [*nets][:2]))
         terms = tuple(term for k, net in nets.items() for term in _numbered(net, k).terms)
         rules.setdefault(Network(terms, outputs.pop()), []).append(proj)
-    fields: dict[str, dict[str, Any]] = {"init": {}, "lr_multiplier": {}}
-    for k, f in enumerate(found, start=1):
-        for name, field in fields.items():
-            field |= {f"{label}_{k}": value for label, value in getattr(f, name).items()}
+    used = {name for net in rules for name in (*net.bonds, *map(net.label, net.factors))}
+
+    def numbered(fields: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+        """A field of all summands, without entries that only lines without a site have."""
+        entries = ((f"{name}_{k}", its) for k, field in enumerate(fields, start=1) for name, its in field.items())
+        return {name: its for name, its in entries if name in used}
+
     return replace(
         first,
         name="sum",
         lines=tuple(SiteRule(net, "|".join(projs) if len(rules) > 1 else "*") for net, projs in rules.items()),
-        ranks={f"{bond}_{k}": rank for k, f in enumerate(found, start=1) for bond, rank in f.ranks.items()},
-        unit_norm=tuple(f"{label}_{k}" for k, f in enumerate(found, start=1) for label in f.unit_norm),
+        ranks=numbered({bond: _rank(f, bond, k) for bond in f.ranks} for k, f in enumerate(found, start=1)),
+        init=numbered(f.init for f in found),
+        lr_multiplier=numbered(f.lr_multiplier for f in found),
+        unit_norm=tuple(numbered(dict.fromkeys(f.unit_norm) for f in found)),
         scale=1.0,
         source="sum of adapters",
-        **fields,  # type: ignore[arg-type]
     )
+
+
+def _rank(f: Factorization, bond: str, k: int) -> int | str:
+    """The size of a bond, by numbered names where it is a rule over those of others."""
+    rank = f.ranks[bond]
+    if not isinstance(rank, str):
+        return rank
+    return re.sub(r"\w+", lambda word: f"{word[0]}_{k}" if word[0] in f.ranks else word[0], rank)
 
 
 def _differ(one: Factorization, other: Factorization) -> NetworkError:
@@ -161,6 +174,7 @@ def _numbered(net: Network, k: int) -> Network:
     return Network(terms, renamed.output)
 
 
+@torch.no_grad()
 def _fill(
     tuner: BaseTuner,
     adapters: Sequence[str],
@@ -170,21 +184,19 @@ def _fill(
 ) -> None:
     bank = bank_of(tuner.model, name)
     places = tuner.peft_config[name].layers
-    layout = bank.layouts[name]
     new = {_place(param): array for param, array in arrays(tuner.model, bank, name).items()}
     own = {}  # the arrays that a summand has
-    with torch.no_grad():
-        for k, (adapter, weight, f) in enumerate(zip(adapters, weights, found, strict=True), start=1):
-            scaled = carriers(f)
-            layers = {position: places[path] for path, position in tuner.peft_config[adapter].layers.items()}
-            for param, array in arrays(tuner.model, bank, adapter).items():
-                if param.kind != "constant":
-                    its = replace(param, label=f"{param.label}_{k}", layer=layers.get(param.layer))
-                    own[_place(its)] = array * (weight * f.scale) if param.label in scaled else array
-        for place in _zeros(adapters, bank, layout, own.keys()):
-            new[place].zero_()
-        for place, array in own.items():
-            new[place].copy_(array)
+    for k, (adapter, weight, f) in enumerate(zip(adapters, weights, found, strict=True), start=1):
+        scaled = carriers(f)
+        layers = {position: places[path] for path, position in tuner.peft_config[adapter].layers.items()}
+        for param, array in arrays(tuner.model, bank, adapter).items():
+            if param.kind != "constant":
+                its = replace(param, label=f"{param.label}_{k}", layer=layers.get(param.layer))
+                own[_place(its)] = array * (weight * f.scale) if param.label in scaled else array
+    for place in _zeros(adapters, bank, bank.layouts[name], own.keys()):
+        new[place].zero_()
+    for place, array in own.items():
+        new[place].copy_(array)
 
 
 _Place = tuple[str, int | None, str | None, tuple[int, ...], str]

@@ -232,8 +232,16 @@ def test_other_lines_become_plain_lora_through_their_cut(network: str, tmp_path:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_line_that_uses_a_factor_twice_becomes_plain_lora(tmp_path: Path) -> None:
-    f = tnpeft.families.tensor_guide(rank=2)
+@pytest.mark.parametrize(
+    "f",
+    [
+        tnpeft.families.tensor_guide(rank=2),
+        tnpeft.Factorization.of(
+            "B[layer proj out r] A[layer proj r inp] A[layer proj r inp] -> layer proj out inp", ranks={"r": 2}
+        ),
+    ],
+)
+def test_a_line_that_uses_a_factor_twice_becomes_plain_lora(f: tnpeft.Factorization, tmp_path: Path) -> None:
     config = tnpeft.TensorNetworkConfig(network=f, target_modules=["q_proj"], save_frozen=True)
     model = trained(config, opt(), 1)
     model.save_pretrained(tmp_path / "own")
@@ -352,17 +360,16 @@ def test_hostile_folders_of_this_package_are_refused_as_well(how: str, to: str, 
 def test_a_conversion_that_changes_an_update_is_refused_with_the_difference(
     to: str, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    true = run._write
+    true = run._WRITERS[to]
 
     def wrong(lines: Any, *rest: Any) -> Any:
         from dataclasses import replace
 
         site = lines.sites[0]
         factors = {**site.factors, "A": site.factors["A"].roll(1, 0)}  # paired with the wrong columns
-        true(replace(lines, sites=(replace(site, factors=factors), *lines.sites[1:])), *rest)
-        return lines
+        return true(replace(lines, sites=(replace(site, factors=factors), *lines.sites[1:])), *rest)
 
-    monkeypatch.setattr(run, "_write", wrong)
+    monkeypatch.setitem(run._WRITERS, to, wrong)
     with pytest.raises(AdapterFileError, match=r"would change: the largest relative difference is \d"):
         tnpeft.convert(adapter, adapter.parent / "new", to=to)
     assert {path.name for path in adapter.parent.iterdir()} == {"a"}

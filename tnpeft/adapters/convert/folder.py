@@ -10,16 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
 from tnpeft.adapters.config import TensorNetworkConfig
 from tnpeft.adapters.constants import PREFIX as OURS
-from tnpeft.adapters.convert.formats import KOHYA, LYCORIS, PEFT, PER_EXPERT, SHARED_OUTER
+from tnpeft.adapters.convert.formats import TARGETS
 from tnpeft.adapters.convert.lines import AdapterLines, SiteAdapter, grown
-from tnpeft.adapters.convert.read import ABOUT, Shapes, Source, shape_of
+from tnpeft.adapters.convert.read import ABOUT, Shapes, shape_of
 from tnpeft.adapters.layer.bank import BANK
 from tnpeft.adapters.placement import frozen_hashes
 from tnpeft.adapters.storage.contents import PEFT_PREFIX, factor_shapes
@@ -29,9 +28,10 @@ from tnpeft.adapters.targets import names_by_path, natural, on_card
 from tnpeft.layout import Layout, ParameterSpec, layout, sorted_projs
 from tnpeft.models import Card
 from tnpeft.networks import AdapterFileError, ConfigError, Factorization, Network, NetworkError, Site, SiteRule
+from tnpeft.nn.dense import dense
 
 _NOTE = "tnpeft_converted"  # entry of the file's header: axes of every array, ranks and scales as in the source
-_Group = tuple[Network, tuple[tuple[str, int], ...]]
+_Kind = tuple[Network, tuple[tuple[str, int], ...]]  # a line and its ranks
 
 
 # ---- writing
@@ -41,11 +41,16 @@ def write_folder(lines: AdapterLines, folder: Path, to: str, card: Card | None) 
     """Write the lines as a tnpeft adapter; true if that rounds them, as scales that differ go into factors."""
     names = _names([site.module for site in lines.sites], card)
     scale = Counter(site.scale for site in lines.sites).most_common(1)[0][0]
-    ranks = {site.module: _ranks(site) for site in lines.sites}
-    sites = _padded([site.scaled(scale) for site in lines.sites], names)
     places = {name: k for k, name in enumerate(sorted({layer for layer, _ in names.values()}, key=natural))}
-    f, chosen = _factorization(sites, names, places, scale)
-    placed = layout(f, list(chosen.values()))
+    chosen = {}
+    for site in lines.sites:
+        layer, proj = names[site.module]
+        out, inp = site.shape
+        chosen[site.module] = Site(places[layer], proj, out, inp, 0, site.module, 0, site.sizes.get("expert", 0))
+    sites = _padded([site.scaled(scale) for site in lines.sites], chosen)
+    f = _factorization(sites, chosen, scale)
+    order = sorted_projs({proj for _, proj in names.values()})
+    placed = layout(f, sorted(chosen.values(), key=lambda site: (site.layer, order.index(site.proj))))
     values = _values(placed, {site.module: site for site in sites})
     magnitudes = {site.module: site.magnitude for site in sites if site.magnitude is not None}
     if magnitudes and len(magnitudes) != len(sites):
@@ -65,7 +70,9 @@ def write_folder(lines: AdapterLines, folder: Path, to: str, card: Card | None) 
     assert {name: tuple(value.shape) for name, value in arrays.items()} == factor_shapes(config, placed)
     axes = {param.key: list(param.indices) for param in placed.parameters}
     scales = {site.module: site.scale for site in lines.sites if site.scale != scale}
-    padded = {site.module: ranks[site.module] for site in sites if ranks[site.module] != _ranks(site)}
+    padded = {
+        site.module: _ranks(site) for site, its in zip(lines.sites, sites, strict=True) if _ranks(site) != _ranks(its)
+    }
     config.save_pretrained(str(folder))
     save(
         {f"{PEFT_PREFIX}{name}": value for name, value in {**arrays, **lines.others}.items()},
@@ -93,65 +100,44 @@ def _ranks(site: SiteAdapter) -> dict[str, int]:
     return {bond: site.sizes[bond] for bond in site.network.bonds}
 
 
-def _padded(sites: Sequence[SiteAdapter], names: Mapping[str, tuple[str, str]]) -> list[SiteAdapter]:
+def _padded(sites: Sequence[SiteAdapter], chosen: Mapping[str, Site]) -> list[SiteAdapter]:
     """The sites with the bonds of a projection equally large in all layers: zeros fill the smaller ones."""
     most: Counter[tuple[str, Network, str]] = Counter()
     for site in sites:
-        most |= Counter({(names[site.module][1], site.network, bond): rank for bond, rank in _ranks(site).items()})
+        most |= Counter({(chosen[site.module].proj, site.network, bond): n for bond, n in _ranks(site).items()})
     wide = []
     for site in sites:
-        proj = names[site.module][1]
-        sizes = {index: most[proj, site.network, index] or size for index, size in site.sizes.items()}
-        axes = {site.network.label(factor): factor.indices for factor in site.network.factors}
-        factors = {label: grown(its, [sizes[index] for index in axes[label]]) for label, its in site.factors.items()}
-        wide.append(replace(site, factors=factors))
+        net, proj = site.network, chosen[site.module].proj
+        sizes = {index: most[proj, net, index] or size for index, size in site.sizes.items()}
+        shapes = {net.label(factor): [sizes[index] for index in factor.indices] for factor in net.factors}
+        wide.append(replace(site, factors={label: grown(site.factors[label], its) for label, its in shapes.items()}))
     return wide
 
 
-def _whole(net: Network) -> Network:
-    """The site's line with the stack put back: what the format declares, found by the line of one site."""
-    known = (*(p for packings in PEFT.values() for p in packings), PER_EXPERT, *SHARED_OUTER, *KOHYA, *LYCORIS)
-    for packing in known:
-        if packing.site == net:
-            return packing.network
-    raise ConfigError("the line belongs to no format", line=str(net), remedy='convert it to="lora"')
-
-
-def _factorization(
-    sites: Sequence[SiteAdapter],
-    names: Mapping[str, tuple[str, str]],
-    places: Mapping[str, int],
-    scale: float,
-) -> tuple[Factorization, dict[str, Site]]:
-    by_proj: dict[str, dict[_Group, list[SiteAdapter]]] = {}
+def _factorization(sites: Sequence[SiteAdapter], chosen: Mapping[str, Site], scale: float) -> Factorization:
+    kinds: dict[str, dict[_Kind, None]] = {}
     for site in sites:
-        group = site.network, tuple(sorted(_ranks(site).items()))
-        by_proj.setdefault(names[site.module][1], {}).setdefault(group, []).append(site)
-    groups: dict[_Group, list[str]] = {}
-    for proj, kinds in by_proj.items():
-        if len(kinds) > 1:
+        kinds.setdefault(chosen[site.module].proj, {})[site.network, tuple(sorted(_ranks(site).items()))] = None
+    groups: dict[_Kind, list[str]] = {}
+    for proj, its in kinds.items():
+        if len(its) > 1:
             raise ConfigError(
                 f"the layers of {proj} are updated by different lines: "
-                f"{' and '.join(str(net) for net, _ in list(kinds)[:2])}",
+                f"{' and '.join(str(net) for net, _ in list(its)[:2])}",
                 remedy="convert these layers apart",
             )
-        groups.setdefault(next(iter(kinds)), []).append(proj)
+        groups.setdefault(next(iter(its)), []).append(proj)
     usual = max(groups, key=lambda group: len(groups[group]))
     rules, ranks = [], {}
     for number, (group, projs) in enumerate(sorted(groups.items(), key=lambda item: item[0] == usual)):
-        net = _whole(group[0])
+        net = next((p.network for packings in TARGETS.values() for p in packings if p.site == group[0]), None)
+        if net is None:
+            raise ConfigError("the line belongs to no format", line=str(group[0]), remedy='convert it to="lora"')
         new = {bond: bond if group == usual else f"{bond}_{number + 1}" for bond, _ in group[1]}
         ranks |= {new[bond]: rank for bond, rank in group[1]}
         rules.append(SiteRule(net.rename(new), "*" if group == usual else "|".join(projs)))
-    chosen = {}
-    for site in sites:
-        layer, proj = names[site.module]
-        out, inp = site.shape
-        chosen[site.module] = Site(places[layer], proj, out, inp, 0, site.module, 0, site.sizes.get("expert", 0))
-    base = Factorization(name="converted", lines=tuple(rules), ranks=ranks, scale=scale, source="converted (derived)")
-    order = sorted_projs({site.proj for site in chosen.values()})
-    chosen = dict(sorted(chosen.items(), key=lambda item: (item[1].layer, order.index(item[1].proj))))
-    return replace(base, splits=_splits(base, sites, chosen)), chosen
+    f = Factorization(name="converted", lines=tuple(rules), ranks=ranks, scale=scale, source="converted (derived)")
+    return replace(f, splits=_splits(f, sites, chosen))
 
 
 def _splits(f: Factorization, sites: Sequence[SiteAdapter], chosen: Mapping[str, Site]) -> dict[str, Any]:
@@ -160,14 +146,15 @@ def _splits(f: Factorization, sites: Sequence[SiteAdapter], chosen: Mapping[str,
     for k, side in enumerate(("out", "inp")):
         wanted = {site.module: {i: site.sizes[i] for i in site.network.output[k - 2]} for site in sites}
         shapes = [tuple(sizes.values()) for sizes in wanted.values()]
+        parts = range(len(shapes[0]))
         if all(len(shape) == 1 for shape in shapes):
             continue
         fixed = [
-            {side: tuple(size if axis == place else None for axis in range(len(shapes[0])))}
-            for place in range(len(shapes[0]))
+            {side: tuple(size if part == place else None for part in parts)}
+            for place in parts
             for size in {shape[place] for shape in shapes}
         ]
-        given = next((splits for splits in ({}, *fixed) if _gives(f, splits, chosen, wanted)), None)
+        given = next((splits for splits in ({}, *fixed) if _gives(replace(f, splits=splits), chosen, wanted)), None)
         if given is None:
             raise ConfigError(
                 f"the sites split their {side} sides in ways that no one rule gives", remedy="convert them apart"
@@ -176,13 +163,10 @@ def _splits(f: Factorization, sites: Sequence[SiteAdapter], chosen: Mapping[str,
     return found
 
 
-def _gives(
-    f: Factorization, splits: dict[str, Any], chosen: Mapping[str, Site], wanted: Mapping[str, Mapping[str, int]]
-) -> bool:
-    """True if splits give the indices of every site the sizes that are wanted."""
-    trial = replace(f, splits=splits)
+def _gives(f: Factorization, chosen: Mapping[str, Site], wanted: Mapping[str, Mapping[str, int]]) -> bool:
+    """True if the indices of every site have the sizes that are wanted."""
     try:
-        sizes = {m: trial.sizes(out=its.out, inp=its.inp, line=trial.rule_for(its)) for m, its in chosen.items()}
+        sizes = {m: f.sizes(out=its.out, inp=its.inp, line=f.rule_for(its)) for m, its in chosen.items()}
         return all(sizes[module][i] == size for module, its in wanted.items() for i, size in its.items())
     except (NetworkError, KeyError):
         return False
@@ -202,7 +186,7 @@ def _values(placed: Layout, sites: Mapping[str, SiteAdapter]) -> dict[ParameterS
 # ---- reading
 
 
-def read_folder(path: Path, tensors: Mapping[str, Tensor], shapes: Shapes) -> Source:
+def read_folder(path: Path, tensors: Mapping[str, Tensor], shapes: Shapes) -> AdapterLines:
     """A tnpeft adapter as lines; its updates are contracted from the stored factors."""
     config = TensorNetworkConfig.from_pretrained(str(path))
     f = config.factorization
@@ -233,15 +217,13 @@ def read_folder(path: Path, tensors: Mapping[str, Tensor], shapes: Shapes) -> So
         if not any(f".{part}." in f".{name}." for part in config.modules_to_save or ()):
             raise AdapterFileError(f"{name} is not part of an adapter that can be converted", remedy="take it out")
     ranks, scales = _note(path)
-    found, updates = [], []
+    found = []
     for module, part in stored.homes:
         site = _site(stored, module, part, shape_of(module, shapes), float(f.scale))
-        updates.append(np.asarray(site.dense().numpy()))
         for bond, rank in ranks.get(module, {}).items():
             site = _narrowed(site, bond, rank)
         found.append(replace(site.scaled(scales.get(module, site.scale)), magnitude=magnitudes.get(module)))
-    about = {key: getattr(config, key) for key in ABOUT}
-    return Source("tnpeft", AdapterLines(tuple(found), about, others), tuple(updates))
+    return AdapterLines(found, {key: getattr(config, key) for key in ABOUT}, others, "tnpeft")
 
 
 def _site(stored: StoredFactors, module: str, part: str, shape: tuple[int, int] | None, scale: float) -> SiteAdapter:
@@ -260,7 +242,8 @@ def _site(stored: StoredFactors, module: str, part: str, shape: tuple[int, int] 
             remedy="pass model=, and save the adapter with save_frozen=True, so that its frozen factors are in the "
             "file",
         )
-    return SiteAdapter(module, found.network, found.factors, scale)
+    update = dense(found.network, {label: value.double() for label, value in found.factors.items()})
+    return SiteAdapter(module, found.network, found.factors, scale, update=scale * update.numpy())
 
 
 def _note(path: Path) -> tuple[dict[str, dict[str, int]], dict[str, float]]:
@@ -283,11 +266,10 @@ def _narrowed(site: SiteAdapter, bond: str, rank: int) -> SiteAdapter:
     bond = next((b for b in site.network.bonds if b == bond or re.fullmatch(rf"{re.escape(bond)}_\d+", b)), bond)
     factors = dict(site.factors)
     for factor in site.network.factors:
-        label = site.network.label(factor)
         if bond in factor.indices:
-            axis = factor.indices.index(bond)
-            size = factors[label].shape[axis]
-            if not 0 < rank <= size or factors[label].narrow(axis, rank, size - rank).any():
+            label = site.network.label(factor)
+            kept, padding = factors[label].tensor_split([rank], factor.indices.index(bond))
+            if rank < 1 or padding.any():
                 return site
-            factors[label] = factors[label].narrow(axis, 0, rank).contiguous()
+            factors[label] = kept.contiguous()
     return replace(site, factors=factors)

@@ -11,13 +11,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
-from tnpeft.adapters.convert.lines import parse
+from tnpeft.adapters.convert.lines import Array, parse
 from tnpeft.networks import Network, network
 
-Array = NDArray[np.float64]
 Raw = Mapping[str, Array]
 
 
@@ -62,16 +60,11 @@ _SITE = "-> layer proj out inp"
 _EXPERT = "-> layer proj expert out inp"
 _LORA = f"B[layer proj out r] A[layer proj r inp] {_SITE}"
 _LOHA = f"B1[layer proj out r] A1[layer proj r inp] B2[layer proj out s] A2[layer proj s inp] {_SITE}"
-_KRON = "-> layer proj (o1 o2) (i1 i2)"
 _OWN_EXPERTS = f"B[layer proj expert out r] A[layer proj expert r inp] {_EXPERT}"
 
 
 def _lora(t: Raw) -> Array:
-    return t["lora_B.weight"] @ t["lora_A.weight"]
-
-
-def _experts(t: Raw) -> Array:
-    """Batched over experts; a shared side has one entry or no such axis."""
+    """Batched over experts, if there are any; a side that they share has one entry or no such axis."""
     return np.matmul(t["lora_B.weight"], t["lora_A.weight"])
 
 
@@ -104,23 +97,22 @@ def _vera(t: Raw) -> Array:
 def _randlora(t: Raw) -> Array:
     lam, gam, a, b = t["randlora_lambda"], t["randlora_gamma"], t["randlora_A"], t["randlora_B"]
     scaled = (lam[:, :, None] * gam[None]) * a  # [a n short]
-    update = b.reshape(b.shape[0], -1) @ scaled.reshape(-1, scaled.shape[2])  # [long short]
-    return update if int(t["tall"]) else update.T
+    return np.asarray(b.reshape(b.shape[0], -1) @ scaled.reshape(-1, scaled.shape[2]))  # [long short]
 
 
 _HADA = {"hada_w1_a": "B1[out r]", "hada_w1_b": "A1[r inp]", "hada_w2_a": "B2[out s]", "hada_w2_b": "A2[s inp]"}
+_LEFT = (  # Kronecker factors, whole or as a product
+    ("C[layer proj o1 i1]", {"lokr_w1": "C[o1 i1]"}),
+    ("C1[layer proj o1 q] C2[layer proj q i1]", {"lokr_w1_a": "C1[o1 q]", "lokr_w1_b": "C2[q i1]"}),
+)
+_RIGHT = (
+    ("P[layer proj o2 r] Q[layer proj r i2]", {"lokr_w2_a": "P[o2 r]", "lokr_w2_b": "Q[r i2]"}),
+    ("K[layer proj o2 i2]", {"lokr_w2": "K[o2 i2]"}),
+)
 _KRONECKER = tuple(
-    Packing(
-        "LoKr",
-        f"{first} {second} {_KRON}",
-        {
-            **({"lokr_w1": "C[o1 i1]"} if first[0:2] == "C[" else {"lokr_w1_a": "C1[o1 q]", "lokr_w1_b": "C2[q i1]"}),
-            **({"lokr_w2": "K[o2 i2]"} if second[0] == "K" else {"lokr_w2_a": "P[o2 r]", "lokr_w2_b": "Q[r i2]"}),
-        },
-        _lokr,
-    )
-    for first in ("C[layer proj o1 i1]", "C1[layer proj o1 q] C2[layer proj q i1]")
-    for second in ("P[layer proj o2 r] Q[layer proj r i2]", "K[layer proj o2 i2]")
+    Packing("LoKr", f"{first} {second} -> layer proj (o1 o2) (i1 i2)", {**left, **right}, _lokr)
+    for first, left in _LEFT
+    for second, right in _RIGHT
 )
 
 # The packings of PEFT's folders by its own name of the method.
@@ -155,23 +147,27 @@ PEFT: Mapping[str, tuple[Packing, ...]] = {
                 "randlora_A": f"A{t}[a 1 {short}]",
                 "randlora_gamma": f"gam{t}[n {short}]",
             },
-            _randlora,
+            update,
             shared={"randlora_B": f"B{t}[{long} n a]", "randlora_A": f"A{t}[a 1 {short}]"},
         )
-        for t, long, short in (("", "out", "inp"), ("T", "inp", "out"))
+        for t, long, short, update in (
+            ("", "out", "inp", _randlora),
+            ("T", "inp", "out", lambda tensors: _randlora(tensors).T),
+        )
     ),
 }
 LORA, NESTED = PEFT["LORA"]  # the second is that of ``target_parameters``
+ALPHA = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha", "RANDLORA": "randlora_alpha"}  # of a configuration
 
 # Adapters over experts as three-dimensional tensors, a side that all share with one entry or none.
 PER_EXPERT = Packing(
     "LoRA per expert",
     _OWN_EXPERTS,
     {"lora_A.weight": "A[expert r inp]", "lora_B.weight": "B[expert out r]"},
-    _experts,
+    _lora,
 )
 SHARED_OUTER: tuple[Packing, ...] = tuple(
-    Packing("shared-outer LoRA", line, {"lora_A.weight": a, "lora_B.weight": b}, _experts)
+    Packing("shared-outer LoRA", line, {"lora_A.weight": a, "lora_B.weight": b}, _lora)
     for line, a, b in (
         (f"B[layer proj expert out r] A[layer proj r inp] {_EXPERT}", "A[1 r inp]", "B[expert out r]"),
         (f"B[layer proj out r] A[layer proj expert r inp] {_EXPERT}", "A[expert r inp]", "B[1 out r]"),

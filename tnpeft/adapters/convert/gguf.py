@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tnpeft.adapters.convert.formats import TARGETS, Array
-from tnpeft.adapters.convert.lines import AdapterLines
+from tnpeft.adapters.convert.formats import TARGETS
+from tnpeft.adapters.convert.lines import AdapterLines, SiteAdapter
 from tnpeft.adapters.convert.write import held, plain
 from tnpeft.models import Card
 from tnpeft.networks import AdapterFileError, ConfigError
@@ -46,19 +47,20 @@ def write_gguf(lines: AdapterLines, path: Path, to: str, card: Card | None) -> b
     return True
 
 
-def read_updates(path: Path, lines: AdapterLines, card: Card) -> list[Array]:
-    """The updates in a GGUF file, in the order of the lines and with the rows of the model."""
+def read_gguf(path: Path, lines: AdapterLines, card: Card) -> list[SiteAdapter]:
+    """The sites of the lines with the updates that a GGUF file holds, rows as in the model."""
     import gguf
 
     reader = gguf.GGUFReader(path)
     alpha = float(reader.fields["adapter.lora.alpha"].contents())
     tensors = {tensor.name: np.array(tensor.data, dtype=np.float64) for tensor in reader.tensors}
     found = []
-    for name, heads in _names([site.module for site in lines.sites], card)[1]:
+    names = _names([site.module for site in lines.sites], card)[1]
+    for site, (name, heads) in zip(lines.sites, names, strict=True):
         if f"{name}.weight.lora_a" not in tensors:
             raise AdapterFileError(f"{name}.weight.lora_a is missing")
         a, b = (tensors[f"{name}.weight.lora_{end}"] for end in "ab")
-        found.append(alpha / a.shape[0] * (_turned(b, heads, back=True) @ a))
+        found.append(replace(site, update=alpha / a.shape[0] * (_turned(b, heads, back=True) @ a)))
     return found
 
 

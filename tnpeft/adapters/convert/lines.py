@@ -8,12 +8,15 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tnpeft.networks import AdapterFileError, Network
 from tnpeft.networks.factor import Group
 
+Array = NDArray[np.float64]
 _PACKED = re.compile(r"(\w+)\[([^\]]*)\]")
 
 
@@ -22,7 +25,8 @@ class SiteAdapter:
     """The update of one weight: its module, the line of this one site, the factors with their axes as declared.
 
     ``magnitude`` is DoRA's, ``[out]``, None without it. ``rounded`` tells that values were multiplied on the way, so
-    that they need not agree to the last bit.
+    that they need not agree to the last bit. ``update`` is ``[*stack, out, inp]`` by the formula of the format that
+    the site was read from, None where it was read from none.
     """
 
     module: str
@@ -31,6 +35,7 @@ class SiteAdapter:
     scale: float = 1.0
     magnitude: Tensor | None = None
     rounded: bool = False
+    update: Array | None = None
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -48,13 +53,6 @@ class SiteAdapter:
         rows, cols = (prod(sizes[i] for i in group) for group in (self.network.rows, self.network.cols))
         return rows, cols
 
-    def dense(self) -> Tensor:
-        """The update in double precision, ``[*stack, rows, cols]``."""
-        from tnpeft.nn.dense import dense
-
-        update: Tensor = dense(self.network, {name: value.double() for name, value in self.factors.items()})
-        return self.scale * update
-
     def scaled(self, scale: float) -> SiteAdapter:
         """The same update at another scale: the quotient goes into the first trainable factor."""
         if scale == self.scale:
@@ -71,11 +69,15 @@ class SiteAdapter:
 
 @dataclass(frozen=True)
 class AdapterLines:
-    """All sites of an adapter, what it names besides (``about``), and tensors other than factors (``others``)."""
+    """All sites of an adapter, what it names besides (``about``), and tensors other than factors (``others``).
 
-    sites: tuple[SiteAdapter, ...]
+    ``format`` says what it was read from.
+    """
+
+    sites: Sequence[SiteAdapter]
     about: Mapping[str, Any] = field(default_factory=dict)
     others: Mapping[str, Tensor] = field(default_factory=dict)
+    format: str = ""
 
 
 # ---- packed tensors: "A[(expert r) inp]" is a matrix whose rows count experts slowest

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
 from tnpeft.adapters.convert import formats
-from tnpeft.adapters.convert.formats import LORA, NESTED, Array, Packing
-from tnpeft.adapters.convert.lines import AdapterLines, SiteAdapter, parse, sizes_of, unpack
-from tnpeft.adapters.storage.contents import AGAIN, PEFT_PREFIX, entries
+from tnpeft.adapters.convert.formats import ALPHA, LORA, NESTED, Packing
+from tnpeft.adapters.convert.lines import AdapterLines, Array, SiteAdapter, parse, sizes_of, unpack
+from tnpeft.adapters.storage.contents import AGAIN, entries
 from tnpeft.adapters.storage.files import file_in, read
 from tnpeft.networks import AdapterFileError, ConfigError
 
@@ -34,15 +33,6 @@ _REFUSED: Mapping[str, tuple[Any, ...]] = {  # options, and their values that ar
 }
 _MOVED = re.compile(r"(pissa|olora|corda|loftq|lora_ga)", re.IGNORECASE)
 _IMAGE = re.compile(r"(?:lora|lycoris)_\w+\.[\w.]+")
-
-
-@dataclass(frozen=True)
-class Source:
-    """An adapter as it was read: its format, its lines, and each site's update by the format's own formula."""
-
-    format: str
-    lines: AdapterLines
-    updates: tuple[Array, ...]
 
 
 def load(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -74,38 +64,10 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """One site as a file has it: its path, its packing, its tensors by the ends of their names, and its numbers.
-
-    ``rank`` is that of the configuration, None where it has none.
-    """
-
-    module: str
-    packing: Packing
-    tensors: Mapping[str, Tensor]
-    scale: float
-    rank: int | None = None
-    magnitude: Tensor | None = None
-
-
-def _source(
-    project: str,
-    sites: Sequence[_Stored],
-    shared: Mapping[str, Tensor],
-    shapes: Shapes,
-    about: Mapping[str, Any],
-    others: Mapping[str, Tensor],
-) -> Source:
-    found, updates = zip(*(_unpacked(site, shared, shapes) for site in sites), strict=True)
-    methods = "+".join(dict.fromkeys(site.packing.method for site in sites))
-    return Source(f"{project} {methods}", AdapterLines(found, about, others), updates)
-
-
 # ---- PEFT's folders
 
 
-def read_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor], shapes: Shapes) -> Source:
+def read_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor], shapes: Shapes) -> AdapterLines:
     """The lines of one of PEFT's folders, by its configuration and its tensors."""
     kind = config["peft_type"]
     if kind not in formats.PEFT:
@@ -128,18 +90,21 @@ def read_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor], shapes: 
     targets = config.get("target_parameters") or []
     if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
         raise AdapterFileError(f"target_parameters is {targets!r}", remedy=AGAIN)
-    found = []
+    found, methods = [], dict[str, None]()
     for module, stored in sites.items():
         magnitude = next((stored.pop(name) for name in _MAGNITUDE if name in stored), None)
-        packing = _packing(module, stored, packings, bool(targets))
+        packing = _packing(module, stored, packings)
         if packing.method == "RandLoRA":
             packing = packings[_is_wide(module, shared, shapes)]
+        if packing is LORA and targets and re.search(r"(^|\.)(experts|base_layer)$", module):  # no target itself
+            packing = NESTED
         path = _parameter(module, targets, sites) if packing is NESTED else module
         rank, scale = _rank_and_scale(config, path)
-        found.append(_Stored(path, packing, stored, scale, rank, magnitude))
+        factors, _, update = _unpacked(path, packing, stored, shared, shapes, rank)
+        found.append(SiteAdapter(path, packing.site, factors, scale, magnitude, update=scale * update))
+        methods[packing.method] = None
     about = {key: config.get(key) for key in ABOUT} | {"fan_in_fan_out": bool(config.get("fan_in_fan_out", False))}
-    kept = {name: tensors[full] for full in tensors if (name := full.removeprefix(PEFT_PREFIX)) in others}
-    return _source("PEFT", found, shared, shapes, about, kept)
+    return AdapterLines(found, about, others, f"PEFT {'+'.join(methods)}")
 
 
 def _check(config: Mapping[str, Any]) -> None:
@@ -167,11 +132,9 @@ def _rank_and_scale(config: Mapping[str, Any], module: str) -> tuple[int | None,
         except (AttributeError, TypeError, re.error) as error:
             raise AdapterFileError(f"{name} is not a mapping of patterns: {error}", remedy=AGAIN) from None
 
-    kind = config["peft_type"]
-    if kind == "VERA":
+    if config["peft_type"] not in ALPHA:
         return None, 1.0
-    rank = pattern("rank_pattern", "r")
-    alpha = pattern("alpha_pattern", {"LORA": "lora_alpha", "RANDLORA": "randlora_alpha"}.get(kind, "alpha"))
+    rank, alpha = pattern("rank_pattern", "r"), pattern("alpha_pattern", ALPHA[config["peft_type"]])
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1 or not isinstance(alpha, int | float):
         raise AdapterFileError(f"{module} has the rank {rank!r} and alpha {alpha!r}", remedy=AGAIN)
     return rank, alpha / (sqrt(rank) if config.get("use_rslora") else rank)
@@ -220,7 +183,7 @@ def _parameter(module: str, targets: list[str], sites: Mapping[str, Mapping[str,
 # ---- the single files of image trainers: kohya's and LyCORIS' names, alpha as a tensor at every site
 
 
-def read_trainers_file(tensors: Mapping[str, Tensor], shapes: Shapes) -> Source:
+def read_trainers_file(tensors: Mapping[str, Tensor], shapes: Shapes) -> AdapterLines:
     """The lines of a trainer's file; its names become paths where the model's linears are known."""
     if wrong := next((name for name in tensors if not _IMAGE.fullmatch(name)), ""):
         raise AdapterFileError(
@@ -229,15 +192,16 @@ def read_trainers_file(tensors: Mapping[str, Tensor], shapes: Shapes) -> Source:
         )
     packings = (*formats.KOHYA, *formats.LYCORIS)
     sites, _, _ = _grouped(tensors, packings, ("alpha",), ())
-    found = []
+    found, methods = [], dict[str, None]()
     for name, stored in sites.items():
         alpha = stored.pop("alpha", None)
-        packing = _packing(name, stored, packings, False)
-        sizes = sizes_of(stored, packing.tensors, {})
+        packing = _packing(name, stored, packings)
+        factors, sizes, update = _unpacked(name, packing, stored, {}, {})
         rank = sizes.get("r", sizes.get("q"))  # where both matrices of LoKr are whole, LyCORIS takes no alpha
         scale = 1.0 if alpha is None or rank is None else float(alpha.double().reshape(-1)[0]) / rank
-        found.append(_Stored(_path(name, shapes), packing, stored, scale))
-    return _source("LyCORIS", found, {}, {}, {}, {})
+        found.append(SiteAdapter(_path(name, shapes), packing.site, factors, scale, update=scale * update))
+        methods[packing.method] = None
+    return AdapterLines(found, format=f"LyCORIS {'+'.join(methods)}")
 
 
 def _path(name: str, shapes: Shapes) -> str:
@@ -253,13 +217,13 @@ def _path(name: str, shapes: Shapes) -> str:
 
 def _grouped(
     tensors: Mapping[str, Tensor], packings: Sequence[Packing], extra: Iterable[str], kept: Iterable[str]
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], set[str]]:
-    """The tensors by module and end of their name, those shared by all modules, and the names of all others."""
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors by module and end of their name, those shared by all modules, and all others."""
     ends = sorted({*extra, *(name for packing in packings for name in packing.tensors)}, key=len, reverse=True)
     common = {name for packing in packings for name in packing.shared}
     sites: dict[str, dict[str, Tensor]] = {}
     shared: dict[str, Tensor] = {}
-    others: set[str] = set()
+    others: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         end = next((end for end in ends if name == end or name.endswith(f".{end}")), None)
         if end in common:
@@ -268,7 +232,7 @@ def _grouped(
         elif end is not None and name != end:
             sites.setdefault(name.removesuffix(f".{end}"), {})[end] = tensor
         elif any(f".{part}." in f".{name}." for part in kept):
-            others.add(name)
+            others[name] = tensor
         else:
             raise AdapterFileError(f"{name} is not part of an adapter that can be converted", remedy="take it out")
     if not sites:
@@ -276,30 +240,37 @@ def _grouped(
     return sites, shared, others
 
 
-def _packing(module: str, stored: Mapping[str, Tensor], packings: Iterable[Packing], experts: bool) -> Packing:
-    """The packing of one module; over ``target_parameters`` only where the module is not a target itself."""
-    found = [packing for packing in packings if packing.fits(stored)]
-    if found[:2] == [LORA, NESTED] and experts and re.search(r"(^|\.)(experts|base_layer)$", module):
-        return NESTED
-    if not found:
+def _packing(module: str, stored: Mapping[str, Tensor], packings: Iterable[Packing]) -> Packing:
+    """The packing of one module."""
+    found = next((packing for packing in packings if packing.fits(stored)), None)
+    if found is None:
         what = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in stored.items())
         raise AdapterFileError(
             f"{module} holds {what}, which is not a known packing of a linear or of experts",
             remedy="convolutions and embeddings are not converted; else " + AGAIN,
         )
-    return found[0]
+    return found
 
 
-def _unpacked(stored: _Stored, shared: Mapping[str, Tensor], shapes: Shapes) -> tuple[SiteAdapter, Array]:
-    """The site's line and its update by the project's own formula, scaled."""
-    packing, module, rank = stored.packing, stored.module, stored.rank
+def _unpacked(
+    module: str,
+    packing: Packing,
+    tensors: Mapping[str, Tensor],
+    shared: Mapping[str, Tensor],
+    shapes: Shapes,
+    rank: int | None = None,
+) -> tuple[dict[str, Tensor], dict[str, int], Array]:
+    """The factors of a site, its sizes, and its update at scale 1 by the project's own formula.
+
+    ``rank`` is that of the configuration, None where it has none.
+    """
     known: dict[str, int] = {"r": rank} if rank is not None and packing is NESTED else {}
     if packing.shared and (shape := shape_of(module, shapes)) is not None:
         known |= {"out": shape[0], "inp": shape[1]}
-    sizes = sizes_of(stored.tensors, packing.tensors, known)
+    sizes = sizes_of(tensors, packing.tensors, known)
     if rank is not None and sizes.get("r", rank) != rank and packing.method != "LoKr":
         raise AdapterFileError(f"{module} has the rank {sizes['r']} in its file, {rank} in its configuration")
-    raw = dict(stored.tensors)
+    raw = dict(tensors)
     for name, axes in packing.shared.items():
         if name not in shared:
             raise ConfigError(f"{name} is not in the file", remedy="save the adapter with save_projection=True")
@@ -320,13 +291,13 @@ def _unpacked(stored: _Stored, shared: Mapping[str, Tensor], shapes: Shapes) -> 
                 raise AdapterFileError(f"{name} has the shape {tuple(whole.shape)}, too small for {module}")
             whole = whole.narrow(axis, 0, size)
         raw[name] = whole.contiguous()
-    packed = {parse(line)[0]: (raw[name], line) for name, line in packing.tensors.items()}
-    net = packing.site
-    factors = {label: unpack(*its, net.factor(label).indices, sizes) for label, its in packed.items()}
-    arrays: dict[str, Array] = {name: tensor.double().numpy() for name, tensor in raw.items()}
-    arrays |= {"experts": np.array(sizes.get("expert", 1)), "tall": np.array(int("gam" in factors))}
-    site = SiteAdapter(module, net, factors, stored.scale, stored.magnitude)
-    return site, stored.scale * np.asarray(packing.update(arrays))
+    factors = {}
+    for name, line in packing.tensors.items():
+        label = parse(line)[0]
+        factors[label] = unpack(raw[name], line, packing.site.factor(label).indices, sizes)
+    arrays = {name: tensor.double().numpy() for name, tensor in raw.items()}
+    arrays["experts"] = np.array(sizes.get("expert", 1))
+    return factors, sizes, packing.update(arrays)
 
 
 def shape_of(module: str, shapes: Shapes) -> tuple[int, int] | None:

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 
 from tnpeft.adapters.convert.folder import read_folder, write_folder
-from tnpeft.adapters.convert.formats import Array
-from tnpeft.adapters.convert.gguf import read_updates, write_gguf
-from tnpeft.adapters.convert.lines import AdapterLines
-from tnpeft.adapters.convert.read import Source, load, read_peft, read_trainers_file
+from tnpeft.adapters.convert.gguf import read_gguf, write_gguf
+from tnpeft.adapters.convert.lines import AdapterLines, SiteAdapter
+from tnpeft.adapters.convert.read import Shapes, load, read_peft, read_trainers_file
 from tnpeft.adapters.convert.write import write_image, write_peft
 from tnpeft.adapters.storage.files import ROOM
-from tnpeft.models import Card, cards
-from tnpeft.networks import AdapterFileError, ConfigError, NetworkError
+from tnpeft.adapters.storage.stored_sites import base_card
+from tnpeft.models import cards
+from tnpeft.networks import AdapterFileError, ConfigError
 
-_WRITERS: Mapping[str, Callable[..., bool]] = {
+_WRITERS: dict[str, Callable[..., bool]] = {
     "tnpeft": write_folder,
     **dict.fromkeys(("peft", "lora", "per_expert", "shared_outer"), write_peft),
     **dict.fromkeys(("kohya", "lycoris"), write_image),
@@ -88,53 +88,48 @@ def convert(source: str | Path, target: str | Path, to: str = "tnpeft", *, model
     path = Path(target)
     if os.path.exists(path):
         raise ConfigError(f"{str(path)!r} exists", remedy="choose another target, or remove it first")
-    found = _read(Path(source), _shapes(model))
-    card = _card(model, found.lines)
+    lines = _read(Path(source), _shapes(model))
+    known = isinstance(model, nn.Module)  # and then nothing is asked of the name that the adapter records
+    recorded = None if known else lines.about.get("base_model_name_or_path")
+    card: Any = base_card(getattr(model, "config", None) if known else model, recorded)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as aside:
-            new = Path(aside, f"file{_FILES[to]}" if to in _FILES else "folder")
-            lines = _write(found.lines, new, to, card)
-            back = _updates(new, to, lines, card)
-            difference = _compare(found, lines, back)
+            new = Path(aside, f"new{_FILES.get(to, '')}")
+            if to not in _FILES:
+                new.mkdir()
+            rounded = _WRITERS[to](lines, new, to, card)
+            shapes = {site.module: site.shape for site in lines.sites if not site.network.stack}
+            back = read_gguf(new, lines, card) if to == "gguf" else _read(new, shapes).sites
+            difference = _compare(lines.sites, back, rounded)
             os.chmod(new, 0o755 if new.is_dir() else 0o644)
             os.replace(new, path)
     except (OSError, SafetensorError) as error:
         raise AdapterFileError(f"{path} cannot be written: {error}", remedy=ROOM) from error
-    return Conversion(found.format, to, path, len(lines.sites), _elements(lines), difference)
+    elements = sum(
+        site.factors[site.network.label(factor)].numel()
+        for site in lines.sites
+        for factor in site.network.factors
+        if factor.kind == "trainable"
+    )
+    return Conversion(lines.format, to, path, len(lines.sites), elements, difference)
 
 
-def _read(path: Path, shapes: Mapping[str, tuple[int, int]]) -> Source:
+def _read(path: Path, shapes: Shapes) -> AdapterLines:
     config, tensors = load(path)
     if config.get("peft_type") == "TENSOR_NETWORK":
         return read_folder(path, tensors, shapes)
     return read_peft(config, tensors, shapes) if config else read_trainers_file(tensors, shapes)
 
 
-def _write(lines: AdapterLines, new: Path, to: str, card: Card | None) -> AdapterLines:
-    """Write a target; sites whose values it rounds are marked in the lines that come back."""
-    if to not in _FILES:
-        new.mkdir()
-    rounded = _WRITERS[to](lines, new, to, card)
-    return replace(lines, sites=tuple(replace(site, rounded=True) for site in lines.sites)) if rounded else lines
-
-
-def _updates(new: Path, to: str, lines: AdapterLines, card: Card | None) -> Mapping[str, tuple[Array, Tensor | None]]:
-    """The updates and magnitudes that were written, by module."""
-    if to == "gguf":
-        assert card is not None
-        written = read_updates(new, lines, card)
-        return {site.module: (update, None) for site, update in zip(lines.sites, written, strict=True)}
-    back = _read(new, {site.module: site.shape for site in lines.sites if not site.network.stack})
-    return {s.module: (update, s.magnitude) for s, update in zip(back.lines.sites, back.updates, strict=True)}
-
-
-def _compare(found: Source, lines: AdapterLines, back: Mapping[str, tuple[Array, Tensor | None]]) -> float:
-    """The largest relative difference between the outputs of the updates on drawn inputs."""
+def _compare(sites: Sequence[SiteAdapter], back: Sequence[SiteAdapter], rounded: bool) -> float:
+    """The largest relative difference between outputs of the updates on drawn inputs, as read and as read back."""
     rng = np.random.default_rng(0)
+    written = {site.module: site for site in back}
     worst = 0.0
-    for site, written, update in zip(found.lines.sites, lines.sites, found.updates, strict=True):
-        other, magnitude = back.get(site.module, (None, None))
+    for site in sites:
+        update: Any = site.update
+        other: Any = written[site.module].update if site.module in written else None
         if other is None or other.shape != update.shape:
             shape = None if other is None else other.shape
             raise AdapterFileError(
@@ -145,7 +140,7 @@ def _compare(found: Source, lines: AdapterLines, back: Mapping[str, tuple[Array,
         size = max(float(np.abs(update @ x).max()), float((np.abs(update) @ np.abs(x)).max()) * 1e-3, 1e-300)
         difference = float(np.abs(other @ x - update @ x).max()) / size
         dtype = next(iter(site.factors.values())).dtype
-        allowed = _SLACK * torch.finfo(dtype).eps if written.rounded else 1e-9
+        allowed = _SLACK * torch.finfo(dtype).eps if rounded or site.rounded else 1e-9
         worst = max(worst, difference)
         if not difference <= allowed:
             raise AdapterFileError(
@@ -153,25 +148,16 @@ def _compare(found: Source, lines: AdapterLines, back: Mapping[str, tuple[Array,
                 f"{allowed:.3g} is rounding",
                 remedy="nothing was written",
             )
+        magnitude = written[site.module].magnitude
         if site.magnitude is not None and (magnitude is None or not torch.equal(magnitude, site.magnitude)):
             raise AdapterFileError(f"the magnitude of {site.module} would change", remedy="nothing was written")
     return worst
 
 
-def _elements(lines: AdapterLines) -> int:
-    """The number of elements of all trainable factors."""
-    return sum(
-        site.factors[site.network.label(factor)].numel()
-        for site in lines.sites
-        for factor in site.network.factors
-        if factor.kind == "trainable"
-    )
-
-
 # ---- the base model, as far as it is known
 
 
-def _shapes(model: Any) -> dict[str, tuple[int, int]]:
+def _shapes(model: Any) -> Shapes:
     """Out and inp of the base model's linears by path; of a named model the paths in its base model."""
     if model is None:
         return {}
@@ -189,20 +175,3 @@ def _shapes(model: Any) -> dict[str, tuple[int, int]]:
             out, inp = shapes.get(site.module, (0, site.inp))
             shapes[site.module] = out + site.out, inp
     return shapes
-
-
-def _card(model: Any, lines: AdapterLines) -> Card | None:
-    """The card of the base model: the one given, else of the name in the adapter if that is known here."""
-    if isinstance(model, nn.Module):
-        model = getattr(model, "config", None)
-        if model is None:
-            return None
-    name = model if model is not None else lines.about.get("base_model_name_or_path")
-    if name is None or (model is None and not cards.at_hand(str(name))):
-        return None
-    try:
-        return cards.card(name)
-    except NetworkError:
-        if model is None:
-            return None
-        raise

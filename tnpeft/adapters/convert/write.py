@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import permutations
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
-from tnpeft.adapters.convert.formats import LORA, NESTED, PEFT, TARGETS, Packing
-from tnpeft.adapters.convert.lines import AdapterLines, SiteAdapter, grown, pack
-from tnpeft.adapters.convert.read import ABOUT
+from tnpeft.adapters.convert.formats import ALPHA, LORA, NESTED, PEFT, TARGETS, Packing
+from tnpeft.adapters.convert.lines import AdapterLines, SiteAdapter, grown, pack, parse
 from tnpeft.adapters.experts.fused import parameter_place
 from tnpeft.adapters.storage.contents import PEFT_PREFIX
 from tnpeft.adapters.storage.files import save
@@ -28,26 +28,24 @@ from tnpeft.nn.lowrank import cut_rank, sides
 def fitted(site: SiteAdapter, packing: Packing) -> SiteAdapter | None:
     """The site with the packing's names of factors and indices, None if its line is another one."""
     ours, theirs = site.network, packing.site
-    groups = [(len(a), len(b)) for a, b in zip(ours.output, theirs.output, strict=False)]
-    if len(ours.terms) != 1 or len(ours.output) != len(theirs.output) or any(a != b for a, b in groups):
+    if len(ours.terms) != 1 or ours.terms[0].sign < 0 or ours.stack != theirs.stack:
         return None
-    if ours.stack != theirs.stack or ours.terms[0].sign < 0 or len(ours.factors) != len(theirs.factors):
+    if [*map(len, ours.output)] != [*map(len, theirs.output)]:
         return None
-    outer = dict(zip(ours.outer, theirs.outer, strict=True))
-    for order in permutations(ours.terms[0].factors):
-        names = dict(outer)
+    if not len(ours.terms[0].factors) == len(ours.factors) == len(theirs.factors):
+        return None
+    for order in permutations(ours.factors):
+        names = dict(zip(ours.outer, theirs.outer, strict=True))
         factors: dict[str, Tensor] = {}
-        for mine, other in zip(order, theirs.terms[0].factors, strict=True):
-            rest = [index for index in other.indices if index not in names.values()]
+        for mine, other in zip(order, theirs.factors, strict=True):
             new = [index for index in mine.indices if index not in names]
-            if mine.kind != other.kind or len(new) != len(rest):
+            rest = [index for index in other.indices if index not in names.values()]
+            names |= dict(zip(new, rest, strict=False))
+            named = [names.get(index, "") for index in mine.indices]
+            if mine.kind != other.kind or {*named} != {*other.indices}:
                 break
-            names |= dict(zip(new, rest, strict=True))
-            if {names[i] for i in mine.indices} != set(other.indices):
-                break
-            named = [names[i] for i in mine.indices]
             value = site.factors[ours.label(mine)]
-            factors[theirs.label(other)] = value.permute([named.index(i) for i in other.indices])
+            factors[theirs.label(other)] = value.permute([named.index(index) for index in other.indices])
         else:
             return replace(site, network=theirs, factors=factors)
     return None
@@ -58,27 +56,28 @@ def held(site: SiteAdapter, packings: Sequence[Packing]) -> tuple[Packing, SiteA
     for packing in packings:
         if (found := fitted(site, packing)) is not None:
             return packing, found
-    net = site.network
-    over = {"expert": site.sizes["expert"]} if net.stack == ("expert",) else {}
-    target = next((p for p in packings if p.site == (NESTED if over else LORA).site), None)
+    net, sizes = site.network, site.sizes
+    experts = net.stack == ("expert",)
+    target = next((p for p in packings if p.site == (NESTED if experts else LORA).site), None)
     if target is None or net.stack not in ((), ("expert",)):
         raise ConfigError(
             f"the target has no packing for the line of {site.module}",
             line=str(net),
             remedy=f"it holds {' or '.join(str(packing.site) for packing in packings)}",
         )
-    one, sizes = net.select(*net.stack), site.sizes
-    if cut_rank(one, sizes) >= min(site.shape):
+    if cut_rank(net.select(*net.stack), sizes) >= min(site.shape):
         raise ConfigError(
             f"no low-rank pair holds the update of {site.module} exactly",
             line=str(net),
             remedy="use tnpeft.export_lora(model, path, rank=...), which states its error",
         )
     values = {label: value.double() for label, value in site.factors.items()}
-    pairs = [sides(net, sizes, values, **dict.fromkeys(net.stack, k)) for k in range(over.get("expert", 1))]
+    pairs = [
+        sides(net, sizes, values, **dict.fromkeys(net.stack, k)) for k in range(sizes["expert"] if experts else 1)
+    ]
     dtype = next(iter(site.factors.values())).dtype
     b, a = (torch.stack(matrices).to(dtype) for matrices in zip(*pairs, strict=True))
-    factors = {"B": b, "A": a} if over else {"B": b[0], "A": a[0]}
+    factors = {"B": b, "A": a} if experts else {"B": b[0], "A": a[0]}
     return target, replace(site, network=target.site, factors=factors, rounded=True)
 
 
@@ -110,8 +109,8 @@ def write_peft(lines: AdapterLines, folder: Path, to: str, card: Any = None) -> 
     whole: dict[str, Tensor] = {}
     for packing, site in pairs:
         arrays = stored(packing, site)
-        for name in packing.shared:
-            value = _uncut(packing, name, site, arrays.pop(name))
+        for name, line in packing.shared.items():
+            value = arrays.pop(name).reshape([prod(site.sizes[i] for i in group) for group in parse(line)[1]])
             whole[name] = _widest(name, whole.get(name, value), value)
         path = site.module
         if packing is NESTED:  # parameters of one owner are wrapped one inside the other
@@ -124,16 +123,10 @@ def write_peft(lines: AdapterLines, folder: Path, to: str, card: Any = None) -> 
     tensors |= {f"base_model.{name}": value for name, value in whole.items()}
     tensors |= {f"{PEFT_PREFIX}{name}": value for name, value in lines.others.items()}
     config = _config(kind, pairs, lines.about)
+    config.target_modules = sorted(config.target_modules)  # not a set, so that equal adapters have equal files
     config.save_pretrained(str(folder))
-    _tidy(folder / CONFIG_NAME)
     save(tensors, folder / SAFETENSORS_WEIGHTS_NAME)
     return any(site.rounded for _, site in pairs)
-
-
-def _uncut(packing: Packing, name: str, site: SiteAdapter, value: Tensor) -> Tensor:
-    """A shared tensor with the axes that it is cut along."""
-    groups = packing.shared[name].partition("[")[2].rstrip("]").split()
-    return value.reshape([1 if index == "1" else site.sizes[index] for index in groups])
 
 
 def _widest(name: str, before: Tensor, value: Tensor) -> Tensor:
@@ -158,40 +151,29 @@ def _as_peft_sizes(whole: Mapping[str, Tensor], shapes: Sequence[tuple[int, int]
 
 
 def _config(kind: str, pairs: Sequence[tuple[Packing, SiteAdapter]], about: Mapping[str, Any]) -> Any:
-    import peft
-
-    names = [*ABOUT, "trainable_token_indices"]
-    names += ["fan_in_fan_out"] if kind in ("LORA", "RANDLORA", "VERA") else []
-    own: dict[str, Any] = {"inference_mode": True} | {key: about[key] for key in names if about.get(key)}
+    cls: Any = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
     experts = {site.module for packing, site in pairs if packing is NESTED}
-    paths = sorted(site.module for _, site in pairs if site.module not in experts)
-    own["target_modules"] = about.get("target_modules", paths)
     ranks = {site.module: _rank(packing, site) for packing, site in pairs}
-    usual = Counter(ranks.values()).most_common(1)[0][0]
-    if kind == "VERA":
-        if len(set(ranks.values())) > 1 or any(site.scale != 1 for _, site in pairs):
-            raise ConfigError("VeRA has one rank and no scale in PEFT", remedy='convert it to="lora"')
-        return peft.VeraConfig(r=usual, save_projection=True, **own)
     alphas = {site.module: _alpha(site.scale, ranks[site.module]) for _, site in pairs}
-    if kind == "RANDLORA":
-        if len(set(ranks.values())) > 1 or len(set(alphas.values())) > 1:
-            raise ConfigError("RandLoRA has one rank and one alpha in PEFT", remedy='convert it to="tnpeft"')
-        return peft.RandLoraConfig(r=usual, randlora_alpha=alphas[pairs[0][1].module], save_projection=True, **own)
-    alpha = Counter(alphas.values()).most_common(1)[0][0]
-    own |= {
-        "r": usual,
-        "rank_pattern": {re.escape(module): rank for module, rank in ranks.items() if rank != usual},
-        "alpha_pattern": {re.escape(module): value for module, value in alphas.items() if value != alpha},
-    }
+    rank, alpha = (Counter(its.values()).most_common(1)[0][0] for its in (ranks, alphas))
+    own = {"target_modules": sorted(ranks.keys() - experts), "r": rank, "inference_mode": True}
+    own |= {key: value for key, value in about.items() if value and key in cls.__dataclass_fields__}
+    if kind in ALPHA:
+        own[ALPHA[kind]] = alpha
+    if kind == "VERA" and (len({*ranks.values()}) > 1 or any(site.scale != 1 for _, site in pairs)):
+        raise ConfigError("VeRA has one rank and no scale in PEFT", remedy='convert it to="lora"')
+    if kind == "RANDLORA" and (len({*ranks.values()}) > 1 or len({*alphas.values()}) > 1):
+        raise ConfigError("RandLoRA has one rank and one alpha in PEFT", remedy='convert it to="tnpeft"')
+    if kind in ("VERA", "RANDLORA"):
+        return cls(save_projection=True, **own)
+    own["rank_pattern"] = {re.escape(module): its for module, its in ranks.items() if its != rank}
+    own["alpha_pattern"] = {re.escape(module): its for module, its in alphas.items() if its != alpha}
     if kind == "LORA":
-        dora = any(site.magnitude is not None for _, site in pairs)
-        return peft.LoraConfig(
-            lora_alpha=alpha, use_dora=dora, target_parameters=sorted(experts, reverse=True) or None, **own
-        )
-    if kind == "LOHA":
-        return peft.LoHaConfig(alpha=alpha, **own)
-    factor, both = _lokr([site for _, site in pairs], ranks)
-    return peft.LoKrConfig(alpha=alpha, decompose_factor=factor, decompose_both=both, **own)
+        own["use_dora"] = any(site.magnitude is not None for _, site in pairs)
+        own["target_parameters"] = sorted(experts, reverse=True) or None
+    if kind == "LOKR":
+        own["decompose_factor"], own["decompose_both"] = _lokr([site for _, site in pairs], ranks)
+    return cls(**own)
 
 
 def _rank(packing: Packing, site: SiteAdapter) -> int:
@@ -228,15 +210,6 @@ def _lokr(sites: Sequence[SiteAdapter], ranks: Mapping[str, int]) -> tuple[int, 
         else:
             return factor, both
     raise ConfigError("PEFT makes no LoKr of these shapes and ranks", remedy='convert it to="lycoris" or to="tnpeft"')
-
-
-def _tidy(path: Path) -> None:
-    """The configuration with sets as sorted lists, so that equal adapters have equal files."""
-    data = json.loads(path.read_text(encoding="utf-8"))
-    for name in ("target_modules", "target_parameters"):
-        if isinstance(data.get(name), list):
-            data[name] = sorted(data[name], reverse=name == "target_parameters")
-    path.write_text(json.dumps(data, indent=2, sort_keys=True), encoding="utf-8")
 
 
 # ---- single files

@@ -14,10 +14,10 @@ from tnpeft._text import Table, block
 from tnpeft.adapters.config import TensorNetworkConfig
 from tnpeft.adapters.constants import PREFIX
 from tnpeft.adapters.storage.files import fetch, file_in
-from tnpeft.adapters.storage.stored_sites import StoredFactors, label_of
+from tnpeft.adapters.storage.stored_sites import StoredFactors, base_card, label_of
 from tnpeft.counting.cuts import rank_bound
-from tnpeft.models.cards import Model, at_hand, card
-from tnpeft.networks import AdapterFileError, NetworkError, Site
+from tnpeft.models.cards import Model
+from tnpeft.networks import AdapterFileError, Site
 from tnpeft.planning.planner import plan
 
 
@@ -134,7 +134,8 @@ def explain_folder(folder: str | Path, *, model: Model = None) -> FolderReport:
     frozen = {rule.network.label(a) for rule in f.lines for a in rule.network.factors if a.kind == "frozen"}
     factors = StoredFactors(config, ours)
     named = config.base_model_name_or_path or ""
-    shapes = _card_sites(model if model is not None else named, named=model is None)
+    base = base_card(model, named)
+    shapes = {p.name: {"out": p.out, "inp": p.inp, "heads": p.heads} for p in base.projections} if base else {}
     places = config.projections or {}
     flags = {
         "DoRA": config.dora,
@@ -160,18 +161,6 @@ def explain_folder(folder: str | Path, *, model: Model = None) -> FolderReport:
         config.tokens,
         tuple(_place(p, config, factors, shapes.get(p, {})) for p in sorted(places, key=places.__getitem__)),
     )
-
-
-def _card_sites(model: Model, named: bool) -> dict[str, dict[str, int]]:
-    """Features and heads of the model's projections; none where a recorded name tells nothing on this machine."""
-    if named and not at_hand(model):
-        return {}
-    try:
-        return {p.name: {"out": p.out, "inp": p.inp, "heads": p.heads} for p in card(model).projections}
-    except NetworkError:
-        if not named:
-            raise
-        return {}
 
 
 def _place(projection: str, config: TensorNetworkConfig, factors: StoredFactors, known: dict[str, int]) -> Place:

@@ -11,6 +11,7 @@ from typing import Any
 from tnpeft.adapters.config import TensorNetworkConfig
 from tnpeft.adapters.constants import PREFIX
 from tnpeft.adapters.layer.bank import BANK
+from tnpeft.models.cards import Card, Model, at_hand, card
 from tnpeft.networks import Factorization, Network, NetworkError, Site, SiteRule
 from tnpeft.networks.sizes import integers
 
@@ -20,6 +21,20 @@ _PLACE = ("layer", "proj")
 def label_of(name: str) -> str:
     """The label of a stored factor by its name; some other text for whatever else is stored."""
     return re.split("[@#]", name.rpartition(f".{PREFIX}factors.")[2])[0]
+
+
+def base_card(model: Model, recorded: str | None) -> Card | None:
+    """The card of a base model: the one given, else that of a recorded name where this machine knows it.
+
+    Raises:
+        NetworkError: the model that is given is unknown.
+    """
+    if model is not None:
+        return card(model)
+    try:
+        return card(recorded) if recorded and at_hand(recorded) else None
+    except NetworkError:
+        return None
 
 
 @dataclass(frozen=True)

@@ -295,7 +295,7 @@ def _save_whole(
     if ours and save_embedding_layers == "auto" and not _may_be_resized(self):
         save_embedding_layers = False  # PEFT would write those that are targets, which only factors have changed
     options = safe_serialization, selected_adapters, save_embedding_layers, is_main_process, *args
-    with written(save_directory, is_main_process) if ours else nullcontext(save_directory) as folder:
+    with written(save_directory) if ours and is_main_process else nullcontext(save_directory) as folder:
         with _unmerged(self):
             original(self, folder, *options, **kwargs)
         if ours and is_main_process:

@@ -171,13 +171,12 @@ def entries(layout: Layout) -> Iterator[tuple[str, list[ParameterSpec], _Grid]]:
 
 def _order(param: ParameterSpec, layout: Layout, grid: _Grid) -> list[int]:
     """Return the permutation of the axes of a ``[layer, proj, ...]`` stack to the declared order."""
-    uses = [
+    declared = next(
         factor.indices
-        for line in layout.factorization.lines
-        for factor in line.network.factors
-        if line.network.label(factor) == param.label
-    ]
-    declared = next(its for its in uses if {*its} - {"layer", "proj"} == {*param.indices} - {"layer", "proj"})
+        for net in (line.network for line in layout.factorization.lines)
+        for factor in net.factors
+        if net.label(factor) == param.label and {*factor.indices} - {"layer", "proj"} == {*param.indices}
+    )
     axes = [name for name, there in zip(("layer", "proj"), grid, strict=True) if there] + [*param.indices]
     return [axes.index(index) for index in declared if index in axes]
 

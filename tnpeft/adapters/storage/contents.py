@@ -5,6 +5,7 @@ A file is compared name by name with what PEFT will read into the model: nothing
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -82,13 +83,13 @@ def factor_shapes(
         if param.kind in kinds
     }
     if config.dora:
-        rows: dict[str, tuple[int, ...]] = {}
-        for site_layout in found.site_layouts:
-            site = site_layout.site
-            out = max(rows.get(site.module, (0,))[-1], site.start + site.out)
-            rows[site.module] = (site.experts, (widths or {}).get(site.module, out)) if site.experts else (out,)
-        for site in (site_layout.site for site_layout in found.site_layouts):
-            own = rows[site.module][1:] if site.listed else rows[site.module]
+        sites = [site_layout.site for site_layout in found.site_layouts]
+        rows = Counter[str]()  # of a module: the ends of its slices' rows, the last of which counts
+        for site in sites:
+            rows |= Counter({site.module: site.start + site.out})
+        for site in sites:
+            out = (widths or {}).get(site.module, rows[site.module]) if site.experts else rows[site.module]
+            own = (site.experts, out) if site.experts and not site.listed else (out,)
             shapes |= {f"{path}.{PREFIX}magnitude": own for path in site.paths}
     return shapes
 
@@ -102,7 +103,7 @@ def contents(model: nn.Module, config: PeftConfig, found: Layout) -> Stored:
     }
     whole, declared = _whole_modules(model, config), {*(config.embeddings or ())}
     adapted = {path for site_layout in found.site_layouts for path in site_layout.site.paths}
-    its = {name: _optional(entry) for name, entry in embeddings(model).items() if name in declared}
+    its = {name: entry for name, entry in embeddings(model).items() if name in declared}
     its |= _biases(model, config, adapted, whole)
     its |= {name: Entry(shape) for name, shape in factor_shapes(config, found, widths).items()}
     for path, module in whole.items():
@@ -170,16 +171,12 @@ def _few(problems: Collection[str]) -> str:
     return "; ".join([*problems][:_SHOWN]) + more
 
 
-def _entry(value: Any) -> Entry:
+def _entry(value: Any, needed: bool = True) -> Entry:
     """The entry of one of the model's own tensors; quantised, sharded and offloaded ones do not tell their shape."""
     if not isinstance(value, Tensor):
-        return Entry(None)
-    floating = value.is_floating_point()
-    return Entry(tuple(value.shape) if value.numel() and value.dtype in (*FLOATS, torch.int64) else None, floating)
-
-
-def _optional(entry: Entry) -> Entry:
-    return entry._replace(needed=False)
+        return Entry(None, needed=needed)
+    told = value.numel() and value.dtype in (*FLOATS, torch.int64)
+    return Entry(tuple(value.shape) if told else None, value.is_floating_point(), needed)
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
@@ -212,19 +209,17 @@ def _token_rows(model: nn.Module, config: PeftConfig) -> dict[str, tuple[tuple[i
     source = _embedding(model, "get_input_embeddings")
     if isinstance(tokens, Mapping):
         found = {name: [path for path, _ in _ending(model, [name])] for name in tokens}
-        pairs = {path: [*tokens[name]] for name, paths in found.items() for path in paths}
-        missing = next((name for name, paths in found.items() if not paths), None)
     else:
-        pairs = {} if source is None else {source: [*tokens]}
-        missing = None if pairs else "input embeddings"
-    if missing:
-        raise ConfigError(
-            f"trainable_token_indices: the model has no {missing}",
-            remedy="name the embedding: {'embed_tokens': [...]}",
-        )
+        tokens, found = {"input embeddings": tokens}, {"input embeddings": [] if source is None else [source]}
+    for name, paths in found.items():
+        if not paths:
+            raise ConfigError(
+                f"trainable_token_indices: the model has no {name}",
+                remedy="name the embedding: {'embed_tokens': [...]}",
+            )
     first = None if source is None else getattr(_unwrapped(model.get_submodule(source)), "weight", None)
     shapes: dict[str, tuple[tuple[int, int], bool]] = {}
-    for path, rows in pairs.items():
+    for path, rows in ((path, tokens[name]) for name, paths in found.items() for path in paths):
         module = _unwrapped(model.get_submodule(path))
         if not isinstance(module, nn.Embedding | nn.Linear) or module.weight.ndim != 2:
             raise ConfigError(
@@ -254,7 +249,7 @@ def _biases(model: nn.Module, config: PeftConfig, adapted: Collection[str], whol
         if inside is not None:
             rest = name.removeprefix(f"{inside}.").removeprefix("original_module.")
             copies = (f"{inside}.original_module.{rest}", f"{inside}.modules_to_save.{rest}")
-            found |= dict.fromkeys(copies, _optional(_entry(value)))
+            found |= dict.fromkeys(copies, _entry(value, needed=False))
         elif config.bias == "all" or own in adapted or isinstance(model.get_submodule(own), TensorNetworkLayer):
             found[name] = _entry(value)
     return found
@@ -269,7 +264,7 @@ def embeddings(model: nn.Module) -> Stored:
             continue
         for name, value in _unwrapped(model.get_submodule(path)).state_dict().items():
             inside = ("", "base_layer.", "original_module.", "modules_to_save.", "token_adapter.base_layer.")
-            found |= dict.fromkeys((f"{path}.{part}{name}" for part in inside), _entry(value))
+            found |= dict.fromkeys((f"{path}.{part}{name}" for part in inside), _entry(value, needed=False))
     return found
 
 

@@ -34,7 +34,7 @@ def check_expression(field: str, pattern: str, names: Iterable[str]) -> None:
         parsed = parser.parse(pattern)
         steps, items = 0, dict[Any, re.Pattern[str]]()
         for name, count in kinds.items():
-            steps += _Count(name, parsed.state, items).steps(parsed) * count
+            steps += _Count(name, parsed, items).total * count
             if steps > _MOST_STEPS:
                 raise _Ambiguous
     except (_Ambiguous, RecursionError):
@@ -45,24 +45,20 @@ def check_expression(field: str, pattern: str, names: Iterable[str]) -> None:
 
 
 class _Count:
-    """The steps of a backtracking match of one name."""
+    """The steps of a backtracking match of one name (``total``); ``items`` are those that are compiled already."""
 
-    def __init__(self, name: str, state: Any, items: dict[Any, re.Pattern[str]]) -> None:
-        self.name, self.state, self.flags, self.items = name, state, state.flags, items
+    def __init__(self, name: str, parsed: Any, items: dict[Any, re.Pattern[str]]) -> None:
+        self.name, self.state, self.items = name, parsed.state, items
         self.work = self.total = 0
+        self._through(parsed, {0: 1}, parsed.state.flags)
 
-    def steps(self, parsed: Any) -> int:
-        self._through(parsed, {0: 1})
-        return self.total
-
-    def _through(self, items: Any, ways: _Ways) -> _Ways:
+    def _through(self, items: Any, ways: _Ways, flags: int) -> _Ways:
         for kind, argument in items:
-            if not ways:
-                break
-            ways = self._item(kind, argument, ways)
+            if ways:
+                ways = self._item(kind, argument, ways, flags)
         return ways
 
-    def _item(self, kind: Any, argument: Any, ways: _Ways) -> _Ways:
+    def _item(self, kind: Any, argument: Any, ways: _Ways, flags: int) -> _Ways:
         self.work += len(ways)
         self.total += sum(ways.values())
         if self.work > _MOST_WORK or self.total > _MOST_STEPS:
@@ -71,28 +67,25 @@ class _Count:
             return {
                 at + 1: count
                 for at, count in ways.items()
-                if at < len(self.name) and self._takes(kind, argument, self.name[at])
+                if at < len(self.name) and self._takes(kind, argument, flags, self.name[at])
             }
         if kind is op.BRANCH:
-            return _sum(self._through(branch, ways) for branch in argument[1])
+            return _sum(self._through(branch, ways, flags) for branch in argument[1])
         if kind in (op.MAX_REPEAT, op.MIN_REPEAT, op.POSSESSIVE_REPEAT):
-            return self._repeated(*argument, ways)
+            return self._repeated(*argument, ways, flags)
         if kind is op.SUBPATTERN:
-            flags, (_, added, taken, inner) = self.flags, argument
-            self.flags = (flags | added) & ~taken
-            ways = self._through(inner, ways)
-            self.flags = flags
-            return ways
+            _, added, taken, inner = argument
+            return self._through(inner, ways, (flags | added) & ~taken)
         if kind is op.ATOMIC_GROUP:
-            return self._through(argument, ways)
+            return self._through(argument, ways, flags)
         if kind in (op.ASSERT, op.ASSERT_NOT):  # they take nothing; behind is as much work as ahead
-            self._through(argument[1], ways)
+            self._through(argument[1], ways, flags)
             return ways
         if kind is op.AT:
             return ways  # as if it always held
         raise _Ambiguous  # a back reference or a condition
 
-    def _repeated(self, least: int, most: int, items: Any, ways: _Ways) -> _Ways:
+    def _repeated(self, least: int, most: int, items: Any, ways: _Ways, flags: int) -> _Ways:
         found: list[_Ways] = []
         for turn in range(min(most, least + len(self.name)) + 1):
             if turn >= least:
@@ -101,21 +94,21 @@ class _Count:
                 break
             before = ways
             if turn < least or items.getwidth()[0]:
-                ways = self._through(items, before)
+                ways = self._through(items, before, flags)
             else:  # from the least number of turns on, the matcher takes none that moves nothing
                 ways = _sum(
-                    {to: n for to, n in self._through(items, {at: count}).items() if to != at}
+                    {to: n for to, n in self._through(items, {at: count}, flags).items() if to != at}
                     for at, count in before.items()
                 )
             if ways == before:
                 return ways if turn < least else _sum(found)
         return _sum(found)
 
-    def _takes(self, kind: Any, argument: Any, character: str) -> bool:
+    def _takes(self, kind: Any, argument: Any, flags: int, character: str) -> bool:
         """True if one item of the expression matches a character."""
-        key = kind, str(argument), self.flags
+        key = kind, str(argument), flags
         if key not in self.items:
-            self.items[key] = compiler.compile(parser.SubPattern(self.state, [(kind, argument)]), self.flags)
+            self.items[key] = compiler.compile(parser.SubPattern(self.state, [(kind, argument)]), flags)
         return self.items[key].match(character) is not None
 
 

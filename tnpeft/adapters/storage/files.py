@@ -225,11 +225,8 @@ def describe(folder: str, adapters: Mapping[str, Factorization]) -> None:
 
 
 @contextmanager
-def written(folder: Any, writes: bool = True) -> Iterator[Any]:
+def written(folder: Any) -> Iterator[str]:
     """A folder to write files to, which end up in ``folder`` once all are written; if any cannot be, none does."""
-    if not writes:
-        yield folder
-        return
     target = Path(folder)
     try:
         target.mkdir(parents=True, exist_ok=True)

@@ -26,35 +26,30 @@ _LARGEST = 1e30  # of a scale: fp32 holds it, and products of it with what a mod
 _MOST_TEXT = 20_000  # characters of a line in a file, as many as a chain of a thousand factors has
 _MOST_LINES = 1_000
 _table = map_of(text, of_type(object))
-_CHANGES: Kinds = {
-    "ranks": (or_none(_table), 'pass a map from bonds to sizes, {"r": 8}'),
-    "splits": (
-        or_none(map_of(text, of_type(list, tuple))),
-        'pass a map from sides to lists of sizes, {"out": (32, None)}',
-    ),
-    "init": (or_none(_table), 'pass a map from factors to starts, {"B": "zeros"}'),
-    "scale": (or_none(number), "pass a finite number"),
-    "unit_norm": (or_none(list_of(text, list, tuple)), "pass a list of factors' names"),
-    "lr_multiplier": (or_none(_table), 'pass a map from factors to numbers, {"G": 16}'),
-    "square": (or_none(truth), "pass True or False"),
+_FIELDS: Kinds = {  # what fits the fields of a factorization, and in words what to pass for them
+    "ranks": (_table, 'pass a map from bonds to sizes, {"r": 8}'),
+    "splits": (map_of(text, of_type(list, tuple)), 'pass a map from sides to lists of sizes, {"out": (32, None)}'),
+    "init": (_table, 'pass a map from factors to starts, {"B": "zeros"}'),
+    "scale": (number, "pass a finite number"),
+    "unit_norm": (list_of(text, list, tuple), "pass a list of factors' names"),
+    "lr_multiplier": (_table, 'pass a map from factors to numbers, {"G": 16}'),
+    "square": (truth, "pass True or False"),
 }
-_LINE = {"network", "sites"}
+_MAPS = ("ranks", "splits", "init", "lr_multiplier")
 _CHECK = "check the file"
-_STORED: Kinds = {  # the entries of what `lower` writes, besides the schema
-    "lines": (
-        lambda lines: (
-            list_of(map_of(_LINE.__contains__, text), list)(lines)
-            and 0 < len(lines) <= _MOST_LINES
-            and all(len(line) == len(_LINE) and len(line["network"]) <= _MOST_TEXT for line in lines)
-        ),
-        _CHECK,
-    ),
+
+
+def _lines(value: Any) -> bool:
+    """True for the lines of a factorization as a file has them."""
+    kind = map_of({"network", "sites"}.__contains__, text)
+    fits = list_of(lambda line: kind(line) and len(line) == 2 and len(line["network"]) <= _MOST_TEXT, list)
+    return fits(value) and 0 < len(value) <= _MOST_LINES
+
+
+_STORED: Kinds = {  # what fits the entries of what `lower` writes, besides the schema
+    "lines": (_lines, _CHECK),
     "name source": (text, _CHECK),
-    "ranks init lr_multiplier": (or_none(_table), _CHECK),
-    "splits": (or_none(map_of(text, of_type(list))), _CHECK),
-    "scale": (number, _CHECK),
-    "unit_norm": (list_of(text, list), _CHECK),
-    "square": (truth, _CHECK),
+    **{name: (or_none(fits) if name in _MAPS else fits, _CHECK) for name, (fits, _) in _FIELDS.items()},
 }
 
 
@@ -65,7 +60,7 @@ def factorization(given: Any, **changes: Any) -> Factorization:
     that is None is none.
     """
     changes = {name: value for name, value in changes.items() if value is not None}
-    check_kinds(_CHANGES, changes.get)
+    check_kinds({name: kind for name, kind in _FIELDS.items() if name in changes}, changes.get)
     if isinstance(given, str) and "->" in given:
         given = network(given)
     if isinstance(given, Network):
@@ -79,8 +74,8 @@ def factorization(given: Any, **changes: Any) -> Factorization:
             f"network= is {type(given).__name__}",
             remedy="pass a Factorization such as tnpeft.families.lora(rank=8), a family's name, or a line of einsum",
         )
-    for name in ("ranks", "splits", "init", "lr_multiplier"):
-        if isinstance(changes.get(name), Mapping):  # anything else is refused by the factorization
+    for name in _MAPS:
+        if name in changes:
             changes[name] = {**getattr(given, name), **changes[name]}
     return _checked(replace(given, **changes))
 
@@ -154,7 +149,6 @@ def _raised(data: Mapping[str, Any]) -> Factorization:
     its = {name: data[name] for name in fields if data.get(name) is not None}
     its["lines"] = tuple(SiteRule(network(line["network"]), line["sites"]) for line in data["lines"])
     its["splits"] = {side: tuple(parts) for side, parts in its.get("splits", {}).items()}
-    its["unit_norm"] = tuple(its["unit_norm"])
     return Factorization(**its)
 
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import tnpeft
-from tnpeft.comparison.rows import factorization
 from tnpeft.counting.parameters import layout_on, stored_megabytes, with_sizes
+from tnpeft.families.catalogue import factorization
 from tnpeft.layout import Layout
 from tnpeft.models.cards import card, groups, names, sites
 

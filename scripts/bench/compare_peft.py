@@ -94,7 +94,7 @@ def accuracy(model: str, splits: Splits, protocol: Protocol, work: Path, name: s
     )
     score, loss = evaluate(scorer, adapted, scorer.encode(splits.eval))
     found = {"parameters": methods.trainable(adapted)[0], "accuracy": score, "loss": loss}
-    return {**found, "best_step": best.step, "curve": best.curve, "seconds": round(seconds, 1)}
+    return {**found, "best_step": best.reported[0], "curve": best.curve, "seconds": round(seconds, 1)}
 
 
 def kept(path: Path, make: Callable[[], Any]) -> Any:

@@ -45,10 +45,10 @@ def measure(options: driver.Options) -> dict[str, Any]:
     table = {"name": "packs", "backbone": options.backbone, "cache": str(options.cache), "tasks": ["digits_shifted"]}
     its = Study.of({**table, "seeds": [*SEEDS], "protocol": protocol, "methods": [*METHODS]}, Path("."))
     prepare(its)
-    (task,), rows = its.tasks, []
-    made([its.run(its.cells[0], task, 1e-3, 0)], 1)  # what is loaded once in a process
+    rows = []
+    made([its.run(its.cells[0], 1e-3, 0)], 1)  # what is loaded once in a process
     for cell in its.cells:
-        runs = [its.run(cell, task, lr, seed) for lr in its.terms(cell, task).learning_rates for seed in SEEDS]
+        runs = [its.run(cell, lr, seed) for lr in cell.protocol.learning_rates for seed in SEEDS]
         found = {size: driver.once(partial(made, runs, size), options.clock) for size in (1, *PACKS)}
         alone, seconds = found.pop(1)
         packs = {}

@@ -21,7 +21,6 @@ from transformers import AutoTokenizer
 from bench import driver, models, replicas
 from tnpeft.studies.protocol import Protocol
 from tnpeft.studies.running import training
-from tnpeft.studies.running.batching import batches
 from tnpeft.studies.tasks.data import Data, load
 from tnpeft.studies.tasks.scoring import Scorer
 from tnpeft.studies.tasks.task import TASKS
@@ -51,7 +50,7 @@ class Runs:
         self.scorer, sizes = scorer, (protocol.train, protocol.dev, protocol.eval)
         self.rows = [scorer.encode(data.splits(seed, *sizes).train) for seed in seeds]
         lengths = [[len(row["ids"]) for row in rows] for rows in self.rows]
-        orders = [batches(each, protocol, seed) for each, seed in zip(lengths, seeds, strict=True)]
+        orders = [training.batches(each, protocol, seed) for each, seed in zip(lengths, seeds, strict=True)]
         self.steps = [[*itertools.islice(order, protocol.steps)] for order in orders]
         config = models.config(title, 16 * protocol.batch, replicas.TARGETS, replicas=len(seeds))
         self.model = models.adapted(base, config).train()

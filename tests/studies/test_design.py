@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -74,23 +73,23 @@ def test_what_chooses_and_what_is_reported_share_no_run(cache: Path, tmp_path: P
     assert not {run.backbone for run in tuned} & {run.backbone for run in reported}
     assert len(reported) == 6 * 2 * 3  # cells, backbones, seeds
     assert len({run.backbone for run in reported}) == 2
-    by_cell = {cell.name: its.best_rate(cell, its.tasks[0], store) for cell in its.cells}
+    by_cell = {cell.name: its.best_rate(cell, store) for cell in its.cells}
     assert by_cell["P0: LoTR (rank=10)"] == by_cell["P0: LoRA (rank=2)"]  # one rate for all, LoRA's
     assert by_cell["P2: LoTR (rank=10)"] == by_cell["P2: LoRA (rank=2)"]
 
 
 def test_a_relative_step_is_a_rate_by_the_gain(cache: Path) -> None:
     its = study(cache)
-    task, cells = its.tasks[0], {cell.name: cell for cell in its.cells}
+    cells = {cell.name: cell for cell in its.cells}
     for name in ("P1: LoRA (rank=2)", "P1: LoTR (rank=10)"):
-        run = its.run(cells[name], task, 0.1, 0, "digits:1")
+        run = its.run(cells[name], 0.1, 0, "digits:1")
         f = methods.factorization(cells[name].method)
         gains = tnpeft.gain(f, model=backbones.shape("digits:1"), targets=["q_proj", "v_proj"])
         base = backbones.weight_rms("digits:1", ("q_proj", "v_proj"), cache)
         steps = [run.lr * gains[proj] / base[proj] for proj in base]
         assert math.sqrt(sum(step**2 for step in steps) / 2) == pytest.approx(0.1)
         assert "rate_rule" not in run.protocol or run.protocol["rate_rule"] == "rate"
-    by_rule = its.run(cells["P2: LoTR (rank=10)"], task, 0.1, 0)
+    by_rule = its.run(cells["P2: LoTR (rank=10)"], 0.1, 0)
     assert by_rule.lr == 0.1
     assert by_rule.protocol["rate_rule"] == "relative_step"
     assert by_rule.method["change"]["init"] == {"G": "orthogonal"}
@@ -136,13 +135,13 @@ def test_weights_of_experts_are_not_read(tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_last_bits_of_a_rate_change_no_runs_name(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     its = study(cache)
     cell = next(cell for cell in its.cells if cell.name == "P1: LoTR (rank=10)")
-    exact, keys = its.rate_of_step(cell, its.tasks[0], "digits:1"), set()
+    exact, keys = its.rate_of_step(cell, "digits:1"), set()
     for factor in (1, 1 + 2**-52, 1 - 2**-50):
         monkeypatch.setattr(Study, "rate_of_step", lambda *_, rate=exact * factor: rate)
-        keys.add(its.run(cell, its.tasks[0], 0.1, 0, "digits:1").key)
+        keys.add(its.run(cell, 0.1, 0, "digits:1").key)
     assert len(keys) == 1
     monkeypatch.setattr(Study, "rate_of_step", lambda *_: exact * (1 + 1e-6))
-    assert its.run(cell, its.tasks[0], 0.1, 0, "digits:1").key not in keys
+    assert its.run(cell, 0.1, 0, "digits:1").key not in keys
 
 
 @settings(max_examples=25, deadline=None)
@@ -154,13 +153,13 @@ def test_grids_grow_until_the_best_is_inside(
     methods_ = [{"label": "LoRA", "family": "lora", "args": {"rank": 1}}]
     its = Study.of({**TABLE, "cache": str(folder / "cache"), "extend": extend, "policies": TABLE["policies"][:1]} | {
         "methods": methods_, "contrast": []}, Path("."))  # fmt: skip
-    store, (cell,), (task,) = Store(folder / "runs"), its.cells, its.tasks
+    store, (cell,) = Store(folder / "runs"), its.cells
     best, asked = 10**power, -1
     while asked < len(runs := its.search(store)):
         asked = len(runs)
         settle(store, runs, best)
-    values = its.grid(cell, task, store)
-    chosen = its.best_rate(cell, task, store)
+    values, chosen = its.grid(cell, store)
+    assert its.best_rate(cell, store) == chosen
     assert set(TABLE["policies"][0]["learning_rates"]) <= set(values)
     assert len(values) <= 3 + extend
     assert chosen == min(values, key=lambda value: abs(math.log10(value / best)))
@@ -168,7 +167,7 @@ def test_grids_grow_until_the_best_is_inside(
     assert inside or len(values) == 3 + extend
     (point,) = collect_settled(its, store, best)
     assert point.edge != inside
-    assert [row.value for row in point.search] == list(values)
+    assert [row["value"] for row in point.search] == list(values)
 
 
 def collect_settled(its: Study, store: Store, best: float) -> Any:
@@ -188,7 +187,7 @@ def test_points_know_their_backbones_steps_and_freedom(cache: Path, tmp_path: Pa
     assert lotr.step is not None
     assert points["P0: LoTR (rank=10)"].step is None
     assert points["P0: LoTR (rank=10)"].search == ()  # LoRA's search decided
-    (found,) = contrasts(list(points.values()), [asdict(contrast) for contrast in its.contrasts])
+    (found,) = contrasts(list(points.values()), its.contrasts)
     assert found.summary is not None
     assert found.summary.n == 2
     assert found.word == ""
@@ -207,6 +206,7 @@ def test_points_know_their_backbones_steps_and_freedom(cache: Path, tmp_path: Pa
         ({"backbones": ["digits:0", "digits:0"]}, "a backbone stands twice"),
         ({"choose": "luck"}, "choose = 'luck' is unknown"),
         ({"methods": [{"family": "lora", "budgets": [8], "match": "rank"}]}, "match = 'rank' is unknown"),
+        ({"methods": [{"line": "A[out r] B[r inp] -> out inp", "budgets": [8]}]}, "budgets are for families"),
     ],
 )
 def test_wrong_designs_are_refused(cache: Path, change: dict[str, Any], message: str) -> None:

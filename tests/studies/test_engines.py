@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import threading
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from sweep_results import quietly, results, study_of, written
 from tnpeft.studies.files import StudyError
 from tnpeft.studies.reports.reporting import report
 from tnpeft.studies.running import pool
-from tnpeft.studies.running.pool import Engine, Job, Outcome, Workers, work
+from tnpeft.studies.running.pool import Engine, Outcome, Workers, work
 from tnpeft.studies.running.sweeping import sweep
-from tnpeft.studies.runs import Store
+from tnpeft.studies.runs import Job, Store
 
 
 @pytest.fixture(params=["processes", pytest.param("ray", marks=pytest.mark.ray)])
@@ -70,18 +71,14 @@ def test_a_run_that_takes_its_process_along_fails_alone(
     assert causes == {"its process died (killed, or out of memory)"}
 
 
-class _Flaky(Workers):
+class _Flaky(Executor):
     """A pool whose workers die the first time they get a job, and every time they get one of seed 1."""
 
-    died = ConnectionError
+    died = (ConnectionError,)
     tasks: list[Job] = []  # noqa: RUF012
     made: list[Job] = []  # noqa: RUF012
 
-    @staticmethod
-    def cores() -> int:
-        return 3
-
-    def submit(self, job: Job) -> Future[list[Outcome]]:
+    def submit(self, fn: Any, job: Job, /, *_: Any) -> Future[list[Outcome]]:  # type: ignore[override]
         task: Future[list[Outcome]] = Future()
         if job not in self.tasks or any(run.seed == 1 for run in job):
             task.set_exception(ConnectionError())
@@ -95,11 +92,10 @@ class _Flaky(Workers):
 def test_what_was_under_way_is_made_again_as_it_was_then_run_by_run(
     table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(pool._POOLS, "processes", _Flaky)
+    monkeypatch.setitem(pool._POOLS, "processes", lambda _: _Flaky())
     study = study_of(table, seeds=[0, 2, 1])
     runs = study.search()
-    with Engine("processes", pack=2).open(tmp_path) as workers:
-        outcomes = list(workers.map(runs))
+    outcomes = list(Workers(Engine("processes", workers=3, pack=2), tmp_path).map(runs))
     assert sorted(run.key for run, _, _ in outcomes) == sorted(run.key for run in runs)
     failed = [run for run, status, _ in outcomes if status == "failed"]
     assert failed == [run for run in runs if run.seed == 1]
@@ -109,7 +105,7 @@ def test_what_was_under_way_is_made_again_as_it_was_then_run_by_run(
 
 def test_a_worker_that_dies_between_two_phases_is_replaced(table: dict[str, Any], tmp_path: Path) -> None:
     runs = study_of(table).search()
-    with Engine("processes", workers=1).open(tmp_path) as workers:
+    with closing(Workers(Engine("processes", workers=1), tmp_path)) as workers:
         first = list(workers.map(runs[:1]))
         for process in workers.pool._processes.values():
             process.kill()
@@ -178,7 +174,7 @@ def test_a_sweep_is_not_for_torchrun(table: dict[str, Any], tmp_path: Path, monk
 def test_sweeps_need_no_module_that_windows_lacks() -> None:
     blocked = "import sys; sys.modules.update(dict.fromkeys(('fcntl', 'resource', 'pwd', 'grp')))"
     code = blocked + "".join(
-        f"; import tnpeft.studies.running.{name}" for name in ("sweeping", "dry_run", "finetune")
+        f"; import tnpeft.studies.running.{name}" for name in ("sweeping", "dry_run", "execution")
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -83,7 +83,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 APART = """
 import json, os, sys
-import datasets, peft, torch, transformers, tnpeft.studies.running.finetune
+import datasets, peft, torch, transformers, tnpeft.studies.running.execution
 from tnpeft.__main__ import main
 
 folder, commands = sys.argv[1:]

@@ -24,7 +24,7 @@ def three(table: dict[str, Any], cell: str = "CP", **over: Any) -> tuple[Run, ..
     """Runs of three seeds at three rates."""
     study = study_of(table, protocol={"steps": 10, "evaluate_every": 3, "warmup": 0.3, **over})
     rates = ((0, 1e-2), (1, 1e-1), (7, 3e-2))
-    return tuple(study.run(study.cells[CELLS[cell]], study.tasks[0], lr, seed) for seed, lr in rates)
+    return tuple(study.run(study.cells[CELLS[cell]], lr, seed) for seed, lr in rates)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from scipy import stats
 
 from tnpeft._text import Table
 from tnpeft.studies.reports import figures, tables
-from tnpeft.studies.reports.points import Point, Tried
+from tnpeft.studies.reports.points import Point
 from tnpeft.studies.reports.reporting import render
 from tnpeft.studies.statistics import (
     best_under,
@@ -267,12 +267,13 @@ def test_a_family_has_one_look_in_every_figure() -> None:
 
 def studied(policy: str, spread: float) -> list[Point]:
     draw = np.random.default_rng(len(policy))
-    tried = tuple(Tried(10.0**-k, 10.0**-k / 2, 1.0 + (k - 2) ** 2, 0.5, 3) for k in range(1, 5))
+    tried = [{"value": 10.0**-k, "lr": 10.0**-k / 2, "loss": 1.0 + (k - 2) ** 2, "score": 0.5} for k in range(1, 5)]
+    tried += [{"value": 10.0, "lr": 1.0, "loss": None, "score": 0.1}]
     return [
         Point(
             "sst2", label, "rank=2", "family", 2048, 0, 1e-2, False, {}, {}, {},
             {f"b{k}/0": 1.0 + spread * place + 0.01 * draw.normal() for k in range(8)},
-            policy, 2016, 1e-2, (*tried, Tried(10.0, 1.0, math.inf, 0.1, 3)),
+            policy, 2016, 1e-2, tuple(tried),
         )
         for place, label in enumerate(("LoRA", "MoSLoRA", "CP"))
     ]  # fmt: skip

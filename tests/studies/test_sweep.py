@@ -48,26 +48,26 @@ def test_every_run_is_made_once_counted_and_described(table: dict[str, Any], swe
     again = sweep(study, swept, SERIAL, quietly)
     assert (again.done, again.kept) == (0, 9)
     for cell in study.cells:
-        result = Store(swept).result(study.run(cell, study.tasks[0], 1e-2, 0).key) or {}
+        result = Store(swept).result(study.run(cell, 1e-2, 0).key) or {}
         assert result["parameters"] == count(cell.method, str(tiny), ("q_proj", "v_proj"))
 
 
 def test_all_that_matters_is_in_a_runs_name(table: dict[str, Any]) -> None:
     study = study_of(table)
-    base = study.run(study.cells[0], study.tasks[0], 1e-2, 0)
+    base = study.run(study.cells[0], 1e-2, 0)
     others = [
-        study.run(study.cells[1], study.tasks[0], 1e-2, 0),
-        study.run(study.cells[0], study.tasks[0], 2e-2, 0),
-        study.run(study.cells[0], study.tasks[0], 1e-2, 1),
+        study.run(study.cells[1], 1e-2, 0),
+        study.run(study.cells[0], 2e-2, 0),
+        study.run(study.cells[0], 1e-2, 1),
         *(
-            changed.run(changed.cells[0], changed.tasks[0], 1e-2, 0)
+            changed.run(changed.cells[0], 1e-2, 0)
             for changed in (study_of(table, protocol={"steps": 5}), study_of(table, tasks=["digits_shifted"]))
         ),
     ]
     keys = {base.key, *(run.key for run in others)}
     assert len(keys) == 6
     same = study_of(table, protocol={"learning_rates": [1e-2, 5.0]})
-    assert same.run(same.cells[0], same.tasks[0], 1e-2, 0).key == base.key
+    assert same.run(same.cells[0], 1e-2, 0).key == base.key
 
 
 def test_a_failed_run_is_recorded_and_the_rest_goes_on(table: dict[str, Any], tmp_path: Path) -> None:
@@ -182,13 +182,13 @@ def test_the_rate_is_chosen_on_dev_alone(table: dict[str, Any], swept: Path) -> 
     study, store = study_of(table), Store(swept)
     sweep(study, swept, SERIAL, quietly)
     cell = study.cells[2]
-    rates = study.terms(cell, study.tasks[0]).learning_rates
-    dev = {lr: store.result(study.run(cell, study.tasks[0], lr, 0).key) or {} for lr in rates}
+    rates = cell.protocol.learning_rates
+    dev = {lr: store.result(study.run(cell, lr, 0).key) or {} for lr in rates}
     best = min(rates, key=lambda lr: (dev[lr]["curve"][-1][3], lr))
-    assert study.best_rate(cell, study.tasks[0], store) == best
+    assert study.best_rate(cell, store) == best
     by_metric = study_of(table, choose="metric")
     best = max(rates, key=lambda lr: (dev[lr]["dev"], -lr))
-    assert by_metric.best_rate(cell, study.tasks[0], store) == best
+    assert by_metric.best_rate(cell, store) == best
 
 
 @pytest.mark.parametrize(

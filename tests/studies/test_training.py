@@ -20,10 +20,10 @@ from tnpeft.studies import backbones, methods  # noqa: E402
 from tnpeft.studies.files import StudyError  # noqa: E402
 from tnpeft.studies.protocol import Protocol  # noqa: E402
 from tnpeft.studies.running import training  # noqa: E402
-from tnpeft.studies.running.batching import batches, micro_batches  # noqa: E402
-from tnpeft.studies.running.finetune import train  # noqa: E402
+from tnpeft.studies.running.execution import train  # noqa: E402
+from tnpeft.studies.running.training import batches  # noqa: E402
 from tnpeft.studies.tasks.data import Example, Splits, load  # noqa: E402
-from tnpeft.studies.tasks.scoring import Scorer, evaluate, judge, only  # noqa: E402
+from tnpeft.studies.tasks.scoring import Scorer, evaluate, judge, micro_batches, only  # noqa: E402
 from tnpeft.studies.tasks.task import TASKS, task  # noqa: E402
 
 PROTOCOL = Protocol(targets=("q_proj", "v_proj"), steps=6, batch=8, evaluate_every=2)
@@ -162,9 +162,10 @@ def test_only_the_adapter_moves_and_the_reported_checkpoint_stays(
     model, scorer = adapted(tiny, method)
     best = fitted(model, scorer, 0.1, checkpoint=checkpoint)
     assert [row[0] for row in best.curve] == [2, 4, 6]
-    assert (best.step, best.dev) == (6, best.curve[-1][2]) or checkpoint == "best"
-    assert best.dev == max(row[2] for row in best.curve) or checkpoint == "last"
-    assert evaluate(scorer, model, scorer.encode(splits().dev)) == pytest.approx((best.dev, best.loss), rel=1e-6)
+    step, _, dev, loss = best.reported
+    assert (step, dev) == (6, best.curve[-1][2]) or checkpoint == "best"
+    assert dev == max(row[2] for row in best.curve) or checkpoint == "last"
+    assert evaluate(scorer, model, scorer.encode(splits().dev)) == pytest.approx((dev, loss), rel=1e-6)
     after = {n.replace("base_model.model.", "").replace(".base_layer", ""): p for n, p in model.named_parameters()}
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert methods.trainable(model) == (2 * 4 * 2 * 16, 0)
@@ -199,11 +200,11 @@ def test_losses_that_are_no_numbers_end_a_run_and_win_nothing(tiny: Path, tmp_pa
 
 @pytest.mark.parametrize("by", ["metric", "loss"])
 def test_a_checkpoint_whose_loss_is_no_number_is_never_the_best(by: str) -> None:
-    best = training.Course()
-    assert best.update_best(1, 0.5, 1.0, by)
-    assert not best.update_best(2, 0.9, float("nan"), by)
-    assert best.update_best(3, 0.6, 0.9, by)
-    assert best.update_best(4, 0.1, 9.0, "last")
+    best, nan = training.Course(), float("nan")
+    best.curve = [(1, 0.9, 0.5, 1.0), (2, 0.9, 0.9, nan), (3, 0.9, 0.6, 0.9), (4, 0.9, 0.1, 9.0)]
+    assert [best.best(each) for each in (by, "last")] == [2, 3]
+    best.curve = best.curve[:2]
+    assert [best.best(each) for each in (by, "last")] == [0, 1]
     best.curve = [(3, 0.9, 0.6, 0.8)]
     assert not best.should_stop(0)
     best.curve.append((4, float("nan"), 0.6, 0.9))
@@ -242,6 +243,8 @@ def test_a_folder_in_which_nothing_was_begun_is_free(tiny: Path, tmp_path: Path)
     assert train(tmp_path / "run", **short, **its)["steps"] == 1
     with pytest.raises(StudyError, match="holds another run"):
         train(tmp_path / "run", **{**short, "steps": 2}, **its)
+    with pytest.raises(StudyError, match="holds another run"):
+        train(tmp_path / "run", tokenizer=str(tiny), **short, **its)
 
 
 RESUMED: list[dict[str, Any]] = [
@@ -379,19 +382,19 @@ def test_the_command_takes_a_rank_behind_a_colon_and_says_how_to_go_on(monkeypat
     from typer.testing import CliRunner
 
     from tnpeft.cli import app
-    from tnpeft.studies.running import finetune
+    from tnpeft.studies.running import execution
 
     def recorded(*_: Any, method: Any, **__: Any) -> None:
         asked.append(method)
         raise KeyboardInterrupt
 
     asked: list[Any] = []
-    monkeypatch.setattr(finetune, "train", recorded)
-    for words in (["lora:8"], ["lora:8", "--args", "alpha=4"], ["A[out r] B[r inp] -> out inp"]):
+    monkeypatch.setattr(execution, "train", recorded)
+    for words in (["lora:8"], ["tenslora:8", "--args", "alpha=4"], ["A[out r] B[r inp] -> out inp"]):
         done = CliRunner().invoke(app, ["train", *words, "--model", "digits", "--task", "sst2", "--out", "x"])
         assert done.exit_code == 130
         assert "start the same command to go on" in done.output
-    expected = [{"family": "lora", "args": {"rank": 8}}, {"family": "lora", "args": {"rank": 8, "alpha": 4}}]
+    expected = [{"family": "lora", "args": {"rank": 8}}, {"family": "tenslora", "args": {"ranks": 8, "alpha": 4}}]
     assert asked == [*expected, {"line": "A[out r] B[r inp] -> out inp"}]
 
 

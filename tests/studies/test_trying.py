@@ -81,13 +81,12 @@ def test_tasks_and_methods_change_settings_and_methods_have_the_last_word(table:
     ]
     table["methods"][0]["protocol"] = {"batch": 4}
     study = study_of(table)
-    lora, cp = study.cells[0], study.cells[2]
-    plain, own = study.tasks
-    assert study.terms(lora, plain) == Protocol.of(merged(table["protocol"], {"batch": 4}))
-    assert study.terms(lora, own).learning_rates == (5.0, 7.0)
-    assert (study.terms(lora, own).batch, study.terms(cp, own).batch) == (4, 16)
-    assert study.terms(cp, own).learning_rates == (1e-2, 1e-1)
-    assert study.terms(cp, own).on(64).steps == 12
+    plain, own = ([cell.protocol for cell in study.cells if cell.task == its] for its in study.tasks)
+    assert plain[0] == Protocol.of(merged(table["protocol"], {"batch": 4}))
+    assert own[0].learning_rates == (5.0, 7.0)
+    assert (own[0].batch, own[2].batch) == (4, 16)
+    assert own[2].learning_rates == (1e-2, 1e-1)
+    assert own[2].on(64).steps == 12
     assert len(study.search()) == 2 * 2 + 2 + 2 + 2 * 2 + 2 + 2
     with pytest.raises(StudyError, match="two tasks are called 'digits_upright'"):
         study_of(table, tasks=["digits_upright", "digits_upright"])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import tnpeft
-from tnpeft.comparison.rows import factorization
+from tnpeft.families.catalogue import factorization
 
 FOLDER = Path(__file__).parents[2] / "docs" / "live"
 FAMILIES = tnpeft.families.names()[:40]

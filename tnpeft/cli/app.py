@@ -14,7 +14,7 @@ from tnpeft.networks import TnpeftError
 
 
 class _Group(TyperGroup):
-    """Bad input ends with exit code 2 and the error's text; a failed check ends with 1."""
+    """Bad input ends with exit code 2 and the error's text, an interruption with 130; a failed check ends with 1."""
 
     def invoke(self, ctx: Any) -> Any:
         shown = set()
@@ -32,6 +32,9 @@ class _Group(TyperGroup):
             except (TnpeftError, ModuleNotFoundError, OSError) as error:
                 typer.echo(f"error: {error}", err=True)
                 raise typer.Exit(2) from None
+            except KeyboardInterrupt:  # nothing is lost
+                typer.echo("stopped; start the same command to go on", err=True)
+                raise typer.Exit(130) from None
 
 
 app = typer.Typer(

@@ -10,22 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from tnpeft._text import Table
+from tnpeft.cli import parse
 from tnpeft.cli.app import app, show
-from tnpeft.cli.parse import (
-    JsonOption,
-    ModelOption,
-    NetworkArgument,
-    RankOption,
-    RatioOption,
-    SetOption,
-    SizeOption,
-    TargetsOption,
-    read_named,
-    read_network,
-    read_number,
-    read_ratios,
-    read_sizes,
-)
 from tnpeft.networks import Factorization, Network, NetworkError
 
 _UNFOLDED = 1000  # columns of a table that nobody looks at in a terminal
@@ -42,13 +28,13 @@ class Form(StrEnum):
 
 @app.command()
 def count(
-    net: NetworkArgument,
-    rank: RankOption = None,
-    size: SizeOption = None,
-    option: SetOption = None,
-    model: ModelOption = None,
-    targets: TargetsOption = None,
-    as_json: JsonOption = False,
+    net: parse.NetworkArgument,
+    rank: parse.RankOption = None,
+    size: parse.SizeOption = None,
+    option: parse.SetOption = None,
+    model: parse.ModelOption = None,
+    targets: parse.TargetsOption = None,
+    as_json: parse.JsonOption = False,
 ) -> None:
     """Parameters as a formula and as a number, by factor, with the step of each rank and what the update can reach.
 
@@ -60,7 +46,7 @@ def count(
     """
     from tnpeft.cli.format import counted
 
-    data = counted(*read_network(net, rank, size, option), model, targets)
+    data = counted(*parse.read_network(net, rank, size, option), model, targets)
     facts = {{"mebibytes": "MiB"}.get(key, key.replace("_", " ")): value for key, value in data.items()}
     rows = tuple((key, _text(value)) for key, value in facts.items() if value not in (None, {}, [], ""))
     show(data, as_json, lambda: Table((), rows).text())
@@ -68,17 +54,17 @@ def count(
 
 @app.command()
 def plan(
-    net: NetworkArgument,
-    rank: RankOption = None,
-    size: SizeOption = None,
-    option: SetOption = None,
-    model: ModelOption = None,
-    targets: TargetsOption = None,
+    net: parse.NetworkArgument,
+    rank: parse.RankOption = None,
+    size: parse.SizeOption = None,
+    option: parse.SetOption = None,
+    model: parse.ModelOption = None,
+    targets: parse.TargetsOption = None,
     tokens: Annotated[int, typer.Option(help="Rows of activations.", min=1)] = 2048,
     minimize: Annotated[str, typer.Option(help="time, macs, written or saved.")] = "time",
     training: Annotated[bool, typer.Option("--training/--inference", help="Whether gradients flow.")] = True,
     table: Annotated[bool, typer.Option("--table", help="The best plan for every number of tokens.")] = False,
-    as_json: JsonOption = False,
+    as_json: parse.JsonOption = False,
 ) -> None:
     """The best order of contraction for one site, printed as the program it is.
 
@@ -93,7 +79,7 @@ def plan(
     from tnpeft.planning import plan as best
     from tnpeft.planning import plan_table
 
-    line, sizes = read_network(net, rank, size, option)
+    line, sizes = parse.read_network(net, rank, size, option)
     plans, texts = list[dict[str, Any]](), list[str]()
     for shape in site_shapes(line, model=model, targets=targets, **sizes):
         goal: dict[str, Any] = {"minimize": minimize, "training": training}
@@ -116,8 +102,8 @@ def convert(
     to: Annotated[
         str, typer.Option(help="tnpeft, peft, lora, per_expert, shared_outer, kohya, lycoris or gguf.")
     ] = "tnpeft",
-    model: ModelOption = None,
-    as_json: JsonOption = False,
+    model: parse.ModelOption = None,
+    as_json: parse.JsonOption = False,
 ) -> None:
     """An adapter in another packing, written only if its updates stay what they were.
 
@@ -138,8 +124,8 @@ def convert(
 @app.command()
 def explain(
     folder: Annotated[Path, typer.Argument(help="A folder that save_pretrained wrote.")],
-    model: ModelOption = None,
-    as_json: JsonOption = False,
+    model: parse.ModelOption = None,
+    as_json: parse.JsonOption = False,
 ) -> None:
     """The contents of an adapter's folder: its line, its sites and its costs, without loading the model.
 
@@ -158,13 +144,13 @@ def explain(
 
 @app.command()
 def draw(
-    net: NetworkArgument,
+    net: parse.NetworkArgument,
     file: Annotated[Path | None, typer.Option("--out", "-o", help="Picture to write: .svg, .png or .pdf.")] = None,
-    rank: RankOption = None,
-    size: SizeOption = None,
-    option: SetOption = None,
+    rank: parse.RankOption = None,
+    size: parse.SizeOption = None,
+    option: parse.SetOption = None,
     mermaid: Annotated[bool, typer.Option("--mermaid", help="Print a Mermaid flowchart.")] = False,
-    as_json: JsonOption = False,
+    as_json: parse.JsonOption = False,
 ) -> None:
     """A picture of the network for a paper, a Mermaid flowchart, or (without a file) a table for the terminal.
 
@@ -176,7 +162,7 @@ def draw(
     """
     from tnpeft import drawing
 
-    line, known = read_network(net, rank, size, option)
+    line, known = parse.read_network(net, rank, size, option)
     data: dict[str, Any] = {}
     if file is not None:
         data["file"] = str(drawing.draw(line, file, known))
@@ -189,12 +175,12 @@ def draw(
 
 @app.command()
 def check(
-    net: NetworkArgument,
-    rank: RankOption = None,
-    size: SizeOption = None,
-    option: SetOption = None,
+    net: parse.NetworkArgument,
+    rank: parse.RankOption = None,
+    size: parse.SizeOption = None,
+    option: parse.SetOption = None,
     seed: Annotated[int, typer.Option(help="Seed of the random factors.", min=0)] = 0,
-    as_json: JsonOption = False,
+    as_json: parse.JsonOption = False,
 ) -> None:
     """Try every property of a network: contraction, gradient, count, rank, start. Exit code 1 if one fails.
 
@@ -206,7 +192,7 @@ def check(
     """
     from tnpeft.testing import examine
 
-    line, known = read_network(net, rank, size, option)
+    line, known = parse.read_network(net, rank, size, option)
     if "[" in net and isinstance(line, Factorization):  # a line is a network even where it has all its ranks
         line, known = line.network, {**known, **line.ranks}
     if isinstance(line, Factorization) and known:
@@ -220,7 +206,7 @@ def check(
 @app.command()
 def families(
     name: Annotated[str | None, typer.Argument(help="One family, for all about it.", show_default=False)] = None,
-    as_json: JsonOption = False,
+    as_json: parse.JsonOption = False,
 ) -> None:
     """All named factorizations: parameter formula, options with their defaults, and how sure the source is.
 
@@ -251,13 +237,13 @@ def budget(
     parameters: Annotated[
         str, typer.Option("--parameters", "-p", help="A number, or a family or line whose count it is.")
     ],
-    rank: RankOption = None,
-    size: SizeOption = None,
-    ratio: RatioOption = None,
-    model: ModelOption = None,
-    targets: TargetsOption = None,
-    by: Annotated[str, typer.Option(help="The quantity that the budget limits: parameters or dof.")] = "parameters",
-    as_json: JsonOption = False,
+    rank: parse.RankOption = None,
+    size: parse.SizeOption = None,
+    ratio: parse.RatioOption = None,
+    model: parse.ModelOption = None,
+    targets: parse.TargetsOption = None,
+    by: parse.ByOption = "parameters",
+    as_json: parse.JsonOption = False,
 ) -> None:
     """For each family the ranks nearest to, and the largest within, a parameter budget, and the budgets it can meet.
 
@@ -276,14 +262,14 @@ def budget(
 
     from tnpeft.counting import budget as rungs
 
-    number = read_number(parameters)
-    goal = read_network(number, rank)[0] if isinstance(number, str) else number
-    held = read_sizes(size) | ({} if isinstance(goal, Factorization) else read_sizes(rank))
+    number = parse.read_number(parameters)
+    goal = parse.read_network(number, rank)[0] if isinstance(number, str) else number
+    held = parse.read_sizes(size) | ({} if isinstance(goal, Factorization) else parse.read_sizes(rank))
     if isinstance(goal, Network):
         raise NetworkError(
             "the budget's line has a bond without a rank", line=parameters, remedy="pass --rank NAME=NUMBER"
         )
-    where: dict[str, Any] = {"model": model, "targets": targets, "ratios": read_ratios(ratio), "by": by}
+    where: dict[str, Any] = {"model": model, "targets": targets, "ratios": parse.read_ratios(ratio), "by": by}
     found = rungs(nets, held, parameters=goal, **where)
     show(asdict(found), as_json, lambda: str(found))
 
@@ -308,14 +294,14 @@ def compare(
         str | None,
         typer.Option("--parameters", "-p", help="A number, or a family whose count it is, such as lora:1."),
     ] = None,
-    targets: TargetsOption = None,
-    size: SizeOption = None,
-    ratio: RatioOption = None,
+    targets: parse.TargetsOption = None,
+    size: parse.SizeOption = None,
+    ratio: parse.RatioOption = None,
     tokens: Annotated[int, typer.Option(help="Rows of activations that the plans are for.", min=1)] = 2048,
     sort: Annotated[
         str, typer.Option(help="Column: name, parameters, dof, rank_bound, gain, macs, saved_bytes, plan_seconds.")
     ] = "parameters",
-    by: Annotated[str, typer.Option(help="The quantity that the budget limits: parameters or dof.")] = "parameters",
+    by: parse.ByOption = "parameters",
     form: Annotated[Form, typer.Option("--format", help="The form of the table.")] = Form.text,
     plot: Annotated[Path | None, typer.Option(help="Picture to write: .svg, .png or .pdf.")] = None,
 ) -> None:
@@ -334,15 +320,15 @@ def compare(
     from tnpeft.comparison import compare as compared
 
     found = compared(
-        [read_named(text) for text in nets],
+        [parse.read_named(text) for text in nets],
         model=model,
-        parameters=None if parameters is None else read_number(parameters),
+        parameters=None if parameters is None else parse.read_number(parameters),
         targets=targets,
         tokens=tokens,
         sort=sort,
         by=by,
-        ratios=read_ratios(ratio),
-        **read_sizes(size),
+        ratios=parse.read_ratios(ratio),
+        **parse.read_sizes(size),
     )
     if plot is not None:
         found.plot(plot)
@@ -376,7 +362,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 
 @app.command()
-def models(as_json: JsonOption = False) -> None:
+def models(as_json: parse.JsonOption = False) -> None:
     """The models whose sizes are known by name; any other one is read from its configuration.
 
     **Example**

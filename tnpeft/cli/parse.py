@@ -38,6 +38,7 @@ ModelOption = Annotated[
 TargetsOption = Annotated[
     str | None, typer.Option("--targets", "-t", help="Projections, such as q_proj,v_proj; all-linear for all.")
 ]
+ByOption = Annotated[str, typer.Option(help="The quantity that the budget limits: parameters or dof.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 _DIGITS = 4000  # of a whole number: Python reads no more than 4,300
@@ -111,7 +112,7 @@ def read_ratios(ratios: Texts) -> dict[str, float]:
 def _family(name: str, ranks: dict[str, int], options: dict[str, str]) -> Factorization:
     from inspect import signature
 
-    from tnpeft.families import get
+    from tnpeft.families.catalogue import get, rank_option
 
     name, colon, rank = name.partition(":")
     if colon:
@@ -119,8 +120,7 @@ def _family(name: str, ranks: dict[str, int], options: dict[str, str]) -> Factor
     declare = get(name)
     known = signature(declare).parameters
     if "" in ranks:
-        first = next((p for p in ("rank", "ranks") if p in known), "rank")
-        options = {first: str(ranks.pop("")), **options}
+        options = {rank_option(name) or "rank": str(ranks.pop("")), **options}
     if unknown := [option for option in options if option not in known]:
         problem = f"the family {name!r} has no option {unknown[0]!r}"
         raise NetworkError(problem, remedy=f"its options are {', '.join(known)}")

@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import sys
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from tnpeft.cli.app import app
+from tnpeft.cli.app import app, show
+from tnpeft.cli.parse import JsonOption
 from tnpeft.studies.files import StudyError
 
 Data = Annotated[str, typer.Option(help="Folder with the tasks' files, or hub.")]
 Out = Annotated[Path, typer.Option(help="Folder to write.")]
-
-
-@contextlib.contextmanager
-def _resumable() -> Iterator[None]:
-    """End with one line when interrupted: nothing is lost."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print("stopped; start the same command to go on", file=sys.stderr)
-        raise typer.Exit(130) from None
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
 
 
 def _table(text: str, option: str) -> dict[str, Any]:
@@ -59,45 +43,44 @@ def train(
     seed: Annotated[int, typer.Option(help="Of splits, order and start values.")] = 0,
     head: Annotated[str, typer.Option(help="words (label words) or classifier.")] = "words",
     settings: Annotated[str, typer.Option(help="More of the protocol: 'dev=100; schedule=\"cosine\"'.")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Adapt a model to a task and save the adapter; stopped and started again it goes on.
 
     tnpeft train cp --args rank=21 --model facebook/opt-1.3b --task sst2 --data hub --out runs/cp21
     """
+    from tnpeft.families.catalogue import rank_option
     from tnpeft.studies.files import read_toml
-    from tnpeft.studies.running.finetune import train as make
+    from tnpeft.studies.running.execution import train as make
 
-    with _resumable():
-        name, _, rank = (family, "", "") if "->" in family else family.partition(":")
-        method: dict[str, Any] = {"line" if "->" in family else "family": name}
-        if args or rank:
-            method["args"] = _table("; ".join(filter(None, (f"rank={rank}" if rank else "", args))), "--args")
-        more = _table(settings, "--settings")
-        result = make(
-            out,
-            model=model,
-            task=read_toml(task) if task.endswith(".toml") else task,
-            method=method,
-            data=data or (str(Path(task).parent) if task.endswith(".toml") else ""),
-            tokenizer=tokenizer,
-            lr=lr,
-            seed=seed,
-            progress=None if as_json else _progress,
-            say=(lambda _: None) if as_json else _say,
-            **{"targets": [t for t in targets.split(",") if t], "steps": steps, "batch": batch, "head": head, **more},
-        )
-    if as_json:
-        print(json.dumps(result))
-        return
-    print(f"{result['parameters']:,} parameters, dev {result['dev']:.4f} at step {result['best_step']}, ", end="")
-    print(f"eval {result['eval']:.4f} ({result['metric']}); adapter in {out / 'adapter'}")
+    name, _, rank = (family, "", "") if "->" in family else family.partition(":")
+    method: dict[str, Any] = {"line" if "->" in family else "family": name}
+    if args or rank:
+        given = f"{rank_option(name) or 'rank'}={rank}" if rank else ""
+        method["args"] = _table("; ".join(filter(None, (given, args))), "--args")
+    more = _table(settings, "--settings")
+    result = make(
+        out,
+        model=model,
+        task=read_toml(task) if task.endswith(".toml") else task,
+        method=method,
+        data=data or (str(Path(task).parent) if task.endswith(".toml") else ""),
+        tokenizer=tokenizer,
+        lr=lr,
+        seed=seed,
+        progress=None if as_json else _progress,
+        say=(lambda _: None) if as_json else typer.echo,
+        **{"targets": [t for t in targets.split(",") if t], "steps": steps, "batch": batch, "head": head, **more},
+    )
+    text = f"{result['parameters']:,} parameters, dev {result['dev']:.4f} at step {result['best_step']}, "
+    text += f"eval {result['eval']:.4f} ({result['metric']}); adapter in {out / 'adapter'}"
+    show(result, as_json, lambda: text)
 
 
 def _progress(step: int, steps: int, loss: float, dev: float) -> None:
     filled = round(20 * step / max(1, steps))
     bar = "#" * filled + "." * (20 - filled)
-    _say(f"[{bar}] step {step}/{steps}, training loss {loss:.4f}, dev {dev:.4f}")
+    typer.echo(f"[{bar}] step {step}/{steps}, training loss {loss:.4f}, dev {dev:.4f}")
 
 
 @app.command()
@@ -124,21 +107,20 @@ def sweep(
     from tnpeft.studies.running.sweeping import sweep as make
     from tnpeft.studies.study import Study
 
-    with _resumable():
-        its = Study.read(study, data=data, backbone=backbone, tokenizer=tokenizer)
-        if attempt:
-            rows = list(map(_tried, trial(its, steps=attempt)))
-            failed = any(row["outcome"] != "losses finite" for row in rows)
-        else:
-            where = Engine(engine, workers, threads, retry, pack, gpus)
-            failed = make(its, out, where, say=_say).failed > 0
+    its = Study.read(study, data=data, backbone=backbone, tokenizer=tokenizer)
+    if attempt:
+        rows = list(map(_tried, trial(its, steps=attempt)))
+        failed = any(row["outcome"] != "losses finite" for row in rows)
+    else:
+        where = Engine(engine, workers, threads, retry, pack, gpus)
+        failed = make(its, out, where, say=typer.echo).failed > 0
     if failed:
         raise typer.Exit(1)
 
 
 def _tried(row: Mapping[str, Any]) -> Mapping[str, Any]:
     told = {key: f"{value:,}" if isinstance(value, int) else value for key, value in row.items()}
-    _say(", ".join(f"{key} {value}" for key, value in told.items()))
+    typer.echo(", ".join(f"{key} {value}" for key, value in told.items()))
     return row
 
 
@@ -158,5 +140,4 @@ def report(
     from tnpeft.studies.study import Study
 
     points = make(Study.read(study, data=data, backbone=backbone), runs, out, reference)
-    print(Table.of(results_table(points)).markdown())
-    print(f"\ntables and figures are in {out}")
+    typer.echo(f"{Table.of(results_table(points)).markdown()}\n\ntables and figures are in {out}")

@@ -15,9 +15,10 @@ from tnpeft.counting.cuts import RankWarning, bond_cuts, clipped_ranks
 from tnpeft.counting.dof import dof, dof_on
 from tnpeft.counting.parameters import parameters as count_parameters
 from tnpeft.counting.parameters import with_sizes
+from tnpeft.families.catalogue import factorization
 from tnpeft.layout import layout, stack_sizes
 from tnpeft.models.cards import Model, Targets, sites
-from tnpeft.networks import Factorization, Network, NetworkError, Site, network
+from tnpeft.networks import Factorization, Network, NetworkError, Site
 from tnpeft.networks.sizes import Size, Sizes, integers, joined
 
 BY = ("parameters", "dof")
@@ -139,7 +140,7 @@ def budget(
     ({'r': 7}, 9216, 7)
     """
     listed = [families] if isinstance(families, str | Network | Factorization) else families
-    chosen = [_factorization(each) for each in listed]
+    chosen = [factorization(each) for each in listed]
     given = joined(sizes, more)
     refuse_unknown(chosen, given, ratios or {}, model)
     if by not in BY:
@@ -295,18 +296,6 @@ class _Ground:
             for p in layout(f, self.sites, stack=stack_sizes(f, self.given)).site_layouts
         }
         return [(net, dict(sizes)) for net, sizes in seen]
-
-
-def _factorization(each: str | Network | Factorization) -> Factorization:
-    """A family by name; a line with every rank free."""
-    if isinstance(each, Factorization):
-        return each
-    if isinstance(each, Network) or "[" in each:
-        net = network(each) if isinstance(each, str) else each
-        return Factorization.of(net, name=str(net), ranks=dict.fromkeys(net.bonds, 1))
-    from tnpeft.families import get as family_called
-
-    return family_called(each)()
 
 
 def _row(f: Factorization, goal: int, on: _Ground, ratios: Mapping[str, float]) -> BudgetRow:

@@ -8,7 +8,8 @@ from functools import wraps
 from inspect import Signature, signature
 from typing import Any, TypeVar, cast
 
-from tnpeft.networks import Factorization, NetworkError, TnpeftError
+from tnpeft.networks import Factorization, Network, NetworkError, TnpeftError, network
+from tnpeft.networks.sizes import require_network
 
 Family = Callable[..., Factorization]
 F = TypeVar("F", bound=Family)
@@ -84,3 +85,40 @@ def get(name: str) -> Family:
     near = get_close_matches(str(name), names(), n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"the families are {', '.join(names())}"
     raise NetworkError(f"no family is called {name!r}", remedy=hint)
+
+
+def rank_option(name: str) -> str | None:
+    """The argument that sets a family's ranks, None where it has one size only.
+
+    >>> rank_option("lora"), rank_option("tucker"), rank_option("ia3")
+    ('rank', 'ranks', None)
+    """
+    return next((option for option in ("rank", "ranks") if option in signature(get(name)).parameters), None)
+
+
+def factorization(given: str | Network | Factorization) -> Factorization:
+    """What a family's name (with a rank, ``"lora:4"``), a line or a network stands for; a line's bonds start at 1.
+
+    Raises:
+        NetworkError: it is none of these.
+
+    >>> factorization("lora:4").ranks, factorization("B[out k] A[k inp] -> out inp").ranks
+    ({'r': 4}, {'k': 1})
+    """
+    if isinstance(given, Factorization):
+        return given
+    if isinstance(given, Network) or (isinstance(given, str) and ("[" in given or "->" in given)):
+        net = network(given) if isinstance(given, str) else given
+        return Factorization.of(net, name=str(net), ranks=dict.fromkeys(net.bonds, 1))
+    if not isinstance(given, str):
+        require_network(given)
+    name, colon, rank = str(given).partition(":")
+    declare = get(name.strip())
+    if not colon:
+        return declare()
+    option = rank_option(name.strip())
+    if option is None:
+        raise NetworkError(f"{name!r} has no rank to choose", remedy=f"write {name}")
+    if not rank.strip().isdecimal():
+        raise NetworkError(f"invalid rank {rank!r} in {given!r}", remedy=f"write such as {name}:8")
+    return declare(**{option: int(rank)})

@@ -19,7 +19,7 @@ _HOME = {
     "report": "reports.reporting",
     "sweep": "running.sweeping",
     "task": "tasks.task",
-    "train": "running.finetune",
+    "train": "running.execution",
     "trial": "running.dry_run",
 }
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tnpeft.studies import packaged
-from tnpeft.studies.files import StudyError, digest, new_folder
+from tnpeft.studies.files import StudyError, digest, folder_made_once
 
 if TYPE_CHECKING:
     from tnpeft.models.cards import Projection
@@ -20,16 +22,22 @@ CACHE = Path("runs/cache")
 _WEIGHTS = (".safetensors", ".bin", ".gguf")
 
 
-def identity(name: str, cache: Path, *, weights: bool = True) -> str:
-    """Return the hash of a backbone's weights, configuration and tokenizer; of ``random:...`` the name.
+def identity(name: str, cache: Path, tokenizer: str = "") -> str:
+    """Return the hash of a backbone's weights, configuration and tokenizer, and of another tokenizer.
 
-    A model of the hub is downloaded for it; a tokenizer of the hub (without ``weights``) is known by its name.
+    A model of the hub is downloaded for it; ``random:...`` and a tokenizer of the hub are known by their names.
     """
     folder = Path(packaged.folder(name, cache))
-    if not folder.is_dir():
-        if name.startswith(RANDOM) or not weights:
-            return name
+    if not folder.is_dir() and not name.startswith(RANDOM):
         folder = _snapshot(name)
+    its = _content(folder) if folder.is_dir() else name
+    if not tokenizer:
+        return its
+    folder = Path(packaged.folder(tokenizer, cache))
+    return digest([its, _content(folder) if folder.is_dir() else tokenizer])
+
+
+def _content(folder: Path) -> str:
     found = sorted(p for p in folder.iterdir() if p.suffix in (*_WEIGHTS, ".json") and p.name != "pretraining.json")
     return digest([[p.name, packaged.file_hash(p)] for p in found])
 
@@ -38,15 +46,13 @@ def _snapshot(name: str) -> Path:
     """Return the local folder of a model of the hub with its weights; downloads what is missing."""
     from huggingface_hub import snapshot_download
 
-    texts = ["*.json", "*.txt", "*.model"]
-    try:
+    with _reaching("model", name):
         for ending in (".safetensors", ".bin"):
-            folder = Path(snapshot_download(name, allow_patterns=[*texts, f"*{ending}"]))
+            patterns = ["*.json", "*.txt", "*.model", f"*{ending}"]
+            folder = Path(snapshot_download(name, allow_patterns=patterns))
             if any(folder.glob(f"*{ending}")):
                 return folder
-    except (OSError, ValueError) as error:
-        raise _unreachable("model", name, error) from None
-    raise _unreachable("model", name, ValueError("the repository holds neither .safetensors nor .bin files"))
+        raise ValueError("the repository holds neither .safetensors nor .bin files")
 
 
 def load(name: str, *, head: str, classes: int, dtype: str, cache: Path, tokenizer: str = "") -> tuple[Any, Any]:
@@ -67,17 +73,15 @@ def load(name: str, *, head: str, classes: int, dtype: str, cache: Path, tokeniz
     import torch
 
     more = {} if head == "words" else {"num_labels": classes}
-    where = packaged.folder(name, cache)
-    try:
+    where, weights = packaged.folder(name, cache), {"dtype": getattr(torch, dtype)}
+    with _reaching("model", name):
         if name.startswith(RANDOM):
-            model = _auto(head).from_config(_configuration(name, cache, **more), dtype=getattr(torch, dtype))
+            model = _auto(head).from_config(_configuration(name, cache, **more), **weights)
             where = name.removeprefix(RANDOM)
         else:
             where = _unpacked(where, cache)
-            model = _auto(head).from_pretrained(where, dtype=getattr(torch, dtype), **more)
+            model = _auto(head).from_pretrained(where, **weights, **more)
         words = _tokenizer(tokenizer or where)
-    except (OSError, ValueError) as error:
-        raise _unreachable("model", name, error) from None
     if model.config.pad_token_id is None:
         model.config.pad_token_id = words.pad_token_id if words.pad_token_id is not None else words.eos_token_id
     return model, words
@@ -93,15 +97,11 @@ def reach(name: str, tokenizer: str = "", cache: Path = CACHE) -> Any:
     259
     """
     where = packaged.folder(name, cache)
-    try:
+    with _reaching("model", name):
         packed = _gguf(where) or not _configuration(name, cache)
-    except (OSError, ValueError) as error:
-        raise _unreachable("model", name, error) from None
     words = tokenizer or ("" if packed else where.removeprefix(RANDOM))
-    try:
+    with _reaching("tokenizer", words):
         return _tokenizer(words) if words else None
-    except (OSError, ValueError) as error:
-        raise _unreachable("tokenizer", words, error) from None
 
 
 @lru_cache(maxsize=8)
@@ -126,15 +126,18 @@ def _tokenizer(name: str) -> Any:
     return byte_tokenizer() if name == BYTES else AutoTokenizer.from_pretrained(name)
 
 
-def _unreachable(what: str, name: str, error: Exception) -> StudyError:
-    first = str(error).strip().partition("\n")[0]
-    if what == "tokenizer":
-        remedy = "name another, or bytes for one that needs no file"
-    elif name.startswith((".", "/")) or name.count("/") > 1:
-        remedy = "the folder is not there, or no model is in it"
-    else:
-        remedy = "check the name and the connection, or give a folder"
-    return StudyError(f"cannot load the {what} {name!r}: {first}", remedy=remedy)
+@contextmanager
+def _reaching(what: str, name: str) -> Iterator[None]:
+    """Turn what the libraries have to say of a model or tokenizer that cannot be had into one line."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        first, remedy = str(error).strip().partition("\n")[0], "check the name and the connection, or give a folder"
+        if what == "tokenizer":
+            remedy = "name another, or bytes for one that needs no file"
+        elif name.startswith((".", "/")) or name.count("/") > 1:
+            remedy = "the folder is not there, or no model is in it"
+        raise StudyError(f"cannot load the {what} {name!r}: {first}", remedy=remedy) from None
 
 
 def _gguf(where: str) -> Path | None:
@@ -153,15 +156,14 @@ def _unpacked(where: str, cache: Path) -> str:
         return where
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    out = Path(cache) / f"gguf-{identity(where, cache)}"
-    if not (out / "config.json").exists():
-        with new_folder(out) as work:
-            AutoTokenizer.from_pretrained(where, gguf_file=file.name).save_pretrained(work)
-            model = AutoModelForCausalLM.from_pretrained(where, gguf_file=file.name)
-            model.hf_quantizer = None  # the weights were unpacked on reading; only the note of it is left, and goes
-            del model.config.quantization_config
-            model.save_pretrained(work)
-    return str(out)
+    def fill(work: Path) -> None:
+        AutoTokenizer.from_pretrained(where, gguf_file=file.name).save_pretrained(work)
+        model = AutoModelForCausalLM.from_pretrained(where, gguf_file=file.name)
+        model.hf_quantizer = None  # the weights were unpacked on reading; only the note of it is left, and goes
+        del model.config.quantization_config
+        model.save_pretrained(work)
+
+    return folder_made_once(Path(cache) / f"gguf-{identity(where, cache)}", fill)
 
 
 def known(name: str) -> Any:
@@ -169,7 +171,7 @@ def known(name: str) -> Any:
     from tnpeft.counting import card
     from tnpeft.networks import NetworkError
 
-    if name in packaged.PACKAGED or packaged.is_digits(name) or Path(name).is_dir():
+    if packaged.package(name) or Path(name).is_dir():
         raise NetworkError(f"{name!r} is not a model of the hub", remedy="name one such as facebook/opt-125m")
     return card(name)
 
@@ -204,10 +206,8 @@ def _configuration(name: str, cache: Path, **more: Any) -> Any:
     its = known(name.removeprefix(RANDOM))
     names = {"hidden_size": "hidden", "num_hidden_layers": "layers", "num_attention_heads": "heads"}
     names |= {"num_key_value_heads": "kv_heads"}
-    if its.architecture == "opt":
-        names |= {"ffn_dim": "ffn", "word_embed_proj_dim": "embed"}
-    else:
-        names |= {"intermediate_size": "ffn"}
+    is_opt = its.architecture == "opt"
+    names |= {"ffn_dim": "ffn", "word_embed_proj_dim": "embed"} if is_opt else {"intermediate_size": "ffn"}
     if its.architecture == "roberta":
         more |= {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
     return AutoConfig.for_model(its.architecture, **{key: its.sizes[size] for key, size in names.items()}, **more)
@@ -219,13 +219,8 @@ def shape(name: str) -> Any:
     >>> shape("random:facebook/opt-125m"), shape("digits")["model_type"]
     ('facebook/opt-125m', 'opt')
     """
-    if name == "smollm2":
-        return "HuggingFaceTB/SmolLM2-135M"
-    if name == "mpnet":
-        return {"model_type": "mpnet", "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
-    if packaged.is_digits(name):
-        return {"model_type": "opt", **packaged.DIGITS_SHAPE}
-    return packaged.folder(name.removeprefix(RANDOM), CACHE)
+    its = packaged.package(name)
+    return its.shape if its and its.shape else packaged.folder(name.removeprefix(RANDOM), CACHE)
 
 
 def weight_rms(name: str, projections: tuple[str, ...], cache: Path) -> dict[str, float]:

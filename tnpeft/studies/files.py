@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,17 +58,18 @@ def write_json(path: Path, value: Any) -> Path:
     return write_text(path, _NUMBERS.sub(lambda found: f"[{' '.join(found[0][1:-1].split())}]", text) + "\n")
 
 
-@contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill; at the end it becomes ``path``, unless another process was first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield work
-        with contextlib.suppress(OSError):
-            os.replace(work, path)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+def folder_made_once(path: Path, fill: Callable[[Path], object]) -> str:
+    """``path``, a folder that ``fill`` has filled as a whole, unless it was there or another process was first."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            fill(work)
+            with contextlib.suppress(OSError):
+                os.replace(work, path)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return str(path)
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any] | None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from tnpeft import families
 from tnpeft.counting import nearest_ranks, parameters
 from tnpeft.counting.dof import dof_on
 from tnpeft.counting.parameters import layout_on
+from tnpeft.families.catalogue import rank_option
 from tnpeft.networks import Factor, Factorization, Network, NetworkError, network
 from tnpeft.scaling.starts import batch_bonds
 from tnpeft.studies.files import StudyError
@@ -41,33 +42,29 @@ def factorization(method: Method) -> Factorization:
 
     A line's rank may stand there by itself, ``{"r": 2}``, as it does in a grid.
 
-    ``change`` replaces attributes of a family's factorization, such as ``lr_multiplier`` or ``scale``.
+    ``change`` replaces attributes of the factorization, such as ``lr_multiplier`` or ``scale``.
 
     >>> print(factorization({"line": "B[layer out r] A[r inp] -> layer out inp", "args": {"ranks": {"r": 2}}}).ranks)
     {'r': 2}
     """
-    args = {name: _tuple(value) for name, value in method.get("args", {}).items()}
+    args = {name: tuple(its) if isinstance(its, list) else its for name, its in method.get("args", {}).items()}
+    remedy, change = "", method.get("change", {})
     if "line" in method:
         net = network(method["line"])
         ranks = {**args.get("ranks", {}), **{bond: args.pop(bond) for bond in net.bonds if bond in args}}
         if isinstance(args.get("splits"), Mapping):
             args["splits"] = {side: tuple(parts) for side, parts in args["splits"].items()}
-        try:
-            return Factorization.of(net, **{**args, **({"ranks": ranks} if ranks else {})})
-        except TypeError as error:
-            where, remedy = f"line '{net}'", "give ranks by bond, scale, init, splits"
-            raise StudyError(f"wrong arguments: {error}", where=where, remedy=remedy) from None
-    declare, change = families.get(method["family"]), method.get("change", {})
+        args |= {"ranks": ranks} if ranks else {}
+        where, remedy = f"line '{net}'", "give ranks by bond, scale, init, splits"
+        declare = partial(Factorization.of, net)
+    else:
+        where, declare = f"family {method['family']!r}", families.get(method["family"])
     try:
         f = declare(**args)
         return replace(f, **{**change, "ranks": {**f.ranks, **change.get("ranks", {})}})
     except (TypeError, NetworkError) as error:
-        problem, remedy = getattr(error, "problem", str(error)), getattr(error, "remedy", "")
-        raise StudyError(f"wrong arguments: {problem}", where=f"family {method['family']!r}", remedy=remedy) from None
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+        problem, remedy = getattr(error, "problem", str(error)), getattr(error, "remedy", remedy)
+        raise StudyError(f"wrong arguments: {problem}", where=where, remedy=remedy) from None
 
 
 def by_rule(method: Method) -> Method:
@@ -139,9 +136,10 @@ def matched(
     >>> next(matched({"family": "tenslora"}, [15_000], "facebook/opt-125m", ("q_proj", "v_proj")))
     ({'ranks': 8}, {'a': 9, 'b': 9, 'c': 2})
     """
+    if "family" not in method:
+        raise StudyError("budgets are for families", remedy="give a line a grid of its ranks")
     family, fixed = method["family"], method.get("args", {})
-    known = inspect.signature(families.get(family)).parameters
-    vary = next((name for name in ("rank", "ranks") if name in known), None)
+    vary = rank_option(family)
     if vary is None:
         raise StudyError(f"{family!r} has one size only", remedy="name it without budgets")
 

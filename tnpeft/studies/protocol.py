@@ -5,19 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from tnpeft.studies.files import StudyError, digest
-from tnpeft.studies.schema import at_least, check, kinds
+from tnpeft.studies.schema import at_least, build, check, kinds
 
-_WORDS = {
-    "head": ("words", "classifier"),
-    "schedule": ("linear", "cosine", "constant", "constant_with_warmup"),
-    "dtype": ("float32", "bfloat16", "float16"),
-    "best_by": ("metric", "loss"),
-    "checkpoint": ("last", "best"),
-    "rate_rule": ("rate", "relative_step", "structure", "measured"),
-}
 _LATER = ("by_length", "epochs", "head_lr", "relative_step", "precondition")  # off by default
 
 
@@ -63,26 +55,26 @@ class Protocol:
     accumulate: int = 1
     learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     tune_seeds: int = 1
-    schedule: str = "linear"
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
     warmup: float = 0.06
     weight_decay: float = 0.0
     clip: float = 1.0
     evaluate_every: int = 50
-    best_by: str = "metric"
+    best_by: Literal["metric", "loss"] = "metric"
     patience: int = 0
-    head: str = "words"
+    head: Literal["words", "classifier"] = "words"
     max_length: int = 256
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     by_length: bool = False
     epochs: int = 0
     head_lr: float = 0.0
-    checkpoint: str = "last"
+    checkpoint: Literal["last", "best"] = "last"
     relative_step: float = 0.0
-    rate_rule: str = "rate"
+    rate_rule: Literal["rate", "relative_step", "structure", "measured"] = "rate"
     precondition: bool = False
 
     def __post_init__(self) -> None:
-        check(vars(self), {**kinds(Protocol), **_WORDS}, "protocol")
+        check(vars(self), kinds(Protocol), "protocol")
         at_least(self, "protocol", batch=1, accumulate=1, evaluate_every=1, max_length=1, tune_seeds=1)
         if not self.learning_rates or min(self.learning_rates) <= 0:
             raise StudyError("learning_rates must be positive and not empty", where="protocol")
@@ -97,10 +89,7 @@ class Protocol:
         >>> Protocol.of({"targets": ["q_proj"], "steps": 5}).targets
         ('q_proj',)
         """
-        check(table, kinds(Protocol), "protocol")
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in table.items()}
-        values |= {name: float(value) for name, value in table.items() if kinds(Protocol)[name] == float | int}
-        return Protocol(**values)
+        return build(Protocol, table, "protocol")
 
     @property
     def training(self) -> dict[str, Any]:

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from functools import cache
 from math import inf
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tnpeft.studies.files import StudyError
 
 Kinds = Mapping[str, Any]
-_NUMBER = float | int
-_CALLED = {str: "string", int: "integer", _NUMBER: "number", bool: "switch", Mapping: "table", object: "value"}
+NUMBER = float | int
+_CALLED = {str: "string", int: "integer", NUMBER: "number", bool: "switch", Mapping: "table", object: "value"}
 _CALLED |= {str | Mapping: "names or table"}  # in lists
-_ANNOTATED = {"str": str, "int": int, "float": _NUMBER, "bool": bool, "Mapping[str, str]": Mapping}
-_ANNOTATED |= {"tuple[str, ...]": [str], "tuple[float, ...]": [_NUMBER]}
 
 
 @cache
 def kinds(cls: Any) -> Kinds:
     """Return the kinds of a dataclass's fields, by its annotations."""
-    return {field.name: _ANNOTATED[str(field.type)] for field in fields(cls)}
+    return {name: _kind(hint) for name, hint in get_type_hints(cls).items()}
+
+
+def _kind(hint: Any) -> Any:
+    origin = get_origin(hint)
+    if origin is Literal:
+        return get_args(hint)
+    return [_kind(get_args(hint)[0])] if origin is tuple else NUMBER if hint is float else origin or hint
 
 
 def fits(value: Any, kind: Any) -> bool:
@@ -59,8 +64,25 @@ def check(table: Mapping[str, Any], known: Kinds, where: str, part: str = "") ->
             called = f"an {called}" if called[0] in "aeiou" else f"a {called}"
             raise StudyError(f"{key} = {value!r} is not {called}", where=where, remedy=f"give {called}")
         for number in value if isinstance(kind, list) else (value,):
-            if kind is not object and isinstance(number, _NUMBER) and not 0 <= number < inf:
+            if kind is not object and isinstance(number, NUMBER) and not 0 <= number < inf:
                 raise StudyError(f"{key} = {value!r}", where=where, remedy="give finite numbers from 0 on")
+
+
+def build(cls: type[Any], table: Mapping[str, Any], where: str) -> Any:
+    """Return the dataclass that a table describes.
+
+    Raises:
+        StudyError: a key is unknown or missing, or a value has the wrong kind.
+    """
+    check(table, kinds(cls), where)
+    for field in fields(cls):
+        if field.name not in table and field.default is MISSING:
+            raise StudyError(f"no {field.name}", where=where, remedy=f"see tnpeft.studies.{cls.__name__}")
+    converted = {
+        name: float(value) if kinds(cls)[name] == NUMBER else tuple(value) if isinstance(value, list) else value
+        for name, value in table.items()
+    }
+    return cls(**converted)
 
 
 def at_least(its: object, where: str, **least: int) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev, variance
 from typing import Any
@@ -85,18 +85,17 @@ def differences(first: Scores, second: Scores) -> dict[Any, float]:
 
 def paired(first: Scores, second: Scores) -> Summary | None:
     """Return the summary of the paired differences ``first - second``; None without a shared replicate."""
-    shared = differences(first, second)
-    return summary(shared) if shared else None
+    return summary(shared) if (shared := differences(first, second)) else None
 
 
 def p_different(values: Sequence[float]) -> float:
     """Return the two-sided p value of a zero mean (one-sample t test); 1 for fewer than two values."""
-    return 1.0 if len(values) < 2 else min(1.0, 2 * _tail(abs(fmean(values)), values))
+    return min(1.0, 2 * _tail(abs, values))
 
 
 def p_equivalent(values: Sequence[float], margin: float) -> float:
     """Return the p value of a mean at or beyond ``+-margin``: the larger of two one-sided t tests."""
-    return 1.0 if len(values) < 2 else _tail(margin - abs(fmean(values)), values)
+    return _tail(lambda mean: margin - abs(mean), values)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -150,7 +149,7 @@ def findings(contrasts: Sequence[tuple[str, Scores, Scores, float]]) -> list[Fin
     for any of them in at most 5 % of studies.
     """
     shared = [differences(plus, minus) for _, plus, minus, _ in contrasts]
-    values = [list(observations(its).values()) if its else [] for its in shared]
+    values = [list(observations(its).values()) for its in shared]
     different = holm([p_different(its) for its in values])
     equivalent = holm([p_equivalent(its, margin) for its, (*_, margin) in zip(values, contrasts, strict=True)])
     return [
@@ -236,14 +235,16 @@ def best_under(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     return curve
 
 
-def _tail(distance: float, values: Sequence[float]) -> float:
-    """The probability that a t variable exceeds a distance in standard errors of the mean."""
+def _tail(distance: Callable[[float], float], values: Sequence[float]) -> float:
+    """The probability that a t variable exceeds a distance of the mean, in its standard errors; 1 for one value."""
+    if len(values) < 2:
+        return 1.0
     from scipy import stats
 
-    error = stdev(values) / math.sqrt(len(values))
+    far, error = distance(fmean(values)), stdev(values) / math.sqrt(len(values))
     if error == 0:
-        return 0.0 if distance > 0 else 0.5 if distance == 0 else 1.0
-    return float(stats.t.sf(distance / error, len(values) - 1))
+        return 0.0 if far > 0 else 0.5 if far == 0 else 1.0
+    return float(stats.t.sf(far / error, len(values) - 1))
 
 
 def _exp(value: float) -> float:

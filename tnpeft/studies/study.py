@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from tnpeft.studies import backbones, methods
-from tnpeft.studies.design import CONTRAST_KINDS, OURS, STUDY_KINDS, Cell, Contrast, cells, over
-from tnpeft.studies.files import StudyError, digest, merged, read_toml
+from tnpeft.studies.design import CONTRAST_KINDS, OURS, STUDY_KINDS, Cell, cells, full_name
+from tnpeft.studies.files import StudyError, merged, read_toml
 from tnpeft.studies.protocol import Protocol
 from tnpeft.studies.runs import Run, Store
 from tnpeft.studies.schema import check, repeated
 from tnpeft.studies.tasks.data import load
 from tnpeft.studies.tasks.task import Task, task
+
+Made = tuple[Run, Mapping[str, Any]]  # a run and its result
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,9 @@ class Study:
             places[key] = str(local) if value and name not in as_given and local.exists() else value
         places["data"] = places["data"] or str(base)  # files that a study names lie beside it
         study = Study(table, places)
-        for cell, its in itertools.product(study.cells, study.tasks):
-            study.terms(cell, its)  # every setting is checked before anything runs
+        for cell in study.cells:
             study.chooser(cell)
-        _ = study.contrasts
+        _ = study.contrasts  # every setting is checked before anything runs
         return study
 
     @property
@@ -100,56 +100,32 @@ class Study:
     @cached_property
     def tasks(self) -> tuple[Task, ...]:
         """The tasks."""
-        found = tuple(task(_without(given, "protocol")) for given in self._tasks)
+        given = (each if isinstance(each, str) else _without(each, "protocol") for each in self.table["tasks"])
+        found = tuple(map(task, given))
         if twice := repeated([its.name for its in found]):
             raise StudyError(f"two tasks are called {twice!r}", where=self.name, remedy="name them apart")
         return found
 
     @cached_property
-    def _tasks(self) -> list[Mapping[str, Any]]:
-        """The tasks as the file has them, with the settings that each changes under ``protocol``."""
-        return [given if isinstance(given, Mapping) else {"name": given} for given in self.table["tasks"]]
-
-    def terms(self, cell: Cell, its: Task) -> Protocol:
-        """The settings of a cell on a task: the method's own before the policy's, the task's and the study's.
-
-        A grid of relative steps stands under ``learning_rates``.
-        """
-        given = self._settings(cell, its)
-        settings, rates = _without(given, *OURS), given.get("rates", "one")
-        if "relative_steps" in given:
-            settings["learning_rates"] = list(map(float, given["relative_steps"]))
-            if rates != "one":
-                settings["rate_rule"] = "relative_step" if rates == "rule" else rates
-        return Protocol.of(settings)
-
-    def _settings(self, cell: Cell, its: Task) -> dict[str, Any]:
-        of_task = self._tasks[self.tasks.index(its)].get("protocol", {})
-        settings = over(over(self.table.get("protocol", {}), of_task), cell.own)
-        check({key: settings[key] for key in OURS if key in settings}, OURS, self.name)
-        return settings
-
-    def relative(self, cell: Cell, its: Task) -> bool:
-        """True if a cell's grid holds relative steps."""
-        return "relative_steps" in self._settings(cell, its)
-
-    @cached_property
     def cells(self) -> tuple[Cell, ...]:
-        """Every method at every size under every policy, in the order of the file."""
-        found = tuple(cells(self.table, self.name, self.places["model"], self.protocol.targets))
-        if twice := repeated([cell.name for cell in found]):
+        """Every method at every size under every policy, in the order of the file, for each task."""
+        changed = [{} if isinstance(given, str) else given.get("protocol", {}) for given in self.table["tasks"]]
+        tasks = zip(self.tasks, changed, strict=True)
+        found = tuple(cells(self.table, tasks, self.name, self.places["model"], self.protocol.targets))
+        if twice := repeated([cell.name for cell in found if cell.task == self.tasks[0]]):
             raise StudyError(f"two methods are called {twice!r}", where=self.name, remedy="label them apart")
         return found
 
-    def find(self, text: str) -> Cell:
+    def find(self, text: str, task: Task) -> Cell:
         """Return the cell that a contrast or ``choose_on`` names: ``"CP"``, ``"CP (rank=2)"``, ``"P1: CP (rank=2)"``.
 
         Raises:
             StudyError: there is none, or several.
         """
-        found = [cell for cell in self.cells if cell.called(text)]
+        its = [cell for cell in self.cells if cell.task == task]
+        found = [cell for cell in its if cell.called(text)]
         if len(found) != 1:
-            names = ", ".join(cell.name for cell in found or self.cells)
+            names = ", ".join(cell.name for cell in found or its)
             problem = f"{'several cells are' if found else 'no cell is'} called {text!r}"
             raise StudyError(problem, where=self.name, remedy=f"name one of {names}")
         return found[0]
@@ -158,27 +134,28 @@ class Study:
         """Return the cell whose search decides for this one."""
         if not cell.choose_on:
             return cell
-        full = f"{cell.policy}: {cell.choose_on}" if cell.policy else cell.choose_on
-        return next((its for its in self.cells if its.called(full)), None) or self.find(cell.choose_on)
+        full = full_name(cell.policy, cell.choose_on)
+        own = (its for its in self.cells if its.task == cell.task and its.called(full))
+        return next(own, None) or self.find(cell.choose_on, cell.task)
 
     @cached_property
-    def contrasts(self) -> tuple[Contrast, ...]:
-        """The declared comparisons."""
-        found, tasks = [], [its.name for its in self.tasks]
+    def contrasts(self) -> tuple[dict[str, Any], ...]:
+        """The declared comparisons: the cell ``plus`` minus the cell ``minus``, in a measure on a task."""
+        found, tasks = [], {its.name: its for its in self.tasks}
         for given in self.table.get("contrast", ()):
             where = f"{self.name}, a contrast"
             check(given, CONTRAST_KINDS, self.name, "a contrast")
             for key in ("plus", "minus"):
                 if key not in given:
                     raise StudyError(f"no {key}", where=where, remedy=f"add {key}, a method of the study")
-            its = {"measure": "metric", "task": tasks[0], "margin": self.table.get("margin", 0.01), **given}
+            its = {"measure": "metric", "task": self.tasks[0].name, "margin": self.table.get("margin", 0.01), **given}
             if its["task"] not in tasks:
                 raise StudyError(
                     f"no task is called {its['task']!r}", where=where, remedy="name one of the study's tasks"
                 )
-            name = its.get("name", f"{given['plus']} minus {given['minus']}")
-            plus, minus = (self.find(given[side]).name for side in ("plus", "minus"))
-            found.append(Contrast(name, plus, minus, its["measure"], float(its["margin"]), its["task"]))
+            its |= {side: self.find(given[side], tasks[its["task"]]).name for side in ("plus", "minus")}
+            name = f"{given['plus']} minus {given['minus']}"
+            found.append({"name": name, **its, "margin": float(its["margin"])})
         return tuple(found)
 
     # ---- runs
@@ -202,24 +179,23 @@ class Study:
         """Return what a replicate is called in results: its seed, or with several backbones both."""
         return f"{backbone}/{seed}" if len(self._reported) > 1 else str(seed)
 
-    def tuning(self, cell: Cell, task: Task) -> tuple[tuple[str, int], ...]:
+    def tuning(self, cell: Cell) -> tuple[tuple[str, int], ...]:
         """Backbone and seed of the runs that choose a cell's value: all that are reported if there is but one."""
-        terms = self.terms(cell, task)
-        if len(terms.learning_rates) == 1:
+        if len(cell.protocol.learning_rates) == 1:
             return self.replicates
         names = self.table.get("tune_backbones") or self._reported
-        seeds = self.table.get("tune_seeds") or self.table["seeds"][: terms.tune_seeds]
+        seeds = self.table.get("tune_seeds") or self.table["seeds"][: cell.protocol.tune_seeds]
         return tuple((name, seed) for seed in seeds for name in names)
 
-    def run(self, cell: Cell, task: Task, value: float, seed: int, backbone: str = "") -> Run:
-        """Return the run of a cell on a task at a rate or relative step, by default on the first backbone."""
-        places, terms = self._places(backbone), self.terms(cell, task)
-        if self.relative(cell, task) and terms.rate_rule == "rate":
+    def run(self, cell: Cell, value: float, seed: int, backbone: str = "") -> Run:
+        """Return the run of a cell at a rate or relative step, by default on the first backbone."""
+        places = self._places(backbone)
+        if cell.relative and cell.protocol.rate_rule == "rate":
             # Rounded, as it is part of the run's name: a sum over weights ends in other bits on other machines.
-            value = float(f"{value * self.rate_of_step(cell, task, places['model']):.10g}")
-        examples = load(task, self.places["data"]).digest
-        its = _without(asdict(task), "also")
-        return Run(its, examples, cell.method, terms.training, value, seed, self.identity(backbone), places)
+            value = float(f"{value * self.rate_of_step(cell, places['model']):.10g}")
+        examples, its = load(cell.task, self.places["data"]).digest, _without(asdict(cell.task), "also")
+        training = cell.protocol.training
+        return Run(its, examples, cell.method, training, value, seed, self.identity(backbone), places)
 
     def _places(self, backbone: str) -> dict[str, str]:
         first = self.table["backbone"]
@@ -227,17 +203,17 @@ class Study:
 
     def identity(self, backbone: str = "") -> str:
         """Return the hash that names a backbone (with a tokenizer of the study) in its runs."""
-        model, words, cache = self._places(backbone)["model"], self.places["tokenizer"], Path(self.places["cache"])
+        model = self._places(backbone)["model"]
         if model not in self._identities:
-            its = backbones.identity(model, cache)
-            self._identities[model] = digest([its, backbones.identity(words, cache, weights=False)]) if words else its
+            its = backbones.identity(model, Path(self.places["cache"]), self.places["tokenizer"])
+            self._identities[model] = its
         return self._identities[model]
 
     @cached_property
     def _identities(self) -> dict[str, str]:
         return {}
 
-    def rate_of_step(self, cell: Cell, task: Task, model: str) -> float:
+    def rate_of_step(self, cell: Cell, model: str) -> float:
         """Return the learning rate of a first step of relative size 1, in the mean square over sites.
 
         Raises:
@@ -247,9 +223,8 @@ class Study:
 
         if not methods.is_network(cell.method):
             raise StudyError(f"{cell.name} has no gain", where=self.name, remedy="give it learning_rates")
-        targets = self.terms(cell, task).targets
-        f = methods.factorization(cell.method)
-        gains = tnpeft.gain(f, model=backbones.shape(model), targets=list(targets) or None)
+        targets = list(cell.protocol.targets) or None
+        gains = tnpeft.gain(methods.factorization(cell.method), model=backbones.shape(model), targets=targets)
         base = backbones.weight_rms(model, tuple(gains), Path(self.places["cache"]))
         squares = [(float(gains[proj]) / base[proj]) ** 2 for proj in gains]
         return 1 / math.sqrt(math.fsum(squares) / len(squares))
@@ -257,69 +232,57 @@ class Study:
     def search(self, store: Store | None = None) -> list[Run]:
         """Return the runs that choose rates and steps, seed by seed; grids grow by what a store's results ask for."""
         found = [
-            (place, self.run(cell, task, value, seed, backbone))
+            (place, self.run(cell, value, seed, backbone))
             for cell in self.cells
-            for task in self.tasks
             if self.chooser(cell) == cell
-            for value in self.grid(cell, task, store)
-            for place, (backbone, seed) in enumerate(self.tuning(cell, task))
+            for value in self.grid(cell, store)[0]
+            for place, (backbone, seed) in enumerate(self.tuning(cell))
         ]
         return [run for _, run in sorted(found, key=lambda pair: pair[0])]
 
-    def grid(self, cell: Cell, task: Task, store: Store | None = None) -> tuple[float, ...]:
-        """Return a cell's rates or steps in order, with those that a best value at an end has added."""
-        values = tuple(sorted(self.terms(cell, task).learning_rates))
-        if store is None or len(values) < 2:
-            return values
-        low, high, most = values[0] / values[1], values[-1] / values[-2], len(values) + self.table.get("extend", 0)
-        while len(values) < most:
-            best = self._best(cell, task, store, values)
-            if best not in (values[0], values[-1]):
-                break
-            values = (values[0] * low, *values) if best == values[0] else (*values, values[-1] * high)
-        return values
+    def grid(self, cell: Cell, store: Store | None = None) -> tuple[tuple[float, ...], float | None]:
+        """Return a cell's rates or steps in order, with those that a best value at an end has added, and the best.
 
-    def tried(
-        self, cell: Cell, task: Task, store: Store, values: Sequence[float]
-    ) -> dict[float, list[tuple[Run, Mapping[str, Any]]]]:
+        The best has the least mean dev loss over the tuning runs (ties: the smaller), or the largest mean dev metric;
+        it is None before all were tried.
+        """
+        values = tuple(sorted(cell.protocol.learning_rates))
+        if len(values) == 1:
+            return values, values[0]
+        low, high, most = values[0] / values[1], values[-1] / values[-2], len(values) + self.table.get("extend", 0)
+        while store is not None and len(tried := self.tried(cell, store, values)) == len(values):
+            best = min(values, key=lambda value: (self._merit(tried[value]), value))
+            if best not in (values[0], values[-1]) or len(values) >= most:
+                return values, best
+            values = (values[0] * low, *values) if best == values[0] else (*values, values[-1] * high)
+        return values, None
+
+    def tried(self, cell: Cell, store: Store, values: Sequence[float]) -> dict[float, list[Made]]:
         """Return the tuning runs with their results by rate or step, where every one of them has its result."""
         found = {}
         for value in values:
-            runs = [self.run(cell, task, value, seed, backbone) for backbone, seed in self.tuning(cell, task)]
+            runs = [self.run(cell, value, seed, backbone) for backbone, seed in self.tuning(cell)]
             results = [(run, result) for run in runs if (result := store.result(run.key))]
             if len(results) == len(runs):
                 found[value] = results
         return found
 
-    def _best(self, cell: Cell, task: Task, store: Store, values: Sequence[float]) -> float | None:
-        """The value with the least mean dev loss, or the largest mean dev metric; None before all were tried."""
-        tried = self.tried(cell, task, store, values)
-        if len(tried) < len(values):
-            return None
+    def _merit(self, tried: Sequence[Made]) -> float:
         by_metric = self.table.get("choose", "loss") == "metric"
+        return sum(-result["dev"] if by_metric else dev_loss(result) for _, result in tried) / len(tried)
 
-        def merit(value: float) -> tuple[float, float]:
-            merits = [-result["dev"] if by_metric else dev_loss(result) for _, result in tried[value]]
-            return sum(merits) / len(merits), value
-
-        return min(values, key=merit)
-
-    def best_rate(self, cell: Cell, task: Task, store: Store) -> float | None:
-        """Return the rate or step with the least mean dev loss over the tuning runs (ties: the smaller), or the only
-        one there is; None before the search has ended."""
-        cell = self.chooser(cell)
-        values = self.grid(cell, task, store)
-        return values[0] if len(values) == 1 else self._best(cell, task, store, values)
+    def best_rate(self, cell: Cell, store: Store) -> float | None:
+        """Return the rate or step that the search for a cell has chosen; None before it has ended."""
+        return self.grid(self.chooser(cell), store)[1]
 
     def confirmation(self, store: Store) -> list[Run]:
         """Return the reported runs at the chosen rates and steps, seed by seed."""
-        chosen = {(c.name, t.name): self.best_rate(c, t, store) for c in self.cells for t in self.tasks}
+        chosen = [(cell, self.best_rate(cell, store)) for cell in self.cells]
         return [
-            self.run(cell, task, value, seed, backbone)
+            self.run(cell, value, seed, backbone)
             for backbone, seed in self.replicates
-            for cell in self.cells
-            for task in self.tasks
-            if (value := chosen[cell.name, task.name]) is not None
+            for cell, value in chosen
+            if value is not None
         ]
 
 

@@ -5,15 +5,15 @@ A family has one colour and marker in every figure. Intervals are 95 % t interva
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 from tnpeft._files import save_figure
-from tnpeft.studies.reports.points import Point, on_backbones, span
+from tnpeft.studies.reports.points import Point, grouped, on_backbones, span
 from tnpeft.studies.statistics import Finding, Summary, summary, variance_between
 
 # Okabe and Ito's colours, told apart by all common kinds of colour vision; every method has its own marker too.
@@ -48,6 +48,7 @@ TITLES = {
     "digits_inverted": "Digits, inverted",
     "digits_transposed": "Digits, transposed",
 }
+FLAT = {"full": ":", "none": "--"}  # kinds without a size of their own: ceiling and floor
 SETS = (("all families", COLOURS[1], "o"), ("controls (same updates)", COLOURS[6], "D"))  # of the variance figure
 
 
@@ -70,35 +71,35 @@ def save(figure: Any, path: Path) -> None:
 
 
 @contextmanager
-def _canvas(path: Path, *shape: int, size: tuple[float, float], title: str = "") -> Iterator[tuple[Any, Any]]:
-    """A figure and its panels; at the end it is written as PNG, PDF and SVG."""
-    import matplotlib
+def _panels(
+    path: Path, *shape: int, size: Any, title: str, labels: Sequence[str] = (), legend: str | None = None
+) -> Iterator[Any]:
+    """The panels of a figure; at the end it is written as PNG, PDF and SVG.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    With a ``legend`` (its title) there is one for all panels, ``labels`` first, what is not a family last.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
 
-    with pyplot.rc_context(STYLE):
-        figure, panels = pyplot.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
+    with rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        panels = figure.subplots(*shape, squeeze=False)
         if title:
             figure.suptitle(title, fontsize=11)
-        yield figure, panels
+        yield panels
+        found: dict[str, Any] = {}
+        for axis in panels.flat:
+            found |= {name: handle for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+        order = [name for name in dict.fromkeys((*labels, *found)) if name in found]
+        if order and legend is not None:
+            handles = [found[name] for name in order]
+            figure.legend(handles, order, loc="outside right center", title=legend, fontsize=8)
         for end in (".png", ".pdf", ".svg"):
             save(figure, path.with_suffix(end))
-        pyplot.close(figure)
-
-
-def _legend(figure: Any, panels: Any, labels: Sequence[str], title: str) -> None:
-    """One legend for all panels, in the order of the study, what is not a family last."""
-    found: dict[str, Any] = {}
-    for axis in panels.flat:
-        found |= {name: handle for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
-    order = [name for name in dict.fromkeys((*labels, *found)) if name in found]
-    if order:
-        figure.legend([found[name] for name in order], order, loc="outside right center", title=title, fontsize=8)
 
 
 def _families(points: Sequence[Point]) -> list[str]:
-    return list(dict.fromkeys(p.label for p in points if p.kind not in ("full", "none")))
+    return list(dict.fromkeys(p.label for p in points if p.kind not in FLAT))
 
 
 def _count(points: Sequence[Point]) -> str:
@@ -124,18 +125,17 @@ def budget_figure(points: Sequence[Point], path: Path, *, title: str = "", refer
     fine-tuning are horizontal lines, floor and ceiling; faint vertical lines are the reference's sizes. Policies
     after the first one are dashed, with hollow markers.
     """
-    tasks = list(dict.fromkeys(p.task for p in points))
+    tasks = grouped(points, "task")
     measures = [name for name in ("scores", "losses") if any(getattr(p, name) for p in points)]
-    by_dof = all(p.dof is not None for p in points if p.kind not in ("full", "none"))
+    by_dof = all(p.dof is not None for p in points if p.kind not in FLAT)
     size = (3.6 * len(measures) + 2.0, 3.3 * len(tasks) + 0.3)
-    with _canvas(path, len(tasks), len(measures), size=size, title=title) as (figure, panels):
-        for (task, measure), axis in zip(product(tasks, measures), panels.flat, strict=True):
-            its = [p for p in points if p.task == task]
+    legend = {"labels": _families(points), "legend": _count(points)}
+    with _panels(path, len(tasks), len(measures), size=size, title=title, **legend) as panels:
+        for ((task, its), measure), axis in zip(product(tasks.items(), measures), panels.flat, strict=True):
             _budget_panel(axis, its, measure, by_dof, reference)
             axis.set_ylabel(METRIC[its[0].metric] if measure == "scores" else LOSS)
             if len(tasks) > 1 or not title:
                 axis.set_title(TITLES.get(task, task), pad=14)
-        _legend(figure, panels, _families(points), _count(points))
 
 
 def _budget_panel(axis: Any, points: Sequence[Point], measure: str, by_dof: bool, reference: str) -> None:
@@ -146,35 +146,35 @@ def _budget_panel(axis: Any, points: Sequence[Point], measure: str, by_dof: bool
 
     for rung in (p for p in points if p.label == reference):
         axis.axvline(size(rung), color="0.88", linewidth=1, zorder=0)
-    labels, policies = _families(points), list(dict.fromkeys(p.policy for p in points))
-    found = {id(p): summary(values) for p in points if (values := getattr(p, measure))}
-    points = [p for p in points if id(p) in found]
-    for label, policy in product(labels, policies):
-        group = sorted((p for p in points if (p.label, p.policy) == (label, policy)), key=size)
-        if group:
-            (colour, marker), first = style(label, labels), policy == policies[0]
-            axis.errorbar(
-                [size(p) for p in group],
-                [found[id(p)].mean for p in group],
-                yerr=[_half(found[id(p)]) for p in group],
-                color=colour,
-                marker=marker,
-                markersize=6,
-                markerfacecolor=colour if first else "white",
-                markeredgecolor="white" if first else colour,
-                markeredgewidth=0.6 if first else 1.2,
-                linestyle="-" if first else "--",
-                linewidth=1.5 if len(group) > 1 else 0,
-                elinewidth=1,
-                capsize=2,
-                label=label if first else f"{label}, {policy}",
-                zorder=3,
-            )
+    labels, policy_of_all = _families(points), points[0].policy
+    points = [p for p in points if getattr(p, measure)]
+    found = {id(p): summary(getattr(p, measure)) for p in points}
+    families = grouped([p for p in points if p.kind not in FLAT], "label", "policy")
+    for label, policy in sorted(families, key=lambda its: labels.index(its[0])):
+        group = sorted(families[label, policy], key=size)
+        (colour, marker), first = style(label, labels), policy == policy_of_all
+        axis.errorbar(
+            [size(p) for p in group],
+            [found[id(p)].mean for p in group],
+            yerr=[_half(found[id(p)]) for p in group],
+            color=colour,
+            marker=marker,
+            markersize=6,
+            markerfacecolor=colour if first else "white",
+            markeredgecolor="white" if first else colour,
+            markeredgewidth=0.6 if first else 1.2,
+            linestyle="-" if first else "--",
+            linewidth=1.5 if len(group) > 1 else 0,
+            elinewidth=1,
+            capsize=2,
+            label=label if first else f"{label}, {policy}",
+            zorder=3,
+        )
     for p in points:
-        if p.kind in ("full", "none"):
-            kind = {"full": ":", "none": "--"}[p.kind]
-            axis.axhline(found[id(p)].mean, color="0.45", linestyle=kind, linewidth=1, zorder=1, label=p.label)
-    if _families(points):  # plain numbers at 1, 2 and 5 of every decade
+        if p.kind in FLAT:
+            look = {"linestyle": FLAT[p.kind], "label": p.label}
+            axis.axhline(found[id(p)].mean, color="0.45", linewidth=1, zorder=1, **look)
+    if families:  # plain numbers at 1, 2 and 5 of every decade
         axis.set_xscale("log")
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -191,18 +191,17 @@ def rates_figure(points: Sequence[Point], path: Path, *, title: str = "") -> Non
     """
     tried = [p for p in points if p.step is not None and len(p.search) > 1]
     labels = _families(tried)
-    with _canvas(path, 1, 2, size=(9.2, 3.6), title=title) as (figure, panels):
-        for axis, name in zip(panels[0], ("Learning rate", "Relative step"), strict=True):
+    with _panels(path, 1, 2, size=(9.2, 3.6), title=title, labels=labels, legend="") as panels:
+        for axis, (key, name) in zip(panels[0], (("lr", "Learning rate"), ("value", "Relative step")), strict=True):
             for p in tried:
-                rows = [row for row in p.search if math.isfinite(row.loss)]
-                xs = [row.lr if name == "Learning rate" else row.value for row in rows]
+                rows = [row for row in p.search if row["loss"] is not None]
+                xs, ys = [row[key] for row in rows], [row["loss"] for row in rows]
                 colour, marker = style(p.label, labels)
-                axis.plot(xs, [row.loss for row in rows], color=colour, marker=marker, markersize=4, label=p.label)
+                axis.plot(xs, ys, color=colour, marker=marker, markersize=4, label=p.label)
             axis.set(xscale="log", xlabel=f"{name} (log scale)")
             axis.grid(axis="y")
         panels[0][0].set_ylabel(f"{LOSS} on dev")
         panels[0][1].sharey(panels[0][0])
-        _legend(figure, panels, labels, "")
 
 
 def variance_figure(points: Sequence[Point], path: Path, controls: Sequence[str], *, title: str = "") -> None:
@@ -210,29 +209,26 @@ def variance_figure(points: Sequence[Point], path: Path, controls: Sequence[str]
 
     Controls span the same updates, so that their variance is what optimiser and luck make: the noise floor.
     """
-    policies = list(dict.fromkeys(p.policy for p in points))
-    with _canvas(path, 1, 1, size=(6.0, 3.4), title=title) as (figure, panels):
-        axis = panels[0][0]
+    policies = grouped(points, "policy")
+    with _panels(path, 1, 1, size=(6.0, 3.4), title=title, legend="between means of") as [[axis]]:
         for shift, (name, colour, marker) in zip((-0.12, 0.12), SETS, strict=True):
             look = {"color": colour, "marker": marker, "linestyle": ""}
-            for place, policy in enumerate(policies):
-                its = [p for p in points if p.policy == policy and (name == SETS[0][0] or p.label in controls)]
-                found = [v for v in variance_between([p.losses for p in its]).values() if v > 0]
+            for place, group in enumerate(policies.values()):
+                its = [p.losses for p in group if name == SETS[0][0] or p.label in controls]
+                found = [v for v in variance_between(its).values() if v > 0]
                 axis.plot([place + shift] * len(found), found, alpha=0.4, markersize=4, **look)
                 if found:
-                    middle = math.exp(math.fsum(map(math.log, found)) / len(found))
-                    axis.plot(place + shift, middle, label=name if place == 0 else None, **look)
+                    label = name if place == 0 else None
+                    axis.plot(place + shift, geometric_mean(found), label=label, **look)
         axis.set_xticks(range(len(policies)), policies)
         axis.set(yscale="log", ylabel="Variance of the cross-entropy")
         axis.grid(axis="y")
-        _legend(figure, panels, (), "between means of")
 
 
 def forest_figure(found: Sequence[Finding], path: Path, *, title: str = "", unit: str = "") -> None:
     """Declared contrasts with their intervals; the band is the margin within which a difference counts as none."""
     shown = [(its, its.summary) for its in found[::-1] if its.summary is not None]
-    with _canvas(path, 1, 1, size=(6.6, 1.2 + 0.36 * len(shown)), title=title) as (_, panels):
-        axis = panels[0][0]
+    with _panels(path, 1, 1, size=(6.6, 1.2 + 0.36 * len(shown)), title=title) as [[axis]]:
         for place, (its, difference) in enumerate(shown):
             band = [place - 0.5, place + 0.5]
             axis.fill_betweenx(band, -its.margin, its.margin, color="0.9", linewidth=0, zorder=0)
@@ -240,27 +236,24 @@ def forest_figure(found: Sequence[Finding], path: Path, *, title: str = "", unit
         axis.axvline(0, color="0.6", linewidth=0.8, zorder=1)
         names = [f"{its.name}, n = {difference.n}" for its, difference in shown]
         axis.set_yticks(range(len(shown)), names, fontsize=8)
-        axis.set_xlabel(f"Difference{f' in {unit}' if unit else ''} (band: the margin)")
         axis.set_ylim(-0.5, len(shown) - 0.5)
+        axis.set_xlabel(f"Difference{f' in {unit}' if unit else ''} (band: the margin)")
 
 
 def is_ladder(points: Sequence[Point]) -> bool:
     """Return True if some method has several sizes and all such sizes are numbers: a line may join them."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for p in points:
-        groups.setdefault((p.task, p.label), []).append(p.size.rpartition("=")[2])
-    several = [size for sizes in groups.values() if len(sizes) > 1 for size in sizes]
-    return bool(several) and all(map(str.isdigit, several))
+    several = [group for group in grouped(points, "task", "label").values() if len(group) > 1]
+    sizes = [p.size.rpartition("=")[2] for group in several for p in group]
+    return bool(sizes) and all(map(str.isdigit, sizes))
 
 
 def ranked_figure(points: Sequence[Point], path: Path, *, title: str = "", reference: str = "") -> None:
     """Methods by their means, best on top, each in its family's colour; the reference's lines go through."""
-    tasks = list(dict.fromkeys(p.task for p in points))
-    most = max(sum(p.task == task for p in points) for task in tasks)
-    labels, size = _families(points), (6.4 * len(tasks), 0.9 + 0.19 * most)
-    with _canvas(path, 1, len(tasks), size=size, title=title) as (_, panels):
-        for axis, task in zip(panels[0], tasks, strict=True):
-            group = sorted((p for p in points if p.task == task), key=lambda p: p.summary.mean)
+    tasks, labels = grouped(points, "task"), _families(points)
+    size = (6.4 * len(tasks), 0.9 + 0.19 * max(map(len, tasks.values())))
+    with _panels(path, 1, len(tasks), size=size, title=title) as panels:
+        for axis, (task, its) in zip(panels[0], tasks.items(), strict=True):
+            group = sorted(its, key=lambda p: p.summary.mean)
             for place, p in enumerate(group):
                 _across(axis, p.summary, place, *(style(p.label, labels) if p.label in labels else ("0.45", "o")))
                 if p.label == reference:

@@ -5,33 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from operator import itemgetter
+from operator import attrgetter
+from statistics import geometric_mean
 from typing import Any
 
 from tnpeft.studies import backbones, methods
 from tnpeft.studies.design import Cell, full_name
-from tnpeft.studies.runs import Run, Store, finite
+from tnpeft.studies.runs import Store, finite
 from tnpeft.studies.statistics import Summary, summary
 from tnpeft.studies.study import Study, dev_loss
-from tnpeft.studies.tasks.task import Task
-
-
-@dataclass(frozen=True)
-class Tried:
-    """One value of a search: what it was, and the means over the tuning runs.
-
-    Attributes:
-        value: the rate or relative step.
-        lr: the learning rate, which a relative step makes different on every backbone: their geometric mean.
-        loss, score: of dev; the loss is infinite if one run's is not finite.
-        n: tuning runs.
-    """
-
-    value: float
-    lr: float
-    loss: float
-    score: float
-    n: int
 
 
 @dataclass(frozen=True)
@@ -52,7 +34,9 @@ class Point:
         scores, losses: on eval, by replicate.
         dev: dev score by replicate.
         also: eval scores by replicate of further metrics that the task names.
-        search: the values that were tried for this method itself.
+        search: the values that were tried for this method itself, each with its means over ``n`` tuning runs: rate
+            ``lr`` (geometric: a relative step makes it different on every backbone), ``loss`` and ``score`` of dev;
+            the loss is None if one run's is not finite.
         metric: of the scores.
     """
 
@@ -71,16 +55,15 @@ class Point:
     policy: str = ""
     dof: int | None = None
     step: float | None = None
-    search: tuple[Tried, ...] = ()
+    search: tuple[Mapping[str, Any], ...] = ()
     metric: str = "accuracy"
 
     @staticmethod
     def of(table: Mapping[str, Any]) -> Point:
         """The point in a report's JSON."""
         given = {"label" if key == "method" else key: value for key, value in table.items()}
-        tried = tuple(Tried(**{**its, "loss": _number(its["loss"])}) for its in given.pop("search", ()))
-        losses = {name: _number(value) for name, value in given.pop("losses", {}).items()}
-        return Point(**given, losses=losses, search=tried)
+        losses = {name: _number(value) for name, value in given.get("losses", {}).items()}
+        return Point(**{**given, "losses": losses, "search": tuple(given.get("search", ()))})
 
     @property
     def table(self) -> dict[str, Any]:
@@ -90,8 +73,6 @@ class Point:
         for name in ("scores", "dev", "losses"):
             if name in table:
                 table[name] = {str(key): finite(value) for key, value in table[name].items()}
-        if self.search:
-            table["search"] = [{**its, "loss": finite(its["loss"])} for its in table["search"]]
         return {"task": table.pop("task"), "method": table.pop("label"), **table}
 
     @property
@@ -110,6 +91,14 @@ def on_backbones(points: Sequence[Point]) -> bool:
     return any("/" in str(key) for p in points for key in p.scores)
 
 
+def grouped(points: Sequence[Point], *names: str) -> dict[Any, list[Point]]:
+    """Return the points by attributes, such as the task, in the order of the first of each."""
+    found: dict[Any, list[Point]] = {}
+    for point in points:
+        found.setdefault(attrgetter(*names)(point), []).append(point)
+    return found
+
+
 def span(counts: Sequence[int]) -> str:
     """Return counts as text.
 
@@ -122,64 +111,58 @@ def span(counts: Sequence[int]) -> str:
 
 def collect(study: Study, store: Store) -> tuple[Point, ...]:
     """Every point with at least one result, in the order of the study."""
-    found = (_point(study, store, cell, task) for task in study.tasks for cell in study.cells)
-    return tuple(point for point in found if point)
+    return tuple(point for cell in study.cells if (point := _point(study, store, cell)))
 
 
-def _point(study: Study, store: Store, cell: Cell, task: Task) -> Point | None:
-    value = study.best_rate(cell, task, store)
-    if value is None:
+def _point(study: Study, store: Store, cell: Cell) -> Point | None:
+    chooser = study.chooser(cell)
+    values, best = study.grid(chooser, store)
+    if best is None:
         return None
-    runs = {
-        study.key(backbone, seed): study.run(cell, task, value, seed, backbone) for backbone, seed in study.replicates
-    }
+    runs = {study.key(backbone, seed): study.run(cell, best, seed, backbone) for backbone, seed in study.replicates}
     results = {name: result for name, run in runs.items() if (result := store.result(run.key))}
     if not results:
         return None
-    first, chooser = next(iter(results.values())), study.chooser(cell)
-    values = study.grid(chooser, task, store)
-    searched = study.tried(cell, task, store, values) if chooser == cell and len(values) > 1 else {}
+    first = next(iter(results.values()))
+    searched = study.tried(cell, store, values) if chooser == cell and len(values) > 1 else {}
     return Point(
-        task=task.name,
+        task=cell.task.name,
         label=cell.label,
         size=cell.size,
         policy=cell.policy,
         kind=next(kind for kind in methods.KINDS if kind in cell.method),
         parameters=first["parameters"],
-        dof=methods.dof(cell.method, backbones.shape(study.places["model"]), study.terms(cell, task).targets),
+        dof=methods.dof(cell.method, backbones.shape(study.places["model"]), cell.protocol.targets),
         head=first["head_parameters"],
         lr=_middle([runs[name].lr for name in results]),
-        step=value if study.relative(cell, task) else None,
-        edge=len(values) > 1 and value in (values[0], values[-1]),
+        step=best if cell.relative else None,
+        edge=len(values) > 1 and best in (values[0], values[-1]),
         scores={name: r["eval"] for name, r in results.items()},
         losses={name: _number(r["eval_loss"]) for name, r in results.items()},
         dev={name: r["dev"] for name, r in results.items()},
         also={
             metric: found
-            for metric in task.also
+            for metric in cell.task.also
             if (found := {name: r["scores"][metric] for name, r in results.items() if metric in r["scores"]})
         },
-        search=tuple(_tried(value, its) for value, its in searched.items()),
-        metric=task.metric,
+        search=tuple(
+            {
+                "value": value,
+                "lr": _middle([run.lr for run, _ in made]),
+                "loss": finite(sum(dev_loss(result) for _, result in made) / len(made)),
+                "score": sum(result["dev"] for _, result in made) / len(made),
+                "n": len(made),
+            }
+            for value, made in searched.items()
+        ),
+        metric=cell.task.metric,
     )
-
-
-def _tried(value: float, its: Sequence[tuple[Run, Mapping[str, Any]]]) -> Tried:
-    loss, score = (sum(of(result) for _, result in its) / len(its) for of in (dev_loss, itemgetter("dev")))
-    return Tried(value, _middle([run.lr for run, _ in its]), loss, score, len(its))
 
 
 def _middle(rates: Sequence[float]) -> float:
     """The geometric mean, exact where all are equal."""
-    return rates[0] if len(set(rates)) == 1 else math.exp(math.fsum(map(math.log, rates)) / len(rates))
+    return rates[0] if len(set(rates)) == 1 else geometric_mean(rates)
 
 
 def _number(value: float | None) -> float:
     return math.inf if value is None else value
-
-
-def failures(study: Study, store: Store) -> list[tuple[str, str]]:
-    """Runs of the study that failed, with their causes."""
-    runs = {run.key: run for run in (*study.search(store), *study.confirmation(store))}
-    records = ((str(run), store.failure(key)) for key, run in runs.items() if not store.result(key))
-    return [(name, record["cause"]) for name, record in records if record]

@@ -11,7 +11,7 @@ from tnpeft.studies import packaged
 from tnpeft.studies.files import StudyError, write_json
 from tnpeft.studies.reports import figures as drawn
 from tnpeft.studies.reports import tables
-from tnpeft.studies.reports.points import Point, collect, failures, on_backbones, span
+from tnpeft.studies.reports.points import Point, collect, on_backbones, span
 from tnpeft.studies.runs import Store
 from tnpeft.studies.study import Study
 
@@ -49,9 +49,11 @@ def report(
     """
     store, out = Store(Path(folder)), Path(out)
     points = collect(study, store)
-    failed = failures(study, store)
+    runs = {run.key: run for run in (*study.search(store), *study.confirmation(store))}
+    records = ((str(run), store.failure(key)) for key, run in runs.items() if not store.result(key))
+    failed = [{"run": run, "cause": record["cause"]} for run, record in records if record]
     if not points and failed:
-        problem = f"no results: all {len(failed)} runs failed, {failed[0][0]} with {failed[0][1]}"
+        problem = f"no results: all {len(failed)} runs failed, {failed[0]['run']} with {failed[0]['cause']}"
         raise StudyError(problem, where=study.name, remedy="mend that and run the sweep with --retry")
     if not points:
         raise StudyError("no results yet", where=study.name, remedy="run the sweep first")
@@ -67,7 +69,7 @@ def report(
         "backbone": packaged.title(str(study.table["backbone"])),
         "backbones": {name: study.identity(name) for name in study.backbones},
         "controls": list(study.table.get("controls", [])),
-        "contrasts": [asdict(contrast) for contrast in study.contrasts],
+        "contrasts": list(study.contrasts),
         "source": str(study.table.get("source", "")),
         "ours": list(study.table.get("ours", [])),
         "tasks": {task.name: {"prompt": task.prompt, "words": dict(task.words)} for task in study.tasks},
@@ -77,7 +79,7 @@ def report(
     }
     write_json(out / f"{study.name}.json", facts)
     if failed:
-        tables.write([{"run": run, "cause": cause} for run, cause in failed], out / f"{study.name}-failed.md")
+        tables.write(failed, out / f"{study.name}-failed.md")
     return render(facts, out, figures)
 
 

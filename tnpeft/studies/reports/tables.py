@@ -8,7 +8,7 @@ from typing import Any
 
 from tnpeft._text import Table
 from tnpeft.studies.files import write_text
-from tnpeft.studies.reports.points import Point
+from tnpeft.studies.reports.points import Point, grouped
 from tnpeft.studies.statistics import (
     Finding,
     Summary,
@@ -83,20 +83,20 @@ def variance_table(points: Sequence[Point], controls: Sequence[str]) -> list[Row
     """One row for each policy: the variance of the loss between families and between controls, and its ratio to the
     first policy's (geometric means over backbones); nothing where a study has one policy or no controls.
     """
-    policies = list(dict.fromkeys(p.policy for p in points))
+    policies, rows, first = grouped(points, "policy"), [], None
     if len(policies) < 2 or not controls:
         return []
-
-    def losses(policy: str, labels: Sequence[str] = ()) -> list[Mapping[Any, float]]:
-        return [p.losses for p in points if p.policy == policy and p.losses and (not labels or p.label in labels)]
-
-    rows = []
-    for policy in policies:
-        row: dict[str, Any] = {"policy": policy, "families": len(losses(policy))}
-        for name, labels in (("families", ()), ("controls", controls)):
-            found = variance_between(losses(policy, labels))
+    for policy, group in policies.items():
+        its = {
+            "families": [p.losses for p in group if p.losses],
+            "controls": [p.losses for p in group if p.losses and p.label in controls],
+        }
+        row: dict[str, Any] = {"policy": policy, "families": len(its["families"])}
+        for name, losses in its.items():
+            found = variance_between(losses)
             row |= {"n": len(found), f"variance, {name}": f"{sum(found.values()) / len(found):.3g}" if found else ""}
-        ratio = variance_ratio(losses(policy), losses(policies[0]))
+        first = its["families"] if first is None else first
+        ratio = variance_ratio(its["families"], first)
         row["families, over the first policy's"] = f"{ratio.mean:.3g}" if ratio else ""
         row["95 % t interval"] = _interval(ratio, ".3g") if ratio else ""
         rows.append(row)
@@ -110,10 +110,7 @@ def _interval(its: Summary, form: str = ".4f") -> str:
 def curve_table(points: Sequence[Point]) -> list[Row]:
     """The best-under-budget curve of every method that has several sizes: one row where it rises."""
     rows = []
-    groups: dict[tuple[str, str, str], list[Point]] = {}
-    for p in points:
-        groups.setdefault((p.task, p.policy, p.label), []).append(p)
-    for (task, _, label), group in groups.items():
+    for (task, _, label), group in grouped(points, "task", "policy", "label").items():
         if len(group) > 1:
             seeds = min(p.summary.n for p in group)
             for size, score in best_under([(p.parameters, p.summary.mean) for p in group]):

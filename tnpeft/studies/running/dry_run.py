@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -55,20 +55,19 @@ def trial(study: Study, *, steps: int = 2, batch: int = 2) -> Iterator[Row]:
     task, study = _task(study), _at_hand(study)
     firsts: dict[str, Cell] = {}
     for cell in study.cells:
-        if "none" not in cell.method:
+        if cell.task == task and "none" not in cell.method:
             firsts.setdefault(cell.label, cell)
     short = {"steps": steps, "evaluate_every": steps, "train": steps * batch, "dev": batch, "eval": batch}
     short |= {"batch": batch, "accumulate": 1, "epochs": 0}
     for cell in firsts.values():
-        terms = study.terms(cell, task)
-        run = study.run(cell, task, terms.learning_rates[0], study.table["seeds"][0])
-        counted = methods.count(cell.method, backbones.shape(study.places["model"]), terms.targets)
+        run = study.run(cell, cell.protocol.learning_rates[0], study.table["seeds"][0])
+        counted = methods.count(cell.method, backbones.shape(study.places["model"]), cell.protocol.targets)
         row = {"study": study.name, "model": study.places["model"], "task": task.name, "method": cell.label}
         row |= {"size": cell.size, "counted": "" if counted is None else counted, "batch": batch}
         with processes(1) as pool:
             try:
                 measured = pool.submit(_measured, replace(run, protocol={**run.protocol, **short})).result()
-            except BrokenProcessPool:
+            except BrokenExecutor:
                 measured = {"outcome": f"FAILED ({DIED})"}
         yield row | dict.fromkeys(_MEASURED, "") | measured
 

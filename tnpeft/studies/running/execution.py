@@ -1,26 +1,26 @@
-"""Making runs: once each, several in one pass where they can share it, with a record of every outcome."""
+"""Making runs: once each, several in one pass where they can share it, with a record of every outcome.
+
+And one alone, from a name to a saved folder.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 import traceback
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tnpeft.studies import backbones, methods
-from tnpeft.studies.files import StudyError
+from tnpeft.studies.files import StudyError, read_json, write_json
 from tnpeft.studies.protocol import Protocol
 from tnpeft.studies.runs import Job, Run, Store, finite, quiet, versions
 from tnpeft.studies.tasks.data import load
-from tnpeft.studies.tasks.task import Task
 from tnpeft.studies.tasks.task import task as task_of
-
-if TYPE_CHECKING:
-    from tnpeft.studies.running.training import Course
-    from tnpeft.studies.tasks.data import Splits
-    from tnpeft.studies.tasks.scoring import Judged
 
 
 def run_once(job: Job, store: Store, *, retry: bool = False) -> list[str]:
@@ -33,18 +33,17 @@ def run_once(job: Job, store: Store, *, retry: bool = False) -> list[str]:
     with contextlib.ExitStack() as stack:
         claimed = all(stack.enter_context(store.claim(run.key)) for run in job)
         store.recover()
-        status = dict.fromkeys((run.key for run in job), "")
-        for key in status:
-            if store.result(key):
-                status[key] = "kept"
-            elif not claimed:
-                status[key] = "busy"
-            elif store.failure(key) and not retry:
-                status[key] = "failed"
+
+        def known(run: Run) -> str:
+            if store.result(run.key):
+                return "kept"
+            return "busy" if not claimed else "failed" if store.failure(run.key) and not retry else ""
+
+        status = {run.key: known(run) for run in job}
         fresh = [run for run in job if not status[run.key]]
         if fresh:
             status |= zip((run.key for run in fresh), run_and_store(fresh, store), strict=True)
-        return [status[run.key] for run in job]
+        return [*status.values()]
 
 
 def run_and_store(job: Job, store: Store, **note: Any) -> list[str]:
@@ -118,37 +117,112 @@ def train_and_evaluate(
     reached = judge(scorer, model, held)
     if keep:
         keep(model, tokenizer)
+    seconds /= len(job)
     common: dict[str, Any] = {
+        "metric": task.metric,
         "versions": versions(),
         "machine": {"device": str(model.device), "threads": torch.get_num_threads(), "cores": os.cpu_count()},
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **({"pack": len(job)} if several else {}),
     }
-    parts = zip(job, sizes, splits, courses, reached, strict=True)
-    return [{**_outcome(task, seconds / len(job), *part), **common} for part in parts]
+    records = []
+    for run, (adapter, head), its, course, judged in zip(job, sizes, splits, courses, reached, strict=True):
+        (best_step, _, dev, _), steps = course.reported, course.curve[-1][0]
+        scores = judged.scores(len(task.labels))
+        records.append(
+            {
+                "key": run.key,
+                "run": run.identity,
+                "model": Path(run.places.get("model", run.backbone)).name,
+                "parameters": adapter,
+                "head_parameters": head,
+                "examples": [len(its.train), len(its.dev), len(its.eval)],
+                "dev": dev,
+                "eval": scores[task.metric],
+                "eval_loss": finite(judged.loss),
+                "scores": scores,
+                "predictions": judged.guesses,
+                "labels": judged.labels,
+                "best_step": best_step,
+                "steps": steps,
+                "curve": [[row[0], *map(finite, row[1:])] for row in course.curve],
+                "timing": {"train_seconds": round(seconds, 3), "step_ms": round(1000 * seconds / max(1, steps), 3)},
+                **common,
+            }
+        )
+    return records
 
 
-def _outcome(
-    task: Task, seconds: float, run: Run, sizes: tuple[int, int], splits: Splits, course: Course, judged: Judged
+def one_process() -> None:
+    """Refuse to be one of several processes of ``torchrun``."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise StudyError("started by torchrun", remedy="one process makes a run; sweep --workers N makes N at once")
+
+
+def train(
+    out: str | Path,
+    *,
+    model: str,
+    task: str | Mapping[str, Any],
+    method: Mapping[str, Any],
+    data: str = "",
+    tokenizer: str = "",
+    lr: float = 1e-3,
+    seed: int = 0,
+    progress: Any = None,
+    say: Any = lambda _: None,
+    **settings: Any,
 ) -> dict[str, Any]:
-    """Return what the record of a run says of this run: ``sizes`` of adapter and head, ``judged`` on eval."""
-    steps, scores = course.curve[-1][0], judged.scores(len(task.labels))
-    return {
-        "key": run.key,
-        "run": run.identity,
-        "model": Path(run.places.get("model", run.backbone)).name,
-        "parameters": sizes[0],
-        "head_parameters": sizes[1],
-        "examples": [len(splits.train), len(splits.dev), len(splits.eval)],
-        "metric": task.metric,
-        "dev": course.dev,
-        "eval": scores[task.metric],
-        "eval_loss": finite(judged.loss),
-        "scores": scores,
-        "predictions": judged.guesses,
-        "labels": judged.labels,
-        "best_step": course.step,
-        "steps": steps,
-        "curve": [[row[0], *map(finite, row[1:])] for row in course.curve],
-        "timing": {"train_seconds": round(seconds, 3), "step_ms": round(1000 * seconds / max(1, steps), 3)},
-    }
+    """Adapt a model and return the result, as ``out/result.json`` has it; the adapter is saved in ``out/adapter``.
+
+    Interrupted and called again it goes on from its last evaluation; finished and called again it returns the result.
+
+    Args:
+        out: folder to write.
+        model: hub id, folder (also one with a .gguf file), ``random:facebook/opt-125m``, or ``digits``.
+        task: name of a task, or a table that describes one.
+        method: ``{"family": "cp", "args": {"rank": 8}}``; also ``line`` (ranks and so on in ``args``) or ``peft``.
+        data: folder with the task's files, or ``hub``.
+        tokenizer: hub id or folder, if it is not the model's own.
+        lr: learning rate.
+        seed: of splits, order and initial values.
+        progress: called with step, steps, training loss and dev score at every evaluation.
+        say: called with what is done now, in words.
+        settings: of :class:`Protocol`.
+
+    Raises:
+        StudyError: data or settings are wrong (nothing has been trained then), or ``out`` holds another run.
+
+    >>> import tempfile
+    >>> lora = {"family": "lora", "args": {"rank": 1}}
+    >>> with tempfile.TemporaryDirectory() as out:
+    ...     result = train(out, model="digits:0", task="digits_upright", method=lora, steps=1, train=8, dev=8, eval=8)
+    >>> result["steps"], result["parameters"] > 0
+    (1, True)
+    """
+    one_process()
+    methods.check(method)
+    if not 0 < lr < math.inf:
+        raise StudyError(f"lr = {lr}", where="train", remedy="give a positive learning rate")
+    out, table, protocol = Path(out), task_of(task), Protocol.of(settings)
+    cache, examples = out / "cache", load(table, data).digest
+    places = {"model": model, "data": data, "tokenizer": tokenizer, "cache": str(cache)}
+    identity = backbones.identity(model, cache, tokenizer)
+    run = Run(asdict(table), examples, method, protocol.training, lr, seed, identity, places)
+    redo = "remove the folder, and the run is made again"
+    result, begun = read_json(out / "result.json", redo), any((out / "checkpoints").glob("*"))
+    if result or begun:
+        if (read_json(out / "run.json", redo) or {}).get("key") != run.key:
+            raise StudyError("holds another run", where=str(out), remedy="choose another folder, or remove it")
+        if result:
+            return result
+    backbones.reach(model, tokenizer, cache)
+    write_json(out / "run.json", {"key": run.key, "run": run.identity})
+
+    def keep(trained: Any, words: Any) -> None:
+        trained.save_pretrained(out / "adapter")
+        words.save_pretrained(out / "adapter")
+
+    (result,) = train_and_evaluate([run], folder=out / "checkpoints", progress=progress, say=say, keep=keep)
+    write_json(out / "result.json", result)
+    return result

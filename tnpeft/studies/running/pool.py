@@ -6,9 +6,8 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -16,11 +15,10 @@ from typing import Any
 
 from tnpeft.studies.files import StudyError
 from tnpeft.studies.running.execution import run_once
-from tnpeft.studies.runs import Run, Store, packs
+from tnpeft.studies.runs import Job, Run, Store, packs
 from tnpeft.studies.schema import at_least
 
 Outcome = tuple[Run, str, float]  # a run, its status, seconds
-Job = tuple[Run, ...]
 DIED = "its process died (killed, or out of memory)"
 
 
@@ -59,41 +57,24 @@ class Engine:
         """Runs side by side."""
         if self.kind == "serial":
             return 1
-        return self.workers or max(1, _POOLS[self.kind].cores() // self.threads)
-
-    def open(self, folder: Path) -> Workers:
-        """Return workers for the runs whose results are in a folder, to be closed by a ``with``."""
-        return _POOLS[self.kind](self, folder)
+        return self.workers or max(1, _cores(self.kind) // self.threads)
 
 
 class Workers:
-    """Workers that live from the first run to the end of the ``with``, replaced when one dies: here, this process."""
+    """Workers for the runs whose results are in a folder.
 
-    died: Any = ()
-    pool: Any = None
+    They live from the first job until they are closed, and are replaced when one dies.
+    """
 
     def __init__(self, engine: Engine, folder: Path) -> None:
         self.engine, self.rest = engine, (str(folder.resolve()), engine.threads, engine.retry)
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        self.pool: Any = None
 
     def close(self) -> None:
         """End the workers, if there are any."""
-
-    @staticmethod
-    def cores() -> int:
-        """Return the number of cores."""
-        return 1
-
-    def submit(self, job: Job) -> Future[list[Outcome]]:
-        """Start a job."""
-        task = Future[list[Outcome]]()
-        task.set_result(work(job, *self.rest))
-        return task
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+        self.pool = None
 
     def map(self, runs: Sequence[Run]) -> Iterator[Outcome]:
         """Yield outcomes of the runs as they come in.
@@ -120,15 +101,16 @@ class Workers:
         while under_way or (waiting and not lost):
             while waiting and not lost and len(under_way) < width:
                 job = waiting.popleft()
+                self.pool = self.pool or _POOLS[self.engine.kind](self.engine)
                 try:
-                    under_way[self.submit(job)] = job
-                except self.died:  # while it had nothing to do
+                    under_way[self.pool.submit(work, job, *self.rest)] = job
+                except BrokenExecutor:  # while it had nothing to do
                     lost.append(job)
             for task in wait(under_way, return_when=FIRST_COMPLETED).done:
                 job = under_way.pop(task)
                 try:
                     outcomes = task.result()
-                except self.died:
+                except (BrokenExecutor, *getattr(self.pool, "died", ())):
                     lost.append(job)
                 else:
                     yield from outcomes
@@ -137,46 +119,55 @@ class Workers:
         return lost
 
 
-class _Processes(Workers):
-    """Processes of this machine, which end with this one, however that dies."""
+class _Here(Executor):
+    """This process, which makes a job while it is submitted."""
 
-    died = BrokenProcessPool
-
-    def close(self) -> None:
-        if self.pool is not None:
-            self.pool.shutdown(cancel_futures=True)
-        self.pool = None
-
-    @staticmethod
-    def cores() -> int:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-    def submit(self, job: Job) -> Future[list[Outcome]]:
-        self.pool = self.pool or processes(self.engine.width)
-        return self.pool.submit(work, job, *self.rest)
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **_: Any) -> Future[Any]:
+        done = Future[Any]()
+        done.set_result(fn(*args))
+        return done
 
 
-class _Ray(Workers):
+class _Ray(Executor):
     """Tasks of a Ray cluster; one that is there already stays, one that is started here ends with this process."""
 
-    def submit(self, job: Job) -> Future[list[Outcome]]:
+    def __init__(self, engine: Engine) -> None:
         ray = _ray()
         self.died = (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
-        gpus = self.engine.gpus if ray.cluster_resources().get("GPU") else 0
-        remote = ray.remote(num_cpus=self.engine.threads, num_gpus=gpus, max_retries=0)(work)
-        return remote.remote(tuple(map(_anywhere, job)), *self.rest).future()
+        gpus = engine.gpus if ray.cluster_resources().get("GPU") else 0
+        self.remote = ray.remote(num_cpus=engine.threads, num_gpus=gpus, max_retries=0)
 
-    @staticmethod
-    def cores() -> int:
-        return int(_ray().cluster_resources().get("CPU", 1))
+    def submit(self, fn: Callable[..., Any], job: Job, /, *args: Any, **_: Any) -> Future[Any]:
+        return self.remote(fn).remote(tuple(map(_anywhere, job)), *args).future()
 
 
-_POOLS: dict[str, type[Workers]] = {"serial": Workers, "processes": _Processes, "ray": _Ray}
+_POOLS: dict[str, Callable[[Engine], Executor]] = {
+    "serial": lambda engine: _Here(),
+    "processes": lambda engine: processes(engine.width),
+    "ray": _Ray,
+}
 
 
 def processes(width: int) -> ProcessPoolExecutor:
     """Return fresh processes of this machine that end with this one."""
     return ProcessPoolExecutor(width, mp_context=get_context("spawn"), initializer=_follow, initargs=(os.getpid(),))
+
+
+def _follow(parent: int) -> None:
+    """Let a worker end with its parent, however that dies."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _cores(kind: str) -> int:
+    if kind == "ray":
+        return int(_ray().cluster_resources().get("CPU", 1))
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _ray() -> Any:
@@ -197,17 +188,6 @@ def _anywhere(run: Run) -> Run:
         if place and (key == "cache" or Path(place).exists()):
             places[key] = str(Path(place).resolve())
     return replace(run, places=places)
-
-
-def _follow(parent: int) -> None:
-    """Let a worker end with its parent, however that dies."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def work(job: Job, folder: str, threads: int, retry: bool) -> list[Outcome]:

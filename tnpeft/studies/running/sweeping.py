@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from tnpeft.studies import backbones, methods
 from tnpeft.studies.design import Cell
 from tnpeft.studies.files import StudyError
+from tnpeft.studies.running.execution import one_process
 from tnpeft.studies.running.pool import Engine, Workers
 from tnpeft.studies.runs import Run, Store
 from tnpeft.studies.study import Study
@@ -63,7 +63,7 @@ def sweep(study: Study, folder: str | Path, engine: Engine | None = None, say: S
     store.recover()
     prepare(study)
     seen: set[str] = set()
-    with engine.open(store.folder) as workers:
+    with closing(Workers(engine, store.folder)) as workers:
 
         def stage(title: str, runs: Sequence[Run]) -> bool:
             """Make what is missing of the runs; False if none of them is new."""
@@ -83,12 +83,6 @@ def sweep(study: Study, folder: str | Path, engine: Engine | None = None, say: S
     return summary
 
 
-def one_process() -> None:
-    """Refuse to be one of several processes of ``torchrun``."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise StudyError("started by torchrun", remedy="one process makes a run; sweep --workers N makes N at once")
-
-
 def prepare(study: Study) -> None:
     """Read the data, see that the backbones can be had, and check that tokenizers, label words and methods fit."""
     from tnpeft.studies.tasks.scoring import Scorer
@@ -98,25 +92,25 @@ def prepare(study: Study) -> None:
     cache, seen = Path(study.places["cache"]), set[str]()
     for name in study.backbones:
         tokenizer = backbones.reach(name, study.places["tokenizer"], cache)
-        for cell, task in itertools.product(study.cells, study.tasks):
-            protocol = study.terms(cell, task)
+        for cell in study.cells:
+            protocol = cell.protocol
             key = str([name, dict(cell.method), protocol.targets])
             if key not in seen:
                 looked = "peft" in cell.method and tokenizer
                 modules = backbones.module_names(name, protocol.head, cache) if looked else None
-                _check_method(cell, backbones.shape(name), modules, protocol.targets)
+                _check_method(cell, backbones.shape(name), modules)
             seen.add(key)
-            if study.relative(cell, task) and protocol.rate_rule == "rate":
-                study.rate_of_step(cell, task, name)
+            if cell.relative and protocol.rate_rule == "rate":
+                study.rate_of_step(cell, name)
             if tokenizer:
-                Scorer(task, tokenizer, protocol.head, protocol.max_length)
+                Scorer(cell.task, tokenizer, protocol.head, protocol.max_length)
 
 
-def _check_method(cell: Cell, model: Any, modules: Sequence[str] | None, targets: Sequence[str]) -> None:
+def _check_method(cell: Cell, model: Any, modules: Sequence[str] | None) -> None:
     """Refuse a method that cannot be counted; one of PEFT's that it does not have, or whose targets match nothing."""
-    where = f"method {cell.label!r} {cell.size}".strip()
+    where, targets = f"method {cell.label!r} {cell.size}".strip(), cell.protocol.targets
     try:
-        methods.count(cell.method, model, tuple(targets))
+        methods.count(cell.method, model, targets)
     except StudyError:
         raise
     except (TypeError, ValueError) as error:

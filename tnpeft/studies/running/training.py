@@ -6,12 +6,12 @@ evaluation, and an interrupted training goes on from the newest whole one, to th
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,12 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 import tnpeft
 from tnpeft.studies import methods
 from tnpeft.studies.files import StudyError, whole
 from tnpeft.studies.protocol import Protocol
-from tnpeft.studies.running.batching import batches
 from tnpeft.studies.tasks.data import Splits
 from tnpeft.studies.tasks.scoring import Scorer, inner, judge, metric
 
@@ -36,34 +36,41 @@ _KEPT = 2  # checkpoints in a folder: the newest, and the one to fall back to if
 
 @dataclass
 class Course:
-    """The course of one run, and the checkpoint that it reports.
+    """The course of one run: a row (step, training loss since the last, dev metric, dev loss) for each evaluation.
 
-    ``curve`` has a row (step, training loss since the last, dev metric, dev loss) for each evaluation.
+    The row to report is the ``last``, or the best ``by`` ``metric`` (ties: the smaller loss) or ``loss``; ``weights``
+    are what was trained, as it was there.
     """
 
-    step: int = -1
-    dev: float = 0.0
-    loss: float = math.inf
+    by: str = "last"
     curve: list[tuple[int, float, float, float]] = field(default_factory=list)
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def update_best(self, step: int, dev: float, loss: float, by: str) -> bool:
-        """Take this evaluation if it is the one to report so far; ``by`` is last, metric or loss."""
-        better = (dev, -loss) > (self.dev, -self.loss) if by == "metric" else loss < self.loss
-        if self.step < 0 or by == "last" or (better and math.isfinite(loss)):
-            self.step, self.dev, self.loss = step, dev, loss
-            return True
-        return False
+    def best(self, by: str) -> int:
+        """The place of the last row, or of the first best one; a loss that is not finite is the worst.
+
+        >>> Course(curve=[(1, 0.7, 0.5, 1.0), (2, 0.6, 0.5, 0.9), (3, 0.5, 0.9, math.nan)]).best("metric")
+        1
+        """
+        if by == "last":
+            return len(self.curve) - 1
+        merits = [
+            (dev if by == "metric" else 0, -loss) if math.isfinite(loss) else () for *_, dev, loss in self.curve
+        ]
+        return merits.index(max(merits))
+
+    @property
+    def reported(self) -> tuple[int, float, float, float]:
+        """The row to report."""
+        return self.curve[self.best(self.by)]
 
     def should_stop(self, patience: int, by: str = "metric") -> bool:
         """True if no evaluation was better at the last ``patience`` ones (0: never), or the losses are not finite."""
         if not self.curve:
             return False
         _, trained, _, loss = self.curve[-1]
-        if not (math.isfinite(trained) and math.isfinite(loss)):
-            return True
-        merits = [(dev, -loss) if by == "metric" else (-loss,) for _, _, dev, loss in self.curve]
-        return bool(patience) and len(merits) - 1 - merits.index(max(merits)) >= patience
+        late = patience and len(self.curve) - 1 - self.best(by) >= patience
+        return bool(late) or not (math.isfinite(trained) and math.isfinite(loss))
 
 
 def fit(
@@ -107,7 +114,7 @@ def fit(
     rates = [group["lr"] for group in chosen.param_groups]
     if runs > 1:
         tnpeft.replicas.learning_rates(chosen, model, [lr / top for lr in lrs])
-    state = _State(model, chosen, [Course() for _ in range(runs)])
+    state = _State(model, chosen, [Course(protocol.reported) for _ in range(runs)])
     start = state.resume(folder) if folder else 0
     if start:
         say(f"going on from step {start}")
@@ -121,7 +128,7 @@ def fit(
         for k in state.running(protocol):
             course, (score, loss) = state.courses[k], results[k]
             course.curve.append((step, trained[k], score, loss))
-            if course.update_best(step, score, loss, protocol.reported):
+            if course.reported is course.curve[-1]:
                 course.weights = {name: p.detach().clone() for name, p in state.weights(k)}
         if folder:
             state.save(folder, step)
@@ -133,7 +140,7 @@ def fit(
     model.train()
     lengths = [[len(row["ids"]) for row in rows] for rows in train]
     orders = [batches(each, protocol, seed, start) for each, seed in zip(lengths, seeds, strict=True)]
-    for step, places in enumerate(islice(zip(*orders, strict=True), protocol.steps - start), start + 1):
+    for step, places in enumerate(itertools.islice(zip(*orders, strict=True), protocol.steps - start), start + 1):
         if not state.running(protocol):
             break
         for group, rate in zip(chosen.param_groups, rates, strict=True):
@@ -197,6 +204,29 @@ def backward(scorer: Scorer, model: torch.nn.Module, rows: Sequence[Rows], place
         (each.sum() / len(sizes)).backward()
         losses.scatter_add_(1, owners, each.detach().float().cpu())
     return [*losses.T]
+
+
+def batches(lengths: Sequence[int], protocol: Protocol, seed: int, start: int = 0) -> Iterator[list[list[int]]]:
+    """Yield the batches of each optimizer step, as places of examples, without end.
+
+    The order depends on the seed and the epoch alone, so that a resumed run goes on in it, at step ``start``.
+
+    >>> steps = batches([2] * 5, Protocol(batch=2, accumulate=2), seed=0)
+    >>> [[len(batch) for batch in next(steps)] for _ in range(3)]
+    [[2, 2], [1], [2, 2]]
+    """
+    step = 0
+    for epoch in itertools.count():
+        draw = torch.Generator().manual_seed((seed << 20) + epoch)
+        if protocol.by_length:
+            order = get_length_grouped_indices(list(lengths), protocol.batch, generator=draw)
+        else:
+            order = torch.randperm(len(lengths), generator=draw).tolist()
+        cut = [order[k : k + protocol.batch] for k in range(0, len(order), protocol.batch)]
+        for k in range(0, len(cut), protocol.accumulate):
+            if step >= start:
+                yield cut[k : k + protocol.accumulate]
+            step += 1
 
 
 def schedule(protocol: Protocol, step: int) -> float:
@@ -274,7 +304,7 @@ class _State:
         tensors["random"] = torch.get_rng_state()
         if torch.cuda.is_available():
             tensors["cuda"] = torch.cuda.get_rng_state()
-        courses = json.dumps([{**vars(course), "weights": {}} for course in self.courses])
+        courses = json.dumps([{"curve": course.curve} for course in self.courses])
         folder.mkdir(parents=True, exist_ok=True)
         with whole(folder / f"checkpoint-{step}.safetensors") as part:
             its = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
@@ -292,7 +322,8 @@ class _State:
             except (OSError, SafetensorError):
                 path.unlink(missing_ok=True)
                 continue
-            courses = [Course(**course) for course in json.loads(saved["courses"])]
+            for course, its in zip(self.courses, json.loads(saved["courses"]), strict=True):
+                course.curve = [tuple(row) for row in its["curve"]]
             state: dict[int, dict[str, torch.Tensor]] = {}
             with torch.no_grad():
                 for (kind, rest), tensor in tensors.items():
@@ -302,15 +333,12 @@ class _State:
                     elif kind == "optimizer":
                         state.setdefault(int(key), {})[name] = tensor
                     elif kind == "weights":
-                        courses[int(key)].weights[name] = tensor.to(next(self.model.parameters()).device)
+                        self.courses[int(key)].weights[name] = tensor.to(next(self.model.parameters()).device)
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": state, "param_groups": groups})
             torch.set_rng_state(tensors["random", ""])
             if ("cuda", "") in tensors and torch.cuda.is_available():
                 torch.cuda.set_rng_state(tensors["cuda", ""])
-            for course in courses:
-                course.curve = [tuple(row) for row in course.curve]  # type: ignore[misc]
-            self.courses[:] = courses
             return int(saved["step"])
         return 0
 

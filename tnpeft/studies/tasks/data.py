@@ -9,7 +9,6 @@ import random
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,36 +93,31 @@ def load(task: Task, folder: str | Path = "") -> Data:
     stamps = [(str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in parts if p.exists()]
     key = digest([repr(task), str(folder), stamps])
     if key not in _LOADED:
-        _LOADED[key] = _read(task, str(folder))
+        train, evaluation = (_part(task, str(folder), place) for place in (0, 1))
+        content = [[[e.prompt, e.label] for e in part] for part in (train, evaluation)]
+        _LOADED[key] = Data(task, train, evaluation, digest([task.words, content]))
     return _LOADED[key]
-
-
-def _read(task: Task, folder: str) -> Data:
-    train, evaluation = (_part(task, folder, place) for place in (0, 1))
-    content = [[[e.prompt, e.label] for e in part] for part in (train, evaluation)]
-    return Data(task, train, evaluation, digest([task.words, content]))
 
 
 def _part(task: Task, folder: str, place: int) -> tuple[Example, ...]:
     """The examples to train on (place 0), or those to report on (1)."""
-    name = (task.train, task.eval)[place]
+    name, mark = (task.train, task.eval)[place], " row "
+    problem, remedy = "the split holds no example", "check its name"
     if name.startswith("digits:"):
         from tnpeft.studies.digits import rows as drawn
 
-        return tuple(_example(task, row, name) for row in drawn(*name.removeprefix("digits:").split("/")))
-    if folder == "hub":
+        where, rows = name, enumerate(drawn(*name.removeprefix("digits:").split("/")))
+    elif folder == "hub":
         if len(task.hub) != 4:
             raise StudyError("is not on the hub", where=f"task {task.name!r}", remedy="pass a folder of files")
-        path, configuration, split = task.hub[0], task.hub[1], task.hub[2 + place]
-        where, rows = "/".join(filter(None, (path, configuration, split))), hub_rows(path, configuration, split)
-        found = tuple(_example(task, row, f"{where} row {number}") for number, row in rows)
-        problem, remedy = "the split holds no example", "check its name"
+        its = (*task.hub[:2], task.hub[2 + place])
+        where, rows = "/".join(filter(None, its)), hub_rows(*its)
     else:
         if not name:
             raise StudyError("names no file", where=f"task {task.name!r}", remedy="give train and eval")
-        where, rows = str(Path(folder) / name), read_rows(Path(folder) / name)
-        found = tuple(_example(task, row, f"{where}:{line}") for line, row in rows)
+        where, rows, mark = str(Path(folder) / name), read_rows(Path(folder) / name), ":"
         problem, remedy = "the file holds no example", "check that it is complete"
+    found = tuple(_example(task, row, f"{where}{mark}{number}") for number, row in rows)
     if not found:
         raise StudyError(problem, where=where, remedy=remedy)
     return found
@@ -157,79 +151,74 @@ def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
 
     What cannot be read is a StudyError that names file and line.
     """
-    suffix = Path(path.name.removesuffix(".gz")).suffix
+    suffix, number = Path(path.name.removesuffix(".gz")).suffix, 0
     if suffix not in ENDINGS:
         raise StudyError(f"is none of {', '.join(ENDINGS)} (.gz)", where=str(path), remedy="rename or convert it")
-    lines = _lines(path)
-    return _json(path, lines) if suffix == ".jsonl" else _cells(path, lines, suffix == ".tsv")
 
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    number = 0
-    try:
+    def lines() -> Iterator[str]:
+        nonlocal number
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
             for number, line in enumerate(stream, 1):
                 if b"\0" in line:
                     raise StudyError("holds a NUL byte", where=f"{path}:{number}", remedy="save the file as UTF-8")
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+
+    found = _objects(lines()) if suffix == ".jsonl" else _cells(lines(), suffix == ".tsv")
+    try:
+        for row in found:
+            yield number, row
+    except _Wrong as error:
+        problem, remedy = error.args
     except UnicodeDecodeError as error:
-        where, remedy = f"{path}:{number}", "save the file as UTF-8"
-        raise StudyError(f"is not in UTF-8 ({error.reason})", where=where, remedy=remedy) from None
+        problem, remedy = f"is not in UTF-8 ({error.reason})", "save the file as UTF-8"
+    except csv.Error as error:
+        problem, remedy = f"invalid CSV: {error}", "quotes must be closed and lines end in \\n"
     except (OSError, EOFError, zlib.error) as error:
-        what = getattr(error, "strerror", None) or str(error)
+        problem = f"cannot be read ({getattr(error, 'strerror', None) or error})"
         remedy = "it is cut off or damaged: get it again" if path.suffix == ".gz" else "check the path"
         if isinstance(error, FileNotFoundError):
             remedy = "check the path; --data names the folder that such files are below, or the hub"
-        where = f"{path}:{number + 1}" if number else str(path)
-        raise StudyError(f"cannot be read ({what})", where=where, remedy=remedy) from None
+        number += number > 0  # the line that could not be read
+    else:
+        return
+    raise StudyError(problem, where=f"{path}:{number}" if number else str(path), remedy=remedy)
 
 
-def _json(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, Row]]:
-    for number, line in lines:
+class _Wrong(Exception):
+    """A problem in a line, and its remedy."""
+
+
+def _objects(lines: Iterator[str]) -> Iterator[Row]:
+    for line in lines:
         if not line.strip():
             continue
-        where = f"{path}:{number}"
         try:
-            row = json.loads(line, object_pairs_hook=partial(_unique, where))
-        except StudyError:
-            raise
+            row = json.loads(line, object_pairs_hook=_unique)
         except (ValueError, RecursionError) as error:
-            remedy = "write one whole object a line"
-            raise StudyError(f"invalid JSON: {error}", where=where, remedy=remedy) from None
+            raise _Wrong(f"invalid JSON: {error}", "write one whole object a line") from None
         if not isinstance(row, dict):
-            raise StudyError("expected a JSON object", where=where, remedy="write one object a line")
-        yield number, row
+            raise _Wrong("expected a JSON object", "write one object a line")
+        yield row
 
 
-def _unique(where: str, pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    _once([name for name, _ in pairs], where)
+def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    if (twice := repeated([name for name, _ in pairs])) is not None:
+        raise _Wrong(f"two columns are called {twice!r}", "rename or remove one")
     return dict(pairs)
 
 
-def _once(names: Sequence[str], where: str) -> None:
-    if (twice := repeated(names)) is not None:
-        raise StudyError(f"two columns are called {twice!r}", where=where, remedy="rename or remove one")
-
-
-def _cells(path: Path, lines: Iterator[tuple[int, str]], tabs: bool) -> Iterator[tuple[int, Row]]:
+def _cells(lines: Iterator[str], tabs: bool) -> Iterator[Row]:
     style: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
-    reader = csv.reader((line for _, line in lines), **style)
     header: list[str] = []
-    try:
-        for cells in reader:
-            where = f"{path}:{reader.line_num}"
-            if not header:
-                header = [cell.strip() for cell in cells]
-                _once(header, where)
-            elif len(cells) == len(header):
-                yield reader.line_num, dict(zip(header, cells, strict=True))
-            elif cells:
-                problem = f"has {len(cells)} cells, the header {len(header)}"
-                remedy = "each line needs as many tabs" if tabs else "quote cells that hold commas"
-                raise StudyError(problem, where=where, remedy=remedy)
-    except csv.Error as error:
-        remedy = "quotes must be closed and lines end in \\n"
-        raise StudyError(f"invalid CSV: {error}", where=f"{path}:{reader.line_num}", remedy=remedy) from None
+    for cells in csv.reader(lines, **style):
+        if not header:
+            header = [cell.strip() for cell in cells]
+            _unique([(name, "") for name in header])
+        elif len(cells) == len(header):
+            yield dict(zip(header, cells, strict=True))
+        elif cells:
+            remedy = "each line needs as many tabs" if tabs else "quote cells that hold commas"
+            raise _Wrong(f"has {len(cells)} cells, the header {len(header)}", remedy)
 
 
 def hub_rows(path: str, configuration: str, split: str) -> Iterator[tuple[int, Row]]:

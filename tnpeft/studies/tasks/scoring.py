@@ -13,11 +13,16 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from tnpeft.studies.files import StudyError
-from tnpeft.studies.running.batching import MicroBatch, micro_batches
 from tnpeft.studies.tasks.data import Example
 from tnpeft.studies.tasks.task import METRICS, Task
 
 Batch = dict[str, torch.Tensor]
+MicroBatch = list[list[int]]  # places of examples, equally many of each run
+
+# Tokens that take as long as the fixed cost of a forward pass, and the most tokens of one. Measured on a CPU, where
+# larger ones leave its cache; elsewhere a guess.
+_COSTS = {"cpu": (50, 1024)}
+_ELSEWHERE = (4096, 65536)
 
 
 class Scorer:
@@ -132,6 +137,30 @@ class Scorer:
             for k, ids in enumerate(self.words)
         ]
         return torch.stack([column.squeeze(-1).mean(-1) for column in columns], dim=1)
+
+
+def micro_batches(lengths: Sequence[Sequence[int]], rows: int = 1, device: str = "cpu") -> list[MicroBatch]:
+    """Return the cheapest micro-batches of all examples of some runs, with equally many of each run in each.
+
+    ``lengths`` are the tokens of each run's examples, each of which makes so many ``rows`` of that length.
+
+    >>> micro_batches([[90, 9, 8], [7, 8, 80]])
+    [[[2, 1], [0, 1]], [[0], [2]]]
+    """
+    fixed, most = _COSTS.get(device, _ELSEWHERE)
+    costs, starts = [0], [0]  # of everything before each place, and where the last micro-batch before it starts
+    for stop, top in enumerate((max(each) for each in zip(*map(sorted, lengths), strict=True)), start=1):
+        tokens = len(lengths) * rows * top
+        choices = range(max(0, stop - max(1, most // tokens)), stop)
+        cost, start = min((costs[k] + fixed + tokens * (stop - k), k) for k in choices)
+        costs.append(cost)
+        starts.append(start)
+    orders = [sorted(range(len(each)), key=each.__getitem__) for each in lengths]
+    found, stop = list[MicroBatch](), len(starts) - 1
+    while stop:
+        found.append([order[starts[stop] : stop] for order in orders])
+        stop = starts[stop]
+    return found[::-1]
 
 
 @contextmanager

@@ -8,10 +8,9 @@ from string import Formatter
 from typing import Any
 
 from tnpeft.studies.files import StudyError
-from tnpeft.studies.schema import check, kinds
+from tnpeft.studies.schema import build
 
 METRICS = ("accuracy", "matthews", "f1")
-_LISTS = ("hub", "also")
 _LIKE = "write it like 'Text: {text} It was', and {{ or }} for a brace"
 
 
@@ -118,17 +117,11 @@ def task(given: str | Mapping[str, Any]) -> Task:
     >>> task({"name": "sst2", "words": {"0": " bad", "1": " good"}}).prompt
     '{sentence} It was'
     """
-    if isinstance(given, str):
-        if given not in TASKS:
-            raise StudyError(f"no task is called {given!r}", remedy=f"the tasks are {', '.join(TASKS)}")
-        return TASKS[given]
-    if set(given) == {"name"}:
-        return task(given["name"])
-    given = {**asdict(TASKS[given["name"]]), **given} if given.get("name") in TASKS else given
-    where = f"task {given.get('name', '?')!r}"
-    check(given, kinds(Task), where)
-    missing = [key for key in ("name", "prompt", "words") if key not in given]
-    if missing:
-        raise StudyError(f"no {missing[0]}", where=where, remedy="see tnpeft.studies.Task")
-    words = {str(label): str(word) for label, word in given["words"].items()}
-    return Task(**{**given, "words": words, **{key: tuple(given.get(key, ())) for key in _LISTS}})
+    name = given if isinstance(given, str) else given.get("name")
+    known = TASKS.get(str(name))
+    if known is None and (isinstance(given, str) or set(given) == {"name"}):
+        raise StudyError(f"no task is called {name!r}", remedy=f"the tasks are {', '.join(TASKS)}")
+    table = {**(asdict(known) if known else {}), **({} if isinstance(given, str) else given)}
+    if isinstance(words := table.get("words"), Mapping):
+        table["words"] = {str(label): str(word) for label, word in words.items()}
+    return build(Task, table, f"task {name!r}")

@@ -15,7 +15,7 @@ import tnpeft
 
 ROOT = Path(tnpeft.__file__).parent
 ORDER = (
-    {"_text", "_files"},
+    {"_text", "_files", "_lazy"},
     {"networks"},
     {"families"},
     {"layout", "models"},

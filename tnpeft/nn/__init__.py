@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
-
+from tnpeft._lazy import lazy
 from tnpeft.nn.dense import dense  # at once: a module of that name would hide it
 
 _HOME = {
@@ -17,15 +15,4 @@ _HOME = {
 }
 
 __all__ = ["dense", *_HOME]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'tnpeft.nn' has no attribute {name!r}")
-    value = getattr(import_module(f"tnpeft.nn.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return [*__all__]
+__getattr__, __dir__ = lazy(__name__, _HOME)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from tnpeft._lazy import lazy
 
 _HOME = {
     "coordinate_check": "coordinate",
@@ -13,11 +12,4 @@ _HOME = {
 }
 
 __all__ = [*_HOME]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'tnpeft.optim' has no attribute {name!r}")
-    value = getattr(import_module(f"tnpeft.optim.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__, __dir__ = lazy(__name__, _HOME)

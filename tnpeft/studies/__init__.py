@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from tnpeft._lazy import lazy
 
 _HOME = {
     "Data": "tasks.data",
@@ -24,13 +23,4 @@ _HOME = {
 }
 
 __all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'tnpeft.studies' has no attribute {name!r}")
-    return getattr(import_module(f"tnpeft.studies.{_HOME[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return [*__all__]
+__getattr__, __dir__ = lazy(__name__, _HOME)

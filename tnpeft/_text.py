@@ -20,9 +20,9 @@ class Table:
     """Rows of values under headings.
 
     ``align`` has a character for each column, ``<`` left, ``>`` right or ``^`` centred, the last of which goes on for
-    further columns; an empty ``head`` prints no headings.
+    further columns; an empty ``head`` prints no headings. Text has a ``rule`` under the headings and an ``indent``.
 
-    >>> print(Table(("step", "macs"), (("t1", 1200), ("t2", None)), "<>").text(rule=True))
+    >>> print(Table(("step", "macs"), (("t1", 1200), ("t2", None)), "<>", rule=True).text())
     step   macs
     -----------
     t1    1,200
@@ -32,6 +32,8 @@ class Table:
     head: tuple[str, ...]
     rows: tuple[tuple[Any, ...], ...]
     align: str = "<"
+    rule: bool = False
+    indent: str = ""
 
     @classmethod
     def of(cls, rows: Iterable[Mapping[str, Any]], align: str = "<") -> Table:
@@ -43,17 +45,17 @@ class Table:
         listed = [*rows]
         return cls(tuple(map(str, listed[0])) if listed else (), tuple(tuple(row.values()) for row in listed), align)
 
-    def text(self, *, rule: bool = False, indent: str = "") -> str:
-        """Return aligned text, with ``rule`` under the headings."""
+    def text(self) -> str:
+        """Return aligned text."""
         cells = [[cell(value) for value in row] for row in ((self.head,) if self.head else ()) + self.rows]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         sides = self._sides(len(widths))
         lines = []
         for row in cells:
             padded = (f"{c:{side}{width}}" for c, side, width in zip(row, sides, widths, strict=True))
-            lines.append(f"{indent}{'  '.join(padded)}".rstrip())
-        if rule and self.head:
-            lines.insert(1, indent + "-" * (sum(widths) + 2 * len(widths) - 2))
+            lines.append(f"{self.indent}{'  '.join(padded)}".rstrip())
+        if self.rule and self.head:
+            lines.insert(1, self.indent + "-" * (sum(widths) + 2 * len(widths) - 2))
         return "\n".join(lines)
 
     def markdown(self) -> str:
@@ -137,11 +139,25 @@ def cell(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def block(*parts: str | Table) -> str:
-    """Return HTML for a notebook: text as preformatted paragraphs, escaped, and tables.
+class Printed:
+    """What prints as its parts, texts and tables, one below the other; in a notebook as HTML.
 
-    >>> block("a < b")
-    '<div><pre>a &lt; b</pre></div>'
+    >>> class Note(Printed):
+    ...     def _parts(self):
+    ...         return "a < b", Table((), ((1, 2),))
+    >>> print(Note())
+    a < b
+    1  2
+    >>> Note()._repr_html_()[:32]
+    '<div><pre>a &lt; b</pre><table><'
     """
-    shown = (part.html() if isinstance(part, Table) else f"<pre>{escape(part)}</pre>" for part in parts if part)
-    return f"<div>{''.join(shown)}</div>"
+
+    def _parts(self) -> Iterable[str | Table]:
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return "\n".join(part if isinstance(part, str) else part.text() for part in self._parts())
+
+    def _repr_html_(self) -> str:
+        shown = (p.html() if isinstance(p, Table) else f"<pre>{escape(p)}</pre>" for p in self._parts() if p)
+        return f"<div>{''.join(shown)}</div>"

@@ -156,8 +156,8 @@ def test_at_the_shell_in_every_form(tmp_path: Path) -> None:
 
 
 def test_one_table_in_all_forms() -> None:
-    table = Table(("a|b", "n"), (("<x>", 1000), ("long cell", None)), "<>")
-    assert table.text(rule=True).splitlines() == [
+    table = Table(("a|b", "n"), (("<x>", 1000), ("long cell", None)), "<>", rule=True)
+    assert table.text().splitlines() == [
         "a|b            n",
         "----------------",
         "<x>        1,000",

@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tnpeft._text import Table, block
+from tnpeft._text import Printed, Table
 from tnpeft.adapters.constants import PREFIX
 from tnpeft.adapters.convert import formats
 from tnpeft.adapters.convert.lines import AdapterLines, SiteAdapter
@@ -44,7 +44,7 @@ class Exported:
 
 
 @dataclass(frozen=True)
-class Export:
+class Export(Printed):
     """The result of an export, one row per linear; prints as a table, grouped by rank, cut and error."""
 
     path: Path
@@ -56,17 +56,9 @@ class Export:
         """The largest relative error of a linear, in the Frobenius norm."""
         return max(row.error for row in self.rows)
 
-    def __str__(self) -> str:
-        return f"{self._title()}\n{self._table().text()}"
-
-    def _repr_html_(self) -> str:
-        return block(self._title(), self._table())
-
-    def _title(self) -> str:
+    def _parts(self) -> tuple[str, Table]:
         exact = sum(row.exact for row in self.rows)
-        return f"LoRA in {self.path}: {len(self.rows)} linears, {exact} exact, {self.parameters:,} parameters"
-
-    def _table(self) -> Table:
+        title = f"LoRA in {self.path}: {len(self.rows)} linears, {exact} exact, {self.parameters:,} parameters"
         kinds: dict[tuple[int, int, bool], list[Exported]] = {}
         for row in self.rows:
             kinds.setdefault((row.rank, row.cut, row.exact), []).append(row)
@@ -74,7 +66,7 @@ class Export:
         for (rank, cut, is_exact), rows in sorted(kinds.items()):
             worst = "exact" if is_exact else f"at most {max(row.error for row in rows):.3g}"
             table.append((len(rows), rank, cut or "-", worst))
-        return Table(("linears", "rank", "cut", "error"), tuple(table), ">>><")
+        return title, Table(("linears", "rank", "cut", "error"), tuple(table), ">>><")
 
 
 def export_lora(model: nn.Module, path: str | Path, adapter: str = "default", *, rank: int | None = None) -> Export:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tnpeft._text import Table, block
+from tnpeft._text import Printed, Table
 
 if TYPE_CHECKING:
     from pandas import DataFrame  # type: ignore[import-untyped]
@@ -66,7 +66,7 @@ class ComparisonRow:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Printed):
     """Rows by family at one budget; prints as a table.
 
     Attributes:
@@ -103,11 +103,8 @@ class Comparison:
     def __getitem__(self, place: int) -> ComparisonRow:
         return self.rows[place]
 
-    def __str__(self) -> str:
-        return f"{self._title()}\n{self._table().text(rule=True)}"
-
-    def _repr_html_(self) -> str:
-        return block(self._title(), self._table())
+    def _parts(self) -> tuple[str, Table]:
+        return self._title(), self._table()
 
     def to_markdown(self) -> str:
         """Return the table in Markdown; lines stand as code."""
@@ -163,7 +160,7 @@ class Comparison:
             name = f"`{row.name}`" if code and "[" in row.name else row.name
             numbers = (_shown(measure, getattr(row, measure)) for measure in MEASURES)
             rows.append((name, _ranks(row) or "-", *numbers, *([row.problem] if noted else [])))
-        return Table(head, tuple(rows), "<<" + ">" * len(MEASURES) + "<")
+        return Table(head, tuple(rows), "<<" + ">" * len(MEASURES) + "<", rule=True)
 
 
 def _ranks(row: ComparisonRow) -> str:

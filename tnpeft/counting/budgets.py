@@ -10,7 +10,7 @@ from functools import cache
 from math import inf, prod
 from numbers import Integral
 
-from tnpeft._text import Table, block
+from tnpeft._text import Printed, Table
 from tnpeft.counting.cuts import RankWarning, bond_cuts, clipped_ranks
 from tnpeft.counting.dof import dof, dof_on
 from tnpeft.counting.parameters import parameters as count_parameters
@@ -63,7 +63,7 @@ class BudgetRow:
 
 
 @dataclass(frozen=True)
-class Budget:
+class Budget(Printed):
     """Rows by family for a budget of so many parameters, or degrees of freedom; prints as a table.
 
     >>> print(budget(["lora", "cp"], parameters=200_000, model="facebook/opt-1.3b"))
@@ -86,21 +86,13 @@ class Budget:
     def __getitem__(self, place: int) -> BudgetRow:
         return self.rows[place]
 
-    def __str__(self) -> str:
-        return f"{self._title()}\n{self._table().text()}"
-
-    def _repr_html_(self) -> str:
-        return block(self._title(), self._table())
-
-    def _title(self) -> str:
-        return f"budget {self.parameters:,}{' degrees of freedom' * (self.by == 'dof')}"
-
-    def _table(self) -> Table:
+    def _parts(self) -> tuple[str, Table]:
         rows = (
             (row.family, str(row.nearest or "none"), str(row.below or "none"), row.problem or _steps(row.ladder))
             for row in self.rows
         )
-        return Table(("family", "nearest", "below", "ladder"), tuple(rows))
+        title = f"budget {self.parameters:,}{' degrees of freedom' * (self.by == 'dof')}"
+        return title, Table(("family", "nearest", "below", "ladder"), tuple(rows))
 
 
 def budget(

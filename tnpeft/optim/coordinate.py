@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tnpeft._files import save_figure
-from tnpeft._text import Table, block
+from tnpeft._text import Printed, Table
 from tnpeft.adapters.state import arrays, bank_of
 from tnpeft.networks import Site
 from tnpeft.optim.observed import adapted_weights, gradients, observe
@@ -35,23 +35,17 @@ class CoordinateRow:
 
 
 @dataclass(frozen=True)
-class CoordinateCheck:
+class CoordinateCheck(Printed):
     """The rows of :func:`coordinate_check`; prints as a table."""
 
     rows: tuple[CoordinateRow, ...]
 
-    def __str__(self) -> str:
-        return self._table().text(rule=True)
-
-    def _repr_html_(self) -> str:
-        return block(self._table())
-
-    def _table(self) -> Table:
+    def _parts(self) -> tuple[Table]:
         cells = (
             (f"{r.layer} {r.proj}", r.factor, f"{r.measured:.3g}", f"{r.predicted:.3g}", f"{r.ratio:.2f}")
             for r in self.rows
         )
-        return Table(("site", "factor", "measured", "predicted", "ratio"), tuple(cells), "<>")
+        return (Table(("site", "factor", "measured", "predicted", "ratio"), tuple(cells), "<>", rule=True),)
 
     def plot(self, path: str | Path) -> None:
         """Write a picture of measured against predicted changes, one mark for each factor of a site."""

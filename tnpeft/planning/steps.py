@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from tnpeft._text import Table, block
+from tnpeft._text import Printed, Table
 from tnpeft.networks import Network, NetworkError
 from tnpeft.networks.factor import Group
 from tnpeft.networks.sizes import Size, Sizes, check_size, product
@@ -49,7 +49,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Printed):
     """The steps of one site's update (or of the dense tensor), and what they cost.
 
     ``form`` says what kind of program won: ``"factored"`` (activations through the factors), ``"rebuilt"`` (the
@@ -162,13 +162,6 @@ class Plan:
         steps = with_costs(self.steps, new, self.network, self.activation, self.training)
         return replace(self, dims=tuple(new.items()), steps=steps)
 
-    def __str__(self) -> str:
-        head, table, foot = self._parts()
-        return f"{head}\n{table.text(rule=True)}\n{foot}"
-
-    def _repr_html_(self) -> str:
-        return block(*self._parts())
-
     def _parts(self) -> tuple[str, Table, str]:
         """The line with its sizes, the table of steps, and the kind of program."""
         rows = [
@@ -176,7 +169,7 @@ class Plan:
             for s in self.steps
         ]
         total = ("total", self.macs, self.backward_macs, self.written, self.saved)
-        table = Table(("step", "macs", "backward", "written", "saved"), (*rows, total), "<>")
+        table = Table(("step", "macs", "backward", "written", "saved"), (*rows, total), "<>", rule=True)
         sizes = " ".join(f"{index}={size}" for index, size in self.dims)
         search = "exact search" if self.exact else "greedy search: too many operands for an exact one"
         search = f"order by {self.optimizer}" if self.optimizer else search

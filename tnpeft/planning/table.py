@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tnpeft._text import Table, block
+from tnpeft._text import Printed, Table
 from tnpeft.models.cards import Model, Targets
 from tnpeft.networks import Factorization, Network
 from tnpeft.networks.sizes import Size, Sizes
@@ -16,7 +16,7 @@ _FAR = 1 << 40  # stands for any larger number of tokens
 
 
 @dataclass(frozen=True)
-class PlanTable:
+class PlanTable(Printed):
     """Plans with the number of tokens from which each is the best, ascending; the first starts at 1.
 
     >>> from tnpeft import network
@@ -43,24 +43,17 @@ class PlanTable:
         best = max(k for k, start in enumerate(self.starts) if start <= wanted)
         return self.plans[best].resized(tokens=wanted)
 
-    def __str__(self) -> str:
-        programs = [f"from {start:,} tokens\n{best}" for start, best in zip(self.starts, self.plans, strict=True)]
-        return "\n".join([self._table().text(rule=True), *(f"\n{program}" for program in programs)])
-
-    def _repr_html_(self) -> str:
-        parts: list[str | Table] = [self._table()]
-        for start, best in zip(self.starts, self.plans, strict=True):
-            parts += [f"from {start:,} tokens", *best._parts()]
-        return block(*parts)
-
-    def _table(self) -> Table:
+    def _parts(self) -> list[str | Table]:
         rows: list[tuple[object, ...]] = []
         ends = [*(f"{start - 1:,}" for start in self.starts[1:]), "..."]
         for start, end, best in zip(self.starts, ends, self.plans, strict=True):
             macs, written = _line([p.macs for p in _probe(best)]), _line([p.written for p in _probe(best)])
             rows.append((f"{start:,} to {end}", best.form, *macs, *written))
         head = ("tokens", "form", "macs = fixed", "+ per token", "written", "+ per token")
-        return Table(head, tuple(rows), "<>")
+        parts: list[str | Table] = [Table(head, tuple(rows), "<>", rule=True)]
+        for start, best in zip(self.starts, self.plans, strict=True):
+            parts += ["", f"from {start:,} tokens", *best._parts()]
+        return parts
 
 
 def plan_table(

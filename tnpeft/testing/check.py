@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any, TypeVar
 
-from tnpeft._text import Table, block
+from tnpeft._text import Printed, Table
 from tnpeft.layout import Layout
 from tnpeft.networks import STACK, Factorization, Network, NetworkError, Site, network
 from tnpeft.networks.sizes import Sizes, bind
@@ -32,7 +32,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Printed):
     """The result of :func:`check`. Prints as a table; true if nothing failed.
 
     >>> report = check("B[out r] A[r inp] -> out inp")
@@ -51,15 +51,10 @@ class Report:
     def __bool__(self) -> bool:
         return self.passed
 
-    def __str__(self) -> str:
-        return f"{self.subject}\n{self._table().text(indent='  ')}"
-
-    def _repr_html_(self) -> str:
-        return block(self.subject, self._table())
-
-    def _table(self) -> Table:
+    def _parts(self) -> tuple[str, Table]:
         mark = {True: "ok    ", False: "FAILED", None: "-"}
-        return Table((), tuple((mark[f.passed], f.name, f.detail) for f in self.findings))
+        rows = tuple((mark[f.passed], f.name, f.detail) for f in self.findings)
+        return self.subject, Table((), rows, indent="  ")
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain data."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from tnpeft._text import Table, block
+from tnpeft._text import Printed, Table
 from tnpeft.adapters.layer.bank import find_bank
 from tnpeft.adapters.layer.merging import DenseLinear
 from tnpeft.adapters.sites.selection import described
@@ -33,24 +33,16 @@ class LayerPath:
 
 
 @dataclass(frozen=True)
-class Explanation:
+class Explanation(Printed):
     """Rows of plain data, and the targets of each adapter that matched no layer. It prints as a table."""
 
     rows: tuple[LayerPath, ...]
     unmatched: dict[str, tuple[str, ...]]
 
-    def __str__(self) -> str:
-        return "\n".join([self._table().text(), *self._missing()])
-
-    def _repr_html_(self) -> str:
-        return block(self._table(), *self._missing())
-
-    def _table(self) -> Table:
+    def _parts(self) -> list[str | Table]:
         head = ("layer", "adapter", "site", "out x inp", "factors", "path", "reason")
-        return Table(head, tuple(self._cells(row) for row in self.rows), "<")
-
-    def _missing(self) -> list[str]:
-        return [f"{name}: no layer matches {', '.join(found)}" for name, found in self.unmatched.items() if found]
+        missing = [f"{name}: no layer matches {', '.join(found)}" for name, found in self.unmatched.items() if found]
+        return [Table(head, tuple(self._cells(row) for row in self.rows), "<"), *missing]
 
     @staticmethod
     def _cells(row: LayerPath) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from peft.utils.constants import CONFIG_NAME
 
-from tnpeft._text import Table, block
+from tnpeft._text import Printed, Table
 from tnpeft.adapters.config import TensorNetworkConfig
 from tnpeft.adapters.constants import PREFIX
 from tnpeft.adapters.storage.files import fetch, file_in
@@ -38,7 +38,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class FolderReport:
+class FolderReport(Printed):
     """The adapter in a folder; prints as facts and a table of its projections.
 
     ``macs`` and ``saved`` elements are those of one site and token, planned for the configured number of tokens.
@@ -60,11 +60,8 @@ class FolderReport:
     tokens: int
     places: tuple[Place, ...]
 
-    def __str__(self) -> str:
-        return f"{self._facts().text()}\n\n{self._table().text(rule=True)}"
-
-    def _repr_html_(self) -> str:
-        return block(self._facts(), self._table())
+    def _parts(self) -> tuple[Table, str, Table]:
+        return self._facts(), "", self._table()
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as plain data."""
@@ -98,7 +95,7 @@ class FolderReport:
             )
             cells = (p.out, p.inp, p.rank_bound, *costs)
             rows.append((p.projection, p.sites, *("-" if cell is None else cell for cell in cells)))
-        return Table(head, tuple(rows), "<>")
+        return Table(head, tuple(rows), "<>", rule=True)
 
 
 def explain_folder(folder: str | Path, *, model: Model = None) -> FolderReport:

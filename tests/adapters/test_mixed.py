@@ -68,6 +68,16 @@ def test_every_row_meets_its_own_adapter(key: str) -> None:
     assert float((found - again).abs().max()) <= 1e-12 * float(again.abs().max())
 
 
+@torch.no_grad()
+def test_of_groups_that_come_and_go_the_last_is_kept() -> None:
+    model = family("lora")
+    linears = (m for m in model.modules() if isinstance(m, TensorNetworkLinear) and "second" in m.updates)
+    (item,) = next(linears).updates["default"]
+    for names in (["default", "second"], ["default", "third"], ["default", "second"]):
+        model(input_ids=tokens(2), adapter_names=names)
+        assert len(item.kept) == 1
+
+
 @pytest.mark.parametrize("key", sorted(NETWORKS))
 def test_gradients_of_a_mixed_batch_are_those_of_its_rows(key: str) -> None:
     """In blocks of one, two and three rows, so that two of them are padded."""

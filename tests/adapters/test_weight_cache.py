@@ -60,9 +60,12 @@ def layer(net: Any) -> Any:
     return net.base_model.model.q_proj
 
 
+def entries(net: Any) -> list[Any]:
+    return [entry for items in layer(net).updates.values() for item in items for entry in item.kept.values()]
+
+
 def kept(net: Any) -> int:
-    cache = layer(net)._cache
-    return len(cache._entries) + (cache.inference is not None)
+    return len(entries(net))
 
 
 @torch.no_grad()
@@ -76,12 +79,13 @@ def plain(net: Any) -> Tensor:
 def test_the_second_forward_prepares_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     net = model()
     run = layer(net).updates["default"][0].program
-    first, calls, path = net(X), [], layer(net)._cache.inference
+    first, calls = net(X), []
+    (entry,) = entries(net)
     monkeypatch.setattr(type(run), "prepare", lambda *args: calls.append(args))
     assert torch.equal(net(X), first)
     assert not calls
-    assert layer(net)._cache.inference is path
-    assert kept(net) == 1
+    (again,) = entries(net)
+    assert again is entry
 
 
 def in_place(net: Any) -> None:
@@ -214,7 +218,7 @@ def test_a_call_asks_for_no_factor_again(key: str, monkeypatch: pytest.MonkeyPat
     first = net(x)
     general = hooked(net)
     torch.testing.assert_close(first, general(x), rtol=1e-13, atol=1e-13)
-    assert layer(general)._cache.inference is None
+    assert layer(general).route(x).reason == "the base layer has hooks"
     asked: list[Any] = []
     kind = type(layer(net))
     original = kind.operands
@@ -223,7 +227,7 @@ def test_a_call_asks_for_no_factor_again(key: str, monkeypatch: pytest.MonkeyPat
     assert torch.equal(net(X), first.reshape(3, 48))
     assert net(x[:0]).shape == (0, 1, 48)
     assert bool(asked) == (key == "kron")
-    assert (layer(net)._cache.inference is None) == (key == "kron")
+    assert kept(net) == (key != "kron")
 
 
 def off(net: Any) -> Any:
@@ -281,13 +285,13 @@ def test_the_direct_way_ends_where_it_would_be_wrong(change: Callable[[Any], Any
     randomise(net.double().eval(), 5)
     net.set_adapter("default")
     before = net(X)
-    assert layer(net)._cache.inference is not None
+    assert kept(net) == 1
     inside = change(net)
     with inside or contextlib.nullcontext():
         torch.manual_seed(7)
         found = net(X)
         general = net if change is scripted else copy.deepcopy(net)
-        layer(general)._cache.clear()
+        tnpeft.refresh(general)
         torch.manual_seed(7)
         assert torch.equal(general(X), found)
         wanted = layer(net).base_layer(X)
@@ -309,11 +313,11 @@ def test_the_direct_way_takes_the_dtypes_of_the_call() -> None:
         if hasattr(module, "tnpeft_factors"):
             module.tnpeft_factors.float()  # a wider base: the general way
     found = net(X)
-    assert layer(net)._cache.inference is None
+    assert layer(net).route(X) == ("plain", "gradients are disabled")
     torch.testing.assert_close(found, plain(net), rtol=1e-12, atol=1e-12)
     half = net.to(torch.bfloat16)
     assert half(X.bfloat16()).dtype == torch.bfloat16
-    assert layer(half)._cache.inference is not None
+    assert layer(half).route(X.bfloat16()).kind == "cached"
 
 
 @pytest.mark.parametrize("dora", [False, True])

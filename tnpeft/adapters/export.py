@@ -162,10 +162,7 @@ def _through_cuts(linear: TensorNetworkLinear | ExpertWeight, adapter: str, expe
         arrays = zip(item.program.labels, linear.operands(adapter, item), strict=True)
         values = {label: array.float() for label, array in arrays}
         left, right = sides(net, item.site_layout.sizes, values, **dict.fromkeys(net.stack, expert))
-        part = slice(item.start, item.start + item.length)
-        rows, cols = (part if item.side == side else slice(None) for side in ("out", "inp"))
-        if isinstance(linear, ExpertWeight):
-            rows, cols = linear.region(item)
+        rows, cols = linear.region(item)
         lefts.append(left.new_zeros(linear.out_features, left.shape[1]))
         lefts[-1][rows] = left * item.scale
         rights.append(right.new_zeros(right.shape[0], linear.in_features))

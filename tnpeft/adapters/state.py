@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from tnpeft.adapters.layer.bank import FactorBank, TensorNetworkLayer, find_bank
 from tnpeft.adapters.layer.binding import SiteUpdate
-from tnpeft.adapters.layer.linear import TensorNetworkLinear
 from tnpeft.adapters.layer.merging import DenseLinear
+from tnpeft.adapters.sites.selection import updates
 from tnpeft.layout import Layout, ParameterSpec
 from tnpeft.networks import NetworkError, Site
 
@@ -108,9 +108,8 @@ def refresh(model: nn.Module) -> None:
     >>> config = tnpeft.TensorNetworkConfig(network="lora", ranks={"r": 2}, target_modules=["0"])
     >>> refresh(peft.get_peft_model(nn.Sequential(nn.Linear(4, 8)), config))
     """
-    for module in model.modules() if find_bank(model) is not None else ():
-        if isinstance(module, TensorNetworkLinear):
-            module.refresh()
+    for update in updates(model) if find_bank(model) is not None else ():
+        update.kept.clear()
 
 
 # ---- pieces and their arrays

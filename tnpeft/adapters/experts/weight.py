@@ -26,14 +26,6 @@ class ExpertWeight(HeldWeight):
     It stands where the Parameter stood, which stays in the module of experts.
     """
 
-    def site_part(self, matrix: Tensor, item: SiteUpdate) -> Tensor:
-        """The slices of the matrices that belong to a site, a view."""
-        return matrix[..., *self.region(item)]
-
-    def site_input(self, item: SiteUpdate, x: Tensor) -> Tensor:
-        """The part of the rows that a site reads."""
-        return x[..., self.region(item)[1]]
-
     def region(self, item: SiteUpdate) -> tuple[slice, slice]:
         """The output and input features of a site."""
         return self.held.region(item.site_layout.site)

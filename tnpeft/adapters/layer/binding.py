@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tnpeft.adapters.layer.columns import unit_columns
+from tnpeft.adapters.layer.weight_cache import Entries, kept
 from tnpeft.adapters.sites.selection import Axes, Selected, chosen_rows, one_value, rowwise
 from tnpeft.layout import SiteLayout
 from tnpeft.networks import REPLICA, Network
@@ -39,6 +40,7 @@ class Operand:
     stack: Axes = ()
 
 
+@dataclass(eq=False)
 class SiteUpdate:
     """The update of one site: its program, its operands in the program's order, and its part of the linear.
 
@@ -46,7 +48,8 @@ class SiteUpdate:
     ``keeps`` says that something is computed from the adapter's own factors alone, ``data`` that it has constants
     besides the base weight. Its program takes :meth:`normalized` operands; it is that of one value of each named
     stack index, ``stack``, and :meth:`by_rows` that of one value for each row. ``fixed`` are values that are
-    nobody's to choose: the expert of a linear that is one of a list. Copies and pickles are made anew.
+    nobody's to choose: the expert of a linear that is one of a list. ``kept`` holds what inference has computed of
+    the factors. Copies and pickles are made anew.
 
     Args:
         site_layout: the site and the Parameters that its factors are.
@@ -58,37 +61,35 @@ class SiteUpdate:
         turned: its rows are the site's columns, as in a head that is tied to an embedding.
     """
 
-    def __init__(
-        self,
-        site_layout: SiteLayout,
-        unit_norm: tuple[str, ...],
-        constants: tuple[str, ...],
-        scale: float,
-        tokens: int,
-        expert: int = 0,
-        turned: bool = False,
-    ) -> None:
-        self._given = site_layout, unit_norm, constants, scale, tokens, expert, turned
-        self.unit_norm, self.constants, self.scale, self.tokens = unit_norm, constants, scale, tokens
-        self.site_layout = place = _turned(site_layout) if turned else site_layout
+    site_layout: SiteLayout
+    unit_norm: tuple[str, ...]
+    constants: tuple[str, ...]
+    scale: float
+    tokens: int
+    expert: int = 0
+    turned: bool = False
+
+    def __post_init__(self) -> None:
+        self.site_layout = place = self._oriented()
         site = place.site
         one = site.listed or not site.experts  # of a linear, which is one expert, too
-        self.fixed = {"expert": torch.tensor(expert)} if one and "expert" in place.network.stack else {}
+        self.fixed = {"expert": torch.tensor(self.expert)} if one and "expert" in place.network.stack else {}
         net, sizes, self.stack = one_value(place.network, place.sizes, self.fixed)
         make: Any = program if one else grouped_program
-        self.program = make(net, sizes, tokens=tokens)
+        self.program = make(net, sizes, tokens=self.tokens)
         self.operands = tuple(map(self._operand, self.program.labels))
         own = [pair for pair in zip(self.program.labels, self.operands, strict=True) if pair[1].source != "base"]
         own.sort(key=lambda pair: place.parameters[pair[0]].kind != "trainable")
         self.trained = own[0][1] if own else None
         last = site.proj.rpartition("/")[2]
         side: Side = "out" if last.startswith("out:") else "inp" if last.startswith("inp:") else ""
-        self.side = _OTHER[side] if turned else side
+        self.side = _OTHER[side] if self.turned else side
         self.start, self.length = site.start, site.inp if side == "inp" else site.out
         self.norms = any(operand.norm for operand in self.operands)
-        self.keeps = (self.program.has_weight_steps or self.norms) and not constants
-        self.data = any(its.kind == "constant" and label not in constants for label, its in place.parameters.items())
+        self.keeps = (self.program.has_weight_steps or self.norms) and not self.constants
+        self.data = any(p.kind == "constant" and name not in self.constants for name, p in place.parameters.items())
         self._cached: dict[Hashable, Any] = {}
+        self.kept: Entries = {}
 
     def _operand(self, label: str) -> Operand:
         place, param = self.site_layout, self.site_layout.parameters[label]
@@ -100,8 +101,16 @@ class SiteUpdate:
             return Operand("base", label, norm)
         return Operand("site" if param.home else "bank", param.key, norm, stack)
 
+    def _oriented(self) -> SiteLayout:
+        """The site as the transposed matrix, and back, if it is turned."""
+        place = self.site_layout
+        *stack, rows, cols = place.network.output
+        turned = Network(place.network.terms, (*stack, cols, rows))
+        return replace(place, network=turned) if self.turned else place
+
     def __reduce__(self) -> tuple[object, ...]:
-        return SiteUpdate, self._given
+        others = self.unit_norm, self.constants, self.scale, self.tokens, self.expert, self.turned
+        return SiteUpdate, (self._oriented(), *others)
 
     def cached(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """Return what ``make`` made for the key at the first call; a copy of the update makes it anew."""
@@ -110,11 +119,12 @@ class SiteUpdate:
         return self._cached[key]
 
     @cached_property
-    def thin(self) -> Callable[[list[Tensor]], tuple[Tensor, Tensor]] | None:
-        """The update as a function of its operands, ``[out, narrow]`` times ``[narrow, inp]``, without its scale.
+    def thin(self) -> Callable[[list[Tensor]], list[Tensor]] | None:
+        """The update through its smallest cut: a function from arrays to ``[narrow, out]`` and ``[inp, narrow]``.
 
-        None where the two are more than half as large as the update or, unless they are narrow, cost more than the
-        plan; also where the update is several, or of the base weight.
+        The two are computed in fp32 or wider, without the scale, in the dtype of the arrays. None where they are more
+        than half as large as the update or, unless they are narrow, cost more than the plan; also where the update is
+        several, or of the base weight.
         """
         its, plan = self.program, self.program.plan
         if plan.network.stack or self.constants:
@@ -124,7 +134,13 @@ class SiteUpdate:
         if 2 * macs > its.rows * its.cols or (narrow > NARROW and macs * self.tokens > plan.macs):
             return None
         sides = compiled_sides(plan.network, plan.sizes)
-        return lambda operands: sides(dict(zip(its.labels, self.normalized(operands), strict=True)))
+
+        def matrices(arrays: list[Tensor]) -> list[Tensor]:
+            operands = self.normalized([wide(array) for array in arrays])
+            both = sides(dict(zip(its.labels, operands, strict=True)))
+            return [side.to(arrays[0].dtype).t() for side in both]
+
+        return matrices
 
     def chosen(self, selected: Selected) -> Selected:
         """The values of all its stack indices: the chosen ones, and those that are fixed."""
@@ -147,6 +163,21 @@ class SiteUpdate:
 
         return self.cached((rows, count), make)  # type: ignore[no-any-return]
 
+    def run(
+        self,
+        program: Program,
+        x: Tensor,
+        result: Tensor | None,
+        operands: Callable[[], list[Tensor]],
+        sources: list[Tensor] | None,
+    ) -> Tensor:
+        """``result`` plus what a program adds for ``x``; what it computes of ``sources`` alone is kept, if given."""
+        if sources is None:
+            return program(x, operands(), result, self.scale)
+        key = program, x.dtype, x.device
+        values = kept(self.kept, key, sources, lambda: program.prepare(operands()))
+        return program.apply(x, values, result, self.scale)
+
     def normalized(self, arrays: list[Tensor]) -> list[Tensor]:
         """Return the arrays as the line has them: with columns of length one where they are to be."""
         if not self.norms:
@@ -155,15 +186,14 @@ class SiteUpdate:
         return [unit_columns(array, operand.norm) if operand.norm else array for array, operand in both]
 
 
-def _turned(place: SiteLayout) -> SiteLayout:
-    """The same site as the transposed matrix."""
-    *stack, rows, cols = place.network.output
-    return replace(place, network=Network(place.network.terms, (*stack, cols, rows)))
-
-
 def as_base_factor(item: SiteUpdate, label: str, weight: Tensor) -> Tensor:
     """A site's base weight, ``[out, inp]`` or ``[expert, out, inp]``, as the constant factor that stands for it."""
     place = item.site_layout
     if item.fixed:
         place = without_experts(replace(place, site=replace(place.site, experts=0)))
     return as_factor(place.parameters[label], place, weight)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in fp32, or as it is if that is wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

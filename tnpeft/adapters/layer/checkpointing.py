@@ -33,11 +33,17 @@ def watch(model: nn.Module, inputs: Any) -> None:
 
     It is a forward pre-hook of the model that owns the bank. Compiled graphs do not run it.
     """
-    if not torch.compiler.is_compiling():
-        bank: FactorBank = model.factor_bank  # type: ignore[assignment]
-        trained = [parameter for parameter in bank.parameters() if parameter.requires_grad]
-        taken = (_data_parallel() and trained) or any(map(_taken_at_once, trained)) or _sharded(bank)
-        bank.watching = torch.is_grad_enabled() and bool(taken)
+    if torch.compiler.is_compiling():
+        return
+    bank: FactorBank = model.factor_bank  # type: ignore[assignment]
+    trained = [parameter for parameter in bank.parameters() if parameter.requires_grad]
+    parallel = DistributedDataParallel._get_active_ddp_module()
+    held = [value for store in bank.tnpeft_factors.children() for value in vars(store).values()]
+    bank.watching = torch.is_grad_enabled() and (
+        bool(trained and parallel is not None and not parallel.static_graph)
+        or any(map(_taken_at_once, trained))
+        or any(isinstance(value, Tensor) and value.requires_grad for value in held)  # FSDP1's views of Parameters
+    )
 
 
 def refuse_reentrant(bank: FactorBank) -> None:
@@ -65,6 +71,8 @@ def check_recomputation(layer: DenseLinear) -> dict[str, Tensor] | None:
     Raises:
         NetworkError: adapters were switched, merged or disabled between the two.
     """
+    if torch.compiler.is_compiling():
+        return None
     if saving_hooks(True) is None and backward_task() == -1 and (torch.is_grad_enabled() or not layer.training):
         return None  # not in a checkpoint
     active, selected = layer._active_adapter, layer.bank.selected
@@ -109,16 +117,3 @@ def _taken_at_once(parameter: nn.Parameter) -> bool:
     ZeRO of stage 3 adds them only when it has gathered its parts of the Parameter.
     """
     return bool(getattr(parameter, "_post_accumulate_grad_hooks", None)) or hasattr(parameter, "ds_id")
-
-
-def _sharded(bank: FactorBank) -> bool:
-    """True if FSDP1 has put views in the place of the bank's Parameters."""
-    stores = bank.tnpeft_factors.children()
-    return any(
-        isinstance(value, Tensor) and value.requires_grad for store in stores for value in vars(store).values()
-    )
-
-
-def _data_parallel() -> bool:
-    active = DistributedDataParallel._get_active_ddp_module()
-    return active is not None and not active.static_graph

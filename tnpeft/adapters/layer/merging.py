@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tnpeft.adapters.layer.bank import FactorBank, TensorNetworkLayer
-from tnpeft.adapters.layer.binding import Operand, SiteUpdate, as_base_factor
+from tnpeft.adapters.layer.binding import Operand, SiteUpdate, as_base_factor, wide
 from tnpeft.adapters.layer.snapshot import WeightSnapshot
 from tnpeft.adapters.sites.selection import choose
 from tnpeft.adapters.sites.weight import features
@@ -81,8 +82,8 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
     def home_device(self) -> torch.device:
         """The device of the base weight, under whatever name a quantised linear keeps it."""
         base = self.get_base_layer()
-        held = (getattr(base, "weight", None), *base.parameters(), *base.buffers())
-        return next((array.device for array in held if isinstance(array, Tensor)), torch.device("cpu"))
+        held = chain([base._parameters.get(self.weight_name)], base.parameters(), base.buffers())
+        return next((array.device for array in held if array is not None), torch.device("cpu"))
 
     def base_dtype(self) -> torch.dtype | None:
         """The dtype in which the linear computes, None if it does not tell."""
@@ -141,17 +142,14 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
         return self if operand.source == "site" else self.bank
 
     def _arrays(self, adapter: str, item: SiteUpdate) -> list[Tensor]:
-        found = [
-            self.constant(item, operand.key)
-            if operand.source == "base"
-            else self.owner(operand).tnpeft_factors[adapter].get(operand.key)
-            for operand in item.operands
-        ]
-        if not item.stack:
-            return found
         item.rows(self.bank.selected)  # each index has a value
         selected = item.chosen(self.bank.selected)
-        return [choose(a, operand.stack, selected) for a, operand in zip(found, item.operands, strict=True)]
+        return [
+            self.constant(item, its.key)
+            if its.source == "base"
+            else choose(self.owner(its).tnpeft_factors[adapter].get(its.key), its.stack, selected)
+            for its in item.operands
+        ]
 
     def constant(self, item: SiteUpdate, label: str) -> Tensor:
         """The part of the base weight that a constant factor stands for."""
@@ -161,13 +159,18 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
         """The base weight of a site before any merge, fp32 or wider: ``[out, inp]``, with experts before."""
         return self.site_part(self.base_matrix(), item)
 
+    def region(self, item: SiteUpdate) -> tuple[slice, slice]:
+        """The output and input features of a site."""
+        own, whole = slice(item.start, item.start + item.length), slice(None)
+        return own if item.side == "out" else whole, own if item.side == "inp" else whole
+
     def site_part(self, matrix: Tensor, item: SiteUpdate) -> Tensor:
-        """The slice of a matrix like the weight's that belongs to a site, a view."""
-        return matrix.narrow(-2 if item.side == "out" else -1, item.start, item.length) if item.side else matrix
+        """The part of a matrix like the weight's that belongs to a site, a view."""
+        return matrix[..., *self.region(item)]
 
     def site_input(self, item: SiteUpdate, x: Tensor) -> Tensor:
         """The part of an input that a site reads."""
-        return x.narrow(-1, item.start, item.length) if item.side == "inp" else x
+        return x[..., self.region(item)[1]]
 
     def _compute_dtype(self, adapter: str, x: Tensor) -> torch.dtype:
         """The wider dtype of input and trained factors; under autocast, which casts by itself, that of the input."""
@@ -261,14 +264,14 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
             return delta
         base = self.base_matrix() if base is None else base
         updated = base + delta
-        ratio = rescaling(wide(self.tnpeft_magnitude[adapter]), updated.detach().norm(dim=-1))
-        return updated * ratio[..., None] - base
+        return updated * self._ratio(adapter, updated.dtype, updated)[..., None] - base
 
-    def _ratio(self, adapter: str, dtype: torch.dtype) -> Tensor:
+    def _ratio(self, adapter: str, dtype: torch.dtype, updated: Tensor | None = None) -> Tensor:
         """What updated rows take to have their learned magnitudes, in the wider dtype; lengths have no gradient."""
-        with torch.no_grad():
-            updated = self.base_matrix() + self._delta(adapter)
-        length = updated.detach().norm(dim=1)  # forward derivatives heed detach alone
+        if updated is None:
+            with torch.no_grad():
+                updated = self.base_matrix() + self._delta(adapter)
+        length = updated.detach().norm(dim=-1)  # forward derivatives heed detach alone
         dtype = torch.promote_types(dtype, self.tnpeft_magnitude[adapter].dtype)
         return rescaling(self.tnpeft_magnitude[adapter].to(dtype), length.to(dtype))
 
@@ -290,15 +293,21 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.updates]
         if not names:
             return
-        if self.merged and self.quantization_backend is not None:
-            names = [*self.merged_adapters, *names]
-            self.unmerge()
         names = [*self.merged_adapters, *names]
+        if self.merged and self.quantization_backend is not None:
+            self.unmerge()
         self.refuse_merge(names)
-        merged = self._merged(names, safe_merge)
+        merged = self.base_matrix() + sum(self._change(name) for name in names)
+        merged = self._stored(merged).to(self.get_base_weight().dtype).contiguous()
+        if safe_merge and not torch.isfinite(merged).all():
+            raise NetworkError(
+                f"merging {', '.join(names)} would make the weight infinite or not a number",
+                remedy="check the adapter's factors",
+            )
         base = self.get_base_layer()
-        kept = self._snapshot() if self._kept is None else self._kept
-        if self.quantization_backend is not None:
+        whole = self.quantization_backend is not None  # back ends store more than the weight
+        kept = self._kept or WeightSnapshot.of(base, "" if whole else self.weight_name)
+        if whole:
             self.set_base_weight(merged)
         else:  # a Parameter of its own: the one that was there may be another module's as well
             own: Any = base._parameters[self.weight_name]
@@ -307,9 +316,6 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
             setattr(base, self.weight_name, new if tied is None else tied.get_base_layer()._parameters["weight"])
         self._kept = kept
         self.merged_adapters[:] = names
-
-    def _snapshot(self) -> WeightSnapshot:
-        return WeightSnapshot.of(self.get_base_layer())
 
     def refuse_merge(self, names: Sequence[str]) -> None:
         """Raise if adapters cannot be merged here; nothing is computed.
@@ -334,17 +340,6 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
         for name in mine:
             self._refuse_several(name)
 
-    def _merged(self, names: Sequence[str], safe: bool) -> Tensor:
-        """The base weight with the updates of the adapters, as the linear stores it."""
-        merged = self.base_matrix() + sum(self._change(name) for name in names)
-        merged = self._stored(merged).to(self.get_base_weight().dtype).contiguous()
-        if safe and not torch.isfinite(merged).all():
-            raise NetworkError(
-                f"merging {', '.join(names)} would make the weight infinite or not a number",
-                remedy="check the adapter's factors",
-            )
-        return merged
-
     def unmerge(self) -> None:
         """Restore the base weight as it was before the first merge, bit for bit."""
         if not self.merged:
@@ -366,8 +361,3 @@ def rescaling(magnitude: Tensor, length: Tensor) -> Tensor:
     """Return the factors that give rows of some length a magnitude; a row of zeros has no direction and stays."""
     there = length > 0
     return torch.where(there, magnitude / torch.where(there, length, 1.0), 1.0)
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """The tensor in fp32, or as it is if that is wider."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -11,6 +11,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from tnpeft.adapters.layer.merging import DenseLinear
+from tnpeft.adapters.layer.weight_cache import is_cacheable
 from tnpeft.networks import REPLICA, NetworkError
 from tnpeft.networks.replicas import with_replicas
 from tnpeft.nn.executor.eligibility import added
@@ -116,15 +117,11 @@ def group_by_network(layer: DenseLinear, adapters: Sequence[str], x: Tensor) -> 
     """
     found: dict[Hashable, list[str]] = {}
     for adapter in adapters:
-        found.setdefault(_kind(layer, adapter, x), []).append(adapter)
+        item, dtype = layer.updates[adapter][0], layer._compute_dtype(adapter, x)
+        alone = item.side or item.data or item.stack or adapter in layer.tnpeft_magnitude
+        kind = adapter if alone else (item.program, item.unit_norm, item.constants, item.scale, dtype)
+        found.setdefault(kind, []).append(adapter)
     return [*found.values()]
-
-
-def _kind(layer: DenseLinear, adapter: str, x: Tensor) -> Hashable:
-    item = layer.updates[adapter][0]
-    if item.side or item.data or item.stack or adapter in layer.tnpeft_magnitude:
-        return adapter
-    return item.program, item.unit_norm, item.constants, item.scale, layer._compute_dtype(adapter, x)
 
 
 def block_rows(group: Sequence[str], names: Sequence[str]) -> tuple[list[int], list[int]]:
@@ -155,14 +152,13 @@ def update_blocks(layer: Any, group: Sequence[str], x: Tensor, result: Tensor) -
             for operand, arrays in zip(first.operands, zip(*own, strict=True), strict=True)
         ]
 
-    kept = None
+    sources = None
     if not layer.training and not first.constants:
-        sources = [
-            array for adapter, item in zip(group, items, strict=True) for array in layer._arrays(adapter, item)
-        ]
-        kept = layer._cache.get(tuple(group), sources, rows, lambda: run.prepare(stacked()))
+        both = zip(group, items, strict=True)
+        arrays = [array for adapter, item in both for array in layer._arrays(adapter, item)]
+        sources = arrays if is_cacheable(arrays, rows.device.type) else None
     base = result if rows.dtype == result.dtype else None
-    updated = run(rows, stacked(), base, first.scale) if kept is None else run.apply(rows, kept, base, first.scale)
+    updated = first.run(run, rows, base, stacked, sources)
     return added(result, updated) if base is None else updated
 
 

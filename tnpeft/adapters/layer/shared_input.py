@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from tnpeft.adapters.layer.binding import SiteUpdate
-from tnpeft.adapters.layer.fast_path import ActiveAdapter
 from tnpeft.adapters.layer.merging import DenseLinear
 from tnpeft.adapters.layer.weight_cache import versions
 from tnpeft.nn.executor.shared_projection import Link, ProjectionGroup
@@ -22,21 +21,10 @@ from tnpeft.nn.executor.shared_projection import Link, ProjectionGroup
 MIN_ELEMENTS = 2**17  # of an input, from which on reading it once takes less time than arranging for that
 
 
-def can_share(item: SiteUpdate) -> bool:
-    """Return True if the first product of an update can be shared."""
-    return (
-        item.program.can_share
-        and not item.side
-        and not item.stack
-        and all(operand.source != "base" for operand in item.operands)
-    )
-
-
 def join(adapter: str, linears: Iterable[Any]) -> None:
-    """Make a group of the linears, which read one input, for the updates of an adapter that can share."""
-    able = [linear for linear in linears if can_share(linear.updates[adapter][0])]
-    group = SharedInputGroup(adapter, able)
-    for linear in able if len(able) > 1 else ():
+    """Make a group of the linears, which read one input, for an adapter's updates that can share a first product."""
+    group = SharedInputGroup(adapter, [one for one in linears if one.updates[adapter][0].program.can_share])
+    for linear in group.linears if len(group.linears) > 1 else ():
         linear.input_groups[adapter] = group
 
 
@@ -64,22 +52,19 @@ class SharedInputGroup:
     def __init__(self, adapter: str, linears: Iterable[DenseLinear]) -> None:
         self.adapter, self.linears = adapter, tuple(linears)
         self._pending: weakref.ref[PendingProjection] | None = None
-        self._projection: tuple[Any, ProjectionGroup] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pending": None, "_projection": None}
+        return {**self.__dict__, "_pending": None}
 
     @staticmethod
     def worthwhile(x: Tensor) -> bool:
         """Return True if an input is large enough to be read once for all."""
         return x.numel() >= MIN_ELEMENTS and type(x) is Tensor
 
-    def forward(
-        self, linear: DenseLinear, path: ActiveAdapter, x: Tensor, factors: Sequence[Tensor]
-    ) -> Tensor | None:
+    def forward(self, linear: DenseLinear, item: SiteUpdate, x: Tensor, factors: Sequence[Tensor]) -> Tensor | None:
         """Return the linear's output with its update; None if no other one can share its first product.
 
-        ``path`` is that of the linear's own adapter, ``factors`` are its factors.
+        ``item`` is the linear's own update, ``factors`` are its factors.
         """
         if not (self.worthwhile(x) and all(factor.is_leaf for factor in factors)):
             return None  # FSDP1's views: a recomputation does not find them there, and would take another path
@@ -94,49 +79,44 @@ class SharedInputGroup:
             link.keep_alive = pending
         else:
             pending.x = pending.rows = None
-        own, item = linear._modules["base_layer"]._parameters, path.item  # type: ignore[union-attr]
+        own = linear._modules["base_layer"]._parameters  # type: ignore[union-attr]
         weight, bias = own["weight"], own["bias"]
         assert weight is not None  # the path holds
         result = item.program.after_prefix(narrow, operands, rows, weight, bias, item.scale, link)
         return result.reshape(*x.shape[:-1], item.program.rows)
 
-    def ready(self, x: Tensor) -> dict[DenseLinear, tuple[ActiveAdapter, Sequence[Tensor]]]:
-        """Return the linears that could share their first products on ``x``, with their factors."""
+    def ready(self, x: Tensor) -> dict[DenseLinear, tuple[SiteUpdate, Sequence[Tensor]]]:
+        """Return the linears that could share their first products on ``x``, with their updates and factors."""
         found = {}
         for linear in self.linears:
             _, known, factors = linear.path(x)
             if factors is not None and known.adapter == self.adapter and _whole(factors, known.item):
-                found[linear] = known, factors
+                found[linear] = known.item, factors
         return found
 
     def _begin(self, linear: DenseLinear, x: Tensor) -> PendingProjection | None:
-        """Compute the first products of all linears that are ready, if this one is and another."""
+        """Compute the first products of all linears that are ready, if this one is and another.
+
+        Two matrices are the same, and one result, if they are made of the same arrays in the same way.
+        """
         ready = self.ready(x)
         if len(ready) < 2 or linear not in ready:
             return None
         if not x.requires_grad and not any(factor.requires_grad for _, own in ready.values() for factor in own):
             return None  # no graph would keep it
-        rows = x.reshape(-1, x.shape[-1])
-        operands = [path.item.normalized(own) for path, own in ready.values()]
-        rows, narrow, links = self._group(ready)(operands, rows)
+        prefixes, same = [], []
+        for item, own in ready.values():
+            prefix = item.program.prefix
+            assert prefix is not None  # it can share
+            prefixes.append(prefix)
+            same.append((prefix, tuple((id(own[k]), item.operands[k].norm) for k in prefix.factors)))
+        operands = [item.normalized(own) for item, own in ready.values()]
+        rows, narrow, links = ProjectionGroup(prefixes, same)(operands, x.reshape(-1, x.shape[-1]))
         pending = PendingProjection(x, rows)
         for (one, (_, own)), *result, factors in zip(ready.items(), narrow, links, operands, strict=True):
             pending.waiting[one] = *result, _state(x, own), factors
         self._pending = weakref.ref(pending)
         return pending
-
-    def _group(self, ready: dict[DenseLinear, tuple[ActiveAdapter, Sequence[Tensor]]]) -> ProjectionGroup:
-        """Return their projection; two matrices are the same if they are made of the same arrays in the same way."""
-        key = [(path, [id(factor) for factor in own]) for path, own in ready.values()]
-        if self._projection is None or self._projection[0] != key:
-            prefixes, same = [], []
-            for path, own in ready.values():
-                item, prefix = path.item, path.item.program.prefix
-                assert prefix is not None  # it can share
-                prefixes.append(prefix)
-                same.append((prefix, tuple((id(own[k]), item.operands[k].norm) for k in prefix.factors)))
-            self._projection = key, ProjectionGroup(prefixes, same)
-        return self._projection[1]
 
 
 def _whole(factors: Sequence[Tensor], item: SiteUpdate) -> bool:

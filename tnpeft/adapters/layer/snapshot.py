@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class WeightSnapshot:
-    """The module and everything that is replaced in it when it stores another weight, whose ``name`` is given."""
+    """The module and what is replaced in it when it stores another weight: one Parameter of a ``name``, or all."""
 
     module: nn.Module
     parameters: dict[str, nn.Parameter | None]
     buffers: dict[str, Tensor | None]
     state: Any
-    name: str = "weight"
+    name: str
 
     @staticmethod
     def of(module: nn.Module, name: str = "") -> WeightSnapshot:
@@ -27,7 +27,7 @@ class WeightSnapshot:
         if name:
             return WeightSnapshot(module, {name: module._parameters[name]}, {}, None, name)
         state = copy(getattr(module, "state", None))
-        return WeightSnapshot(module, dict(module._parameters), dict(module._buffers), state)
+        return WeightSnapshot(module, dict(module._parameters), dict(module._buffers), state, "")
 
     def weight(self) -> Tensor:
         """Return the weight as it was, on the device and in the dtype that the module's has now."""
@@ -49,7 +49,7 @@ class WeightSnapshot:
     @contextmanager
     def back(self) -> Iterator[None]:
         """Put it back for a while."""
-        now = WeightSnapshot.of(self.module, "" if self.name == "weight" else self.name)
+        now = WeightSnapshot.of(self.module, self.name)
         self.restore()
         try:
             yield

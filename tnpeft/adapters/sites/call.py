@@ -49,7 +49,7 @@ class CalledLayer(DenseLinear):
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
         """The base layer's output plus the updates of the active adapters, or of each row's own adapter."""
-        if not torch.compiler.is_compiling() and (seen := check_recomputation(self)) is not None:
+        if (seen := check_recomputation(self)) is not None:
             with self.bank.selecting(seen):
                 return self.forward(x, *args, adapter_names=adapter_names, **kwargs)
         base: Tensor = self.base_layer(x, *args, **kwargs)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from tnpeft.adapters.layer.bank import FactorBank
 from tnpeft.adapters.layer.checkpointing import check_recomputation, refuse_reentrant
 from tnpeft.adapters.layer.merging import DenseLinear, Route, wide
-from tnpeft.adapters.layer.snapshot import WeightSnapshot
 from tnpeft.adapters.sites.weight import Weight
 from tnpeft.networks import NetworkError
 
@@ -47,10 +46,6 @@ class HeldWeight(DenseLinear):
         """The Parameter."""
         return self.held.parameter()
 
-    def home_device(self) -> torch.device:
-        """The device of the Parameter."""
-        return self.weight.device
-
     def base_dtype(self) -> torch.dtype | None:
         """The dtype of the Parameter."""
         return self.weight.dtype
@@ -61,9 +56,6 @@ class HeldWeight(DenseLinear):
 
     def _stored(self, matrix: Tensor) -> Tensor:
         return matrix.mT if self.transposed else matrix
-
-    def _snapshot(self) -> WeightSnapshot:
-        return WeightSnapshot.of(self.get_base_layer(), self.weight_name)
 
 
 class TensorNetworkParameter(HeldWeight):
@@ -88,7 +80,7 @@ class TensorNetworkParameter(HeldWeight):
         return call[grads]
 
     def _formed(self) -> Tensor:
-        if not torch.compiler.is_compiling() and (seen := check_recomputation(self)) is not None:
+        if (seen := check_recomputation(self)) is not None:
             with self.bank.selecting(seen):
                 return self._formed()
         refuse_reentrant(self.bank)

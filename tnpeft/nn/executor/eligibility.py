@@ -8,6 +8,8 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module
 from torch.utils.module_tracker import ModuleTracker
 
+NO_GRADIENTS = "gradients are disabled"
+
 
 def autocast_active(device: str) -> bool:
     """Return True if autocast acts on a kind of device; torch cannot be asked of meta."""
@@ -81,7 +83,7 @@ def why_not_fused(linear: nn.Module, x: Tensor | None = None) -> str:
     if kind != "meta" and torch.is_autocast_enabled(kind):
         return "autocast is active"
     if not torch.is_grad_enabled():
-        return "gradients are disabled"
+        return NO_GRADIENTS
     if not torch.compiler.is_compiling() and under_transform():
         return "a transform sees every operation"
     return ""

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 import tnpeft
 from tnpeft import families
-from tnpeft.networks import Factorization, Network, NetworkError
-from tnpeft.scaling.gain import entries_of
+from tnpeft.layout import layout
+from tnpeft.networks import Factorization, Network, NetworkError, Site
+from tnpeft.scaling.gain import entries_of, squares_on
 from tnpeft.scaling.moments import Entry, first_step
 from tnpeft.testing.strategies import networks, sizes_for
 
@@ -143,7 +144,7 @@ def brute(net: Network, sizes: dict[str, int], squares: dict[str, float]) -> flo
 def test_factors_that_stand_twice_count_as_normal(net, data):
     sizes = data.draw(sizes_for(net, max_size=2, max_work=1 << 5))
     squares = {factor.name: 0.25 + 0.5 * k for k, factor in enumerate(net.factors)}
-    found = first_step(net, sizes, {net.label(f): Entry(squares[f.name]) for f in net.factors})
+    found = first_step(net, sizes, {net.label(f): Entry(squares[f.name], squares[f.name]) for f in net.factors})
     assert isclose(sum(found.values()), brute(net, sizes, squares), rel_tol=1e-6)
 
 
@@ -161,6 +162,15 @@ def test_gain_of_every_family(name):
     expected = f.scale * sqrt(measured(net, sizes, entries_of(f, net, sizes)))
     assert expected > 0
     assert isclose(tnpeft.gain(f, given), expected, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("start", ["svd", "svd_minor"])
+def test_the_gain_of_every_site_knows_its_base_weight(start: str) -> None:
+    line, init = "B[layer out r] A[layer r inp] -> layer out inp", {"B": start, "A": "zeros"}
+    sites = [Site(layer, "q", 8, 4) for layer in range(2)]
+    its = layout(Factorization.of(line, ranks={"r": 2}, init=init), sites)
+    one, other = squares_on(its, {site: 1.0 + site.layer for site in sites}).values()
+    assert other["A"] == 4 * one["A"] > 0
 
 
 def test_gain_of_a_family_whose_factors_stand_twice():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -15,9 +14,8 @@ from tnpeft.networks import NetworkError, Site
 from tnpeft.optim.coordinate import base_sizes, measured_rates
 from tnpeft.optim.observed import adapted_weights
 from tnpeft.planning import plan as best_plan
-from tnpeft.scaling import starts
-from tnpeft.scaling.gain import least_variances, squares_on, stacked_sizes
-from tnpeft.scaling.rates import by_gain, by_structure
+from tnpeft.scaling.gain import starts_on
+from tnpeft.scaling.rates import by_gain, by_structure, stored
 
 
 def parameter_groups(
@@ -135,36 +133,14 @@ def site_rates(
                 f"the base weight of {site.module} has the RMS {rms}, to which no step is relative",
                 remedy="pass lr= instead of relative_step=, or leave that module out of target_modules",
             )
-    squares = squares_on(layout, bases)
-    raw = raw_on(layout, bases)
-    f = layout.factorization
-    return {site: by_gain(f, raw[site], squares[site], step * bases[site], step) for site in bases}
+    found, rates = starts_on(layout, bases), {}
+    for place in layout.site_layouts:
+        (entries, squares), base = found[place.site], bases[place.site]
+        raw = stored(place.line.network, entries)
+        rates[place.site] = by_gain(layout.factorization, raw, squares, step * base, step)
+    return rates
 
 
 def _structure(layout: Layout, place: Any, step: float) -> dict[str, float]:
     net, sizes = place.network, dict(place.sizes)
     return by_structure(net, sizes, best_plan(net, sizes, tokens=1, minimize="macs"), step)
-
-
-def raw_on(layout: Layout, bases: Mapping[Site, float]) -> dict[Site, dict[str, float]]:
-    """Return for every site the mean square at the start of each trained factor's entries, as stored."""
-    f, shared = layout.factorization, least_variances(layout)
-    named = starts.starts(f)
-    zeros = starts.zero_init_factors(f, named)
-    found: dict[Site, dict[str, float]] = {}
-    for place in layout.site_layouts:
-        net, sizes = place.line.network, stacked_sizes(layout, place)
-        of = found.setdefault(place.site, {})
-        for label, param in place.parameters.items():
-            if param.kind != "trainable":
-                continue
-            if label in zeros:
-                of[label] = 0.0
-            elif label in named:
-                indices = net.factor(label).indices
-                of[label] = float(starts.mean_square(named[label], indices, net, sizes, bases[place.site]))
-            elif param in shared:
-                of[label] = float(shared[param])
-            else:
-                of[label] = float(1 / starts.unit_size(net.factor(label).indices, net, sizes))
-    return found

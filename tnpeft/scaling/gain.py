@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from tnpeft.counting.parameters import layout_on
@@ -12,8 +11,8 @@ from tnpeft.layout import Layout, ParameterSpec, SiteLayout
 from tnpeft.models.cards import Model, Targets
 from tnpeft.networks import Factorization, Network, NetworkError, Site, network
 from tnpeft.networks.sizes import Size, Sizes, bind, joined, require_network
-from tnpeft.scaling import starts
 from tnpeft.scaling.moments import Entry, first_step
+from tnpeft.scaling.starts import FROM_BASE, Spec, Starts, root
 
 AnyNetwork = Network | Factorization | str
 
@@ -61,9 +60,15 @@ def gain(
         f, open_ranks = resolve(f)
         if open_ranks:
             more = {**{b: r for b, r in f.ranks.items() if isinstance(r, int)}, **more}
-        squares = squares_on(layout_on(f, sizes, model=model, targets=targets, **more), rms_base)
-        return {proj: root(sum(of.values()) / count) for proj, (of, count) in by_projection(squares).items()}
-    return root(_total(gain_squares(f, sizes, rms_base=rms_base, **more).values()))
+        found: dict[str, list[dict[str, Size]]] = {}
+        for site, squares in squares_on(layout_on(f, sizes, model=model, targets=targets, **more), rms_base).items():
+            found.setdefault(site.proj, []).append(squares)
+        means = {}
+        for proj, each in found.items():
+            totals = [sum(of.get(k, 0.0) for of in each) for k in dict.fromkeys(k for of in each for k in of)]
+            means[proj] = root(sum(totals) / len(each))
+        return means
+    return root(sum(gain_squares(f, sizes, rms_base=rms_base, **more).values(), 0.0))
 
 
 def gain_squares(
@@ -76,8 +81,7 @@ def gain_squares(
     """
     f, open_ranks = resolve(f)
     bound = open_sizes(f, sizes, open_ranks, more)
-    entries = entries_of(f, f.network, bound, rms_base)
-    return _scaled(f, first_step(f.network, bound, entries))
+    return first_step(f.network, bound, entries_of(f, f.network, bound, rms_base), f.scale)
 
 
 def resolve(f: AnyNetwork) -> tuple[Factorization, bool]:
@@ -119,98 +123,56 @@ def open_sizes(f: Factorization, sizes: Sizes | None, open_ranks: bool, more: Si
     return OpenSizes({i: size for i, size in filled.items() if i not in net.bonds or i in given})
 
 
-def entries_of(
-    f: Factorization,
-    net: Network,
-    sizes: Mapping[str, Size],
-    rms_base: Size = 1.0,
-    own: Mapping[str, Size] | None = None,
-) -> dict[str, Entry]:
-    """Return by label the entries of every factor at the start; ``own`` has mean squares that are known already."""
-    named = starts.starts(f)
-    zeros = starts.zero_init_factors(f, named)
-    found = {}
-    for factor in net.factors:
-        label, given = net.label(factor), named.get(factor.name)
-        square = starts.start_square(f, net, sizes, factor, named, zeros, rms_base)
-        value = 0.0 if factor.name in zeros else None if given is None else starts.constant_value(given)
-        step: Size = 1.0
-        if own and label in own and label not in f.unit_norm and factor.name not in zeros:
-            square = own[label]
-        if label in f.unit_norm:
-            column = starts.unit_size(factor.indices, net, sizes)
-            raw = 1 / column if given is None else starts.mean_square(given, factor.indices, net, sizes, rms_base)
-            step = (1 - 1 / column) / (column * raw)
-            value = None if value is None else math.copysign(1.0, value) * root(1 / column)
-        found[label] = Entry(square, value, step)
-    return found
+def entries_of(f: Factorization, net: Network, sizes: Mapping[str, Size], rms_base: Size = 1.0) -> dict[str, Entry]:
+    """Return by label the entries of every factor at the start."""
+    starts = Starts.of(f)
+    return {net.label(factor): starts.entry(net, sizes, factor, rms_base) for factor in net.factors}
 
 
 def squares_on(layout: Layout, rms_base: Size | Mapping[Site, float] = 1.0) -> dict[Site, dict[str, Size]]:
     """Return for every site the squared gains of its trained factors, by label."""
-    f, shared = layout.factorization, least_variances(layout)
-    data = any(isinstance(g, starts.Spec) and g.name in ("base", "svd", "tt_svd") for g in starts.starts(f).values())
-    found, known = {}, dict[Any, dict[str, Size]]()
+    return {site: squares for site, (_, squares) in starts_on(layout, rms_base).items()}
+
+
+def starts_on(
+    layout: Layout, rms_base: Size | Mapping[Site, float] = 1.0
+) -> dict[Site, tuple[dict[str, Entry], dict[str, Size]]]:
+    """Return for every site the entries of its factors and the squared gains of the trained ones, by label."""
+    f = layout.factorization
+    starts = Starts.of(f)
+    shared = least_variances(layout, starts)
+    data = any(isinstance(given, Spec) and given.name in FROM_BASE for given in starts.named.values())
+    found, known = {}, dict[Any, tuple[dict[str, Entry], dict[str, Size]]]()
     for place in layout.site_layouts:
         own = {label: shared[param] for label, param in place.parameters.items() if param in shared}
         base = rms_base[place.site] if isinstance(rms_base, Mapping) else rms_base
         key = (place.line, tuple(place.sizes.items()), tuple(own.items()), base if data else 0)
         if key not in known:
-            sizes = stacked_sizes(layout, place)
-            entries = entries_of(f, place.line.network, sizes, base, own)
-            known[key] = _scaled(f, first_step(place.line.network, sizes, entries))
+            net, sizes = place.line.network, stacked_sizes(layout, place)
+            entries = {}
+            for factor in net.factors:
+                label = net.label(factor)
+                entries[label] = starts.entry(net, sizes, factor, base, own.get(label))
+            known[key] = entries, first_step(net, sizes, entries, f.scale)
         found[place.site] = known[key]
     return found
 
 
-def least_variances(layout: Layout) -> dict[ParameterSpec, Size]:
+def least_variances(layout: Layout, starts: Starts) -> dict[ParameterSpec, Size]:
     """Return the mean square by the variance rule of every unnamed param: the least that its sites ask for."""
-    f, named = layout.factorization, starts.starts(layout.factorization)
-    zeros = starts.zero_init_factors(f, named)
     least: dict[ParameterSpec, Size] = {}
     known: dict[Any, Size] = {}
     for place in layout.site_layouts:
         sizes = stacked_sizes(layout, place)
         for label, param in place.parameters.items():
-            name = label.removeprefix("~")
-            if name in named or name in zeros or label in f.unit_norm:
-                continue
             key = (place.line, label, tuple(place.sizes.items()))
-            if key not in known:
-                known[key] = starts.variance(f, place.line.network, sizes, name, named, zeros)
-            least[param] = min(least.get(param, known[key]), known[key])
+            if starts.by_rule(label):
+                if key not in known:
+                    known[key] = starts.variance(place.line.network, sizes, label.removeprefix("~"))
+                least[param] = min(least.get(param, known[key]), known[key])
     return least
 
 
 def stacked_sizes(layout: Layout, place: SiteLayout) -> dict[str, int]:
     """Return a site's sizes with those of the layer and proj axes."""
     return {**place.sizes, "layer": len(layout.layers), "proj": len(layout.projs)}
-
-
-def by_projection(squares: Mapping[Site, Mapping[str, Size]]) -> dict[str, tuple[dict[str, Size], int]]:
-    """Return the sums of squared gains by factor over the sites of each projection, and the number of sites."""
-    found: dict[str, tuple[dict[str, Size], int]] = {}
-    for site, of in squares.items():
-        total, count = found.get(site.proj, ({}, 0))
-        found[site.proj] = ({**total, **{k: total.get(k, 0.0) + v for k, v in of.items()}}, count + 1)
-    return found
-
-
-def root(square: Size) -> Any:
-    """Return the root of a number or an expression."""
-    if isinstance(square, int | float):
-        return math.sqrt(square)
-    from sympy import nsimplify, sqrt
-
-    return sqrt(nsimplify(square, rational=True))
-
-
-def _scaled(f: Factorization, squares: Mapping[str, Size]) -> dict[str, Size]:
-    return {label: f.scale**2 * square for label, square in squares.items()}
-
-
-def _total(values: Iterable[Size]) -> Size:
-    total: Size = 0.0
-    for value in values:
-        total = total + value
-    return total

@@ -16,11 +16,12 @@ from tnpeft.networks.sizes import Size
 
 @dataclass(frozen=True)
 class Entry:
-    """The entries of a factor at the start: mean square in the forward pass, and of a unit step of its signs.
+    """The entries of a factor at the start: mean square as stored, in the forward pass, of a unit step of its signs.
 
     ``value`` is what all entries are, None where they differ.
     """
 
+    stored: Size
     square: Size
     value: float | None = None
     step: Size = 1.0
@@ -39,15 +40,19 @@ class _Use:
 Product = tuple[int, tuple[_Use, ...]]  # with its sign
 
 
-def first_step(net: Network, sizes: Mapping[str, Size], entries: Mapping[str, Entry]) -> dict[str, Size]:
+def first_step(
+    net: Network, sizes: Mapping[str, Size], entries: Mapping[str, Entry], scale: Size = 1.0
+) -> dict[str, Size]:
     """Return by label the mean square that a unit signed step of each trained factor gives to an entry of the update.
+
+    ``scale`` is the update's.
 
     A factor moves where the others of its term are not zero. Factors move by independent signs, so that what several
     of them do adds up.
 
     >>> from tnpeft.networks import network
     >>> net = network("B[out r] A[r inp] -> out inp")
-    >>> first_step(net, {"out": 8, "r": 2, "inp": 4}, {"B": Entry(0.0, 0.0), "A": Entry(0.25)})
+    >>> first_step(net, {"out": 8, "r": 2, "inp": 4}, {"B": Entry(0.0, 0.0, 0.0), "A": Entry(0.25, 0.25)})
     {'B': 0.5}
     """
     moved: dict[str, list[Product]] = {}
@@ -59,7 +64,7 @@ def first_step(net: Network, sizes: Mapping[str, Size], entries: Mapping[str, En
             step = _Use("step of " + mover.name, entries[mover.name].step, None, mover.indices)
             uses = [_Use(f.name, e.square, e.value, f.indices) for f in rest for e in [entries[net.label(f)]]]
             moved.setdefault(mover.name, []).append((term.sign, (step, *uses)))
-    return {label: _square(products, net, sizes) for label, products in moved.items()}
+    return {label: scale**2 * _square(products, net, sizes) for label, products in moved.items()}
 
 
 def _square(products: Sequence[Product], net: Network, sizes: Mapping[str, Size]) -> Size:

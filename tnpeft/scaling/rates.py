@@ -9,9 +9,8 @@ from typing import Any, Literal, Protocol
 
 from tnpeft.networks import Factorization, Network, NetworkError
 from tnpeft.networks.sizes import Size, Sizes, integers, product
-from tnpeft.scaling import starts
 from tnpeft.scaling.gain import AnyNetwork, entries_of, open_sizes, resolve
-from tnpeft.scaling.moments import first_step
+from tnpeft.scaling.moments import Entry, first_step
 
 Rule = Literal["gain", "structure", "measured"]
 
@@ -78,8 +77,8 @@ def learning_rates(
     bound = integers(net, dict(open_sizes(f, sizes, open_ranks, more)))
     if rule == "gain":
         entries = entries_of(f, net, bound, rms_base)
-        squares = {label: f.scale**2 * square for label, square in first_step(net, bound, entries).items()}
-        return by_gain(f, raw_squares(f, bound, rms_base), squares, relative_step * rms_base, relative_step)
+        squares = first_step(net, bound, entries, f.scale)
+        return by_gain(f, stored(net, entries), squares, relative_step * rms_base, relative_step)
     if rule == "structure":
         if plan is None:
             raise NetworkError('rule="structure" reads the steps of a plan', remedy="pass plan=tnpeft.plan(...)")
@@ -90,25 +89,14 @@ def learning_rates(
     )
 
 
-def raw_squares(f: Factorization, sizes: Mapping[str, Size], rms_base: float = 1.0) -> dict[str, Size]:
+def stored(net: Network, entries: Mapping[str, Entry]) -> dict[str, Size]:
     """Return by label the mean square of each trained factor's entries at the start, as stored.
 
     >>> f = Factorization.of("w[r] A[out r] B[inp r] -> out inp", ranks={"r": 2}, init={"A": "ones"}, unit_norm=["A"])
-    >>> raw_squares(f, {"out": 4, "r": 2, "inp": 8})
+    >>> stored(f.network, entries_of(f, f.network, {"out": 4, "r": 2, "inp": 8}))
     {'w': 0.25, 'A': 1.0, 'B': 0.0}
     """
-    net, named = f.network, starts.starts(f)
-    zeros = starts.zero_init_factors(f, named)
-    found = {}
-    for factor in net.factors:
-        if factor.kind != "trainable":
-            continue
-        given = named.get(factor.name)
-        if given is not None:
-            found[factor.name] = starts.mean_square(given, factor.indices, net, sizes, rms_base)
-        else:
-            found[factor.name] = starts.start_square(f, net, sizes, factor, named, zeros)
-    return found
+    return {factor.name: entries[factor.name].stored for factor in net.factors if factor.kind == "trainable"}
 
 
 def by_gain(

@@ -10,11 +10,13 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial, reduce
 from typing import Any
 
 from tnpeft._extras import needed
 from tnpeft.networks import STACK, Factor, Factorization, Network, NetworkError, Term
 from tnpeft.networks.sizes import Size, product
+from tnpeft.scaling.moments import Entry
 
 # Numbers each rule may have in brackets: (least, most).
 SPECS: Mapping[str, tuple[int, int]] = {
@@ -34,6 +36,7 @@ SPECS: Mapping[str, tuple[int, int]] = {
     "tt_svd": (0, 0),
     "base": (0, 0),
 }
+FROM_BASE = ("base", "svd", "svd_minor", "tt_svd")  # those that the base weight makes
 _FORM = re.compile(r"\s*(\w+)\s*(?:\(([^()]*)\))?\s*")
 
 
@@ -68,26 +71,6 @@ class Spec:
 
 
 Start = Any  # a Spec, or an array with the methods of numpy's
-
-
-def starts(f: Factorization) -> dict[str, Start]:
-    """Return the named starts of a factorization by label: rules parsed, lists as numpy arrays.
-
-    >>> starts(Factorization.of("B[out r] A[r inp] -> out inp", ranks={"r": 8}, init={"A": "kaiming"}))
-    {'A': Spec(name='kaiming', numbers=())}
-    """
-    return {label: _start(given, label) for label, given in f.init.items()}
-
-
-def _start(given: Any, label: str) -> Start:
-    if isinstance(given, str):
-        return Spec.parse(given, label)
-    if hasattr(given, "any"):
-        return given
-    needed("numpy", "testing", f"factor {label!r}, which starts as numbers,")
-    import numpy as np
-
-    return np.asarray(given, dtype=np.float64)
 
 
 # ---- the size of an entry
@@ -225,123 +208,155 @@ def _extreme(a: Size, b: Size, *, most: bool) -> Size:
     return Max(a, b) if most else Min(a, b)
 
 
-# ---- the variance rule
+# ---- the starts of a factorization
 
 
-def variance(
-    f: Factorization,
-    net: Network,
-    sizes: Mapping[str, Size],
-    label: str,
-    named: Mapping[str, Start],
-    zeros: frozenset[str],
-) -> Size:
-    """Return the mean square that the variance rule gives to a factor that is not named.
+@dataclass(frozen=True)
+class Starts:
+    """How the factors of a factorization start, and how large their entries are.
 
-    Every term then has the gain ``1 / sqrt(columns)``: a signed unit step of its zero factor moves each output by 1
-    for inputs of unit variance. Where no factor is zero, the term's entries have that RMS at the start. Columns of
-    ``unit_norm`` factors start with length one. A factor in several terms takes the smallest that they ask for.
+    ``named`` are the starts that are given, by label: rules, and arrays.
 
-    >>> from tnpeft.networks import network
-    >>> f = Factorization.of("B[out r] A[r inp] -> out inp", ranks={"r": 2})
-    >>> variance(f, f.network, {"out": 4, "r": 4, "inp": 16}, "A", {}, frozenset("B"))
-    0.015625
+    >>> f = Factorization.of("B[out r] A[r inp] -> out inp", ranks={"r": 8}, init={"A": "kaiming"})
+    >>> Starts.of(f).named, sorted(Starts.of(f).zeros)
+    ({'A': Spec(name='kaiming', numbers=())}, ['B'])
     """
-    factor = net.factor(label)
-    if label in f.unit_norm:
-        return 1 / unit_size(factor.indices, net, sizes)
-    found = [
-        _share(f, net, sizes, term, named, zeros)
-        for term in net.terms
-        if any(use.name == factor.name and net.label(use) not in f.unit_norm for use in term.factors)
-    ]
-    least = found[0]
-    for other in found[1:]:
-        least = _extreme(least, other, most=False)
-    return least
+
+    f: Factorization
+    named: Mapping[str, Start]
+
+    @staticmethod
+    def of(f: Factorization) -> Starts:
+        """Return the starts with rules parsed, and lists as numpy arrays."""
+        return Starts(f, {label: _start(given, label) for label, given in f.init.items()})
+
+    @cached_property
+    def zeros(self) -> frozenset[str]:
+        """The names of the factors that start at zero, named so or chosen by the rule of one zero factor.
+
+        Raises:
+            NetworkError: the start leaves some factor without a gradient for ever.
+        """
+        zeros = {label for label, given in self.named.items() if _is_zero(given)}
+        networks = list(dict.fromkeys(line.network for line in self.f.lines))
+        terms = [(net, term) for net in networks for term in net.terms]
+        for net, term in terms:
+            if not _has_twins(net) and not any(factor.name in zeros for factor in term.factors):
+                zeros |= self._choose(net, term, [other for _, other in terms], zeros)
+        for net, term in terms:
+            _refuse_dead_start(net, term, zeros, self.f.unit_norm)
+        return frozenset(zeros)
+
+    def _choose(self, net: Network, term: Term, others: list[Term], zeros: set[str]) -> set[str]:
+        """The first factor of the term that may start at zero, best one that leaves no other term with two zeros.
+
+        Factors with row or column indices come before a core, which has few directions for the first steps.
+        """
+        features = {*net.rows, *net.cols}
+        wide = {factor.name for factor in term.factors if features & {*factor.indices}}
+        uses = Counter(factor.name for factor in term.factors)
+        free = [f.name for f in term.factors if f.kind == "trainable" and f.name not in self.named]
+        free = [name for name in free if uses[name] == 1]
+        free.sort(key=lambda name: (name in self.f.unit_norm, name not in wide))
+        for name in free:
+            mates = {f.name for other in others if any(f.name == name for f in other.factors) for f in other.factors}
+            if not mates & zeros:
+                return {name}
+        return set(free[:1])
+
+    def nonzero(self) -> Network | None:
+        """Return the first network whose update is not zero at the start although not all its starts are named.
+
+        >>> print(Starts.of(Factorization.of("A[out r] A[inp r] -> out inp", ranks={"r": 8})).nonzero())
+        A[out r] A[inp r] -> out inp
+        """
+        for net in dict.fromkeys(line.network for line in self.f.lines):
+            for term in net.terms:
+                chosen = any(factor.kind == "trainable" and factor.name not in self.named for factor in term.factors)
+                if chosen and not _has_twins(net) and not any(f.name in self.zeros for f in term.factors):
+                    return net
+        return None
+
+    def by_rule(self, label: str) -> bool:
+        """Return True if the variance rule says how large a factor's entries are."""
+        name = label.removeprefix("~")
+        return name not in self.named and name not in self.zeros and label not in self.f.unit_norm
+
+    def variance(self, net: Network, sizes: Mapping[str, Size], name: str) -> Size:
+        """Return the mean square that the variance rule gives to a factor.
+
+        Every term then has the gain ``1 / sqrt(columns)``: a signed unit step of its zero factor moves each output by
+        1 for inputs of unit variance. Where no factor is zero, the term's entries have that RMS at the start. A
+        factor in several terms takes the smallest that they ask for.
+
+        >>> f = Factorization.of("B[out r] A[r inp] -> out inp", ranks={"r": 2})
+        >>> Starts.of(f).variance(f.network, {"out": 4, "r": 4, "inp": 16}, "A")
+        0.015625
+        """
+        terms = (t for t in net.terms if any(f.name == name and self.by_rule(net.label(f)) for f in t.factors))
+        return reduce(partial(_extreme, most=False), (self._share(net, sizes, term) for term in terms))
+
+    def _share(self, net: Network, sizes: Mapping[str, Size], term: Term) -> Size:
+        count, known = 0, product(sizes[i] for i in net.cols)
+        summed = set(term.places()) - set(net.outer)
+        drawn: set[str] = set()  # bonds of factors whose entries differ: their terms add in quadrature
+        for factor in term.factors:
+            if self.by_rule(net.label(factor)):
+                count += 1
+            elif factor.name not in self.zeros:
+                known = known * self.entry(net, sizes, factor).square
+                if constant_value(self.named.get(factor.name, Spec("normal"))) is not None:
+                    continue
+            drawn.update(factor.indices)
+        known = known * product(sizes[i] if i in drawn else sizes[i] ** 2 for i in sorted(summed))
+        if isinstance(known, int | float):
+            return float((1 / known) ** (1 / count))
+        from sympy import Rational
+
+        return (1 / known) ** Rational(1, count)
+
+    def entry(
+        self, net: Network, sizes: Mapping[str, Size], factor: Factor, base: Size = 1.0, own: Size | None = None
+    ) -> Entry:
+        """Return what the entries of a factor are at the start.
+
+        ``base`` is the RMS of an entry of the base weight, ``own`` what the variance rule gives where it is known.
+        """
+        label, given = net.label(factor), self.named.get(factor.name)
+        if factor.name in self.zeros:
+            return Entry(0.0, 0.0, 0.0)
+        value = None if given is None else constant_value(given)
+        column = unit_size(factor.indices, net, sizes) if label in self.f.unit_norm else None
+        if given is not None:
+            stored = mean_square(given, factor.indices, net, sizes, base)
+        elif column is not None:
+            stored = 1 / column
+        else:
+            stored = self.variance(net, sizes, factor.name) if own is None else own
+        if column is None:
+            return Entry(stored, stored, value)
+        value = None if value is None else math.copysign(1.0, value) * root(1 / column)
+        return Entry(stored, 1 / column, value, (1 - 1 / column) / (column * stored))
 
 
-def _share(
-    f: Factorization,
-    net: Network,
-    sizes: Mapping[str, Size],
-    term: Term,
-    named: Mapping[str, Start],
-    zeros: frozenset[str],
-) -> Size:
-    count, known = 0, product(sizes[i] for i in net.cols)
-    summed = set(term.places()) - set(net.outer)
-    drawn: set[str] = set()  # bonds of factors whose entries differ: their terms add in quadrature
-    for factor in term.factors:
-        if factor.name not in named and factor.name not in zeros and net.label(factor) not in f.unit_norm:
-            count += 1
-        elif factor.name not in zeros:
-            known = known * start_square(f, net, sizes, factor, named, zeros)
-            if constant_value(named.get(factor.name, Spec("normal"))) is not None:
-                continue
-        drawn.update(factor.indices)
-    known = known * product(sizes[i] if i in drawn else sizes[i] ** 2 for i in sorted(summed))
-    if isinstance(known, int | float):
-        return float((1 / known) ** (1 / count))
-    from sympy import Rational
+def _start(given: Any, label: str) -> Start:
+    if isinstance(given, str):
+        return Spec.parse(given, label)
+    if hasattr(given, "any"):
+        return given
+    needed("numpy", "testing", f"factor {label!r}, which starts as numbers,")
+    import numpy as np
 
-    return (1 / known) ** Rational(1, count)
+    return np.asarray(given, dtype=np.float64)
 
 
-def start_square(
-    f: Factorization,
-    net: Network,
-    sizes: Mapping[str, Size],
-    factor: Factor,
-    named: Mapping[str, Start],
-    zeros: frozenset[str],
-    base: Size = 1.0,
-) -> Size:
-    """Return the mean square of a factor's entries in the forward pass at the start, ``unit_norm`` applied."""
-    if factor.name in zeros:
-        return 0.0
-    if net.label(factor) in f.unit_norm:
-        return 1 / unit_size(factor.indices, net, sizes)
-    if factor.name in named:
-        return mean_square(named[factor.name], factor.indices, net, sizes, base)
-    return variance(f, net, sizes, net.label(factor).removeprefix("~"), named, zeros)
+def root(square: Size) -> Any:
+    """Return the root of a number or an expression."""
+    if isinstance(square, int | float):
+        return math.sqrt(square)
+    from sympy import nsimplify, sqrt
 
-
-# ---- which factors start at zero
-
-
-def zero_init_factors(f: Factorization, named: Mapping[str, Start]) -> frozenset[str]:
-    """Return the labels of the factors that start at zero, named so or chosen by the rule of one zero factor.
-
-    Raises:
-        NetworkError: the start leaves some factor without a gradient for ever.
-
-    >>> sorted(zero_init_factors(Factorization.of("B[out r] A[r inp] -> out inp", ranks={"r": 8}), {}))
-    ['B']
-    """
-    zeros = {label for label, given in named.items() if _is_zero(given)}
-    networks = list(dict.fromkeys(line.network for line in f.lines))
-    terms = [(net, term) for net in networks for term in net.terms]
-    for net, term in terms:
-        if not _has_twins(net) and not any(factor.name in zeros for factor in term.factors):
-            zeros |= _choose(net, term, [other for _, other in terms], named, zeros, f.unit_norm)
-    for net, term in terms:
-        _refuse_dead_start(net, term, zeros, f.unit_norm)
-    return frozenset(zeros)
-
-
-def nonzero_at_init(f: Factorization, named: Mapping[str, Start], zeros: frozenset[str]) -> Network | None:
-    """Return the first network whose update is not zero at the start although not all its starts are named.
-
-    >>> print(nonzero_at_init(Factorization.of("A[out r] A[inp r] -> out inp", ranks={"r": 8}), {}, frozenset()))
-    A[out r] A[inp r] -> out inp
-    """
-    for net in dict.fromkeys(line.network for line in f.lines):
-        for term in net.terms:
-            chosen = any(factor.kind == "trainable" and factor.name not in named for factor in term.factors)
-            if chosen and not _has_twins(net) and not any(factor.name in zeros for factor in term.factors):
-                return net
-    return None
+    return sqrt(nsimplify(square, rational=True))
 
 
 def _is_zero(given: Start) -> bool:
@@ -353,25 +368,6 @@ def _is_zero(given: Start) -> bool:
 
 def _has_twins(net: Network) -> bool:
     return any(net.label(factor).startswith("~") for factor in net.factors)
-
-
-def _choose(
-    net: Network, term: Term, others: list[Term], named: Mapping[str, Start], zeros: set[str], unit: Sequence[str]
-) -> set[str]:
-    """The first factor of the term that may start at zero, best one that leaves no other term with two zeros.
-
-    Factors with row or column indices come before a core, which has few directions for the first steps.
-    """
-    features = {*net.rows, *net.cols}
-    wide = {factor.name for factor in term.factors if features & {*factor.indices}}
-    uses = Counter(factor.name for factor in term.factors)
-    free = [f.name for f in term.factors if f.kind == "trainable" and f.name not in named and uses[f.name] == 1]
-    free.sort(key=lambda name: (name in unit, name not in wide))
-    for name in free:
-        mates = {f.name for other in others if any(f.name == name for f in other.factors) for f in other.factors}
-        if not mates & zeros:
-            return {name}
-    return set(free[:1])
 
 
 def _alone(net: Network, name: str, zeros: set[str]) -> bool:

@@ -86,9 +86,9 @@ class Initializer:
                 self._places.setdefault(param, []).append(site_layout)
         self._named = {label: start(value, label) for label, value in layout.factorization.init.items()}
         _require_constants(layout.factorization)
-        self.zeros = starts.zero_init_factors(layout.factorization, self._named)
-        self.away = starts.nonzero_at_init(layout.factorization, self._named, self.zeros)
-        self._variances = least_variances(layout)
+        its = starts.Starts(layout.factorization, self._named)
+        self.zeros, self.away = its.zeros, its.nonzero()
+        self._variances = least_variances(layout, its)
         self._parts = lru_cache(maxsize=1)(self._svd_of)
         self._trains: dict[tuple[Site, int], dict[str, Tensor]] = {}
 
@@ -132,7 +132,7 @@ class Initializer:
         return Spec("zeros") if param.label in self.zeros else Spec("normal", (self._spread(param),))
 
     def _value(self, spec: Spec, param: ParameterSpec, site_layout: SiteLayout, key: _Key) -> Array | Tensor:
-        if spec.name in ("svd", "svd_minor", "tt_svd", "base"):
+        if spec.name in starts.FROM_BASE:
             return self._from_weight(spec, param)
         apart = {*site_layout.network.stack}
         if spec.name in ("orthogonal", "eye"):

@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 from adapter_models import MODELS, opt
+from expert_models import mixture
 from torch import nn
 from transformers import Phi3Config, Phi3ForCausalLM
 
@@ -91,6 +92,14 @@ def test_targets_by_role_default_and_all_linear() -> None:
         "c_attn/out:0", "c_attn/out:1", "c_attn/out:2", "attn_c_proj", "c_fc", "mlp_c_proj",
     }  # fmt: skip
     assert projections(r".*\.c_fc") == {"c_fc"}
+
+
+@pytest.mark.parametrize("excluded", [None, ["v_proj"]])
+def test_the_default_targets_of_a_model_with_experts(excluded: list[str] | None) -> None:
+    import peft
+
+    model = peft.get_peft_model(mixture(), tnpeft.TensorNetworkConfig(network="lora", exclude_modules=excluded))
+    assert [*model.peft_config["default"].projections] == ["q_proj", "v_proj"][: 2 - bool(excluded)]
 
 
 def test_layers_to_transform_and_exclusions() -> None:

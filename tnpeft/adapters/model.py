@@ -100,8 +100,10 @@ class TensorNetworkModel(BaseTuner):
                         check_expression(field, pattern, self._inside)
                 check_modules(model, config, adapter_name)
                 inner = (f"{name}.{its}" for name, names in self._inside.items() for its in names)
+                probe = copy.copy(config)
+                probe.target_modules = config.target_modules or []  # the model's own are not known yet
                 with warnings.catch_warnings():
-                    if any(isinstance(check_target_module_exists(config, path), _ExcludedModule) for path in inner):
+                    if any(isinstance(check_target_module_exists(probe, path), _ExcludedModule) for path in inner):
                         warnings.filterwarnings("ignore", "You have passed exclude_modules")  # PEFT sees modules only
                     super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException as error:

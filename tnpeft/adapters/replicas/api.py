@@ -157,7 +157,7 @@ def replica(model: nn.Module, k: int, adapter: str = "default") -> dict[str, Ten
     >>> {name: tuple(value.shape) for name, value in replica(model, 2).items()}
     {'B': (1, 1, 8, 2), 'A': (1, 1, 2, 4)}
     """
-    return stacked(*_own(model, k, adapter, ("trainable", "frozen", "constant")))
+    return stacked(*_own(model, k, adapter, ("trainable", "frozen", "constant"))[1:])
 
 
 def parameters(model: nn.Module, k: int, adapter: str = "default") -> int:
@@ -172,7 +172,7 @@ def parameters(model: nn.Module, k: int, adapter: str = "default") -> int:
     >>> parameters(model, 0), parameters(model, 1)
     (12, 36)
     """
-    return _own(model, k, adapter, ())[0].count()
+    return _own(model, k, adapter, ())[1].count()
 
 
 def attach(model: nn.Module, k: int, name: str, adapter: str = "default") -> None:
@@ -210,8 +210,7 @@ def attach(model: nn.Module, k: int, name: str, adapter: str = "default") -> Non
             inject_adapter_in_model(config, model, name)
         for layer in layers:
             layer.set_adapter(active)
-    kinds = {param.label: param.kind for param in bank_of(model, name).layouts[name].parameters}
-    set_factors(model, {n: v for n, v in values.items() if kinds[_label(n)] == "trainable"}, name)
+    set_factors(model, values, name)
 
 
 def save(model: nn.Module, k: int, folder: str | Path, adapter: str = "default") -> None:
@@ -229,8 +228,8 @@ def save(model: nn.Module, k: int, folder: str | Path, adapter: str = "default")
     >>> bool((tnpeft.factors(again)["A"] == replica(model, 2)["A"]).all()), again.peft_config["default"].seed
     (True, 2)
     """
-    config = _config(model, k, adapter)
-    one, values = _own(model, k, adapter, ("trainable", "frozen") if config.save_frozen else ("trainable",))
+    kinds = ("trainable", "frozen") if _config(model, k, adapter).save_frozen else ("trainable",)
+    config, one, values = _own(model, k, adapter, kinds)
     named = zip(factor_shapes(config, one), values.values(), strict=True)
     tensors = {f"{PEFT_PREFIX}{name}": value for name, value in named}
     with written(folder) as new:
@@ -264,8 +263,8 @@ def _config(model: nn.Module, k: int, adapter: str) -> Any:
 
 def _own(
     model: nn.Module, k: int, adapter: str, kinds: tuple[str, ...]
-) -> tuple[Layout, dict[ParameterSpec, Tensor]]:
-    """The layout of replica k alone, and its arrays without what pads them to the ranks of others."""
+) -> tuple[Any, Layout, dict[ParameterSpec, Tensor]]:
+    """Configuration and layout of replica k alone, and its arrays without what pads them to the ranks of others."""
     config, bank = _config(model, k, adapter), bank_of(model, adapter)
     held, one = (
         arrays(model, bank, adapter, kinds=kinds),
@@ -276,12 +275,8 @@ def _own(
         if many in held:
             array = held[many][k] if REPLICA in many.indices else held[many]
             found[param] = array[tuple(map(slice, param.shape))]
-    return one, found
+    return config, one, found
 
 
 def _spread(values: Tensor, array: Tensor) -> Tensor:
     return values.to(array.dtype).reshape(-1, *(1,) * (array.dim() - 1))
-
-
-def _label(name: str) -> str:
-    return name.partition("#")[0].partition("@")[0]

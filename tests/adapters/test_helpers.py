@@ -9,8 +9,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+import tnpeft
 from tnpeft.adapters.attach import check_name
-from tnpeft.adapters.config_validation import check_fields, shown
+from tnpeft.adapters.config_validation import shown
 from tnpeft.adapters.layer.bank import AdaptedLayer, FactorBank, FactorStore, find_bank
 from tnpeft.adapters.layer.binding import SiteUpdate, as_base_factor
 from tnpeft.adapters.layer.merging import rescaling, wide
@@ -35,7 +36,7 @@ SITE = Site(0, "q", 3, 4)
 def test_a_value_is_shown_short_and_whatever_it_is() -> None:
     assert [shown(value) for value in (5, "", 10**5000)] == ["5", "''", "a number of more than 4,300 digits"]
     with pytest.raises(ConfigError, match="target_modules is 5\npass a list of names, a regular expression, or None"):
-        check_fields(SimpleNamespace(target_modules=5))
+        tnpeft.TensorNetworkConfig(target_modules=5)
 
 
 def test_the_end_of_a_path_that_tells_modules_of_a_layer_apart_is_the_projection() -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from peft.config import PeftConfig
 
-from tnpeft.adapters.config_validation import check_fields, check_replicas, check_stack
+from tnpeft.adapters import config_validation as valid
 from tnpeft.adapters.constants import TENSOR_NETWORK
 from tnpeft.adapters.storage.files import AGAIN, LOADING, Stored, describe, fetch, stored, written
 from tnpeft.adapters.storage.serialization import factorization, lower, with_rank_pattern
@@ -73,28 +73,28 @@ class TensorNetworkConfig(PeftConfig):
     """
 
     network: Any = None
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-    modules_to_save: list[str] | None = None
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    bias: str = "none"
-    dropout: float = 0.0
-    stack: dict[str, int] | None = None
-    axes: dict[str, str] | None = None
-    seed: int = 0
-    replicas: int = 1
-    replica_seeds: list[int] | None = None
-    replica_ranks: list[dict[str, int]] | None = None
-    replica_scales: list[float] | None = None
+    target_modules: Collection[valid.Name] | valid.Pattern | None = None
+    exclude_modules: Collection[valid.Name] | valid.Pattern | None = None
+    layers_to_transform: valid.Whole | Collection[valid.Whole] | None = None
+    layers_pattern: Literal[""] | valid.Path | Collection[valid.Path] | None = None
+    modules_to_save: Collection[valid.Path] | None = None
+    trainable_token_indices: Collection[valid.Whole] | Mapping[valid.Path, Collection[valid.Whole]] | None = None
+    bias: valid.Bias = "none"
+    dropout: valid.Share = 0.0
+    stack: Mapping[valid.Index, valid.Count] | None = None
+    axes: Mapping[object, str] | None = None
+    seed: valid.Whole = 0
+    replicas: valid.Replicas = 1
+    replica_seeds: Sequence[valid.Whole] | None = None
+    replica_ranks: Sequence[Mapping[valid.Name, valid.Count]] | None = None
+    replica_scales: Sequence[float] | None = None
     save_frozen: bool = False
     dora: bool = False
-    tokens: int = 2048
-    relative_step: float | None = None
-    layers: dict[str, int] | None = field(default=None, repr=False)
-    projections: dict[str, int] | None = None
-    frozen: dict[str, str] | None = field(default=None, repr=False)
+    tokens: valid.Count = 2048
+    relative_step: valid.Positive | None = None
+    layers: Annotated[Mapping[str, valid.Whole], valid.counted] | None = field(default=None, repr=False)
+    projections: Annotated[Mapping[valid.Name, valid.Whole], valid.counted] | None = None
+    frozen: Mapping[valid.Name, valid.Name] | None = field(default=None, repr=False)
     embeddings: list[str] | None = field(default=None, repr=False)
     ranks: InitVar[Mapping[str, int | str] | None] = None
     splits: InitVar[Mapping[str, Any] | None] = None
@@ -106,7 +106,7 @@ class TensorNetworkConfig(PeftConfig):
     rank_pattern: InitVar[Mapping[str, Mapping[str, int]] | None] = None
 
     def __post_init__(self, *changes: Any) -> None:
-        check_fields(self)
+        valid.check_fields(self)
         try:
             super().__post_init__()
         except ValueError as error:
@@ -149,8 +149,8 @@ class TensorNetworkConfig(PeftConfig):
                     remedy='declare it, stack={"task": 4}, and choose with tnpeft.select; or attach one adapter for '
                     "each task and name them row by row (adapter_names), or train them side by side (replicas)",
                 )
-        check_replicas(self)
-        check_stack(self.stack, self)
+        valid.check_replicas(self)
+        valid.check_stack(self.stack, self)
         if self.replicas > 1:
             _ = self.side_by_side  # that it can be
 

@@ -1,38 +1,67 @@
-"""The kinds that the fields of a configuration and of a stored network must have: files may hold anything."""
+"""The types that the fields of a configuration and of a stored network must have: files may hold anything."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from sys import float_info
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from tnpeft.adapters.sites.selection import RESERVED
 from tnpeft.adapters.storage.expressions import MOST_TEXT
 from tnpeft.networks import ConfigError
 
-Fits = Callable[[Any], bool]
-Kinds = Mapping[str, tuple[Fits, str]]  # fields, several with spaces between; what fits them, as code and in words
+Kinds = Mapping[str, tuple[Any, str]]  # fields, several with spaces between; the type of what fits, also in words
 
 _BIAS = ("none", "all", "tensor_network_only")
 _MOST = 2**63 - 1
 _MOST_REPLICAS = 2**16
 _DEEPEST = 64  # levels of lists and maps in a configuration, as many as torch's arrays have axes
-_PATH = re.compile(r"[\w\-]+(\.[\w\-]+)*")
 
 
 def check_kinds(kinds: Kinds, get: Callable[[str], Any], told: str = "{} is {}") -> None:
     """Raise at the first field whose value is of another kind: it is named, with its value and what it may be."""
-    for names, (fits, remedy) in kinds.items():
+    for names, (kind, remedy) in kinds.items():
         for name in names.split():
-            if not fits(value := get(name)):
+            if not fits(value := get(name), kind):
                 raise ConfigError(told.format(name, shown(value)), remedy=remedy)
 
 
+_ITEMS: Mapping[Any, tuple[type, ...]] = {list: (list,), Sequence: (list, tuple), Collection: (list, tuple, set)}
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """True if a value is of a type as annotations write it; what stands behind one in ``Annotated`` tests it further.
+
+    A float is any finite number, and neither it nor an int is a bool; a sequence is a list or a tuple, a collection
+    also a set.
+
+    >>> [fits(value, Annotated[int, lambda number: number > 0] | None) for value in (1, None, 0, True, 1.0)]
+    [True, True, False, False, False]
+    """
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return fits(value, args[0]) and all(test(value) for test in args[1:])
+    if origin in (Union, UnionType):
+        return any(fits(value, each) for each in args)
+    if origin is Literal:
+        return value in args
+    if origin is Mapping:
+        return isinstance(value, Mapping) and all(fits(k, args[0]) and fits(v, args[1]) for k, v in value.items())
+    if origin in _ITEMS:
+        return isinstance(value, _ITEMS[origin]) and all(fits(item, args[0]) for item in value)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= float_info.max
+    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+
+
 def check_fields(config: Any) -> None:
-    """Raise at the first field of a :class:`tnpeft.TensorNetworkConfig` whose value is of another kind."""
-    check_kinds(_FIELDS, partial(getattr, config))
+    """Raise at the first field of a :class:`tnpeft.TensorNetworkConfig` that is not what its annotation says."""
+    kinds = get_type_hints(type(config), include_extras=True)
+    remedies = {name: remedy for names, remedy in _REMEDIES.items() for name in names.split()}
+    check_kinds({name: (kinds[name], remedy) for name, remedy in remedies.items()}, partial(getattr, config))
 
 
 def shown(value: Any) -> str:
@@ -111,47 +140,11 @@ def check_stack(stack: Mapping[str, int] | None, config: Any) -> None:
         )
 
 
-# ---- kinds
+# ---- the fields of a configuration
 
 
-def or_none(fits: Fits) -> Fits:
-    """Also None."""
-    return lambda value: value is None or fits(value)
-
-
-def of_type(*types: type) -> Fits:
-    """A value of one of some types."""
-    return lambda value: isinstance(value, types)
-
-
-def list_of(fits: Fits, *types: type) -> Fits:
-    """A list, a tuple or a set (or one of some types) of what fits."""
-    return lambda value: isinstance(value, types or (list, tuple, set)) and all(map(fits, value))
-
-
-def map_of(name: Fits, fits: Fits) -> Fits:
-    """A map of what fits."""
-    return lambda value: isinstance(value, Mapping) and all(map(name, value)) and all(map(fits, value.values()))
-
-
-text, truth = of_type(str), of_type(bool)
-
-
-def number(value: Any) -> bool:
-    """A finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= float_info.max
-
-
-def _whole(least: int = 0, most: int = _MOST) -> Fits:
-    return lambda value: isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
-
-
-def _name(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
-
-
-def _pattern(value: Any) -> bool:
-    if not _name(value) or len(value) > MOST_TEXT:
+def _is_pattern(value: str) -> bool:
+    if not value or len(value) > MOST_TEXT:
         return False
     try:
         re.compile(value)
@@ -160,67 +153,43 @@ def _pattern(value: Any) -> bool:
     return True
 
 
-def _path(value: Any) -> bool:
-    """True for the end of a module's path: PEFT reads some of these as regular expressions."""
-    return isinstance(value, str) and _PATH.fullmatch(value) is not None
+def counted(places: Mapping[str, int]) -> bool:
+    """True if the values are the numbers from 0 on."""
+    return [*range(len(places))] == sorted(places.values()) != []
 
 
-def _places(name: Fits) -> Fits:
-    """A map from names to the numbers from 0 on; that of a model itself, which may be a layer as well, is empty."""
-    return lambda value: bool(map_of(name, _whole())(value) and [*range(len(value))] == sorted(value.values()) != [])
-
-
-_ranks = map_of(_name, _whole(1))
-_wholes = list_of(_whole())
-_FIELDS: Kinds = {
-    "target_modules exclude_modules": (
-        or_none(lambda value: list_of(_name)(value) or _pattern(value)),
-        "pass a list of names, a regular expression, or None",
-    ),
-    "layers_to_transform": (
-        or_none(lambda value: _whole()(value) or _wholes(value)),
-        "pass numbers of layers, from 0 on, or None",
-    ),
-    "layers_pattern": (
-        or_none(lambda value: value == "" or _path(value) or list_of(_path)(value)),
-        "pass names, or None",
-    ),
-    "modules_to_save": (or_none(list_of(_path)), "pass a list of names, or None"),
-    "trainable_token_indices": (
-        or_none(lambda value: _wholes(value) or map_of(_path, _wholes)(value)),
-        "pass numbers of tokens, from 0 on, or such lists by the embedding's name, or None",
-    ),
-    "bias": (lambda value: value in _BIAS, f"use one of {', '.join(_BIAS)}"),
-    "dropout": (lambda value: number(value) and 0 <= value < 1, "pass a number from 0 to below 1"),
-    "relative_step": (
-        or_none(lambda value: number(value) and value > 0),
-        "pass a positive number, such as 1e-2, or None",
-    ),
-    "stack": (
-        or_none(map_of(lambda name: text(name) and name.isidentifier(), _whole(1))),
-        'pass a map from stack indices to their sizes, {"scene": 24}, or None',
-    ),
-    "axes": (
-        or_none(map_of(of_type(object), text)),
-        'pass a map from names of Parameters to their axes, {"kernel": "expert inp out"}, or None',
-    ),
-    "seed": (_whole(), "pass a whole number from 0 on, below 2**63"),
-    "tokens": (_whole(1), "pass a whole number from 1 on, below 2**63"),
-    "replicas": (_whole(1, _MOST_REPLICAS), f"pass a whole number from 1 to {_MOST_REPLICAS}"),
-    "replica_seeds": (
-        or_none(list_of(_whole(), list, tuple)),
-        "pass a list of whole numbers from 0 on, or None",
-    ),
-    "replica_ranks": (
-        or_none(list_of(_ranks, list, tuple)),
-        'pass a list of ranks by bond, [{"r": 2}, {"r": 4}], or None',
-    ),
-    "replica_scales": (or_none(list_of(number, list, tuple)), "pass a list of finite numbers, or None"),
-    "auto_mapping": (or_none(of_type(Mapping)), "pass a map, or None"),
-    "base_model_name_or_path revision peft_version": (or_none(text), "pass text, or None"),
-    "save_frozen dora inference_mode": (truth, "pass True or False"),
-    "layers": (or_none(_places(text)), "check the file: it is a map from paths to their places, from 0 on"),
-    "projections": (or_none(_places(_name)), "check the file: it is a map from names to their places, from 0 on"),
-    "embeddings": (or_none(list_of(text, list)), "pass names of weights, or None"),
-    "frozen": (or_none(map_of(_name, _name)), "check the file: it is a map from factors to hashes"),
+Name = Annotated[str, bool]
+Path = Annotated[str, re.compile(r"[\w\-]+(\.[\w\-]+)*").fullmatch]  # the end of one: PEFT reads it as an expression
+Pattern = Annotated[str, _is_pattern]
+Whole = Annotated[int, lambda value: 0 <= value <= _MOST]
+Count = Annotated[int, lambda value: 1 <= value <= _MOST]
+Replicas = Annotated[int, lambda value: 1 <= value <= _MOST_REPLICAS]
+Positive = Annotated[float, lambda value: value > 0]
+Share = Annotated[float, lambda value: 0 <= value < 1]
+Bias = Annotated[str, _BIAS.__contains__]
+Index = Annotated[str, str.isidentifier]
+_REMEDIES = {  # several fields with spaces between, in the order in which they are checked
+    "target_modules exclude_modules": "pass a list of names, a regular expression, or None",
+    "layers_to_transform": "pass numbers of layers, from 0 on, or None",
+    "layers_pattern": "pass names, or None",
+    "modules_to_save": "pass a list of names, or None",
+    "trainable_token_indices": "pass numbers of tokens, from 0 on, or such lists by the embedding's name, or None",
+    "bias": f"use one of {', '.join(_BIAS)}",
+    "dropout": "pass a number from 0 to below 1",
+    "relative_step": "pass a positive number, such as 1e-2, or None",
+    "stack": 'pass a map from stack indices to their sizes, {"scene": 24}, or None',
+    "axes": 'pass a map from names of Parameters to their axes, {"kernel": "expert inp out"}, or None',
+    "seed": "pass a whole number from 0 on, below 2**63",
+    "tokens": "pass a whole number from 1 on, below 2**63",
+    "replicas": f"pass a whole number from 1 to {_MOST_REPLICAS}",
+    "replica_seeds": "pass a list of whole numbers from 0 on, or None",
+    "replica_ranks": 'pass a list of ranks by bond, [{"r": 2}, {"r": 4}], or None',
+    "replica_scales": "pass a list of finite numbers, or None",
+    "auto_mapping": "pass a map, or None",
+    "base_model_name_or_path revision peft_version": "pass text, or None",
+    "save_frozen dora inference_mode": "pass True or False",
+    "layers": "check the file: it is a map from paths to their places, from 0 on",
+    "projections": "check the file: it is a map from names to their places, from 0 on",
+    "embeddings": "pass names of weights, or None",
+    "frozen": "check the file: it is a map from factors to hashes",
 }

@@ -2,54 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from tnpeft import families
-from tnpeft.adapters.config_validation import (
-    Kinds,
-    check_kinds,
-    list_of,
-    map_of,
-    number,
-    of_type,
-    or_none,
-    shown,
-    text,
-    truth,
-)
+from tnpeft.adapters.config_validation import Kinds, check_kinds, fits, shown
 from tnpeft.networks import ConfigError, Factorization, Network, SiteRule, network
 
 SCHEMA = 1  # of what `lower` writes; a reader refuses any other
 _LARGEST = 1e30  # of a scale: fp32 holds it, and products of it with what a model computes
 _MOST_TEXT = 20_000  # characters of a line in a file, as many as a chain of a thousand factors has
 _MOST_LINES = 1_000
-_table = map_of(text, of_type(object))
-_FIELDS: Kinds = {  # what fits the fields of a factorization, and in words what to pass for them
-    "ranks": (_table, 'pass a map from bonds to sizes, {"r": 8}'),
-    "splits": (map_of(text, of_type(list, tuple)), 'pass a map from sides to lists of sizes, {"out": (32, None)}'),
-    "init": (_table, 'pass a map from factors to starts, {"B": "zeros"}'),
-    "scale": (number, "pass a finite number"),
-    "unit_norm": (list_of(text, list, tuple), "pass a list of factors' names"),
-    "lr_multiplier": (_table, 'pass a map from factors to numbers, {"G": 16}'),
-    "square": (truth, "pass True or False"),
+_Table = Mapping[str, object]
+_FIELDS: Kinds = {  # the types of the fields of a factorization, and in words what to pass for them
+    "ranks": (_Table, 'pass a map from bonds to sizes, {"r": 8}'),
+    "splits": (Mapping[str, list | tuple], 'pass a map from sides to lists of sizes, {"out": (32, None)}'),
+    "init": (_Table, 'pass a map from factors to starts, {"B": "zeros"}'),
+    "scale": (float, "pass a finite number"),
+    "unit_norm": (Sequence[str], "pass a list of factors' names"),
+    "lr_multiplier": (_Table, 'pass a map from factors to numbers, {"G": 16}'),
+    "square": (bool, "pass True or False"),
 }
 _MAPS = ("ranks", "splits", "init", "lr_multiplier")
 _CHECK = "check the file"
-
-
-def _lines(value: Any) -> bool:
-    """True for the lines of a factorization as a file has them."""
-    kind = map_of({"network", "sites"}.__contains__, text)
-    fits = list_of(lambda line: kind(line) and len(line) == 2 and len(line["network"]) <= _MOST_TEXT, list)
-    return fits(value) and 0 < len(value) <= _MOST_LINES
-
-
-_STORED: Kinds = {  # what fits the entries of what `lower` writes, besides the schema
-    "lines": (_lines, _CHECK),
-    "name source": (text, _CHECK),
-    **{name: (or_none(fits) if name in _MAPS else fits, _CHECK) for name, (fits, _) in _FIELDS.items()},
+_Line = Annotated[
+    Mapping[Literal["network", "sites"], str],
+    lambda line: len(line) == 2 and len(line["network"]) <= _MOST_TEXT,
+]
+_STORED: Kinds = {  # the types of the entries of what `lower` writes, besides the schema
+    "lines": (Annotated[list[_Line], lambda lines: 0 < len(lines) <= _MOST_LINES], _CHECK),
+    "name source": (str, _CHECK),
+    **{name: (kind | None if name in _MAPS else kind, _CHECK) for name, (kind, _) in _FIELDS.items()},
 }
 
 
@@ -103,7 +87,7 @@ def with_rank_pattern(f: Factorization, pattern: Mapping[str, Mapping[str, int]]
     Each entry becomes a line of its own in which the bonds of another rank carry the entry's number. A factor that
     both lines share is stored once for each of its shapes.
     """
-    if not _table(pattern):
+    if not fits(pattern, _Table):
         raise ConfigError(
             f"rank_pattern is {shown(pattern)}", remedy="name projections and bonds: {'v_proj': {'r': 4}}"
         )
@@ -160,7 +144,7 @@ def _plain(value: Any) -> Any:
 def _checked(f: Factorization) -> Factorization:
     """The factorization, once its numbers are known to be finite numbers."""
     for name, value in {"scale": f.scale, **f.lr_multiplier}.items():
-        if not number(value) or abs(value) > _LARGEST:
+        if not fits(value, float) or abs(value) > _LARGEST:
             raise ConfigError(f"{name} is {shown(value)}", remedy=f"pass a number of at most {_LARGEST:g}")
     if f.scale == 0:
         raise ConfigError("scale is 0: the update would be zero for ever", remedy="pass another number")

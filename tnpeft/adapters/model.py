@@ -85,12 +85,12 @@ class TensorNetworkModel(BaseTuner):
         bank = getattr(model, BANK, None)
         known = bank.configs.get(adapter_name) if isinstance(bank, FactorBank) else None
         given = self.peft_config[adapter_name]
+        if known is not None:
+            self.peft_config[adapter_name] = known
+            raise ConfigError(
+                f"the model has an adapter {adapter_name!r} already", remedy="delete it first, or choose another name"
+            )
         try:
-            if known is not None:
-                raise ConfigError(
-                    f"the model has an adapter {adapter_name!r} already",
-                    remedy="delete it first, or choose another name",
-                )
             with or_as_before(self), parked(model):
                 config = self.peft_config[adapter_name] = copy.deepcopy(translated(model, given).copied())
                 config.keep_model()
@@ -107,10 +107,7 @@ class TensorNetworkModel(BaseTuner):
                         warnings.filterwarnings("ignore", "You have passed exclude_modules")  # PEFT sees modules only
                     super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException as error:
-            if known is None:  # the table may be the model's own, which transformers leaves as it is
-                self.peft_config.pop(adapter_name, None)
-            else:
-                self.peft_config[adapter_name] = known
+            self.peft_config.pop(adapter_name, None)  # the table may be the model's own, which transformers leaves
             if given.loaded and isinstance(error, _UNFIT) and not isinstance(error, NetworkError):
                 raise AdapterFileError(f"the adapter does not fit the model: {error}", remedy=AGAIN) from error
             raise

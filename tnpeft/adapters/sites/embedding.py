@@ -131,7 +131,7 @@ def lookup(net: Network, sizes: Mapping[str, int], tokens: int) -> Lookup:
     def read(factor: Factor) -> Factor:
         name = f"F{len(reads)}"
         cols, rest = ([i for i in factor.indices if (i in net.cols) is own] for own in (True, False))
-        reads[name] = _table(net, sizes, factor, cols, rest) if cols else _whole(net.label(factor))
+        reads[name] = _table(net, sizes, factor, cols, rest)
         return Factor(name, (*(number,) * bool(cols), *rest), factor.kind)
 
     terms = tuple(Term(tuple(map(read, term.factors)), term.sign) for term in net.terms)
@@ -148,18 +148,16 @@ def lookup(net: Network, sizes: Mapping[str, int], tokens: int) -> Lookup:
     return look
 
 
-def _whole(label: str) -> _Read:
-    return lambda flat, arrays: arrays[label]
-
-
 def _table(net: Network, sizes: Mapping[str, int], factor: Factor, cols: list[str], rest: list[str]) -> _Read:
-    """The rows of a factor at its own digits of the numbers."""
+    """The rows of a factor at its own digits of the numbers; all of it if it has no column indices."""
     label, order = net.label(factor), [factor.indices.index(index) for index in (*cols, *rest)]
     shape, length = [sizes[index] for index in rest], prod(sizes[index] for index in cols)
     step = {index: prod(sizes[i] for i in net.cols[k + 1 :]) for k, index in enumerate(net.cols)}
     digits = [] if cols == [*net.cols] else [(step[index], sizes[index]) for index in cols]
 
     def read(flat: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
+        if not cols:
+            return arrays[label]
         place = torch.zeros_like(flat) if digits else flat
         for worth, size in digits:
             place = place * size + flat // worth % size

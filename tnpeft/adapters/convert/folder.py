@@ -31,7 +31,6 @@ from tnpeft.networks import AdapterFileError, ConfigError, Factorization, Networ
 from tnpeft.nn.dense import dense
 
 _NOTE = "tnpeft_converted"  # entry of the file's header: axes of every array, ranks and scales as in the source
-_Kind = tuple[Network, tuple[tuple[str, int], ...]]  # a line and its ranks
 
 
 # ---- writing
@@ -47,11 +46,11 @@ def write_folder(lines: AdapterLines, folder: Path, to: str, card: Card | None) 
         layer, proj = names[site.module]
         out, inp = site.shape
         chosen[site.module] = Site(places[layer], proj, out, inp, 0, site.module, 0, site.sizes.get("expert", 0))
-    sites = _padded([site.scaled(scale) for site in lines.sites], chosen)
+    sites = [site.scaled(scale) for site in lines.sites]
     f = _factorization(sites, chosen, scale)
     order = sorted_projs({proj for _, proj in names.values()})
     placed = layout(f, sorted(chosen.values(), key=lambda site: (site.layer, order.index(site.proj))))
-    values = _values(placed, {site.module: site for site in sites})
+    values, padded = _values(placed, {site.module: site for site in sites})
     magnitudes = {site.module: site.magnitude for site in sites if site.magnitude is not None}
     if magnitudes and len(magnitudes) != len(sites):
         raise ConfigError("some sites have a DoRA magnitude and others none", remedy="convert them apart")
@@ -70,9 +69,6 @@ def write_folder(lines: AdapterLines, folder: Path, to: str, card: Card | None) 
     assert {name: tuple(value.shape) for name, value in arrays.items()} == factor_shapes(config, placed)
     axes = {param.key: list(param.indices) for param in placed.parameters}
     scales = {site.module: site.scale for site in lines.sites if site.scale != scale}
-    padded = {
-        site.module: _ranks(site) for site, its in zip(lines.sites, sites, strict=True) if _ranks(site) != _ranks(its)
-    }
     config.save_pretrained(str(folder))
     save(
         {f"{PEFT_PREFIX}{name}": value for name, value in {**arrays, **lines.others}.items()},
@@ -96,47 +92,31 @@ def _names(modules: Sequence[str], card: Card | None) -> dict[str, tuple[str, st
     return found | names_by_path([module for module in modules if module not in found])
 
 
-def _ranks(site: SiteAdapter) -> dict[str, int]:
-    return {bond: site.sizes[bond] for bond in site.network.bonds}
-
-
-def _padded(sites: Sequence[SiteAdapter], chosen: Mapping[str, Site]) -> list[SiteAdapter]:
-    """The sites with the bonds of a projection equally large in all layers: zeros fill the smaller ones."""
-    most: Counter[tuple[str, Network, str]] = Counter()
-    for site in sites:
-        most |= Counter({(chosen[site.module].proj, site.network, bond): n for bond, n in _ranks(site).items()})
-    wide = []
-    for site in sites:
-        net, proj = site.network, chosen[site.module].proj
-        sizes = {index: most[proj, net, index] or size for index, size in site.sizes.items()}
-        shapes = {net.label(factor): [sizes[index] for index in factor.indices] for factor in net.factors}
-        wide.append(replace(site, factors={label: grown(site.factors[label], its) for label, its in shapes.items()}))
-    return wide
-
-
 def _factorization(sites: Sequence[SiteAdapter], chosen: Mapping[str, Site], scale: float) -> Factorization:
-    kinds: dict[str, dict[_Kind, None]] = {}
+    """The lines of all projections; a bond is as large as the largest of a projection's layers has it."""
+    kinds: dict[str, dict[Network, Counter[str]]] = {}
     for site in sites:
-        kinds.setdefault(chosen[site.module].proj, {})[site.network, tuple(sorted(_ranks(site).items()))] = None
-    groups: dict[_Kind, list[str]] = {}
+        ranks = kinds.setdefault(chosen[site.module].proj, {}).setdefault(site.network, Counter())
+        ranks |= Counter({bond: site.sizes[bond] for bond in site.network.bonds})
+    groups: dict[tuple[Network, tuple[tuple[str, int], ...]], list[str]] = {}  # projections by line and ranks
     for proj, its in kinds.items():
         if len(its) > 1:
             raise ConfigError(
-                f"the layers of {proj} are updated by different lines: "
-                f"{' and '.join(str(net) for net, _ in list(its)[:2])}",
+                f"the layers of {proj} are updated by different lines: {' and '.join(map(str, list(its)[:2]))}",
                 remedy="convert these layers apart",
             )
-        groups.setdefault(next(iter(its)), []).append(proj)
+        [(net, ranks)] = its.items()
+        groups.setdefault((net, tuple(sorted(ranks.items()))), []).append(proj)
     usual = max(groups, key=lambda group: len(groups[group]))
-    rules, ranks = [], {}
+    rules, sizes = [], {}
     for number, (group, projs) in enumerate(sorted(groups.items(), key=lambda item: item[0] == usual)):
         net = next((p.network for packings in TARGETS.values() for p in packings if p.site == group[0]), None)
         if net is None:
             raise ConfigError("the line belongs to no format", line=str(group[0]), remedy='convert it to="lora"')
         new = {bond: bond if group == usual else f"{bond}_{number + 1}" for bond, _ in group[1]}
-        ranks |= {new[bond]: rank for bond, rank in group[1]}
+        sizes |= {new[bond]: rank for bond, rank in group[1]}
         rules.append(SiteRule(net.rename(new), "*" if group == usual else "|".join(projs)))
-    f = Factorization(name="converted", lines=tuple(rules), ranks=ranks, scale=scale, source="converted (derived)")
+    f = Factorization(name="converted", lines=tuple(rules), ranks=sizes, scale=scale, source="converted (derived)")
     return replace(f, splits=_splits(f, sites, chosen))
 
 
@@ -172,15 +152,21 @@ def _gives(f: Factorization, chosen: Mapping[str, Site], wanted: Mapping[str, Ma
         return False
 
 
-def _values(placed: Layout, sites: Mapping[str, SiteAdapter]) -> dict[ParameterSpec, Tensor]:
+def _values(
+    placed: Layout, sites: Mapping[str, SiteAdapter]
+) -> tuple[dict[ParameterSpec, Tensor], dict[str, dict[str, int]]]:
+    """The arrays, smaller ones filled with zeros, and the ranks of the sites that have such."""
     values: dict[ParameterSpec, Tensor] = {}
+    padded = {}
     for site_layout in placed.site_layouts:
         site = sites[site_layout.site.module]
         for label, param in site_layout.parameters.items():
-            value = site.factors[label]
+            value = grown(site.factors[label], param.shape)
+            if value.shape != site.factors[label].shape:
+                padded[site.module] = {bond: site.sizes[bond] for bond in site.network.bonds}
             if not torch.equal(values.setdefault(param, value), value):
                 raise ConfigError(f"{label} differs between sites that share it", remedy="convert them apart")
-    return values
+    return values, padded
 
 
 # ---- reading

@@ -161,7 +161,7 @@ def _parameter(module: str, targets: list[str], sites: Mapping[str, Mapping[str,
     owner = re.sub(r"(\.base_layer)+$", "", module)
     nested = [name for k in range(len(module)) if (name := owner + ".base_layer" * k) in sites]
     own = [name for name in targets if f".{owner}".endswith(f".{name.rpartition('.')[0]}")]
-    names = sorted((name.rpartition(".")[2] for name in own), key=lambda name: (name == "down_proj", own))
+    names = sorted((name.rpartition(".")[2] for name in own), key="down_proj".__eq__)
     if len(names) != len(nested):
         raise ConfigError(
             f"{owner} holds {len(nested)} adapted parameters and target_parameters names {len(names)} of it",
@@ -277,20 +277,18 @@ def _unpacked(
         whole, groups = shared[name], parse(axes)[1]
         if whole.ndim != len(groups):
             raise AdapterFileError(f"{name} has the shape {tuple(whole.shape)}, not that of {axes}", remedy=AGAIN)
-        for axis, group in enumerate(groups):
-            length = whole.shape[axis]
-            if group and group[0] not in sizes:  # a side that the site's own tensors do not tell is all of the tensor
-                if packing.method == "RandLoRA" and any(sizes.get(s) not in (None, length) for s in ("out", "inp")):
-                    raise ConfigError(
-                        f"the shape of {module} does not follow from its file",
-                        remedy="pass model=, the base model or its name",
-                    )
-                sizes[group[0]] = length
-            size = sizes[group[0]] if group else 1
-            if size > length:
-                raise AdapterFileError(f"{name} has the shape {tuple(whole.shape)}, too small for {module}")
-            whole = whole.narrow(axis, 0, size)
-        raw[name] = whole.contiguous()
+        told = {group[0]: n for group, n in zip(groups, whole.shape, strict=True) if group and group[0] not in sizes}
+        sides = {*told.values(), *(sizes[side] for side in ("out", "inp") if side in sizes)}
+        if told and packing.method == "RandLoRA" and len(sides) > 1:
+            raise ConfigError(
+                f"the shape of {module} does not follow from its file",
+                remedy="pass model=, the base model or its name",
+            )
+        sizes |= told  # a side that the site's own tensors do not tell is all of the shared one
+        cut = [sizes[group[0]] if group else 1 for group in groups]
+        if any(size > n for size, n in zip(cut, whole.shape, strict=True)):
+            raise AdapterFileError(f"{name} has the shape {tuple(whole.shape)}, too small for {module}")
+        raw[name] = whole[tuple(map(slice, cut))].contiguous()
     factors = {}
     for name, line in packing.tensors.items():
         label = parse(line)[0]

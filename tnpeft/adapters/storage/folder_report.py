@@ -71,7 +71,7 @@ class FolderReport(Printed):
         facts = {
             "folder": self.folder,
             "family": self.name,
-            "line": "\n".join(self.lines) if len(self.lines) == 1 else " ; ".join(self.lines),
+            "line": " ; ".join(self.lines),
             "ranks": _pairs(self.ranks) or "none",
             "scale": f"{self.scale:g}",
             "init": _pairs(self.init) or "by the variance rule",

@@ -331,7 +331,7 @@ def test_grams_are_those_of_the_jacobian(name):
         expected = torch.linalg.solve(total, gradient.flatten()).reshape(array.shape)
         assert torch.allclose(found, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max())), label
         assert stacked[label].shape[-1] == array.shape[-1]
-        assert environment.blocks
+        assert environment
 
 
 def test_replicas_step_as_separate_runs():

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tnpeft.adapters.state import arrays, bank_of, refresh
 from tnpeft.layout import Layout, ParameterSpec
 from tnpeft.networks import Factor, Network, NetworkError, Term
-from tnpeft.optim.grams import Group, groups, products
+from tnpeft.optim.grams import Group, groups, linked, products
 
 _Arrays = dict[ParameterSpec, Tensor]
 
@@ -72,7 +72,8 @@ def _balance(
     if len(terms) > 1 or len(free) < 2 or any(_uses(layout, p, net) for p in shared):
         return
     halves = _halves(terms[0], free, bond) if len(free) == carriers == 2 else None
-    for members in _scopes(layout, net, [factor.name for factor in free]):
+    places = [site.parameters for site in layout.site_layouts if site.network == net]
+    for members in linked({place[factor.name] for factor in free} for place in places):
         own = [{p for p in members if p.label == factor.name} for factor in free]
         if halves is None:
             _rescale(free, own, bond, new)
@@ -95,17 +96,6 @@ def _halves(term: Term, ends: Sequence[Factor], bond: str) -> tuple[list[Factor]
         near = [f for f in right if reach & set(f.indices)]
         left, right, grown = left + near, [f for f in right if f not in near], bool(near)
     return (left, right) if ends[1] in right else None
-
-
-def _scopes(layout: Layout, net: Network, labels: Sequence[str]) -> list[set[ParameterSpec]]:
-    """The arrays of some factors in sets that share sites, directly or through others."""
-    scopes: list[set[ParameterSpec]] = []
-    for site in layout.site_layouts:
-        if site.network == net:
-            own = {site.parameters[label] for label in labels}
-            linked = [scope for scope in scopes if scope & own]
-            scopes = [scope for scope in scopes if not scope & own] + [own.union(*linked)]
-    return scopes
 
 
 def _rescale(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tnpeft.adapters.state import arrays, bank_of
 from tnpeft.layout import Layout, ParameterSpec
 from tnpeft.networks import REPLICA, NetworkError
-from tnpeft.optim.grams import Environment, Group, groups, inner_product
+from tnpeft.optim.grams import Block, Group, groups, inner_product, linked
 from tnpeft.scaling.gain import squares_on
 
 _Arrays = Mapping[ParameterSpec, Tensor]
@@ -37,14 +37,16 @@ class Directions:
                     remedy="precondition the optimizer of a model whose factors are not sharded",
                 )
         if invariant:
-            self.component = _components(self.layout)
-            squares = squares_on(self.layout)
+            squares, places = squares_on(self.layout), self.layout.site_layouts
+            live = [{p for p in site.parameters.values() if p.kind == "trainable"} for site in places]
+            self.component = {
+                param: k for k, its in enumerate(linked(live)) for param in its
+            }  # of arrays that share sites
             self.gains: dict[int, dict[str, list[float]]] = {}
             self.entries: dict[int, int] = {}
             totals: dict[str, float] = {}
-            for site in self.layout.site_layouts:
-                live = [param for param in site.parameters.values() if param.kind == "trainable"]
-                component = self.component[live[0]]
+            for site, own in zip(places, live, strict=True):
+                component = self.component[next(iter(own))]
                 self.entries[component] = self.entries.get(component, 0) + site.site.out * site.site.inp
                 for label, square in squares[site.site].items():
                     self.gains.setdefault(component, {}).setdefault(label, []).append(float(square))
@@ -95,13 +97,13 @@ class Directions:
         for group in self.groups:
             dtype = torch.promote_types(next(iter(self.trained.values())).dtype, torch.float32)
             stacked = group.stacked(self.values, dtype)
-            for label, environment in group.environments.items():
+            for label, blocks in group.environments.items():
                 params = [site.parameters[label] for site in group.sites]
                 if not any(param in gradients for param in params):
                     continue
-                grams = [self.factor * group.gram(block, stacked) for block in environment.blocks]
+                grams = [self.factor * group.gram(block, stacked) for block in blocks]
                 if label in group.unit:
-                    grams = [self._lengths(group, label, environment, grams)]
+                    grams = [self._lengths(group, label, blocks, grams)]
                 unique = list(dict.fromkeys(params))
                 for k, gram in enumerate(grams):
                     if len(gram) == 1 or len(unique) == len(params):
@@ -112,30 +114,27 @@ class Directions:
                     for k, param in enumerate(unique):
                         own = grams[0][k if len(grams[0]) > 1 else 0]
                         sums[param] = sums[param] + own if param in sums else own
-                        batches[param] = environment.blocks[0].batch if environment.blocks else ()
+                        batches[param] = blocks[0].batch
                     continue
                 kept = [k for k, param in enumerate(unique) if param in gradients]
                 stack = torch.stack([torch.stack(gradients[unique[k]]) for k in kept], 1).to(dtype)
-                for block, gram in zip(environment.blocks, grams, strict=True):
+                for block, gram in zip(blocks, grams, strict=True):
                     chosen = gram if len(gram) == 1 else gram[kept]
                     stack = self._solve(stack, dampings, chosen, unique[0].indices, block.batch, block.bonds)
                 for place, k in enumerate(kept):
                     found[unique[k]] = list(stack[:, place])
+        outer = {index for group in self.groups for index in group.network.outer}
         for param, gram in sums.items():
             if param in gradients:
-                bonds = tuple(i for i in param.indices if i not in self._outer)
+                bonds = tuple(i for i in param.indices if i not in outer)
                 stack = torch.stack(gradients[param])[:, None].to(gram.dtype)
                 solved = self._solve(stack, dampings, gram[None], param.indices, batches[param], bonds)
                 found[param] = list(solved[:, 0])
         return found
 
-    @property
-    def _outer(self) -> set[str]:
-        return {index for group in self.groups for index in group.network.outer}
-
-    def _lengths(self, group: Group, label: str, environment: Environment, grams: list[Tensor]) -> Tensor:
+    def _lengths(self, group: Group, label: str, blocks: tuple[Block, ...], grams: list[Tensor]) -> Tensor:
         """The Gram matrix of a factor that is normalised: over the lengths of its columns on both sides."""
-        (gram,), (block,) = grams, environment.blocks
+        (gram,), (block,) = grams, blocks
         params = list(dict.fromkeys(site.parameters[label] for site in group.sites))
         length = torch.stack(
             [torch.linalg.vector_norm(self.values[p].detach().to(gram.dtype), dim=group.unit[label]) for p in params]
@@ -197,21 +196,3 @@ class _Overlap:
             along = sum((self.slopes[p] * change).sum() for p, change in step.items())
         found = torch.autograd.grad(along, [self.here[p] for p in wanted], retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
         return {p: torch.zeros_like(self.here[p]) if g is None else g for p, g in zip(wanted, found, strict=True)}
-
-
-def _components(layout: Layout) -> dict[ParameterSpec, int]:
-    """A number for every array, equal for those that share a site, directly or through others."""
-    leader: dict[ParameterSpec, ParameterSpec] = {param: param for param in layout.parameters}
-
-    def find(param: ParameterSpec) -> ParameterSpec:
-        while leader[param] is not param:
-            param = leader[param]
-        return param
-
-    for site in layout.site_layouts:
-        live = [param for param in site.parameters.values() if param.kind == "trainable"]
-        first, *others = live or list(site.parameters.values())
-        for param in others:
-            leader[find(param)] = find(first)
-    numbers: dict[ParameterSpec, int] = {}
-    return {param: numbers.setdefault(find(param), len(numbers)) for param in layout.parameters}

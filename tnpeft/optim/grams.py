@@ -42,14 +42,6 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Environment:
-    """The environment of one factor at the sites of one group, in blocks."""
-
-    label: str
-    blocks: tuple[Block, ...]
-
-
-@dataclass(frozen=True)
 class Group:
     """Sites of one line and one shape, their environments, and which factors differ from site to site."""
 
@@ -70,11 +62,11 @@ class Group:
         return frozenset(k for k in labels if len({site.parameters[k] for site in self.sites}) > 1)
 
     @cached_property
-    def environments(self) -> dict[str, Environment]:
-        """The environment of every trained factor, by label."""
+    def environments(self) -> dict[str, tuple[Block, ...]]:
+        """The environment of every trained factor in blocks, by label; of a joint one in one block."""
         net = self.network
         labels = [net.label(factor) for factor in net.factors if factor.kind == "trainable"]
-        return {label: Environment(label, _blocks(net, label, self.varying, label in self.joint)) for label in labels}
+        return {label: _blocks(net, label, self.varying, label in self.joint) for label in labels}
 
     @cached_property
     def closed(self) -> tuple[tuple[Network, tuple[str, ...]], ...]:
@@ -135,7 +127,7 @@ def groups(layout: Layout) -> tuple[Group, ...]:
     >>> from tnpeft.networks import Factorization, Site
     >>> f = Factorization.of("B[layer out r] A[r inp] -> layer out inp", ranks={"r": 2})
     >>> (group,) = groups(build(f, [Site(k, "q", 8, 4) for k in (0, 1)]))
-    >>> sorted(group.varying), [block.bonds for block in group.environments["A"].blocks]
+    >>> sorted(group.varying), [block.bonds for block in group.environments["A"]]
     (['B'], [('r',)])
     """
     found: dict[object, list[SiteLayout]] = {}
@@ -149,6 +141,15 @@ def groups(layout: Layout) -> tuple[Group, ...]:
     joint = frozenset(param.label for param, where in uses.items() if len(where) > 1)
     unit = layout.factorization.unit_norm
     return tuple(Group(tuple(members), _columns(members[0], unit), joint) for members in found.values())
+
+
+def linked(sets: Iterable[set[ParameterSpec]]) -> list[set[ParameterSpec]]:
+    """Return the unions of sets that share arrays, directly or through others."""
+    found: list[set[ParameterSpec]] = []
+    for its in sets:
+        near = [other for other in found if other & its]
+        found = [other for other in found if not other & its] + [its.union(*near)]
+    return found
 
 
 def inner_product(parts: Iterable[Group], one: Values, other: Values, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies
 from sweep_results import quietly, study_of
+from typer.testing import CliRunner
 
+from tnpeft.cli import app
 from tnpeft.networks import TnpeftError
 from tnpeft.studies import methods
 from tnpeft.studies.files import StudyError, read_toml
@@ -68,6 +70,22 @@ def test_all_that_matters_is_in_a_runs_name(table: dict[str, Any]) -> None:
     assert len(keys) == 6
     same = study_of(table, protocol={"learning_rates": [1e-2, 5.0]})
     assert same.run(same.cells[0], 1e-2, 0).key == base.key
+
+
+def test_another_tokenizer_is_another_study_to_sweep_and_report(
+    table: dict[str, Any], tmp_path: Path, tiny: Path
+) -> None:
+    methods = '[[methods]]\nlabel = "none"\nnone = true\nprotocol = { steps = 0 }\n'
+    head = f'name = "own"\nbackbone = "{tiny}"\ntasks = ["digits_upright"]\nseeds = [0]\n'
+    (tmp_path / "own.toml").write_text(head + "[protocol]\ntrain = 64\ndev = 8\neval = 8\n" + methods)
+    shutil.copytree(tiny, tmp_path / "words")
+    places = [str(tmp_path / "own.toml"), "--tokenizer", str(tmp_path / "words"), "--out"]
+    swept = CliRunner().invoke(app, ["sweep", *places, str(tmp_path / "runs"), "--engine", "serial"])
+    assert swept.exit_code == 0, swept.output
+    runs = ["--runs", str(tmp_path / "runs")]
+    assert CliRunner().invoke(app, ["report", *places, str(tmp_path / "out"), *runs]).exit_code == 0
+    plain = CliRunner().invoke(app, ["report", places[0], *runs])
+    assert (plain.exit_code, "no results yet" in plain.output) == (2, True)
 
 
 def test_a_failed_run_is_recorded_and_the_rest_goes_on(table: dict[str, Any], tmp_path: Path) -> None:

@@ -104,7 +104,9 @@ def test_a_batch_in_lots_has_the_losses_and_gradients_of_the_whole(
     model = methods.attach(model.double(), {"family": "lora", "args": {"rank": 1}}, (), classifier=not words, seed=0)
     scorer = Scorer(task({"name": "t", "prompt": "{image}", "words": words or {"0": "a", "1": "b"}}), tokenizer, head)
     texts = [" ".join([f"p{1 + k % 9}"] * length) for k, length in enumerate(LENGTHS)]
-    batch = scorer.collate(scorer.encode([Example(text, text, k % 2) for k, text in enumerate(texts)]))
+    rows = scorer.encode([Example(text, text, k % 2) for k, text in enumerate(texts)])
+    batch, each_run = scorer.collate(rows), len(rows) // runs
+    blocks = [rows[start : start + each_run] for start in range(0, len(rows), each_run)]
     trained = [p for p in model.parameters() if p.requires_grad]
 
     def gradients(loss: Any) -> list[Any]:
@@ -113,7 +115,7 @@ def test_a_batch_in_lots_has_the_losses_and_gradients_of_the_whole(
     whole = scorer.losses(model, batch).view(runs, -1)
     parts, seen = torch.zeros_like(whole).detach(), 0
     sums = [torch.zeros_like(p) for p in trained]
-    for lot, part in scorer.cut(batch, runs):
+    for lot, part in scorer.cut(blocks, torch.device("cpu")):
         each = scorer.losses(model, part).view(runs, -1)
         parts.scatter_(1, torch.tensor(lot), each.detach())
         sums = [a + b for a, b in zip(sums, gradients(each.sum()), strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from concurrent.futures import Executor, Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from try_presets import PRESETS, read
 from tnpeft.studies import backbones, methods
 from tnpeft.studies.files import StudyError, merged
 from tnpeft.studies.protocol import Protocol
+from tnpeft.studies.running import dry_run
 from tnpeft.studies.running.dry_run import _at_hand, trial
 from tnpeft.studies.study import Study
 
@@ -49,6 +51,22 @@ def test_a_model_of_the_hub_has_random_weights_in_its_shape(table: dict[str, Any
     assert _at_hand(of_hub).places["tokenizer"] == backbones.BYTES
     own = replace(of_hub, places={**of_hub.places, "tokenizer": str(tiny)})
     assert _at_hand(own).places["tokenizer"] == str(tiny)
+
+
+def test_random_weights_are_tried_without_a_step_relative_to_them(
+    table: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Pool(Executor):
+        def submit(self, _: Any, run: Any, /) -> Any:  # type: ignore[override]
+            done: Future[Any] = Future()
+            done.set_result({"outcome": run.lr})
+            return done
+
+    monkeypatch.setattr(dry_run, "processes", lambda _: Pool())
+    table["methods"], table["tokenizer"] = table["methods"][:1], "bytes"
+    table["methods"][0]["relative_steps"] = [1e-2]
+    study = study_of(table, backbone="random:facebook/opt-125m")
+    assert [row["outcome"] for row in trial(study)] == [1e-2]
 
 
 @pytest.mark.parametrize("name", PRESETS)

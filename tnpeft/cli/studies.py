@@ -15,6 +15,8 @@ from tnpeft.studies.files import StudyError
 
 Data = Annotated[str, typer.Option(help="Folder with the tasks' files, or hub.")]
 Out = Annotated[Path, typer.Option(help="Folder to write.")]
+Backbone = Annotated[str, typer.Option(help="Another backbone than the file's.")]
+Tokenizer = Annotated[str, typer.Option(help="Another tokenizer than the file's; bytes needs no file.")]
 
 
 def _table(text: str, option: str) -> dict[str, Any]:
@@ -88,14 +90,14 @@ def sweep(
     study: Annotated[Path, typer.Argument(help="A study as TOML.")],
     out: Out = Path("runs/sweep"),
     data: Data = "",
-    backbone: Annotated[str, typer.Option(help="Another backbone than the file's.")] = "",
+    backbone: Backbone = "",
     engine: Annotated[str, typer.Option(help="processes, serial or ray.")] = "processes",
     workers: Annotated[int, typer.Option(help="Runs side by side; 0: one for each core.")] = 0,
     threads: Annotated[int, typer.Option(help="Threads of each run.")] = 1,
     retry: Annotated[bool, typer.Option(help="Make failed runs again.")] = False,
     pack: Annotated[int, typer.Option(help="Runs of several seeds and learning rates trained in one pass.")] = 1,
     gpus: Annotated[float, typer.Option(help="GPUs of each run on Ray, where there are any; 0.5 shares one.")] = 1.0,
-    tokenizer: Annotated[str, typer.Option(help="Another tokenizer than the file's; bytes needs no file.")] = "",
+    tokenizer: Tokenizer = "",
     attempt: Annotated[int, typer.Option("--try", help="Only try each method for so many steps.")] = 0,
 ) -> None:
     """Make every run of a study that is not there yet; stop it and start it again at any moment.
@@ -130,7 +132,8 @@ def report(
     runs: Annotated[Path, typer.Option(help="Folder of the sweep.")] = Path("runs/sweep"),
     out: Out = Path("runs/report"),
     data: Data = "",
-    backbone: Annotated[str, typer.Option(help="Another backbone than the file's.")] = "",
+    backbone: Backbone = "",
+    tokenizer: Tokenizer = "",
     reference: Annotated[str, typer.Option(help="Label that others are compared with; default: the first.")] = "",
 ) -> None:
     """Make the tables and figures of a study from its results."""
@@ -139,5 +142,5 @@ def report(
     from tnpeft.studies.reports.tables import results_table
     from tnpeft.studies.study import Study
 
-    points = make(Study.read(study, data=data, backbone=backbone), runs, out, reference)
+    points = make(Study.read(study, data=data, backbone=backbone, tokenizer=tokenizer), runs, out, reference)
     typer.echo(f"{Table.of(results_table(points)).markdown()}\n\ntables and figures are in {out}")

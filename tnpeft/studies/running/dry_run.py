@@ -60,6 +60,8 @@ def trial(study: Study, *, steps: int = 2, batch: int = 2) -> Iterator[Row]:
     short = {"steps": steps, "evaluate_every": steps, "train": steps * batch, "dev": batch, "eval": batch}
     short |= {"batch": batch, "accumulate": 1, "epochs": 0}
     for cell in firsts.values():
+        if study.places["model"].startswith(backbones.RANDOM):
+            cell = replace(cell, relative=False)  # random weights have no size that a step could be relative to
         run = study.run(cell, cell.protocol.learning_rates[0], study.table["seeds"][0])
         counted = methods.count(cell.method, backbones.shape(study.places["model"]), cell.protocol.targets)
         row = {"study": study.name, "model": study.places["model"], "task": task.name, "method": cell.label}

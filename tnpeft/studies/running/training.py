@@ -26,11 +26,10 @@ from tnpeft.studies import methods
 from tnpeft.studies.files import StudyError, whole
 from tnpeft.studies.protocol import Protocol
 from tnpeft.studies.tasks.data import Splits
-from tnpeft.studies.tasks.scoring import Scorer, inner, judge, metric
+from tnpeft.studies.tasks.scoring import Rows, Scorer, inner, judge, metric
 
 Progress = Callable[[int, int, float, float], None]  # step, steps, training loss, dev metric
 Say = Callable[[str], None]
-Rows = Sequence[dict[str, Any]]
 _KEPT = 2  # checkpoints in a folder: the newest, and the one to fall back to if that is damaged
 
 
@@ -197,8 +196,8 @@ def backward(scorer: Scorer, model: torch.nn.Module, rows: Sequence[Rows], place
         raise StudyError("the runs' batches differ in size", remedy="make these runs alone")
     owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     device, losses = next(model.parameters()).device, torch.zeros(len(rows), len(sizes))
-    whole = scorer.collate([run[k] for run, own in zip(rows, places, strict=True) for batch in own for k in batch])
-    for lot, part in scorer.cut({name: tensor.to(device) for name, tensor in whole.items()}, len(rows)):
+    chosen = [[run[k] for batch in own for k in batch] for run, own in zip(rows, places, strict=True)]
+    for lot, part in scorer.cut(chosen, device):
         owners = owner[torch.tensor(lot)]
         each = scorer.losses(model, part).view(len(rows), -1) / torch.tensor(sizes)[owners].to(device)
         (each.sum() / len(sizes)).backward()

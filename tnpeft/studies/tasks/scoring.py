@@ -17,6 +17,7 @@ from tnpeft.studies.tasks.data import Example
 from tnpeft.studies.tasks.task import METRICS, Task
 
 Batch = dict[str, torch.Tensor]
+Rows = Sequence[dict[str, Any]]  # encoded examples
 MicroBatch = list[list[int]]  # places of examples, equally many of each run
 
 # Tokens that take as long as the fixed cost of a forward pass, and the most tokens of one. Measured on a CPU, where
@@ -77,7 +78,7 @@ class Scorer:
         lead = ids[:1] if ids[0] in special else []
         return lead + ids[len(ids) - room + len(lead) :]
 
-    def collate(self, rows: Sequence[dict[str, Any]]) -> Batch:
+    def collate(self, rows: Rows) -> Batch:
         """A batch of encoded examples, padded on the left for words and on the right for a classifier."""
         ends = [[]] if self.width == 1 else [word[:-1] for word in self.words]
         ids = [torch.tensor(row["ids"] + end, dtype=torch.long) for row in rows for end in ends]
@@ -88,16 +89,15 @@ class Scorer:
             "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], True, 0, side),
         }
 
-    def cut(self, batch: Batch, runs: int = 1) -> Iterator[tuple[MicroBatch, Batch]]:
-        """Yield the batch in micro-batches of about equal length, without the padding that they do not need.
+    def cut(self, runs: Sequence[Rows], device: torch.device) -> Iterator[tuple[MicroBatch, Batch]]:
+        """Yield the rows of some runs, equally many of each, in micro-batches of about equal length.
 
-        ``runs`` are blocks of equally many examples in it, each of which takes part in every micro-batch. Each comes
-        with the places of its examples in their blocks.
+        No micro-batch has padding that it does not need. Each comes with the places of its examples in their runs.
         """
-        count, device = len(batch["labels"]), batch["labels"].device
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        lengths = mask.sum(1).view(count, -1).amax(1).view(runs, -1)
-        starts = torch.arange(0, count, count // runs)[:, None]
+        batch = {name: its.to(device) for name, its in self.collate([row for own in runs for row in own]).items()}
+        ids, mask, count = batch["input_ids"], batch["attention_mask"], len(batch["labels"])
+        lengths = mask.sum(1).view(count, -1).amax(1).view(len(runs), -1)
+        starts = torch.arange(0, count, count // len(runs))[:, None]
         for lot in micro_batches(lengths.tolist(), len(ids) // count, device.type):
             places = (torch.tensor(lot) + starts).flatten().to(device)
             rows = torch.arange(len(ids), device=device).view(count, -1)[places].flatten()
@@ -216,14 +216,14 @@ class Judged:
         return {name: metric(name, self.guesses, self.labels) for name in names}
 
 
-def evaluate(scorer: Scorer, model: torch.nn.Module, rows: Sequence[dict[str, Any]]) -> tuple[float, float]:
+def evaluate(scorer: Scorer, model: torch.nn.Module, rows: Rows) -> tuple[float, float]:
     """The task's metric and the mean cross-entropy over encoded examples, in evaluation mode."""
     (found,) = judge(scorer, model, [rows])
     return metric(scorer.task.metric, found.guesses, found.labels), found.loss
 
 
 @torch.no_grad()
-def judge(scorer: Scorer, model: torch.nn.Module, rows: Sequence[Sequence[dict[str, Any]]]) -> list[Judged]:
+def judge(scorer: Scorer, model: torch.nn.Module, rows: Sequence[Rows]) -> list[Judged]:
     """Return a model's predictions for encoded examples, in evaluation mode: each replica's for its own rows."""
     if len({len(its) for its in rows}) > 1:
         raise StudyError("the runs are judged on sets of different sizes", remedy="make these runs alone")
@@ -231,8 +231,7 @@ def judge(scorer: Scorer, model: torch.nn.Module, rows: Sequence[Sequence[dict[s
     model.eval()
     guesses = torch.zeros(runs, len(rows[0]), dtype=torch.long)
     loss = torch.zeros(runs)
-    whole = scorer.collate([row for its in rows for row in its])
-    for lot, batch in scorer.cut({name: tensor.to(device) for name, tensor in whole.items()}, runs):
+    for lot, batch in scorer.cut(rows, device):
         scores = scorer.scores(model, batch)
         each = nn.functional.cross_entropy(scores, batch["labels"], reduction="none")
         loss += each.view(runs, -1).sum(1).cpu()

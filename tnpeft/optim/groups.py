@@ -82,17 +82,21 @@ def parameter_groups(
 def _rates(
     model: nn.Module, adapter: str, lr: float | None, step: float | None, rule: str, batch: Any
 ) -> dict[int, tuple[str, float]]:
-    """The group's name and the rate of each trained array of an adapter, by the array's id."""
+    """The group's name and the rate of each trained array of an adapter, by the array's id.
+
+    By rule it is the mean of the rates that the array's sites ask for.
+    """
     bank = bank_of(model, adapter)
-    layout = bank.layouts[adapter]
-    multiplier = layout.factorization.lr_multiplier
-    held = arrays(model, bank, adapter, kinds=("trainable",))
-    by_rule = None if step is None else piece_rates(model, adapter, step, rule, batch)
-    found: dict[int, tuple[str, float]] = {}
-    for param, array in held.items():
-        rate = lr if by_rule is None else by_rule[param]
-        if rate is not None:
-            found[id(array)] = param.label, rate * multiplier.get(param.label, 1.0)
+    layout, found = bank.layouts[adapter], dict[int, tuple[str, float]]()
+    places = {place.site: place for place in layout.site_layouts}
+    asked: dict[ParameterSpec, list[float]] = {}
+    for site, rates in ({} if step is None else site_rates(model, layout, adapter, step, rule, batch)).items():
+        for label, rate in rates.items():
+            asked.setdefault(places[site].parameters[label], []).append(rate)
+    for param, array in arrays(model, bank, adapter, kinds=("trainable",)).items():
+        given = lr if step is None else sum(asked[param]) / len(asked[param])
+        if given is not None:
+            found[id(array)] = param.label, given * layout.factorization.lr_multiplier.get(param.label, 1.0)
     for linear in adapted_weights(model):
         if step is not None and adapter in linear.tnpeft_magnitude:
             magnitude = linear.tnpeft_magnitude[adapter]
@@ -100,30 +104,20 @@ def _rates(
     return found
 
 
-def piece_rates(
-    model: nn.Module, adapter: str, step: float, rule: str = "gain", batch: Any = None
-) -> dict[ParameterSpec, float]:
-    """Return the rate of each trained param by rule: the mean of what its sites ask for."""
-    layout = bank_of(model, adapter).layouts[adapter]
-    asked: dict[ParameterSpec, list[float]] = {}
-    for site, rates in site_rates(model, adapter, step, rule, batch).items():
-        place = next(place for place in layout.site_layouts if place.site == site)
-        for label, rate in rates.items():
-            asked.setdefault(place.parameters[label], []).append(rate)
-    return {param: sum(values) / len(values) for param, values in asked.items()}
-
-
 def site_rates(
-    model: nn.Module, adapter: str, step: float, rule: str = "gain", batch: Any = None
+    model: nn.Module, layout: Layout, adapter: str, step: float, rule: str, batch: Any
 ) -> dict[Site, dict[str, float]]:
     """Return for every site the rate that the rule gives to each trained factor there."""
-    layout = bank_of(model, adapter).layouts[adapter]
+    rates: dict[Site, dict[str, float]] = {}
     if rule == "measured":
         if batch is None:
             raise NetworkError('rule="measured" steps on a batch', remedy="pass batch=")
         return measured_rates(model, batch, adapter, step)
     if rule == "structure":
-        return {p.site: _structure(layout, p, step) for p in layout.site_layouts}
+        for place in layout.site_layouts:
+            net, sizes = place.network, dict(place.sizes)
+            rates[place.site] = by_structure(net, sizes, best_plan(net, sizes, tokens=1, minimize="macs"), step)
+        return rates
     if rule != "gain":
         raise NetworkError(f"rule={rule!r} is unknown", remedy="use gain, structure or measured")
     bases = base_sizes(model, adapter)
@@ -133,14 +127,9 @@ def site_rates(
                 f"the base weight of {site.module} has the RMS {rms}, to which no step is relative",
                 remedy="pass lr= instead of relative_step=, or leave that module out of target_modules",
             )
-    found, rates = starts_on(layout, bases), {}
+    found = starts_on(layout, bases)
     for place in layout.site_layouts:
         (entries, squares), base = found[place.site], bases[place.site]
         raw = stored(place.line.network, entries)
         rates[place.site] = by_gain(layout.factorization, raw, squares, step * base, step)
     return rates
-
-
-def _structure(layout: Layout, place: Any, step: float) -> dict[str, float]:
-    net, sizes = place.network, dict(place.sizes)
-    return by_structure(net, sizes, best_plan(net, sizes, tokens=1, minimize="macs"), step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,6 @@ from tnpeft.adapters.state import arrays, bank_of, refresh
 from tnpeft.layout import Layout, ParameterSpec
 from tnpeft.networks import Factor, Network, NetworkError, Term
 from tnpeft.optim.grams import Group, groups, linked, products
-
-_Arrays = dict[ParameterSpec, Tensor]
 
 
 def rebalance(model: nn.Module, adapter: str = "default") -> None:
@@ -67,23 +65,24 @@ def _balance(
         and names.count(factor.name) == 1
         and factor.name not in layout.factorization.unit_norm
     ]
-    carriers = sum(bond in factor.indices for factor in terms[0].factors)
-    shared = [p for p in layout.parameters if p.label in {f.name for f in free}]
-    if len(terms) > 1 or len(free) < 2 or any(_uses(layout, p, net) for p in shared):
+    ends = [factor for factor in terms[0].factors if bond in factor.indices]
+    labels = {factor.name for factor in free}
+    others = (p for site in layout.site_layouts if site.network != net for p in site.parameters.values())
+    places = [{*site.parameters.values()} for site in layout.site_layouts if site.network == net]
+    held = {param for param in layout.parameters if param.label in labels}
+    if len(terms) > 1 or len(free) < 2 or not held.isdisjoint(others):
         return
-    halves = _halves(terms[0], free, bond) if len(free) == carriers == 2 else None
-    places = [site.parameters for site in layout.site_layouts if site.network == net]
-    for members in linked({place[factor.name] for factor in free} for place in places):
+    halves = _halves(terms[0], free, bond) if len(free) == len(ends) == 2 else None
+    for members in linked(place & held for place in places):
         own = [{p for p in members if p.label == factor.name} for factor in free]
         if halves is None:
-            _rescale(free, own, bond, new)
-        else:
-            _equalise(parts, members, free, own, halves, bond, new)
-
-
-def _uses(layout: Layout, param: ParameterSpec, net: Network) -> bool:
-    """True if a site of another line holds the array."""
-    return any(site.network != net for site in layout.site_layouts if param in site.parameters.values())
+            _rescale(own, bond, new)
+            continue
+        here = []
+        for part in parts:
+            if sites := tuple(site for site in part.sites if members & {*site.parameters.values()}):
+                here.append(Group(sites, part.unit, part.joint))
+        _equalise(here, own, halves, bond, new)
 
 
 def _halves(term: Term, ends: Sequence[Factor], bond: str) -> tuple[list[Factor], list[Factor]] | None:
@@ -98,9 +97,7 @@ def _halves(term: Term, ends: Sequence[Factor], bond: str) -> tuple[list[Factor]
     return (left, right) if ends[1] in right else None
 
 
-def _rescale(
-    ends: Sequence[Factor], own: Sequence[set[ParameterSpec]], bond: str, new: dict[ParameterSpec, Tensor]
-) -> None:
+def _rescale(own: Sequence[set[ParameterSpec]], bond: str, new: dict[ParameterSpec, Tensor]) -> None:
     """Give the factors of a bond equal norms for each of its values, their product kept."""
     norms = []
     for params in own:
@@ -119,17 +116,17 @@ def _rescale(
 
 def _equalise(
     parts: Sequence[Group],
-    members: set[ParameterSpec],
-    ends: Sequence[Factor],
     own: Sequence[set[ParameterSpec]],
     halves: tuple[list[Factor], list[Factor]],
     bond: str,
     new: dict[ParameterSpec, Tensor],
 ) -> None:
-    """Give both halves one diagonal Gram matrix."""
-    left, right = (sum(_gram(part, members, half, bond, new) for part in parts) for half in halves)
-    assert isinstance(left, Tensor)
-    assert isinstance(right, Tensor)
+    """Give both halves one diagonal Gram matrix, summed over the sites of the arrays."""
+    grams = []
+    for half in halves:
+        each = ((part, products(part.network, half, (bond,), part.varying)) for part in parts)
+        grams.append(sum(part.gram(block, part.stacked(new, torch.float64)).sum(0) for part, block in each))
+    left, right = grams
     low = torch.finfo(left.dtype).eps * 1e3
     values, vectors = torch.linalg.eigh(left)
     if not float(values[0]) > low * float(values[-1]):
@@ -139,21 +136,7 @@ def _equalise(
     if not float(squares[0]) > low * float(squares[-1]):
         return
     sides = (inverse @ turn * squares**0.25, root @ turn / squares**0.25)
-    for params, factor, matrix in zip(own, ends, sides, strict=True):
-        axis = factor.indices.index(bond)
+    for params, matrix in zip(own, sides, strict=True):
         for p in params:
+            axis = p.indices.index(bond)
             new[p] = torch.tensordot(new[p], matrix, ([axis], [0])).movedim(-1, axis)
-
-
-def _gram(
-    part: Group, members: set[ParameterSpec], half: list[Factor], bond: str, new: Mapping[ParameterSpec, Tensor]
-) -> Tensor:
-    """The Gram matrix of one half over a bond, summed over the sites of the arrays."""
-    sites = tuple(site for site in part.sites if members & set(site.parameters.values()))
-    if not sites:
-        some = new[next(iter(members))]
-        size = part.sites[0].sizes[bond]
-        return some.new_zeros(size, size)
-    group = Group(sites, part.unit, part.joint)
-    block = products(group.network, half, (bond,), group.varying)
-    return group.gram(block, group.stacked(new, torch.float64)).sum(0)

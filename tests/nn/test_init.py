@@ -63,6 +63,15 @@ def test_numbers_are_pinned():
     assert normal(3, 0, "A").tolist() == [-0.8298166988091423, 0.763387348975117, 0.24010528108930834]
 
 
+def test_a_frozen_factor_beside_an_array_is_pinned():
+    """Its spread is worked out in double precision: folders hold its hash."""
+    line = "B[out r] ^m[r] ~A[r inp] -> out inp"
+    f = Factorization.of(line, ranks={"r": 3}, init={"m": [1.0, 0.0, 2.0]})
+    starter = Initializer(layout(f, [Site(0, "q_proj", 4, 8)]))
+    hashes = {param.label: factor_hash(starter(param)) for param in starter.layout.parameters}
+    assert hashes["A"] == "adc48b47b9a8e3ed"
+
+
 def test_a_longer_draw_begins_with_a_shorter_one():
     for count in (0, 1, 2, 17, 1000):
         assert (normal(count, 3, "B") == normal(5000, 3, "B")[:count]).all()

@@ -86,7 +86,7 @@ class Initializer:
                 self._places.setdefault(param, []).append(site_layout)
         self._named = {label: start(value, label) for label, value in layout.factorization.init.items()}
         _require_constants(layout.factorization)
-        its = starts.Starts(layout.factorization, self._named)
+        its = starts.Starts.of(layout.factorization)  # arrays in double precision
         self.zeros, self.away = its.zeros, its.nonzero()
         self._variances = least_variances(layout, its)
         self._parts = lru_cache(maxsize=1)(self._svd_of)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import _ExcludedModule
@@ -19,8 +19,8 @@ from tnpeft.adapters.layer.bank import FactorBank
 from tnpeft.adapters.layer.linear import TensorNetworkLinear
 from tnpeft.adapters.layer.merging import DenseLinear
 from tnpeft.adapters.rollback import outside
-from tnpeft.adapters.sites.convolution import TensorNetworkConvolution, check_convolution
-from tnpeft.adapters.sites.embedding import TensorNetworkEmbedding, check_embedding
+from tnpeft.adapters.sites.convolution import TensorNetworkConvolution
+from tnpeft.adapters.sites.embedding import TensorNetworkEmbedding, check_embedding, only_scaled
 from tnpeft.adapters.sites.owners import fused, keep_unfused
 from tnpeft.adapters.sites.parameter import TensorNetworkParameter, check_parameter, read_through
 from tnpeft.adapters.sites.tied import join_tied
@@ -30,16 +30,51 @@ from tnpeft.networks import ConfigError, Factorization, NetworkError, Site
 _NEAR = 0.02  # of the length of an output: rounding in half precision
 
 
+@torch.no_grad()
+def _is_linear(module: Any) -> bool:
+    """True if a module computes a linear, on one row, or if its weight is not whole, or not here."""
+    (out, inp), weight = features(module), module.weight
+    if not weight.is_floating_point() or weight.is_meta or weight.numel() != out * inp:
+        return True
+    x = torch.linspace(-1, 1, inp).to(weight)[None]
+    wanted = x @ (weight if isinstance(module, Conv1D) else weight.T) + (0 if module.bias is None else module.bias)
+    try:
+        return bool((type(module).forward(module, x) - wanted).norm() <= _NEAR * wanted.norm())
+    except (TypeError, ValueError, RuntimeError, AttributeError):
+        return False
+
+
+class _Kind(NamedTuple):
+    """A class of layers, the class that adapts them, and which classes of their own that have another forward fit.
+
+    ``does`` is what the layers do, in words.
+    """
+
+    layer: type[nn.Module]
+    adapter: type[DenseLinear]
+    does: str
+    fits: Callable[[Any], bool]
+
+
+_KINDS = (
+    _Kind(nn.Linear, TensorNetworkLinear, "a linear", _is_linear),
+    _Kind(Conv1D, TensorNetworkLinear, "a linear", _is_linear),
+    _Kind(nn.Embedding, TensorNetworkEmbedding, "look up rows", only_scaled),
+    *(_Kind(cls, TensorNetworkConvolution, "convolve", lambda module: False) for cls in CONVOLUTIONS),
+)
+
+
+def _known(module: nn.Module) -> _Kind | None:
+    return next((its for its in _KINDS if isinstance(module, its.layer)), None)
+
+
 def kind(module: nn.Module, quantised: dict[str, Any]) -> type[DenseLinear] | None:
     """The class that adapts a layer, None if there is none."""
     backend = resolve_quantization_backend(module, **quantised)
-    if isinstance(module, nn.Linear | Conv1D) or getattr(backend, "layer_type", "") == "linear":
-        return TensorNetworkLinear
-    if backend is not None:
-        return None
-    if isinstance(module, nn.Embedding):
-        return TensorNetworkEmbedding
-    return TensorNetworkConvolution if isinstance(module, CONVOLUTIONS) else None
+    found = None if (known := _known(module)) is None else known.adapter
+    if backend is None or found is TensorNetworkLinear:
+        return found
+    return TensorNetworkLinear if getattr(backend, "layer_type", "") == "linear" else None
 
 
 def base_of(module: nn.Module) -> nn.Module:
@@ -188,33 +223,16 @@ def check_kind(name: str, weight: Weight, config: Any, quantised: dict[str, Any]
         raise NetworkError(
             f"{name} has no weight yet, or an empty one", remedy="call the model once, or leave it out"
         )
-    if weight.held:
-        if not weight.grouped:
-            check_parameter(name, config)
+    if weight.held and not weight.grouped:
+        check_parameter(name, config)
     elif isinstance(module, nn.Embedding):
         check_embedding(name, module, config.dora)
-    elif isinstance(module, CONVOLUTIONS):
-        check_convolution(name, module)
-    for linear in weight.linears or (module,):
-        if isinstance(linear, nn.Linear | Conv1D) and resolve_quantization_backend(linear, **quantised) is None:
-            _check_linear(name, linear)
-
-
-@torch.no_grad()
-def _check_linear(name: str, module: Any) -> None:
-    """Raise if a linear whose class has a forward of its own computes something else than a linear, on one row."""
-    forward, (out, inp), weight = type(module).forward, features(module), module.weight
-    read = weight.is_floating_point() and not weight.is_meta and weight.numel() == out * inp  # whole, and here
-    if forward in (nn.Linear.forward, Conv1D.forward) or not read:
-        return
-    x = torch.linspace(-1, 1, inp).to(weight)[None]
-    wanted = x @ (weight if isinstance(module, Conv1D) else weight.T) + (0 if module.bias is None else module.bias)
-    try:
-        same = bool((forward(module, x) - wanted).norm() <= _NEAR * wanted.norm())
-    except (TypeError, ValueError, RuntimeError, AttributeError):
-        same = False
-    if not same:
-        raise NetworkError(
-            f"{name} is a {type(module).__name__}, which does more than a linear",
-            remedy="leave it out of target_modules, or name it in exclude_modules",
-        )
+    for layer in () if weight.held else weight.linears or (module,):
+        known = _known(layer)
+        if known is None or resolve_quantization_backend(layer, **quantised) is not None:
+            continue
+        if type(layer).forward is not known.layer.forward and not known.fits(layer):
+            raise NetworkError(
+                f"{name} is a {type(layer).__name__}, which does more than {known.does}",
+                remedy="leave it out of target_modules, or name it in exclude_modules",
+            )

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from tnpeft.adapters.layer.binding import SiteUpdate
 from tnpeft.adapters.sites.call import Apply, CalledLayer, network_of
-from tnpeft.adapters.sites.weight import CONVOLUTIONS
-from tnpeft.networks import NetworkError
 from tnpeft.nn.dense import evaluator
 from tnpeft.nn.executor.groups import Groups
 from tnpeft.nn.lowrank import compiled_sides, cut_rank
@@ -108,13 +106,3 @@ def _narrow(
 
 def _convolved(base: Any, x: Tensor, kernel: Tensor) -> Tensor:
     return base._conv_forward(x, kernel, None)  # type: ignore[no-any-return]  # its stride, padding and groups
-
-
-def check_convolution(name: str, module: nn.Module) -> None:
-    """Raise if a convolution does more than torch's own."""
-    torchs = {cls.forward for cls in CONVOLUTIONS}
-    if type(module).forward not in torchs:
-        raise NetworkError(
-            f"{name} is a {type(module).__name__}, which does more than convolve",
-            remedy="leave it out of target_modules, or name it in exclude_modules",
-        )

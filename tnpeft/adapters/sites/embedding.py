@@ -96,15 +96,11 @@ def check_embedding(name: str, module: nn.Embedding, dora: bool) -> None:
             f"{name} is an embedding, and the lengths that dora needs run over all its tokens at every call",
             remedy="adapt embeddings with an adapter of their own, without dora",
         )
-    if type(module).forward is not nn.Embedding.forward and not _only_scaled(module):
-        raise NetworkError(
-            f"{name} is a {type(module).__name__}, which does more than look up rows",
-            remedy="leave it out of target_modules, or name it in exclude_modules",
-        )
 
 
 @torch.no_grad()
-def _only_scaled(module: nn.Embedding) -> bool:
+def only_scaled(module: nn.Embedding) -> bool:
+    """True if an embedding of a class of its own multiplies its rows by a number and does nothing else."""
     scale = embed_scale(module)
     if scale is None or module.weight.is_meta:
         return False

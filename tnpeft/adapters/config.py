@@ -114,8 +114,6 @@ class TensorNetworkConfig(PeftConfig):
         self.peft_type = TENSOR_NETWORK
         *fields, rank_pattern = changes or (None,) * (len(_CHANGES) + 1)
         given = dict(zip(_CHANGES, fields, strict=True))
-        for name in ("splits", "unit_norm"):
-            given[name] = _tuples(given[name])
         f = factorization("lora" if self.network is None else self.network, **given)
         self._factorization = with_rank_pattern(f, rank_pattern) if rank_pattern else f
         self.patterns = tuple(rank_pattern or ())
@@ -242,10 +240,3 @@ class TensorNetworkConfig(PeftConfig):
                 "the configuration lacks layers, projections or frozen, which every saved adapter has", remedy=AGAIN
             )
         return config
-
-
-def _tuples(value: Any) -> Any:
-    """The value with lists as tuples."""
-    if isinstance(value, Mapping):
-        return {name: _tuples(parts) for name, parts in value.items()}
-    return tuple(value) if isinstance(value, list) else value

@@ -28,7 +28,7 @@ class ExpertWeight(HeldWeight):
 
     def region(self, item: SiteUpdate) -> tuple[slice, slice]:
         """The output and input features of a site."""
-        return self.held.region(item.site_layout.site)
+        return self.stored.region(item.site_layout.site)
 
     # ---- forward
 

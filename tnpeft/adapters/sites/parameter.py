@@ -32,19 +32,19 @@ class HeldWeight(DenseLinear):
 
     def __init__(self, weight: Weight, bank: FactorBank) -> None:
         nn.Module.__init__(self)
-        self.held, self.weight_name, self.quantization_backend = weight, weight.name, None
+        self.stored, self.weight_name, self.quantization_backend = weight, weight.name, None
         self.begin(bank)
         self.out_features, self.in_features = weight.out_features, weight.in_features
         self.experts, self.transposed = weight.experts, weight.transposed
 
     def get_base_layer(self) -> nn.Module:
         """The module that holds the Parameter."""
-        return self.held.module
+        return self.stored.module
 
     @property
     def weight(self) -> Tensor:
         """The Parameter."""
-        return self.held.parameter()
+        return self.stored.parameter()
 
     def base_dtype(self) -> torch.dtype | None:
         """The dtype of the Parameter."""

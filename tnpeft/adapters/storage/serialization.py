@@ -45,6 +45,8 @@ def factorization(given: Any, **changes: Any) -> Factorization:
     """
     changes = {name: value for name, value in changes.items() if value is not None}
     check_kinds({name: kind for name, kind in _FIELDS.items() if name in changes}, changes.get)
+    if "splits" in changes:
+        changes["splits"] = {side: tuple(parts) for side, parts in changes["splits"].items()}
     if isinstance(given, str) and "->" in given:
         given = network(given)
     if isinstance(given, Network):

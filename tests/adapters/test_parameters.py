@@ -89,6 +89,7 @@ def test_dora_and_named_stacks() -> None:
         outputs.append(model(x))
     assert (outputs[0] - outputs[1]).abs().max() > 1e-3
     tnpeft.select(model, scene=[0, 1])
+    assert all("scene is chosen by row" in row.reason for row in tnpeft.explain(model).rows)
     with pytest.raises(NetworkError, match="a value of 'scene' for each row, not one update"):
         model(x)
 

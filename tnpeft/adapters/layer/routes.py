@@ -85,7 +85,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, DenseLinear]]:
 
 
 def _paths(name: str, layer: DenseLinear) -> Iterator[LayerPath]:
-    weight = getattr(layer.get_base_layer(), layer.weight_name, None)
+    weight = getattr(layer, "weight", None)  # of the layer, or as it is without updates: nothing is formed
     dtype = (
         weight.dtype if isinstance(weight, torch.Tensor) and weight.is_floating_point() else torch.get_default_dtype()
     )

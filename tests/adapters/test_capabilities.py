@@ -11,6 +11,7 @@ import inspect
 import sys
 import textwrap
 import warnings
+from collections import OrderedDict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,15 +50,9 @@ LAYERS = {
 REFUSED = ("LayerNorm", "MultiheadAttention")
 
 
-class Host(nn.Module):
+def Host(layer: nn.Module) -> nn.Module:
     """A model of one layer."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
+    return nn.Sequential(OrderedDict(layer=layer))
 
 
 def tuner() -> type[BaseTuner]:

@@ -111,27 +111,19 @@ def state(kind: str, rng: random.Random, seed: int) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for layer in range(2):
         for name in ("self_attn_q_proj", "mlp_fc1"):
-            out, inp, rank = rng.choice([12, 16, 24]), rng.choice([8, 12, 18]), rng.choice([1, 2, 3])
-            o1, i1 = rng.choice([2, 4]), rng.choice([2])
-            sizes = {
-                "kohya": {"lora_up.weight": (out, rank), "lora_down.weight": (rank, inp)},
-                "loha": {
-                    **{"hada_w1_a": (out, rank), "hada_w1_b": (rank, inp)},
-                    **{"hada_w2_a": (out, rank), "hada_w2_b": (rank, inp)},
-                },
-                "lokr": {
-                    **{"lokr_w1": (o1, i1)},
-                    **(
-                        {"lokr_w2": (out // o1, inp // i1)}
-                        if rng.random() < 0.4
-                        else {"lokr_w2_a": (out // o1, rank), "lokr_w2_b": (rank, inp // i1)}
-                    ),
-                },
-            }[kind]
+            out, inp, rank, o1 = (rng.choice(its) for its in ([12, 16, 24], [8, 12, 18], [1, 2, 3], [2, 4]))
+            low = {"a": (out, rank), "b": (rank, inp)}
+            if kind == "kohya":
+                sizes = {"lora_up.weight": low["a"], "lora_down.weight": low["b"]}
+            elif kind == "loha":
+                sizes = {f"hada_w{k}_{side}": shape for k in (1, 2) for side, shape in low.items()}
+            elif rng.random() < 0.4:
+                sizes = {"lokr_w1": (o1, 2), "lokr_w2": (out // o1, inp // 2)}
+            else:
+                sizes = {"lokr_w1": (o1, 2), "lokr_w2_a": (out // o1, rank), "lokr_w2_b": (rank, inp // 2)}
             prefix = f"lora_te_text_model_encoder_layers_{layer}_{name}"
-            for end, shape in sizes.items():
-                tensors[f"{prefix}.{end}"] = torch.randn(shape, generator=generator)
-            if any(end.endswith(("_b", "down.weight")) for end in sizes):
+            tensors |= {f"{prefix}.{end}": torch.randn(shape, generator=generator) for end, shape in sizes.items()}
+            if "lokr_w2" not in sizes:
                 tensors[f"{prefix}.alpha"] = torch.tensor(float(rng.choice([1, 2, 4]) * rank))
     return tensors
 
@@ -217,37 +209,23 @@ def test_our_file_names_the_axes(tmp_path: Path) -> None:
     assert set(axes) == {"A", "B"}
 
 
+TWICE = "B[layer proj out r] A[layer proj r inp] A[layer proj r inp] -> layer proj out inp"  # as tensor_guide does
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("network", ["lora", "tucker", "moslora", "tied_lora"])
+@pytest.mark.parametrize("network", ["lora", "tucker", "moslora", "tied_lora", "tensor_guide", TWICE])
 def test_other_lines_become_plain_lora_through_their_cut(network: str, tmp_path: Path) -> None:
-    f = tnpeft.families.get(network)(3)
-    targets = ["q_proj", "v_proj"]
-    model = trained(tnpeft.TensorNetworkConfig(network=f, target_modules=targets), opt(), 1)
+    twice = network in ("tensor_guide", TWICE)
+    f = TWICE if network == TWICE else tnpeft.families.get(network)(2 if twice else 3)
+    targets = ["q_proj"] if twice else ["q_proj", "v_proj"]
+    its = {"target_modules": targets, "save_frozen": twice, "ranks": {"r": 2} if network == TWICE else None}
+    model = trained(tnpeft.TensorNetworkConfig(network=f, **its), opt(), 1)
     wanted = logits(model)
     model.save_pretrained(tmp_path / "own")
-    done = tnpeft.convert(tmp_path / "own", tmp_path / "peft", to="peft")
-    assert done.difference < 1e-5
+    base = {"to": "lora", "model": opt()} if twice else {"to": "peft"}
+    assert tnpeft.convert(tmp_path / "own", tmp_path / "peft", **base).difference < 1e-5
     loaded = peft.PeftModel.from_pretrained(opt(), tmp_path / "peft").eval()
     assert torch.allclose(logits(loaded), wanted, atol=1e-5)
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "f",
-    [
-        tnpeft.families.tensor_guide(rank=2),
-        tnpeft.Factorization.of(
-            "B[layer proj out r] A[layer proj r inp] A[layer proj r inp] -> layer proj out inp", ranks={"r": 2}
-        ),
-    ],
-)
-def test_a_line_that_uses_a_factor_twice_becomes_plain_lora(f: tnpeft.Factorization, tmp_path: Path) -> None:
-    config = tnpeft.TensorNetworkConfig(network=f, target_modules=["q_proj"], save_frozen=True)
-    model = trained(config, opt(), 1)
-    model.save_pretrained(tmp_path / "own")
-    tnpeft.convert(tmp_path / "own", tmp_path / "peft", to="lora", model=opt())
-    loaded = peft.PeftModel.from_pretrained(opt(), tmp_path / "peft").eval()
-    assert torch.allclose(logits(loaded), logits(model), atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")

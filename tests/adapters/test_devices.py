@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from adapter_models import row_by_row
 from torch import Tensor, nn
 from weight_kinds import FAMILIES, FOUNDING, KINDS, STACKS, adapted, frozen, shake
 
@@ -137,14 +138,8 @@ def test_rows_with_adapters_of_their_own(family: str) -> None:
     names = ["other", "__base__", "default"]
     with torch.no_grad():
         found = KINDS["opt"].output(model, x, adapter_names=names)
-        for row, name in enumerate(names):
-            if name == "__base__":
-                with model.disable_adapter():
-                    wanted = KINDS["opt"].output(model, x[:1])
-            else:
-                model.set_adapter(name)
-                wanted = KINDS["opt"].output(model, x[:1])
-            assert alike(found[row], wanted[0], 1e-6)
+    wanted = row_by_row(model, names, lambda row: KINDS["opt"].output(model, x[:1]))
+    assert all(alike(row, its, 1e-6) for row, its in zip(found, wanted, strict=True))
 
 
 @pytest.mark.parametrize("invariant", [False, True])

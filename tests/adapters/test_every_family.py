@@ -88,7 +88,7 @@ def refusal(family: str, kind: str) -> tuple[str, str] | None:
 
 
 CASES = [(f, kind) for f in FAMILIES for kind in KINDS]
-CASES += [(f"own_{name}", kind) for name in OWN for kind in BY_EXPERT]
+CASES += [(f"own_{name}", kind) for name in OWN for kind in BY_EXPERT if kind in KINDS]
 
 
 def base_weights(model: peft.PeftModel) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -58,7 +57,6 @@ BOUNDS = {torch.bfloat16: 0.1, torch.float32: 1e-4, torch.float64: 1e-9}
 GRADIENTS = {torch.bfloat16: 0.05, torch.float32: 1e-3, torch.float64: 1e-8}
 NOISE = 2.0
 IDS = torch.tensor([[2, 5, 3, 7, 11, 6]])
-PATHS = {"fc1": "fc1"}  # the others are attention's
 
 
 @cache
@@ -80,27 +78,24 @@ def factorization(kind: str) -> Factorization:
 
 
 def path(layer: int, proj: str) -> str:
-    return f"model.decoder.layers.{layer}.{PATHS.get(proj, f'self_attn.{proj}')}"
+    return f"model.decoder.layers.{layer}.{proj if proj == 'fc1' else f'self_attn.{proj}'}"
 
 
 @dataclass
 class Dense:
-    """An adapter as the test keeps it: its factors, stacked, and its magnitudes by linear, all in float64."""
+    """An adapter as the test keeps it, in float64: its factors, stacked, and after ``|`` its magnitudes by linear."""
 
     kind: str
     seed: int
-    factors: dict[str, Tensor]
-    magnitudes: dict[str, Tensor]
+    tensors: dict[str, Tensor]
     frozen: dict[str, Tensor]  # as they were when drawn, which a file does not hold
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {**self.factors, **{f"|{name}": value for name, value in self.magnitudes.items()}}
+    @property
+    def factors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in self.tensors.items() if name[0] != "|"}
 
     def rounded(self, dtype: torch.dtype) -> Dense:
-        def each(values: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {name: value.to(dtype).double() for name, value in values.items()}
-
-        return replace(self, factors=each(self.factors), magnitudes=each(self.magnitudes))
+        return replace(self, tensors={name: value.to(dtype).double() for name, value in self.tensors.items()})
 
     def changes(self, weights: dict[str, Tensor], stack: Tensor | None = None) -> dict[str, Tensor]:
         """What the adapter adds to each base weight; ``stack`` is its dense update if that is known."""
@@ -111,9 +106,9 @@ class Dense:
             for k, proj in enumerate(KINDS[self.kind]["target_modules"]):
                 name = path(layer, proj)
                 delta, weight = f.scale * stack[layer, k], weights[f"{name}.weight"]
-                if name in self.magnitudes:
+                if (magnitude := self.tensors.get(f"|{name}")) is not None:
                     length = (weight + delta).detach().norm(dim=1)
-                    delta = (self.magnitudes[name] / length)[:, None] * (weight + delta) - weight
+                    delta = (magnitude / length)[:, None] * (weight + delta) - weight
                 found[f"{name}.weight"] = delta
         return found
 
@@ -153,18 +148,15 @@ class History:
             if f".tnpeft_factors.{adapter}." in name or name.endswith(f".tnpeft_magnitude.{adapter}")
         }
 
-    def held(self, adapter: str, of: Callable[[Tensor], Tensor] = torch.Tensor.detach) -> dict[str, Tensor]:
-        """The adapter's magnitudes in the model by linear, or something of each."""
-        return {
-            name.removeprefix("base_model.model.").partition(".tnpeft_")[0]: of(p).double().clone()
+    def held(self, adapter: str) -> dict[str, Tensor]:
+        """The adapter's factors and magnitudes in the model."""
+        magnitudes = {
+            f"|{name.removeprefix('base_model.model.').partition('.tnpeft_')[0]}": p.detach()
             for name, p in self.own(adapter).items()
             if "tnpeft_magnitude" in name
         }
-
-    def read(self, adapter: str, kind: str, seed: int) -> Dense:
-        factors = {name: value.double() for name, value in tnpeft.factors(self.model, adapter).items()}
-        frozen = {name: factors[name] for name in ("B", "A") if kind == "frozen"}
-        return Dense(kind, seed, factors, self.held(adapter), frozen)
+        found = tnpeft.factors(self.model, adapter) | magnitudes
+        return {name: value.double().clone() for name, value in found.items()}
 
     def output(self, adapters: list[str], dtype: torch.dtype = torch.float64) -> Tensor:
         weights = dict(self.weights)
@@ -194,9 +186,9 @@ class History:
             assert len(owners) == (".tnpeft_" in name), name
             assert p.requires_grad == (bool(owners) and owners[0] in self.trained), name
         for name, kept in self.dense.items():
-            found = self.read(name, kept.kind, kept.seed).tensors()
-            assert found.keys() == kept.tensors().keys()
-            assert all(torch.equal(found[key], value) for key, value in kept.tensors().items()), name
+            found = self.held(name)
+            assert found.keys() == kept.tensors.keys()
+            assert all(torch.equal(found[key], value) for key, value in kept.tensors.items()), name
             assert {p.dtype for p in self.own(name).values()} == {self.dtypes[name]}
         merged = dict(self.weights)
         for name in self.merged:
@@ -242,31 +234,24 @@ class History:
         with torch.no_grad():
             for p in self.own(adapter).values():
                 p += 0.3 * torch.randn(p.shape, generator=generator).to(p.dtype)
-        self.stand(adapter, self.read(adapter, kind, seed))
+        tensors = self.held(adapter)
+        frozen = {name: tensors[name] for name in ("B", "A") if kind == "frozen"}
+        self.stand(adapter, Dense(kind, seed, tensors, frozen))
 
     def step(self) -> None:
         """One step of gradient descent in both models."""
         serving = [] if self.merged else self.serving()
-        held = {name: self.dense[name] for name in self.dense}
-        leaves = {name: {k: v.clone().requires_grad_() for k, v in held[name].tensors().items()} for name in held}
-        for name, its in leaves.items():
-            factors = {k: v for k, v in its.items() if k[0] != "|"}
-            self.dense[name] = replace(
-                held[name], factors=factors, magnitudes={k[1:]: v for k, v in its.items() if k[0] == "|"}
-            )
+        held = self.dense
+        leaves = {name: {k: v.clone().requires_grad_() for k, v in its.tensors.items()} for name, its in held.items()}
+        self.dense = {name: replace(its, tensors=leaves[name]) for name, its in held.items()}
         loss = self.output(self.serving()).square().mean()
         every = [leaf for name in serving for leaf in leaves[name].values()]
         noise = dict.fromkeys(map(id, every), 0.0)
         if serving:
             if self.coarsest(serving) == torch.bfloat16:
                 rounded = self.output(self.serving(), torch.bfloat16).double().square().mean()
-                pairs = zip(
-                    every,
-                    torch.autograd.grad(rounded, every, retain_graph=True),
-                    torch.autograd.grad(loss, every, retain_graph=True),
-                    strict=True,
-                )
-                noise = {id(leaf): float((one - other).norm()) for leaf, one, other in pairs}
+                grads = (torch.autograd.grad(its, every, retain_graph=True) for its in (rounded, loss))
+                noise = {id(leaf): float((a - b).norm()) for leaf, a, b in zip(every, *grads, strict=True)}
             loss.backward()
         self.dense = held
         self.model.train()
@@ -279,13 +264,12 @@ class History:
             if name not in serving or name not in self.trained:
                 assert all(p.grad is None for p in own.values()), name
                 continue
-            factors = {k: v.detach() for k, v in tnpeft.factors(self.model, name).items()}
+            before = self.held(name)
             with torch.no_grad():  # the gradients as they are stacked: read as if they were the factors
                 values = {key: p.detach().clone() for key, p in own.items()}
                 for p in own.values():
                     p.copy_(p.grad)
-                grads = {k: v.double() for k, v in tnpeft.factors(self.model, name).items()}
-                grads |= {f"|{k}": v for k, v in self.held(name).items()}
+                grads = self.held(name)
                 for key, p in own.items():
                     p.copy_(values[key] - 0.05 * p.grad)
                     p.grad = None
@@ -295,8 +279,8 @@ class History:
                     bound = GRADIENTS[self.coarsest(serving)] * total + NOISE * noise[id(leaf)]
                     assert (grads[key] - leaf.grad).norm() <= bound, (name, key)
                 else:
-                    assert torch.equal(factors[key].double(), held[name].factors[key])
-            self.dense[name] = replace(self.read(name, held[name].kind, held[name].seed), frozen=held[name].frozen)
+                    assert torch.equal(before[key], held[name].tensors[key])
+            self.dense[name] = replace(held[name], tensors=self.held(name))
         self.model.eval()
 
     def switch(self, adapters: list[str]) -> None:
@@ -355,8 +339,8 @@ class History:
                 self.model.load_adapter(str(self.folder / file), adapter)
             return
         self.model.load_adapter(str(self.folder / file), adapter)
-        frozen = stored.frozen if there is None else {k: there.factors[k] for k in there.frozen}
-        kept = replace(stored, factors={**stored.factors, **frozen})
+        frozen = stored.frozen if there is None else {k: there.tensors[k] for k in there.frozen}
+        kept = replace(stored, tensors={**stored.tensors, **frozen})
         if there is None:
             self.stand(adapter, kept)
         else:

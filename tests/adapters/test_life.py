@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from weight_kinds import BY_EXPERT, EXPERTS, KINDS, RAW, frozen, shake
+from weight_kinds import ALL, BY_EXPERT, EXPERTS, GROUPED, KINDS, RAW, attached, shake
 
 import tnpeft
 from tnpeft.adapters.state import bank_of
@@ -40,7 +40,7 @@ FEWER = {**dict.fromkeys(EXPERTS, "experts_down_proj"), "attention apart": "q_pr
 
 
 def config(kind: str, line: str, **options: Any) -> tnpeft.TensorNetworkConfig:
-    its = KINDS[kind]
+    its = ALL[kind]
     network = (OF_EXPERTS if kind in BY_EXPERT else NETWORKS)[line]
     own = {"target_modules": [*its.targets], "axes": dict(its.axes)}
     return tnpeft.TensorNetworkConfig(**{**network, **own, **options})
@@ -48,23 +48,22 @@ def config(kind: str, line: str, **options: Any) -> tnpeft.TensorNetworkConfig:
 
 def adapted(kind: str, line: str, **options: Any) -> tuple[nn.Module, Any]:
     """The base model, and an adapted copy as it starts."""
-    base = frozen(kind)
-    return base, peft.get_peft_model(copy.deepcopy(base), config(kind, line, **options)).double().eval()
+    return attached(kind, **(OF_EXPERTS if kind in BY_EXPERT else NETWORKS)[line], **options)
 
 
 def moved(model: nn.Module, kind: str) -> Any:
-    shake(model, KINDS[kind].spread)
+    shake(model, ALL[kind].spread)
     return model
 
 
 def example(kind: str) -> Tensor:
     torch.manual_seed(1)
-    return KINDS[kind].example()
+    return ALL[kind].example()
 
 
 def output(kind: str, model: nn.Module, **more: Any) -> Tensor:
     with torch.no_grad():
-        return KINDS[kind].output(model, example(kind), **more)
+        return ALL[kind].output(model, example(kind), **more)
 
 
 def near(found: Tensor, wanted: Tensor) -> bool:
@@ -133,7 +132,7 @@ def test_switched_added_up_merged_deleted_copied_and_unloaded(kind: str, line: s
     plain = output(kind, base)
     outputs = {"default": output(kind, moved(model, kind))}
     names = [name for name, _ in model.named_modules()]
-    targets = [FEWER[kind]] if kind in FEWER else [*KINDS[kind].targets]
+    targets = [FEWER[kind]] if kind in FEWER else [*ALL[kind].targets]
     model.add_adapter("second", config(kind, "mixed", target_modules=targets))
     model.double()
     assert torch.equal(output(kind, model), outputs["default"])
@@ -220,7 +219,7 @@ def test_rows_of_a_batch_have_adapters_of_their_own(kind: str) -> None:
         if name != "__base__":
             model.set_adapter(name)
         assert near(found[k], output(kind, base if name == "__base__" else model)[k])
-    for wrong, said in (([*names, "default"], "adapter_names"), (["third", *names[1:]], "unknown adapter")):
+    for wrong, said in (([*names, "default"], "adapter_names"), (["third", *names[1:]], "'third'\nthe adapters")):
         with pytest.raises(NetworkError, match=said):
             output(kind, model, adapter_names=wrong)
 
@@ -232,19 +231,19 @@ def test_dropout_acts_in_training_alone(kind: str) -> None:
     x = example(kind)
     for module in model.modules():  # a backbone has dropout of its own
         module.training = hasattr(module, "updates")
-    assert not torch.equal(*(KINDS[kind].output(model, x).detach() for _ in range(2)))
+    assert not torch.equal(*(ALL[kind].output(model, x).detach() for _ in range(2)))
     assert torch.equal(output(kind, model.eval()), wanted)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS | GROUPED)
 def test_recomputed_activations_give_the_same_gradients(kind: str, reentrant: bool) -> None:
     _, model = adapted(kind, "cp")
     moved(model, kind)
     x, start = example(kind), torch.ones(1, dtype=torch.float64, requires_grad=True)
 
     def run(y: Tensor) -> Tensor:
-        return KINDS[kind].output(model, x) * y
+        return ALL[kind].output(model, x) * y
 
     def gradients(found: Tensor) -> list[Tensor]:
         model.zero_grad()

@@ -5,7 +5,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from adapter_models import llama, opt
+from adapter_models import llama, opt, shake
 from failing_steps import check_every_step
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -41,9 +41,7 @@ def adapted(model: nn.Module, targets: list[str], **options: object) -> PeftMode
             model.add_adapter(name, config)
         else:
             model = peft.get_peft_model(model, config, adapter_name=name)
-        torch.manual_seed(k)
-        values = {key: 0.3 * torch.randn_like(value) for key, value in tnpeft.factors(model, name).items()}
-        tnpeft.set_factors(model, values, name)
+        shake(model, k, name)
     return model.eval()
 
 

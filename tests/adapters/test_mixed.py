@@ -7,7 +7,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adapter_models import NETWORKS, adapted, config, opt, shake
+from adapter_models import NETWORKS, adapted, config, opt, row_by_row, shake
 from transformers import GenerationConfig
 
 import tnpeft
@@ -30,17 +30,15 @@ def family(key: str, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
     return model
 
 
-def row_by_row(model: Any, ids: torch.Tensor, names: list[str]) -> torch.Tensor:
-    found = []
-    for row, name in zip(ids, names, strict=True):
-        with torch.no_grad():
-            if name == "__base__":
-                with model.disable_adapter():
-                    found.append(model(input_ids=row[None]).logits)
-            else:
-                model.set_adapter(name)
-                found.append(model(input_ids=row[None]).logits)
-    return torch.cat(found)
+def apart(model: Any, ids: torch.Tensor, names: list[str]) -> torch.Tensor:
+    return row_by_row(model, names, lambda row: model(input_ids=ids[row : row + 1]).logits)
+
+
+def check(model: Any, ids: torch.Tensor, wanted: torch.Tensor, size: float = 1e-12, names: list[str] = NAMES) -> None:
+    """The rows of a mixed batch are those of each alone."""
+    with torch.no_grad():
+        found = model(input_ids=ids, adapter_names=names).logits
+    assert float((found.double() - wanted.double()).abs().max()) <= size * float(wanted.abs().max())
 
 
 def tokens(rows: int, length: int = 7) -> torch.Tensor:
@@ -51,21 +49,17 @@ def tokens(rows: int, length: int = 7) -> torch.Tensor:
 def test_every_row_meets_its_own_adapter(key: str) -> None:
     model = family(key)
     ids = tokens(len(NAMES))
-    wanted = row_by_row(model, ids, NAMES)
+    wanted = apart(model, ids, NAMES)
     layers = [m for m in model.modules() if isinstance(m, TensorNetworkLinear)]
     x, adapters = torch.ones(1, dtype=torch.float64), ("default", "second", "third", "other")
     grouped = [group_by_network(layer, [name for name in adapters if name in layer.updates], x) for layer in layers]
     assert any(["default", "second", "third"] in lot for lot in grouped)
     for _ in range(2):  # the second time with what the first has kept
-        with torch.no_grad():
-            found = model(input_ids=ids, adapter_names=NAMES).logits
-        assert float((found - wanted).abs().max()) <= 1e-12 * float(wanted.abs().max())
+        check(model, ids, wanted)
     shake(model, 9, "third")
-    again = row_by_row(model, ids, NAMES)
-    with torch.no_grad():
-        found = model(input_ids=ids, adapter_names=NAMES).logits
+    again = apart(model, ids, NAMES)
     assert not torch.equal(again[3], wanted[3])
-    assert float((found - again).abs().max()) <= 1e-12 * float(again.abs().max())
+    check(model, ids, again)
 
 
 @torch.no_grad()
@@ -118,14 +112,12 @@ def test_tokens_that_the_model_lays_out_as_rows(key: str, targets: list[str]) ->
     fc1 = next(m for name, m in model.named_modules() if name.endswith("fc1"))
     fc1.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
     ids = tokens(len(NAMES))
-    wanted = row_by_row(model, ids, NAMES)
+    wanted = apart(model, ids, NAMES)
     assert not torch.equal(wanted[0], wanted[1])
     seen.clear()
     for active in ("default", "other"):
         model.set_adapter(active)
-        with torch.no_grad():
-            found = model(input_ids=ids, adapter_names=NAMES).logits
-        assert float((found - wanted).abs().max()) <= 1e-12 * float(wanted.abs().max())
+        check(model, ids, wanted)
     assert seen == [(ids.numel(), 32)] * 2
 
 
@@ -133,22 +125,20 @@ def test_tokens_that_the_model_lays_out_as_rows(key: str, targets: list[str]) ->
 @pytest.mark.parametrize("as_config", [True, False])
 def test_generation_with_several_rows_for_one(options: dict[str, int], as_config: bool) -> None:
     model = family("lora", target_modules=["v_proj", "fc1", "fc2"])
-    ids, names = tokens(3), ["second", "default", "third"]
+    ids, names = tokens(4), ["second", "default", "third", "__base__"]
     fixed = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 1}
     given = {"generation_config": GenerationConfig(**options, **fixed)} if as_config else {**options, **fixed}
     mixed = model.generate(input_ids=ids, adapter_names=names, **given)
-    alone = []
-    for row, name in zip(ids, names, strict=True):
-        model.set_adapter(name)
-        alone.append(model.generate(input_ids=row[None], **given))
-    assert torch.equal(mixed, torch.cat(alone))
+    alone = row_by_row(model, names, lambda row: model.generate(input_ids=ids[row : row + 1], **given))
+    assert torch.equal(mixed, alone)
     assert len({tuple(row[7:].tolist()) for row in mixed}) > 1
 
 
 def test_other_rows_than_the_batch_s_are_refused() -> None:
     model = family("lora", target_modules=["fc1"])
     for names in (["default"], ["default"] * 14, [], ["default"] * 3):
-        with pytest.raises(NetworkError, match="adapter_names"), torch.no_grad():
+        said = f"adapter_names has {len(names)} entries" if names else "adapter_names is empty"
+        with pytest.raises(NetworkError, match=said), torch.no_grad():
             model(input_ids=tokens(2), adapter_names=names)
 
     class Experts(torch.nn.Module):
@@ -170,10 +160,7 @@ def test_other_rows_than_the_batch_s_are_refused() -> None:
 def test_other_dtypes_and_magnitudes() -> None:
     model = family("lora", torch.float32, dora=True)
     ids = tokens(len(NAMES))
-    wanted = row_by_row(model, ids, NAMES)
-    with torch.no_grad():
-        found = model(input_ids=ids, adapter_names=NAMES).logits
-    assert float((found - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
+    check(model, ids, apart(model, ids, NAMES), 1e-5)
     layer = next(m for m in model.modules() if isinstance(m, TensorNetworkLinear) and "second" in m.updates)
     own = group_by_network(layer, ["default", "second", "third"], torch.ones(1))
     assert all(len(lot) == 1 for lot in own)  # a magnitude each: one by one
@@ -183,10 +170,7 @@ def test_other_dtypes_and_magnitudes() -> None:
     shake(half)
     shake(half, 1, "second")
     names = ["second", "default", "second"]
-    wanted = row_by_row(half, tokens(3), names).float()
-    with torch.no_grad():
-        found = half(input_ids=tokens(3), adapter_names=names).logits.float()
-    assert float((found - wanted).abs().max()) <= 2**-6 * float(wanted.abs().max())
+    check(half, tokens(3), apart(half, tokens(3), names), 2**-6, names)
 
 
 def test_other_numbers_are_no_lot() -> None:
@@ -220,12 +204,5 @@ def test_beams_of_an_encoder_and_a_decoder(where: str, options: dict[str, int]) 
     given = options if where == "call" else {}
     if where == "model":
         model.get_base_model().generation_config.update(**options)
-    alone = []
-    for k, name in enumerate(names):
-        if name == "__base__":
-            with model.disable_adapter():
-                alone.append(model.generate(input_ids=ids[k : k + 1], **given, **length))
-        else:
-            model.set_adapter(name)
-            alone.append(model.generate(input_ids=ids[k : k + 1], **given, **length))
-    assert torch.equal(model.generate(input_ids=ids, adapter_names=names, **given, **length), torch.cat(alone))
+    alone = row_by_row(model, names, lambda k: model.generate(input_ids=ids[k : k + 1], **given, **length))
+    assert torch.equal(model.generate(input_ids=ids, adapter_names=names, **given, **length), alone)

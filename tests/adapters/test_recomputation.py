@@ -5,6 +5,7 @@ from collections.abc import Callable
 import peft
 import pytest
 import torch
+from adapter_models import shake
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -41,10 +42,7 @@ def adapted(reentrant: bool, options: dict[str, object]) -> PeftModel:
             model = peft.get_peft_model(model, config, adapter_name=name)
         else:
             model.add_adapter(name, config)
-        values = {key: torch.randn_like(value) for key, value in tnpeft.factors(model, name).items()}
-        lines = model.peft_config[name].factorization.lines
-        fixed = {f.name for line in lines for f in line.network.factors if f.kind != "trainable"}
-        tnpeft.set_factors(model, {k: v for k, v in values.items() if k not in fixed}, name)
+        shake(model, adapter=name)
     return model.train()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from adapter_models import shake
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -32,15 +33,16 @@ class Attention(nn.Module):
         return result
 
 
+def config(**options: Any) -> tnpeft.TensorNetworkConfig:
+    options = {"network": "lora", "ranks": {"r": 2}, "tokens": 6, "target_modules": r".*\.[qkv]_proj", **options}
+    return tnpeft.TensorNetworkConfig(**options)
+
+
 def attached(**options: Any) -> Any:
     torch.manual_seed(0)
-    options = {"network": "lora", "ranks": {"r": 2}, "tokens": 6, "target_modules": r".*\.[qkv]_proj", **options}
     blocks = nn.ModuleDict({"self_attn": Attention()}).double()
-    net = peft.get_peft_model(blocks, tnpeft.TensorNetworkConfig(**options)).double().train()
-    with torch.no_grad():
-        for parameter in net.parameters():
-            if parameter.requires_grad:
-                parameter.normal_()
+    net = peft.get_peft_model(blocks, config(**options)).double().train()
+    shake(net)
     shared_input.join("default", [layer for layer in three(net) if hasattr(layer, "updates")])
     return net
 
@@ -50,33 +52,15 @@ def three(net: Any) -> list[Any]:
     return [attention.q_proj, attention.k_proj, attention.v_proj]
 
 
-def hooked(net: Any, x: Tensor, stack: contextlib.ExitStack) -> None:
-    three(net)[1].base_layer.register_forward_hook(lambda module, args, result: result * 2)
-
-
 def watched(net: Any, x: Tensor, stack: contextlib.ExitStack) -> None:
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
     stack.callback(handle.remove)
 
 
-def autocast(net: Any, x: Tensor, stack: contextlib.ExitStack) -> None:
-    stack.enter_context(torch.autocast("cpu", torch.bfloat16))
-
-
-def begins_to_require(net: Any, x: Tensor, stack: contextlib.ExitStack) -> None:
-    x.requires_grad_()
-
-
-def moves_in_the_graph(net: Any, x: Tensor, stack: contextlib.ExitStack) -> None:
-    x.detach_().requires_grad_()
-
-
-def gets_other_data(net: Any, x: Tensor, stack: contextlib.ExitStack) -> None:
-    x.data = x.data * 2
-
-
-def factor_frozen(net: Any, x: Tensor, stack: contextlib.ExitStack) -> None:
-    three(net)[2].tnpeft_factors["default"].A.requires_grad_(False)
+def factors_replaced(net: Any, x: Tensor, stack: contextlib.ExitStack) -> None:
+    for layer in three(net):
+        for parameter in layer.tnpeft_factors.parameters():
+            parameter.data = parameter.data * 2
 
 
 def factor_narrowed(net: Any, x: Tensor, stack: contextlib.ExitStack) -> None:
@@ -84,21 +68,57 @@ def factor_narrowed(net: Any, x: Tensor, stack: contextlib.ExitStack) -> None:
     store.A.data = store.A.data.float()
 
 
-def no_gradients(net: Any, x: Tensor, stack: contextlib.ExitStack) -> None:
-    stack.enter_context(torch.no_grad())
+def stepped(net: Any, x: Tensor, stack: contextlib.ExitStack) -> None:
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.AdamW(parameters, lr=0.1, fused=True).step()
 
 
-CHANGES = [
-    hooked, watched, autocast, begins_to_require, moves_in_the_graph, gets_other_data, factor_frozen, factor_narrowed,
-    no_gradients,
-]  # fmt: skip
+def dropping(net: Any, x: Tensor, stack: contextlib.ExitStack) -> None:
+    for layer in three(net):
+        layer.dropouts["default"] = 0.5
 
 
-def outcome(
-    change: Callable[..., None], places: tuple[int, int], order: tuple[int, ...], leaf: bool, apart: bool
-) -> Any:
+def made_anew(net: Any, x: Tensor, stack: contextlib.ExitStack) -> None:
+    net.delete_adapter("default")
+    net.add_adapter("default", config(ranks={"r": 3}))
+    net.double().set_adapter("default")
+    shake(net, 8)
+
+
+CHANGES: dict[str, Callable[[Any, Tensor, contextlib.ExitStack], object]] = {
+    "the input is edited": lambda net, x, _: x.detach().mul_(2),
+    "the input begins to require": lambda net, x, _: x.requires_grad_(),
+    "the input moves in the graph": lambda net, x, _: x.detach_().requires_grad_(),
+    "the input gets other data": lambda net, x, _: setattr(x, "data", x.data * 2),
+    "factors are edited": lambda net, x, _: shake(net, 5),
+    "factors are replaced": factors_replaced,
+    "a factor is frozen": lambda net, x, _: three(net)[2].tnpeft_factors["default"].A.requires_grad_(False),
+    "a factor is narrowed": factor_narrowed,
+    "factors are stepped": stepped,
+    "the adapter is frozen": lambda net, x, _: net.base_model.set_requires_grad("default", False),
+    "the adapter is made anew": made_anew,
+    "another adapter": lambda net, x, _: net.set_adapter("other"),
+    "both adapters": lambda net, x, _: net.base_model.set_adapter(["default", "other"]),
+    "no adapter": lambda net, x, _: net.base_model.disable_adapter_layers(),
+    "one is merged": lambda net, x, _: three(net)[1].merge(),
+    "one is hooked": lambda net, x, _: three(net)[1].base_layer.register_forward_hook(lambda m, a, found: found * 2),
+    "one gets another input": lambda net, x, _: three(net)[1].register_forward_pre_hook(lambda m, a: (a[0] * 3,)),
+    "all modules are watched": watched,
+    "dropout": dropping,
+    "autocast": lambda net, x, stack: stack.enter_context(torch.autocast("cpu", torch.bfloat16)),
+    "no gradients": lambda net, x, stack: stack.enter_context(torch.no_grad()),
+}
+
+
+def outcome(change: str, places: tuple[int, int], order: tuple[int, ...], leaf: bool, apart: bool) -> Any:
     """Outputs and gradients of the three, called in an order, with a change from one call to another."""
     net = attached()
+    net.add_adapter("other", config(ranks={"r": 1}))
+    shake(net.double(), 3, "other")
+    shared_input.join("other", three(net))
+    net.set_adapter("default")
     if apart:
         for layer in three(net):
             layer.input_groups.clear()
@@ -108,7 +128,8 @@ def outcome(
     with contextlib.ExitStack() as stack:
         for k, place in enumerate(order):
             if k == places[0]:
-                change(net, x, stack)
+                CHANGES[change](net, x, stack)
+                torch.manual_seed(0)
             if k == places[1]:
                 stack.close()
             outputs.append(three(net)[place](x))
@@ -120,21 +141,19 @@ def outcome(
     return [*outputs, *torch.autograd.grad(loss, wanted, allow_unused=True)]
 
 
-@settings(max_examples=60)
-@given(st.sampled_from(CHANGES), st.sampled_from(((1, 3), (2, 3), (1, 2))), st.permutations((0, 1, 2)), st.booleans())
-def test_a_change_between_the_calls_loses_nothing(change: Any, places: Any, order: Any, leaf: bool) -> None:
-    if change is begins_to_require:
-        leaf = True
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("change", CHANGES)
+@settings(max_examples=7)
+@given(st.sampled_from(((1, 3), (2, 3), (1, 2))), st.permutations((0, 1, 2)), st.booleans())
+def test_a_change_between_the_calls_is_met(change: str, places: Any, order: Any, leaf: bool) -> None:
+    leaf |= change == "the input begins to require"
     smallest, shared_input.MIN_ELEMENTS = shared_input.MIN_ELEMENTS, 0
     try:
         found, wanted = (outcome(change, places, tuple(order), leaf, apart) for apart in (False, True))
     finally:
         shared_input.MIN_ELEMENTS = smallest
-    tight = change not in (autocast, factor_narrowed)
-    for a, b in zip(found, wanted, strict=True):
-        assert (a is None) == (b is None)
-        if a is not None:
-            torch.testing.assert_close(a, b, rtol=1e-10 if tight else 1e-2, atol=1e-10 if tight else 1e-2)
+    close = 1e-2 if change in ("autocast", "a factor is narrowed") else 1e-10
+    torch.testing.assert_close(found, wanted, rtol=close, atol=close)
 
 
 @pytest.mark.parametrize("network", ["quanta", "B[layer proj out r] A[layer proj r inp] - C[out s] E[proj s inp]"])
@@ -154,16 +173,11 @@ def test_autocast_where_the_input_enters_several_products(network: str) -> None:
 # ---- DoRA
 
 
-def dora(dropout: float = 0.0, zero_row: bool = False) -> Any:
+def dora(dropout: float = 0.0) -> Any:
     torch.manual_seed(0)
+    its = {"network": "lora", "ranks": {"r": 2}, "dora": True, "dropout": dropout, "target_modules": ["0"]}
     base = nn.Sequential(nn.Linear(6, 5)).double()
-    if zero_row:
-        with torch.no_grad():
-            base[0].weight[2].zero_()
-    config = tnpeft.TensorNetworkConfig(
-        network="lora", ranks={"r": 2}, dora=True, dropout=dropout, target_modules=["0"]
-    )
-    return peft.get_peft_model(base, config, autocast_adapter_dtype=False).train()
+    return peft.get_peft_model(base, tnpeft.TensorNetworkConfig(**its), autocast_adapter_dtype=False).train()
 
 
 def test_forward_derivatives_are_those_of_the_gradient() -> None:
@@ -179,14 +193,6 @@ def test_forward_derivatives_are_those_of_the_gradient() -> None:
     gradient = torch.func.grad(loss)(own)
     wanted = sum((gradient[n] * along[n]).sum() for n in own)
     torch.testing.assert_close(torch.func.jvp(loss, (own,), (along,))[1], wanted)
-
-
-def test_a_row_of_zeros_stays_finite() -> None:
-    model, x = dora(zero_row=True), torch.randn(4, 6, dtype=torch.float64)
-    result = model(x)
-    torch.testing.assert_close(result, model.base_model.model[0].base_layer(x), rtol=1e-12, atol=1e-12)
-    result.sum().backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
 def test_dropout_is_of_the_input_of_base_and_update_alike() -> None:

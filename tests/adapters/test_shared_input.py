@@ -7,14 +7,15 @@ import gc
 import pickle
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from adapter_models import MODELS, NETWORKS, adapted, config, inputs, opt, shake
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from watching import Watching
 
 import tnpeft
 from tnpeft.adapters.layer import shared_input
@@ -47,7 +48,7 @@ def group(net: Any) -> list[Any]:
     return [getattr(attention, name) for name in QKV]
 
 
-def extract_replica(net: Any) -> Any:
+def apart(net: Any) -> Any:
     """A copy whose linears know of no other."""
     copied = copy.deepcopy(net)
     for linear in linears(copied):
@@ -92,9 +93,19 @@ def same(found: Any, wanted: Any) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
 
 
-def x_of(net: Any, requires_grad: bool = True) -> Tensor:
-    x = torch.linspace(-1, 1, 2 * 5 * 32, dtype=torch.float64).reshape(2, 5, 32)
-    return (x.requires_grad_() * 1.0) if requires_grad else x
+def compare(net: Any, act: Callable[..., Any], wanted: Callable[..., Any] | None = None, leaf: bool = False) -> None:
+    """What a function makes of q, k and v, and all gradients, are those of three that know of no other."""
+    found = []
+    for one, its in ((net, act), (apart(net), wanted or act)):
+        x = x_of(leaf)
+        x.retain_grad()
+        found.append([its(group(one), x), x.grad, *trained(one)])
+    same(*found)
+
+
+def x_of(leaf: bool = False) -> Tensor:
+    x = torch.linspace(-1, 1, 2 * 5 * 32, dtype=torch.float64).reshape(2, 5, 32).requires_grad_()
+    return x if leaf else x * 1.0
 
 
 # ---- what is shared
@@ -113,41 +124,29 @@ def test_which_linears_share() -> None:
 @pytest.mark.parametrize("key", KEYS)
 def test_a_step_is_that_of_each_alone(key: str, name: str, begun: list[int]) -> None:
     net, calls = model(key, name), begun
-    wanted = gradients(extract_replica(net), name)
+    wanted = gradients(apart(net), name)
     assert not calls
     same(gradients(net, name), wanted)
     assert calls == {"opt": [3, 3], "llama": [3, 2, 3, 2], "bert": [3, 3], "vit": [3, 3]}[name]
     assert all(p.requires_grad is (n in wanted) for n, p in net.named_parameters() if "tnpeft" in n)
 
 
-class Products(TorchDispatchMode):
-    """The shapes of the products of an input with narrow matrices, and of their transposes."""
-
-    def __init__(self, rows: int) -> None:
-        super().__init__()
-        self.rows, self.narrow = rows, list[int]()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._opname == "mm":
-            a, b = args
-            if a.shape[1] == 32 and self.rows in (a.shape[0], b.shape[1]):
-                self.narrow.append(min(a.shape[0], b.shape[1]))
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(("key", "narrow"), [("lora", 9), ("vera", 4), ("cp", 15)])
 def test_one_narrow_product_in_each_group(key: str, narrow: int) -> None:
-    """Of the matrices of all three, or of the one that all three have."""
-    net = model(key)
-    q, k, v = group(net)
+    """Of the matrices of all three, or of the one that all three have; apart, of each one's own."""
     x = torch.ones(40, 32, dtype=torch.float64).requires_grad_()
-    with Products(40) as found:
-        q(x), k(x), v(x)
-    assert found.narrow == [narrow]
-    q, k, v = group(extract_replica(net))
-    with Products(40) as found:
-        q(x), k(x), v(x)
-    assert found.narrow == 3 * [narrow // (1 if key == "vera" else 3)]
+    found: list[int] = []
+
+    def note(name: str, args: Any, result: Tensor) -> None:
+        if name == "mm" and args[0].shape[1] == 32 and 40 in (args[0].shape[0], args[1].shape[1]):
+            found.append(min(args[0].shape[0], args[1].shape[1]))
+
+    net = model(key)
+    for one, wanted in ((net, [narrow]), (apart(net), 3 * [narrow // (1 if key == "vera" else 3)])):
+        found.clear()
+        with Watching(note):
+            _ = [linear(x) for linear in group(one)]
+        assert found == wanted
 
 
 # ---- any of them left out, in any order, in passes of their own
@@ -156,41 +155,31 @@ def test_one_narrow_product_in_each_group(key: str, narrow: int) -> None:
 @pytest.mark.parametrize("used", [(0,), (2,), (1, 0), (2, 0, 1)])
 @pytest.mark.parametrize("key", KEYS)
 def test_some_of_the_outputs_in_any_order(key: str, used: Any) -> None:
-    net = model(key)
-    found = []
-    for one in (net, extract_replica(net)):
-        three = group(one)
-        x = x_of(one)
-        x.retain_grad()
+    def act(three: list[Any], x: Tensor) -> Any:
         outputs = [three[k](x) for k in used]
         outputs[-1].sin().sum().backward()
-        found.append([*outputs, x.grad, *trained(one)])
-    same(*found)
+        return outputs
+
+    compare(model(key), act)
 
 
 @pytest.mark.parametrize("retained", [True, False])
-def test_passes_of_their_own(retained: bool) -> None:
-    net = model("cp")
-    found = []
-    for one in (net, extract_replica(net)):
-        x = x_of(one, requires_grad=False).requires_grad_()
-        for output in [linear(x) for linear in group(one)]:
+@pytest.mark.parametrize("key", ["lora", "cp", "vera"])
+def test_passes_of_their_own(key: str, retained: bool) -> None:
+    def act(three: list[Any], x: Tensor) -> None:
+        for output in [linear(x) for linear in three]:
             output.sin().sum().backward(retain_graph=retained)
-        found.append([x.grad, *trained(one)])
-    same(*found)
+
+    compare(model(key), act, leaf=True)
 
 
 @pytest.mark.parametrize("key", ["lora", "cp", "vera"])
 def test_second_derivatives(key: str) -> None:
-    net = model(key)
-    found = []
-    for one in (net, extract_replica(net)):
-        x = x_of(one, requires_grad=False).requires_grad_()
-        total = sum(linear(x).sin().sum() for linear in group(one))
-        (first,) = torch.autograd.grad(total, x, create_graph=True)
+    def act(three: list[Any], x: Tensor) -> None:
+        (first,) = torch.autograd.grad(sum(linear(x).sin().sum() for linear in three), x, create_graph=True)
         first.square().sum().backward()
-        found.append([x.grad, *trained(one)])
-    same(*found)
+
+    compare(model(key), act, leaf=True)
 
 
 # ---- gradient checkpointing
@@ -207,145 +196,41 @@ def test_checkpointed_layers(key: str, reentrant: bool, begun: list[int]) -> Non
     assert calls == [3] * (4 if reentrant else 6)  # a reentrant forward runs without gradients, and shares nothing
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("reentrant", [True, False, None])  # None: without one
 @pytest.mark.parametrize("cut", [((0,), (1, 2)), ((0, 1), (2,)), ((0,), (1,), (2,)), ((2, 0), (1,))])
 @pytest.mark.parametrize("key", KEYS)
-def test_a_checkpoint_between_them(key: str, cut: Any, reentrant: bool) -> None:
-    net = model(key)
-    found = []
-    for one, boundary in ((net, True), (net, False), (extract_replica(net), False)):
-        one.zero_grad()
-        three = group(one)
-
-        def part(x: Tensor, which: Any, three: Any = three) -> Tensor:
+def test_a_checkpoint_between_them(key: str, cut: Any, reentrant: bool | None) -> None:
+    def act(three: list[Any], x: Tensor, reentrant: bool | None = None) -> Tensor:
+        def part(x: Tensor, which: Any) -> Tensor:
             return sum(three[k](x).sin() for k in which)
 
-        x = x_of(one)
-        x.retain_grad()
-        if boundary:
-            total = sum(checkpoint(part, x, which, use_reentrant=reentrant) for which in cut)
-        else:
-            total = sum(part(x, which) for which in cut)
+        around = part if reentrant is None else partial(checkpoint, part, use_reentrant=reentrant)
+        total = sum(around(x, which) for which in cut)
         total.square().sum().backward()
-        found.append([total, x.grad, *trained(one)])
-    same(found[0], found[2])
-    same(found[1], found[2])
+        return total
+
+    compare(model(key), partial(act, reentrant=reentrant), act)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_one_of_them_in_a_checkpoint_of_its_own(reentrant: bool) -> None:
-    net = model("lora")
-    found = []
-    for one in (net, extract_replica(net)):
-        q, k, v = group(one)
-        x = x_of(one)
-        x.retain_grad()
+    def act(three: list[Any], x: Tensor) -> Tensor:
+        q, k, v = three
         total = q(x) * checkpoint(k, x, use_reentrant=reentrant) + v(x)
         total.square().sum().backward()
-        found.append([total, x.grad, *trained(one)])
-    same(*found)
+        return total
+
+    compare(model("lora"), act)
 
 
 # ---- what ends what was begun
-
-
-def edited(net: Any, x: Tensor) -> None:
-    with torch.no_grad():
-        x.mul_(2)
-
-
-def factor_edited(net: Any, x: Tensor) -> None:
-    shake(net, 5)
-
-
-def factor_replaced(net: Any, x: Tensor) -> None:
-    for linear in linears(net):
-        for parameter in linear.tnpeft_factors.parameters():
-            parameter.data = parameter.data * 2
-
-
-def stepped(net: Any, x: Tensor) -> None:
-    parameters = [p for p in net.parameters() if p.requires_grad]
-    for parameter in parameters:
-        parameter.grad = torch.ones_like(parameter)
-    torch.optim.AdamW(parameters, lr=0.1, fused=True).step()
-    net.zero_grad()
-
-
-def frozen(net: Any, x: Tensor) -> None:
-    net.base_model.set_requires_grad("default", False)
-
-
-def switched(net: Any, x: Tensor) -> None:
-    net.set_adapter("other")
-
-
-def off(net: Any, x: Tensor) -> None:
-    net.base_model.disable_adapter_layers()
-
-
-def both(net: Any, x: Tensor) -> None:
-    net.base_model.set_adapter(["default", "other"])
-
-
-def merged(net: Any, x: Tensor) -> None:
-    group(net)[1].merge()
-
-
-def hooked(net: Any, x: Tensor) -> None:
-    group(net)[1].base_layer.register_forward_hook(lambda module, args, result: result * 2)
-
-
-def input_replaced(net: Any, x: Tensor) -> None:
-    group(net)[1].register_forward_pre_hook(lambda module, args: (args[0] * 3,))
-
-
-def dropping(net: Any, x: Tensor) -> None:
-    for linear in group(net):
-        linear.dropouts["default"] = 0.5
-
-
-def deleted(net: Any, x: Tensor) -> None:
-    net.delete_adapter("default")
-    net.add_adapter("default", config("lora", target_modules=QKV, ranks={"r": 2}))
-    net.double()
-    net.set_adapter("default")
-    shake(net, 8)
-
-
-CHANGES = [
-    edited, factor_edited, factor_replaced, stepped, frozen, switched, off, both, merged, hooked, input_replaced,
-    dropping, deleted,
-]  # fmt: skip
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_change_between_them_is_met(change: Callable[[Any, Tensor], None]) -> None:
-    net = model("lora")
-    net.add_adapter("other", config("lora", target_modules=QKV))
-    shake(net.double(), 3, "other")
-    net.set_adapter("default")
-    found = []
-    for one in (net, extract_replica(net)):
-        q, k, v = group(one)
-        x = x_of(one)
-        first = q(x)
-        change(one, x)
-        torch.manual_seed(0)
-        rest = [k(x), v(x)]
-        loss = sum(output.sin().sum() for output in rest)
-        if change is not edited:  # the outputs before it then have no backward pass, shared or not
-            loss.backward()
-        found.append([first, *rest, *trained(one)])
-    same(*found)
 
 
 def test_a_replaced_module_leaves_the_others(begun: list[int]) -> None:
     net, calls = model("lora"), begun
     q, k, v = group(net)
     q.base_layer.register_forward_hook(lambda *_: None)
-    x = x_of(net)
+    x = x_of()
     q(x), k(x), v(x)
     assert calls == [2]
 
@@ -354,7 +239,7 @@ def test_a_replaced_module_leaves_the_others(begun: list[int]) -> None:
 def test_dropout_draws_for_each(key: str, begun: list[int]) -> None:
     net, calls = model(key, dropout=0.3), begun
     results = []
-    for one in (net, extract_replica(net)):
+    for one in (net, apart(net)):
         torch.manual_seed(0)
         results.append(gradients(one))
     same(*results)
@@ -366,7 +251,7 @@ def test_dropout_draws_for_each(key: str, begun: list[int]) -> None:
 
 def test_small_inputs_are_not_worth_it(monkeypatch: pytest.MonkeyPatch, begun: list[int]) -> None:
     net = model("lora")
-    x = x_of(net)
+    x = x_of()
     monkeypatch.setattr(shared_input, "MIN_ELEMENTS", x.numel() + 1)
     group(net)[0](x)
     assert not begun
@@ -391,10 +276,10 @@ def test_two_adapters_and_replicas(begun: list[int]) -> None:
     net.add_adapter("other", config("cp", target_modules=QKV, tokens=12))
     shake(net.double(), 3, "other")
     net.base_model.set_adapter(["default", "other"])
-    same(gradients(net), gradients(extract_replica(net)))
+    same(gradients(net), gradients(apart(net)))
     assert not calls
     net.set_adapter("other")
-    same(gradients(net), gradients(extract_replica(net)))
+    same(gradients(net), gradients(apart(net)))
     assert calls == [3, 3]
     many = adapted(target_modules=QKV, replicas=2)
     assert not any(linear.input_groups for linear in linears(many))
@@ -402,7 +287,7 @@ def test_two_adapters_and_replicas(begun: list[int]) -> None:
 
 def test_other_ranks_share_as_well(begun: list[int]) -> None:
     net, calls = model("lora", rank_pattern={"v_proj": {"r": 1}}), begun
-    same(gradients(net), gradients(extract_replica(net)))
+    same(gradients(net), gradients(apart(net)))
     assert calls == [3, 3]
 
 
@@ -412,7 +297,7 @@ def test_other_ranks_share_as_well(begun: list[int]) -> None:
 def test_nothing_is_left_after_the_last_one() -> None:
     net = model("cp")
     q, k, v = group(net)
-    x = x_of(net)
+    x = x_of()
     outputs = [q(x)]
     left = q.input_groups["default"]._pending()
     assert set(left.waiting) == {k, v}
@@ -429,7 +314,7 @@ def test_an_exception_between_them_leaves_nothing() -> None:
     k.register_forward_pre_hook(lambda *_: 1 / 0)
 
     def attempt() -> tuple[Any, Any]:
-        x = x_of(net)
+        x = x_of()
         above = x * 2.0
         output = q(above)
         assert output.requires_grad
@@ -453,7 +338,7 @@ def test_an_exception_between_them_leaves_nothing() -> None:
 def test_copies_and_pickles_know_each_other_and_have_begun_nothing(begun: list[int]) -> None:
     net, calls = model("lora"), begun
     q, *_ = group(net)
-    alive = q(x_of(net))
+    alive = q(x_of())
     for one in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         its = [linear.input_groups["default"] for linear in group(one)]
         assert its[0] is its[1] is its[2]
@@ -485,5 +370,5 @@ def test_a_linear_of_its_own_class_and_a_bank_in_half_precision() -> None:
         pass
 
     attention.k_proj.base_layer.__class__ = Special
-    same(gradients(net), gradients(extract_replica(net)))
+    same(gradients(net), gradients(apart(net)))
     assert tnpeft.factors(net)["A"].dtype == torch.float64

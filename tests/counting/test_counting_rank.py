@@ -61,6 +61,18 @@ def sized(text: str) -> dict[str, int]:
     return {index: int(size) for index, size in (word.split("=") for word in text.split())}
 
 
+def case(name: str) -> tuple[Network, dict[str, int], int]:
+    line, text, rank = CASES[name]
+    return tnpeft.network(line), sized(text), rank
+
+
+def matrix(net: Network, sizes: dict[str, int]) -> np.ndarray:
+    """One site's matrix at random factors."""
+    stack = open_axes(net, arrays(net, sizes))
+    rows, cols = (prod(sizes[i] for i in side) for side in (net.rows, net.cols))
+    return stack.reshape(-1, rows, cols)[0]
+
+
 def arrays(net: Network, sizes: dict[str, int], seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     return {net.label(f): rng.standard_normal([sizes[i] for i in f.indices]) for f in net.factors}
@@ -87,22 +99,15 @@ def jacobian_rank(net: Network, sizes: dict[str, int]) -> int:
 
 @pytest.mark.parametrize("name", CASES)
 def test_rank_bound_and_dof_are_met_by_random_factors(name: str) -> None:
-    line, text, rank = CASES[name]
-    sizes = sized(text)
-    net = tnpeft.network(line)
-    stack = open_axes(net, arrays(net, sizes))
-    matrix = stack.reshape(*[sizes[i] for i in net.stack], prod(sizes[i] for i in net.rows), -1)
-    one = matrix.reshape(-1, *matrix.shape[-2:])[0]
-    assert rank_bound(net, sizes) == rank == np.linalg.matrix_rank(one)
+    net, sizes, rank = case(name)
+    assert rank_bound(net, sizes) == rank == np.linalg.matrix_rank(matrix(net, sizes))
     assert clipped_ranks(net, sizes) == {}
     assert dof(net, sizes) == jacobian_rank(net, sizes)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_symbolic_dof_agrees_with_the_integer_one(name: str) -> None:
-    line, text, _ = CASES[name]
-    sizes = sized(text)
-    net = tnpeft.network(line)
+    net, sizes, _ = case(name)
     formula = dof(net, {i: sympy.Symbol(i) for i in net.indices})
     value = int(formula.subs(sizes))
     assert min(value, prod(sizes[i] for i in net.outer)) == dof(net, sizes)
@@ -110,14 +115,12 @@ def test_symbolic_dof_agrees_with_the_integer_one(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_unfoldings_stay_under_their_bounds(name: str) -> None:
-    line, text, _ = CASES[name]
-    sizes = sized(text)
-    net = tnpeft.network(line)
+    net, sizes, _ = case(name)
     stack = open_axes(net, arrays(net, sizes))
     for group, bound in unfolding_bounds(net, sizes).items():
         axes = [net.outer.index(i) for i in group.split()]
-        matrix = np.moveaxis(stack, axes, range(len(axes))).reshape(prod(stack.shape[a] for a in axes), -1)
-        assert np.linalg.matrix_rank(matrix) == bound
+        unfolded = np.moveaxis(stack, axes, range(len(axes))).reshape(prod(stack.shape[a] for a in axes), -1)
+        assert np.linalg.matrix_rank(unfolded) == bound
 
 
 OVERSIZED = {
@@ -152,10 +155,7 @@ def test_a_rank_above_its_cut_is_a_warning_and_dof_clips_it(name: str) -> None:
     assert clipped_ranks(net, sizes) == expected
     with pytest.warns(RankWarning):
         bound = rank_bound(net, sizes)
-    stack = open_axes(net, arrays(net, sizes)).reshape(
-        *[sizes[i] for i in net.stack], prod(sizes[i] for i in net.rows), -1
-    )
-    assert bound >= np.linalg.matrix_rank(stack.reshape(-1, *stack.shape[-2:])[0])
+    assert bound >= np.linalg.matrix_rank(matrix(net, sizes))
     with pytest.warns(RankWarning):
         assert dof(net, sizes) == jacobian_rank(net, sizes)
 
@@ -182,8 +182,7 @@ def test_a_sum_is_bounded_by_its_terms() -> None:
 def test_terms_without_a_stack_index_are_broadcast() -> None:
     net = tnpeft.network("B[o r] A[r i] + D[layer o s] C[layer s i] -> layer o i")
     sizes = {"layer": 4, "o": 6, "i": 5, "r": 1, "s": 2}
-    stack = open_axes(net, arrays(net, sizes))
-    assert rank_bound(net, sizes) == 3 == np.linalg.matrix_rank(stack[0])
+    assert rank_bound(net, sizes) == 3 == np.linalg.matrix_rank(matrix(net, sizes))
     assert unfolding_bounds(net, sizes) == {"layer": 4, "o": 6, "i": 5}
     assert dof(net, sizes) == jacobian_rank(net, sizes) == 10 + 4 * (22 - 4)
 
@@ -301,11 +300,9 @@ def test_bounds_are_tight_for_every_family_at_generic_factors(name: str) -> None
     net = f.network
     stack = {"layer": 2, "proj": 1, "basis": 2, "expert": 2, "scene": 2, "env": 2}
     sizes = f.sizes({**stack, "out": 8, "inp": 8, "heads": 4})
-    stack = open_axes(net, arrays(net, sizes))
-    matrices = stack.reshape(-1, prod(sizes[i] for i in net.rows), prod(sizes[i] for i in net.cols))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RankWarning)
-        assert rank_bound(net, sizes) == np.linalg.matrix_rank(matrices[0])
+        assert rank_bound(net, sizes) == np.linalg.matrix_rank(matrix(net, sizes))
         if name in ("pera", "tensor_guide"):  # factors that are used twice
             with pytest.raises(NetworkError, match="jacobian_rank"):
                 dof(net, sizes)

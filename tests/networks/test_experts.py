@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import peft
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tnpeft
 from tnpeft.layout import layout
-from tnpeft.networks import ConfigError, Factorization, Network, NetworkError, Site
+from tnpeft.networks import Factorization, Network, NetworkError, Site
 from tnpeft.testing.cases import small_sizes
 
 SHARED = "B[layer proj expert out r] A[layer proj r inp] -> layer proj expert out inp"
@@ -59,12 +57,3 @@ def test_further_stack_indices_are_sized_by_name_and_otherwise_refused() -> None
         tnpeft.parameters(f, model="facebook/opt-125m")
     with pytest.raises(NetworkError, match="'expert' comes from the model"):
         tnpeft.parameters(Factorization.of(SHARED, ranks={"r": 2}), model="facebook/opt-125m", expert=4)
-
-
-def test_attaching_a_line_over_experts_to_a_linear_is_refused_and_leaves_the_model_alone() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(6, 8))
-    before = str(model)
-    config = tnpeft.TensorNetworkConfig(network=SHARED, ranks={"r": 2}, target_modules=["0"])
-    with pytest.raises(ConfigError, match=r"'expert' has no meaning on 0 \(8 x 6\): it is one matrix"):
-        peft.get_peft_model(model, config)
-    assert str(model) == before

@@ -29,11 +29,6 @@ def test_roles_of_indices() -> None:
     assert (TERA.rows, TERA.cols) == (("o1", "o2"), ("inp",))
 
 
-def test_hadamard_factors_make_row_and_column_indices_hyper() -> None:
-    net = network("B1[out r] A1[r inp] B2[out s] A2[s inp] -> out inp")
-    assert (net.hyper, net.batch, net.bonds) == (("out", "inp"), ("out", "inp"), ("r", "s"))
-
-
 @given(networks(tied=True, twins=True))
 def test_roles_follow_from_counting_places(net: Network) -> None:
     outer = Counter(index for group in net.output for index in group)

@@ -20,7 +20,7 @@ import tnpeft
 from tnpeft import NetworkError, network
 from tnpeft.networks import STACK, Network
 from tnpeft.networks.factor import RESERVED
-from tnpeft.networks.sizes import bind, check_size, complete, evaluate, even_split, integers, product, split
+from tnpeft.networks.sizes import bind, complete, evaluate, even_split, integers, split
 from tnpeft.testing import networks, sizes_for
 
 LORA = network("B[layer out r] A[layer r inp] -> layer out inp")
@@ -71,23 +71,10 @@ def test_missing_sizes_are_named() -> None:
     complete(LORA, {"out": 3, "r": 1}, needed=("r",))
 
 
-def test_integers_refuses_symbols() -> None:
-    d = sympy.Symbol("d")
-    assert integers(TIED, {"out": 4, "a": 2, "inp": 4}) == {"out": 4, "a": 2, "inp": 4}
-    with pytest.raises(NetworkError, match="the size of 'a' is the symbol d"):
-        integers(TIED, {"out": 4, "a": d, "inp": 4})
-
-
 @given(networks(tied=True, twins=True), st.data())
 def test_drawn_sizes_fit(net: Network, data: st.DataObject) -> None:
     sizes = data.draw(sizes_for(net))
     assert integers(net, bind(net, sizes, {})) == sizes
-
-
-def test_product_takes_symbols() -> None:
-    d = sympy.Symbol("d")
-    assert product([]) == 1
-    assert product([2, d, 3]) == 6 * d
 
 
 # ---- splits
@@ -174,11 +161,6 @@ def test_rules_are_arithmetic(a: int, b: int, c: int) -> None:
 def test_a_rule_that_is_no_rule_is_refused(rule: str) -> None:
     with pytest.raises(NetworkError):
         evaluate(rule, {"a": 6, "b": 3})
-
-
-def test_check_size_quotes_the_line() -> None:
-    with pytest.raises(NetworkError, match=r"B\[layer out r\]"):
-        check_size("r", 0, str(LORA))
 
 
 @pytest.mark.parametrize("bad", [3, "r=2", [2], True])

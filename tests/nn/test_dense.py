@@ -8,7 +8,6 @@ from functools import reduce
 
 import numpy as np
 import pytest
-import tensorly
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -97,29 +96,11 @@ def test_gradients_and_their_gradients(case: tuple[Network, dict[str, int]]) -> 
     assert torch.autograd.gradgradcheck(function, tensors)
 
 
-# ---- TensorLy's own reconstruction; other formats are in test_tensorly_formats.py
-
-
 def rng(*shape: int) -> np.ndarray:
     return np.random.default_rng(sum(shape)).standard_normal(shape)
 
 
-def test_a_ring_is_tensorlys() -> None:
-    cores = [rng(2, 4, 2), rng(2, 3, 3), rng(3, 5, 2), rng(2, 2, 2)]
-    ring = network("A[s a p] B[p b q] C[q c r] D[r d s] -> (a b) (c d)")
-    full = tensorly.tr_tensor.tr_to_tensor(cores)
-    np.testing.assert_allclose(
-        dense(ring, dict(zip("ABCD", cores, strict=True))), full.reshape(12, 10), rtol=0, atol=1e-12
-    )
-
-
 # ---- what is taken and what is refused
-
-
-def test_stack_terms_are_broadcast_and_twins_named() -> None:
-    net = network("G[layer out inp] - ~G[layer out inp] + C[out inp] -> layer out inp")
-    g, start, c = rng(2, 3, 4), rng(2, 3, 4) + 1, rng(3, 4)
-    np.testing.assert_allclose(dense(net, {"G": g, "~G": start, "C": c}), g - start + c, rtol=0, atol=1e-15)
 
 
 def test_kinds_and_dtypes() -> None:

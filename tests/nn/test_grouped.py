@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import oracles
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from watching import largest
 
 from tnpeft import NetworkError, network
 from tnpeft.networks import Network
@@ -104,25 +107,17 @@ def test_drawn_networks_over_experts(data: st.DataObject) -> None:
     agree(net, sizes, ids)
 
 
+def step(run: GroupedProgram, *given: object) -> None:
+    run(*given).sum().backward()
+
+
 def test_a_matrix_of_every_expert_is_not_formed_in_training() -> None:
     sizes = {"expert": 32, "out": 64, "inp": 48, "r": 2}
     for line in LINES[:3]:
         run, operands, _ = drawn(network(line), sizes)
         x = torch.randn(256, 48, dtype=torch.float64, requires_grad=True)
         groups = Groups(torch.randint(0, 32, (256,)).sort()[0], 32)
-        largest = 0
-
-        class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-                nonlocal largest
-                result = function(*args, **(kwargs or {}))
-                if isinstance(result, Tensor) and result._base is None:
-                    largest = max(largest, result.numel())
-                return result
-
-        with Watch():
-            run(x, groups, operands).sum().backward()
-        assert largest < 32 * 64 * 48 / 4
+        assert 0 < largest(partial(step, run, x, groups, operands)) < 32 * 64 * 48 / 4
 
 
 def test_an_open_stack_index_beside_experts_is_refused() -> None:

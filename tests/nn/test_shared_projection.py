@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from watching import Watching
 
 from tnpeft import network
 from tnpeft.nn.executor.program import Program, ProgramFunction, program
@@ -96,13 +96,11 @@ class Group:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_outputs_and_gradients_are_those_of_each_alone(name: str, used: Any, given: bool) -> None:
     group = Group(name)
-    for left, right in zip(group.shared(group.x, *group.factors), group.alone(group.x, *group.factors), strict=True):
-        torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
-    found, wanted = (group.gradients(way, used, given) for way in ("shared", "alone"))
-    for left, right in zip(found, wanted, strict=True):
-        assert (left is None) == (right is None)
-        if left is not None:
-            torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
+    found, wanted = (
+        [*getattr(group, way)(group.x, *group.factors), *group.gradients(way, used, given)]
+        for way in ("shared", "alone")
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -110,17 +108,6 @@ def test_differentiable_twice(name: str) -> None:
     group = Group(name, tokens=2)  # every number is moved
     assert torch.autograd.gradcheck(group.shared, (group.x, *group.factors))
     assert torch.autograd.gradgradcheck(group.shared, (group.x, *group.factors), atol=1e-4)
-
-
-@pytest.mark.parametrize("retained", [True, False])
-@pytest.mark.parametrize("name", ["lora", "cp", "vera"])
-def test_backward_passes_one_after_the_other(name: str, retained: bool) -> None:
-    group = Group(name)
-    wanted = group.gradients("alone", range(3))
-    for result in group.shared(group.x, *group.factors):
-        result.sin().sum().backward(retain_graph=retained)
-    for leaf, gradient in zip(group.leaves, wanted, strict=True):
-        torch.testing.assert_close(leaf.grad, gradient, rtol=1e-12, atol=1e-12)
 
 
 def test_a_pass_over_a_kept_graph_gives_the_same_again() -> None:
@@ -140,42 +127,33 @@ def test_factors_changed_before_the_backward_pass_are_noticed() -> None:
         loss.backward()
 
 
-class Products(TorchDispatchMode):
-    """The shapes of all products of two matrices."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shapes: list[tuple[int, int, int]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._opname
-        if name in ("mm", "addmm", "addmm_"):
-            a, b = args[-2:]
-            self.shapes.append((a.shape[0], a.shape[1], b.shape[1]))
-        return func(*args, **(kwargs or {}))
-
-    def over(self, summed: int, narrow: int) -> int:
-        """Products with the input's or an output's features summed or made, and a side of this width."""
-        return sum(sorted(shape) == sorted((TOKENS, summed, narrow)) for shape in self.shapes)
-
-
 @pytest.mark.parametrize(("same", "narrow"), [(False, 6), (True, 2)])
 def test_one_narrow_product_for_all_and_one_of_each_kind_for_its_gradients(same: bool, narrow: int) -> None:
-    group = Group("lora")
+    group, shapes = Group("lora"), list[tuple[int, int, int]]()
     own, run = group.parts(group.factors), group.run
     assert run.prefix is not None
     if same:
         own = [[B, own[0][1]] for B, _ in own]
-    with Products() as forward:
+
+    def note(name: str, args: Any, result: Any) -> None:
+        if name in ("mm", "addmm", "addmm_"):
+            shapes.append((*args[-2].shape, args[-1].shape[1]))
+
+    def over(summed: int, narrow: int) -> int:
+        """Products with the input's or an output's features summed or made, and a side of this width."""
+        return sum(sorted(shape) == sorted((TOKENS, summed, narrow)) for shape in shapes)
+
+    with Watching(note):
         x, parts, links = ProjectionGroup([run.prefix] * 3, ["A"] * 3 if same else None)(own, group.x)
-    assert forward.shapes == [(narrow, WIDE, TOKENS)]
+    assert shapes == [(narrow, WIDE, TOKENS)]
     results = [run.after_prefix(parts[k], own[k], x, group.weights[k], None, 1.0, links[k]) for k in range(3)]
-    with Products() as backward:
+    shapes.clear()
+    with Watching(note):
         sum(result.sum() for result in results).backward()
     # the gradient of the input and that of the joined matrices, beside two for each linear's last step
-    assert backward.over(WIDE, narrow) == 2 + 6 * (narrow == 2)
-    assert backward.over(WIDE, WIDE) == 3
-    assert len(backward.shapes) == 2 + 6 + 3
+    assert over(WIDE, narrow) == 2 + 6 * (narrow == 2)
+    assert over(WIDE, WIDE) == 3
+    assert len(shapes) == 2 + 6 + 3
 
 
 @pytest.mark.parametrize("name", APART)

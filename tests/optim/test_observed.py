@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
-import peft
 import pytest
 import torch
+from failing_steps import assert_same, fingerprint
 from torch import Tensor, nn
-from weight_kinds import CALLED, LISTED, RAW, Kind, shake
+from weight_kinds import CALLED, LISTED, PLAIN, RAW, attached, shake
 
 import tnpeft
 from tnpeft.adapters.layer.merging import DenseLinear
@@ -17,27 +16,30 @@ from tnpeft.adapters.sites.parameter import TensorNetworkParameter
 from tnpeft.adapters.state import arrays, bank_of
 from tnpeft.networks import NetworkError
 
-KINDS = {**CALLED, **RAW, **LISTED}
+KINDS = {**CALLED, **RAW, **LISTED, **PLAIN}
 LINES: dict[str, dict[str, Any]] = {
     "tucker": {"network": tnpeft.families.tucker(2)},
     "cp": {"network": tnpeft.families.cp(3)},  # columns of length one
     "square": {"network": tnpeft.families.cara()},  # slices
 }
+OF_LINEARS = {name: {"network": tnpeft.families.get(name)()} for name in ("lora", "moslora", "lotr", "vera", "hira")}
+CASES = [*((kind, line) for kind in KINDS for line in LINES), *(("linear", line) for line in OF_LINEARS)]
 
 
-def adapted(kind: Kind, **options: Any) -> peft.PeftModel:
-    torch.manual_seed(0)
-    config = tnpeft.TensorNetworkConfig(target_modules=[*kind.targets], axes=dict(kind.axes), **options)
-    return peft.get_peft_model(copy.deepcopy(kind.make().double()), config).double().eval()
-
-
-@pytest.mark.parametrize("line", LINES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "line"), CASES)
 def test_the_measured_change_is_that_of_a_finite_step(kind: str, line: str) -> None:
     its = KINDS[kind]
-    model, x = adapted(its, **LINES[line]), its.example()[:2]
+    (_, model), x = attached(kind, **(LINES | OF_LINEARS)[line]), its.example()[:2]
+    model.train()
+    at_start = tnpeft.coordinate_check(model, x)
+    assert kind != "linear" or all(row.predicted == 0 or 0.05 < row.ratio < 5 for row in at_start.rows), at_start
     shake(model, its.spread)
+    before = fingerprint(model)
     check = tnpeft.coordinate_check(model, x)
+    assert_same(fingerprint(model), before)  # and it trains on
+    assert all(p.grad is None for p in model.parameters())
+    assert "predicted" in str(check)
+    model.eval()
     measured = {(row.layer, row.proj, row.factor): row.measured for row in check.rows}
     reached = {row.site for row in tnpeft.explain(model).rows} - {"embed/inp:1"}  # whose tokens the batch lacks
     assert all(row.measured > 0 for row in check.rows if row.proj in reached)
@@ -79,7 +81,7 @@ def test_the_measured_change_is_that_of_a_finite_step(kind: str, line: str) -> N
 @pytest.mark.parametrize("kind", KINDS)
 def test_rates_by_rule_move_every_kind(kind: str) -> None:
     its = KINDS[kind]
-    model, x = adapted(its, **LINES["tucker"]), its.example()
+    (_, model), x = attached(kind, **LINES["tucker"]), its.example()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for rule, more in {"gain": {}, "structure": {}, "measured": {"batch": x}}.items():
         groups = tnpeft.parameter_groups(model, relative_step=1e-2, rule=rule, **more)
@@ -92,7 +94,7 @@ def test_rates_by_rule_move_every_kind(kind: str) -> None:
 def test_several_updates_are_not_one_to_be_measured() -> None:
     its = KINDS["embedding"]
     line = "B[layer proj scene out r] A[layer proj r inp] -> layer proj scene out inp"
-    model = adapted(its, network=line, ranks={"r": 2}, stack={"scene": 2})
+    _, model = attached("embedding", network=line, ranks={"r": 2}, stack={"scene": 2})
     tnpeft.select(model, scene=1)
     assert tnpeft.coordinate_check(model, its.example()).rows
     tnpeft.select(model, scene=[0, 1])
@@ -101,7 +103,7 @@ def test_several_updates_are_not_one_to_be_measured() -> None:
 
 
 def test_an_adapter_beside_the_active_one_is_not_measured() -> None:
-    model = adapted(KINDS["embedding"], **LINES["tucker"])
+    _, model = attached("embedding", **LINES["tucker"])
     model.add_adapter("other", model.peft_config["default"])
     with pytest.raises(NetworkError, match="moves no factor of 'other' at any of 2 sites\nactivate the adapter"):
         tnpeft.coordinate_check(model, KINDS["embedding"].example(), "other")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from itertools import product
 
 import peft
 import pytest
 import torch
+from adapter_models import Blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.optimizers import create_riemannian_optimizer
@@ -20,22 +22,15 @@ from tnpeft.networks import NetworkError
 from tnpeft.optim.grams import groups, inner_product
 
 
-class Tiny(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([nn.ModuleDict({"q_proj": nn.Linear(8, 8), "v_proj": nn.Linear(8, 8)})] * 1)
-        self.layers.append(nn.ModuleDict({"q_proj": nn.Linear(8, 8), "v_proj": nn.Linear(8, 8)}))
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = x + torch.tanh(layer["q_proj"](x)) * layer["v_proj"](x)
-        return x
+def tiny():
+    run = lambda layer, x: x + torch.tanh(layer["q_proj"](x)) * layer["v_proj"](x)  # noqa: E731
+    return Blocks(run, q_proj=(8, 8), v_proj=(8, 8))
 
 
 def attached(f, seed=0, **fields):
     torch.manual_seed(0)
     config = tnpeft.TensorNetworkConfig(network=f, target_modules=["q_proj", "v_proj"], **fields)
-    model = peft.get_peft_model(Tiny().double(), config).double()
+    model = peft.get_peft_model(tiny().double(), config).double()
     generator = torch.Generator().manual_seed(seed)
     values = {k: torch.randn(v.shape, generator=generator).double() for k, v in trained(model).items()}
     tnpeft.set_factors(model, values)
@@ -57,6 +52,13 @@ def backward(model, seed=1):
     loss = model(x).square().mean()
     loss.backward()
     return loss
+
+
+def run(model, optimizer, steps):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        backward(model)
+        optimizer.step()
 
 
 FAMILIES = {
@@ -99,11 +101,7 @@ def test_another_gauge_takes_the_same_step(name, seed, kind):
     )
     for model in models:
         optimizer = torch.optim.SGD(tnpeft.parameter_groups(model, lr=1e-2), momentum=0.9 * (kind == "momentum"))
-        tnpeft.optim.precondition(optimizer, model, damping=0)
-        for _ in range(2):
-            optimizer.zero_grad()
-            backward(model)
-            optimizer.step()
+        run(model, tnpeft.optim.precondition(optimizer, model, damping=0), 2)
     one, other = map(updates, models)
     assert (one - other).abs().max() < 1e-6 * one.abs().max()
 
@@ -115,11 +113,7 @@ def test_adam_is_invariant_too_where_asked(name, seed):
     gauged(models[1], torch.Generator().manual_seed(seed))
     for model in models:
         optimizer = torch.optim.AdamW(tnpeft.parameter_groups(model, lr=1e-2), weight_decay=0.1)
-        tnpeft.optim.precondition(optimizer, model, damping=0, invariant=True)
-        for _ in range(3):
-            optimizer.zero_grad()
-            backward(model)
-            optimizer.step()
+        run(model, tnpeft.optim.precondition(optimizer, model, damping=0, invariant=True), 3)
     one, other = map(updates, models)
     assert (one - other).abs().max() < 1e-6 * one.abs().max()
 
@@ -193,30 +187,29 @@ def test_lora_steps_as_pefts_riemannian_optimizer(cls):
     tnpeft.set_factors(ours, {k: 0.2 * v for k, v in tnpeft.factors(ours).items()})
     torch.manual_seed(0)
     theirs = peft.get_peft_model(
-        Tiny().double(), peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "v_proj"])
+        tiny().double(), peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "v_proj"])
     ).double()
-    named = dict(theirs.named_parameters())
-    own = tnpeft.factors(ours)
+
+    def pairs():
+        """Every matrix of theirs, and ours."""
+        own = tnpeft.factors(ours)
+        for k, (j, proj), label in product(range(2), enumerate(("q_proj", "v_proj")), "AB"):
+            yield (
+                theirs.get_parameter(f"base_model.model.layers.{k}.{proj}.lora_{label}.default.weight"),
+                own[label][k, j],
+            )
+
     with torch.no_grad():
-        for k, layer in enumerate(("0", "1")):
-            for j, proj in enumerate(("q_proj", "v_proj")):
-                for label in "AB":
-                    name = f"base_model.model.layers.{layer}.{proj}.lora_{label}.default.weight"
-                    named[name].copy_(own[label][k, j])
+        for matrix, own in pairs():
+            matrix.copy_(own)
     optimizers = [
         tnpeft.optim.precondition(cls(tnpeft.parameter_groups(ours, lr=1e-3)), ours, damping=1e-2),
         create_riemannian_optimizer(theirs, cls, lr=1e-3, reg=1e-2),
     ]
-    for _ in range(4):
-        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
-            optimizer.zero_grad()
-            backward(model)
-            optimizer.step()
-    for k, layer in enumerate(("0", "1")):
-        for j, proj in enumerate(("q_proj", "v_proj")):
-            for label in "AB":
-                expected = named[f"base_model.model.layers.{layer}.{proj}.lora_{label}.default.weight"]
-                assert torch.allclose(tnpeft.factors(ours)[label][k, j], expected, rtol=1e-7, atol=1e-9)
+    for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+        run(model, optimizer, 4)
+    for matrix, own in pairs():
+        assert torch.allclose(own, matrix, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("invariant", [False, True])
@@ -227,7 +220,7 @@ def test_every_family_takes_finite_steps_from_its_start(name, invariant):
     f = f.with_ranks(**{b: 2 for b, r in f.ranks.items() if isinstance(r, int)})
     if "expert" in f.network.indices or "basis" in f.network.indices:
         pytest.skip("for other sites")
-    model = peft.get_peft_model(Tiny(), tnpeft.TensorNetworkConfig(network=f, target_modules=["q_proj", "v_proj"]))
+    model = peft.get_peft_model(tiny(), tnpeft.TensorNetworkConfig(network=f, target_modules=["q_proj", "v_proj"]))
     optimizer = torch.optim.AdamW(tnpeft.parameter_groups(model, relative_step=1e-3))
     tnpeft.optim.precondition(optimizer, model, invariant=invariant)
     losses = []
@@ -276,9 +269,7 @@ def test_closures_schedulers_states_and_gradients_pass_through():
         results = []
         for each in (optimizer, again):
             tnpeft.set_factors(model, by_closure)
-            each.zero_grad()
-            backward(model)
-            each.step()
+            run(model, each, 1)
             results.append(tnpeft.factors(model))
         assert all(torch.equal(results[0][k], v) for k, v in results[1].items())
 

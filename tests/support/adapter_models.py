@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -84,6 +86,22 @@ def vit() -> nn.Module:
     return ViTForImageClassification(config).eval()
 
 
+class Blocks(nn.Module):
+    """Two layers of linears by name, and what each makes of an input."""
+
+    def __init__(self, run: Callable[[Any, Tensor], Tensor], **shapes: tuple[int, int]) -> None:
+        super().__init__()
+        self.run = run
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({name: nn.Linear(*shape) for name, shape in shapes.items()}) for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = self.run(layer, x)
+        return x
+
+
 MODELS = {"opt": opt, "llama": llama, "gpt2": gpt2, "bert": bert, "vit": vit}
 TARGETS = {
     "opt": ["q_proj", "v_proj", "fc1"],
@@ -112,6 +130,17 @@ def config(key: str = "lora", **changes: Any) -> tnpeft.TensorNetworkConfig:
 
 def adapted(key: str = "lora", model: nn.Module | None = None, **changes: Any) -> peft.PeftModel:
     return peft.get_peft_model(opt() if model is None else model, config(key, **changes))
+
+
+def row_by_row(model: Any, names: Sequence[str], call: Callable[[int], Tensor]) -> Tensor:
+    """What is called for each row by itself, with its adapter or with none."""
+    found = []
+    for row, name in enumerate(names):
+        if name != "__base__":
+            model.set_adapter(name)
+        with model.disable_adapter() if name == "__base__" else nullcontext(), torch.no_grad():
+            found.append(call(row))
+    return torch.cat(found)
 
 
 def shake(model: nn.Module, seed: int = 0, adapter: str = "default") -> None:

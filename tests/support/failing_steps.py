@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from types import FrameType
 
+import pytest
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
+
+from tnpeft.networks import NetworkError
 
 
 class Planned(BaseException):
     """What a failing step raises; no handler for errors knows it."""
 
 
-def failing_at(step: int, error: type[BaseException], act: Callable[[], object]) -> bool:
-    """Run something and fail at the so-many-th call of a function of the package; False if it ends before."""
+def _counted(act: Callable[[], object], step: int, error: type[BaseException]) -> int:
+    """Run something and fail at the so-many-th call of a function of the package; the number of calls."""
     count = 0
 
     def profile(frame: FrameType, event: str, arg: object) -> None:
@@ -28,27 +34,23 @@ def failing_at(step: int, error: type[BaseException], act: Callable[[], object])
     sys.setprofile(profile)
     try:
         act()
-    except error:
-        return True
     finally:
         sys.setprofile(None)
+    return count
+
+
+def failing_at(step: int, error: type[BaseException], act: Callable[[], object]) -> bool:
+    """Run something and fail at a step; False if it ends before."""
+    try:
+        _counted(act, step, error)
+    except error:
+        return True
     return False
 
 
 def steps(act: Callable[[], object]) -> int:
     """The number of calls that a successful run makes."""
-    count = 0
-
-    def profile(frame: FrameType, event: str, arg: object) -> None:
-        nonlocal count
-        count += event == "call" and f"tnpeft{'/'}adapters" in frame.f_code.co_filename
-
-    sys.setprofile(profile)
-    try:
-        act()
-    finally:
-        sys.setprofile(None)
-    return count
+    return _counted(act, 0, Planned)
 
 
 def fingerprint(model: nn.Module) -> dict[str, object]:
@@ -66,8 +68,24 @@ def fingerprint(model: nn.Module) -> dict[str, object]:
         adapters = [*getattr(module, "updates", ())], [*getattr(module, "layouts", ())]
         found[name] = id(module), hooks, str(flags), adapters, sorted(vars(module))
     for name, array in [*model.named_parameters(), *model.named_buffers()]:
-        found[f"{name}:"] = id(array), array.requires_grad, array.detach().clone().numpy().tobytes()
+        data = b"" if is_lazy(array) else array.detach().flatten().view(torch.uint8).numpy().tobytes()
+        found[f"{name}:"] = id(array), array.requires_grad, data
     return found
+
+
+def assert_same(after: dict[str, object], before: dict[str, object], *where: object) -> None:
+    """Two fingerprints are equal; else it is said of what they differ."""
+    assert after.keys() == before.keys(), (*where, after.keys() ^ before.keys())
+    assert after == before, (*where, [name for name in before if before[name] != after[name]][:5])
+
+
+@contextmanager
+def refused(model: nn.Module, message: str | None, error: type[Exception] = NetworkError) -> Iterator[None]:
+    """Something is refused, with this message if one is given, and the model is as it was."""
+    before = fingerprint(model)
+    with pytest.raises(error, match=message):
+        yield
+    assert_same(fingerprint(model), before)
 
 
 def check_every_step(
@@ -83,8 +101,6 @@ def check_every_step(
         if not failing_at(step, (Planned, MemoryError)[step % 2], partial(act, model)):
             model = fresh()  # that call was the end of a generator, which cannot fail
             before = fingerprint(model)
-        after = fingerprint(model)
-        assert after.keys() == before.keys(), (step, total, after.keys() ^ before.keys())
-        assert after == before, (step, total, [name for name in before if before[name] != after[name]][:5])
+        assert_same(fingerprint(model), before, step, total)
     act(model)
     return model

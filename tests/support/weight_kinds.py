@@ -24,50 +24,55 @@ from tnpeft.networks import Factorization, Site
 from tnpeft.nn.init.philox import normal
 
 
-class Tokens(nn.Module):
-    """Two layers of embeddings of 16 features for 48 tokens, the first with a padding token."""
+class Two(nn.Module):
+    """Two layers of one module each, and what they make of an input."""
 
-    def __init__(self, tokens: int = 48) -> None:
+    def __init__(self, name: str, make: Callable[[], nn.Module], run: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.ModuleDict({"embed": nn.Embedding(tokens, 16)}) for _ in range(2))
-        self.layers[0].embed.padding_idx = 3
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.layers[0].embed(ids) * self.layers[1].embed(ids).tanh()
-
-
-class Images(nn.Module):
-    """Two layers of one convolution each: 16 x 16 matrices for every number of dimensions and groups."""
-
-    def __init__(self, dims: int = 2, groups: int = 1, **options: Any) -> None:
-        super().__init__()
-        make = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
-        taps = {1: (4,), 2: (2, 2), 3: (1, 2, 2)}[dims]
-        options = {"padding": 1, **options}
-        self.layers = nn.ModuleList(
-            nn.ModuleDict({"conv": make(4 * groups, 16, taps, groups=groups, **options)}) for _ in range(2)
-        )
+        self.layers, self.run = nn.ModuleList(nn.ModuleDict({name: make()}) for _ in range(2)), run
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers[0].conv(x) * self.layers[1].conv(x).tanh()
+        return self.run(*(module for layer in self.layers for module in layer.values()), x)
 
 
-class Attention(nn.Module):
-    """Two attention layers; ``apart`` they read keys and values of another width, whose projections stand apart."""
+def multiplied(first: nn.Module, second: nn.Module, x: Tensor) -> Tensor:
+    return first(x) * second(x).tanh()
 
-    def __init__(self, apart: bool = False) -> None:
-        super().__init__()
-        widths = {"kdim": 8, "vdim": 8} if apart else {}
-        self.layers = nn.ModuleList(
-            nn.ModuleDict({"attn": nn.MultiheadAttention(16, 4, batch_first=True, **widths)}) for _ in range(2)
-        )
-        self.width = 8 if apart else 16
 
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            y = x if self.width == 16 else x[..., :8]
-            x = layer["attn"](x, y, y, need_weights=False)[0] + x
-        return x
+def added(first: nn.Module, second: nn.Module, x: Tensor) -> Tensor:
+    x = first(x) + x
+    return second(x) + x
+
+
+def attended(first: nn.Module, second: nn.Module, x: Tensor) -> Tensor:
+    for layer in (first, second):
+        y = x[..., : layer.kdim]
+        x = layer(x, y, y, need_weights=False)[0] + x
+    return x
+
+
+def read(first: nn.Module, second: nn.Module, x: Tensor) -> Tensor:
+    return first.back(second(first(x)).tanh()) + x @ second.kernel
+
+
+def Tokens() -> nn.Module:
+    """Embeddings of 16 features for 48 tokens, the first with a padding token."""
+    model = Two("embed", partial(nn.Embedding, 48, 16), multiplied)
+    model.layers[0].embed.padding_idx = 3
+    return model
+
+
+def Images(dims: int = 2, groups: int = 1, **options: Any) -> nn.Module:
+    """Convolutions: 16 x 16 matrices for every number of dimensions and groups."""
+    make = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+    taps = {1: (4,), 2: (2, 2), 3: (1, 2, 2)}[dims]
+    return Two("conv", partial(make, 4 * groups, 16, taps, groups=groups, **{"padding": 1, **options}), multiplied)
+
+
+def Attention(apart: bool = False) -> nn.Module:
+    """Attention; ``apart`` it reads keys and values of another width, whose projections stand apart."""
+    widths = {"kdim": 8, "vdim": 8} if apart else {}
+    return Two("attn", partial(nn.MultiheadAttention, 16, 4, batch_first=True, **widths), attended)
 
 
 class Kernel(nn.Module):
@@ -84,18 +89,6 @@ class Kernel(nn.Module):
         return x @ self.kernel.T
 
 
-class Kernels(nn.Module):
-    """Two modules with a matrix each."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.ModuleDict({"mix": Kernel()}) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        first, second = (layer["mix"] for layer in self.layers)
-        return first.back(second(first(x)).tanh()) + x @ second.kernel
-
-
 class Batched(nn.Module):
     """Experts in one Parameter ``[expert, inp, out]``, all of which each row meets."""
 
@@ -105,19 +98,6 @@ class Batched(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.einsum("...i,eio,...e->...o", x, self.kernel, x[..., :4].softmax(-1))
-
-
-class Batches(nn.Module):
-    """Two layers of them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.ModuleDict({"mix": Batched()}) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer["mix"](x) + x
-        return x
 
 
 class Gated(nn.Module):
@@ -151,17 +131,8 @@ class Mixture(nn.Module):
         return result.reshape(x.shape)
 
 
-class Mixtures(nn.Module):
-    """Two layers of mixtures."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.ModuleDict({"moe": Mixture()}) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = x + layer["moe"](x)
-        return x
+def Mixtures() -> nn.Module:
+    return Two("moe", Mixture, added)
 
 
 def image(dims: int = 2, groups: int = 1) -> Tensor:
@@ -214,9 +185,10 @@ def _conv(dims: int = 2, groups: int = 1, **options: Any) -> Kind:
     )
 
 
-def _experts(name: str) -> Kind:
+def _experts(name: str, implementation: str = "eager") -> Kind:
     sides = (_turned, _turned) if name == "gpt_oss" else ()
-    return Kind(partial(mixture, name), tokens, ("experts",), *sides, experts=name, transformer=True)
+    make = partial(mixture, name, implementation)
+    return Kind(make, tokens, ("experts",), *sides, experts=name, transformer=True)
 
 
 def _architecture(name: str) -> Kind:
@@ -229,6 +201,7 @@ def _architecture(name: str) -> Kind:
 
 
 LINEARS = {name: _architecture(name) for name in MODELS}
+PLAIN = {"linear": Kind(partial(Two, "q_proj", partial(nn.Linear, 16, 16), multiplied), sequence, ("q_proj",))}
 CALLED = {
     "embedding": Kind(Tokens, lambda: torch.tensor([[1, 3, 47], [5, 1, 3]]), ("embed",), _turned, _turned),
     "conv1d": _conv(1),
@@ -237,38 +210,46 @@ CALLED = {
     "conv2d strided": _conv(2, 4, stride=2, dilation=(1, 2), padding_mode="circular", bias=False),
     "conv3d": _conv(3),
 }
+KERNELS, BATCHES = partial(Two, "mix", Kernel, read), partial(Two, "mix", Batched, added)
 RAW = {
     "attention": Kind(Attention, sequence, ("in_proj",), spread=0.2),
     "attention apart": Kind(lambda: Attention(True), sequence, ("q_proj_weight", "v_proj"), spread=0.2),
-    "parameter": Kind(Kernels, sequence, ("mix.kernel",), spread=0.2),
-    "parameter turned": Kind(Kernels, sequence, ("kernel",), _turned, _turned, 0.2, axes={"kernel": "inp out"}),
+    "parameter": Kind(KERNELS, sequence, ("mix.kernel",), spread=0.2),
+    "parameter turned": Kind(KERNELS, sequence, ("kernel",), _turned, _turned, 0.2, axes={"kernel": "inp out"}),
     "parameter of experts": Kind(
-        Batches, sequence, ("kernel",), _turned, _turned, 0.2, axes={"mix.kernel": "expert inp out"}
+        BATCHES, sequence, ("kernel",), _turned, _turned, 0.2, axes={"mix.kernel": "expert inp out"}
     ),
 }
 EXPERTS = {name: _experts(name) for name in CONFIGS if name != "qwen2_moe"}  # which is stored as qwen3_moe
 LISTED = {"list of experts": Kind(Mixtures, sequence, ("experts",))}
 KINDS = {**LINEARS, **CALLED, **RAW, **EXPERTS, **LISTED}
+GROUPED = {f"{name}, grouped": _experts(name, "grouped_mm") for name in ("mixtral", "gpt_oss", "qwen3_moe")}
+ALL = {**KINDS, **GROUPED, **PLAIN}
 FAMILIES = {name: tnpeft.families.get(name)() for name in tnpeft.families.names()}
 # Of the founding papers: CP steps, LoRTA, TensLoRA and TeRA, and what they are compared with.
 FOUNDING = ("cp", "lorta", "tenslora", "tera", "tucker", "tensor_train", "lora")
 STACKS = {"tuka": {"scene": 2, "env": 3}, "lotra": {"basis": 2}}
-BY_EXPERT = {**EXPERTS, **LISTED, "parameter of experts": RAW["parameter of experts"]}
+BY_EXPERT = {**EXPERTS, **GROUPED, **LISTED, "parameter of experts": RAW["parameter of experts"]}
 
 
 @cache
 def frozen(kind: str) -> nn.Module:
     """The model of a kind in double precision, to be copied."""
     torch.manual_seed(0)
-    return KINDS[kind].make().double().eval().requires_grad_(False)
+    return ALL[kind].make().double().eval().requires_grad_(False)
+
+
+def attached(name: str, **options: Any) -> tuple[nn.Module, Any]:
+    """The frozen model of a kind, and a copy with an adapter."""
+    kind, base = ALL[name], frozen(name)
+    own = {"target_modules": [*kind.targets], "axes": dict(kind.axes)}
+    config = tnpeft.TensorNetworkConfig(**{**own, **options})
+    return base, peft.get_peft_model(copy.deepcopy(base), config).double().eval()
 
 
 def adapted(f: Factorization, name: str) -> tuple[nn.Module, Any]:
-    """The frozen model of a kind, and a copy with an adapter."""
-    kind, base = KINDS[name], frozen(name)
-    options = {"stack": STACKS.get(f.name), "axes": dict(kind.axes)}
-    config = tnpeft.TensorNetworkConfig(network=f, target_modules=[*kind.targets], **options)
-    model = peft.get_peft_model(copy.deepcopy(base), config).double().eval()
+    """The same with a family, of whose named stacks the first values are chosen."""
+    base, model = attached(name, network=f, stack=STACKS.get(f.name))
     if f.name in STACKS:
         tnpeft.select(model, **dict.fromkeys(STACKS[f.name], 0))
     return base, model

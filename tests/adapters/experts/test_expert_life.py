@@ -10,8 +10,10 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adapter_models import shake
+import weight_kinds
+from adapter_models import row_by_row, shake
 from expert_models import CONFIGS, attached, logits, mixture, tokens
+from failing_steps import refused
 from oracles import dense
 from torch import Tensor, nn
 
@@ -74,25 +76,23 @@ def test_beside_a_merged_adapter_starts_are_of_the_weight_before_the_merge() -> 
     assert all(torch.equal(value, wanted[name]) for name, value in tnpeft.factors(model, "second").items())
 
 
+@pytest.mark.parametrize("kind", ["gpt_oss", "list of experts"])
 @pytest.mark.parametrize("start", ["svd", "tt_svd"])
-def test_a_start_from_the_weight_of_every_expert(start: str) -> None:
+def test_a_start_from_the_weight_of_every_expert(start: str, kind: str) -> None:
     line = "U[layer proj expert out r] V[layer proj expert r inp] -> layer proj expert out inp"
-    base = mixture("gpt_oss")
     f = tnpeft.Factorization.of(line, ranks={"r": "min(out, inp)"}, init=dict.fromkeys("UV", start))
-    model = attached(base, f)
-    down = base.get_parameter("model.layers.1.mlp.experts.down_proj").mT
-    for name, weight in (("down_proj", down), ("gate_up_proj", base.model.layers[1].mlp.experts.gate_up_proj.mT)):
-        adapted = model.base_model.model.model.layers[1].mlp.experts.get_submodule(name)
-        assert torch.allclose(adapted.get_delta_weight("default").mT, weight, atol=1e-5)
+    base, model = weight_kinds.attached(kind, network=f)
+    layers = {name: m for name, m in model.get_base_model().named_modules() if getattr(m, "updates", None)}
+    assert len(layers) == (4 if kind == "gpt_oss" else 2 * 3 * 4)
+    for name, layer in layers.items():
+        weight = base.get_parameter(name if kind == "gpt_oss" else f"{name}.weight")
+        assert torch.allclose(layer.get_delta_weight("default"), weight, atol=1e-5)
 
 
 def test_a_file_of_other_experts_is_refused_and_nothing_is_attached(tmp_path: Path) -> None:
     shaken(mixture()).save_pretrained(tmp_path)
-    base = mixture("olmoe", num_experts=6)
-    names = [name for name, _ in base.named_modules()]
-    with pytest.raises(NetworkError):
+    with refused(base := mixture("olmoe", num_experts=6), None):
         peft.PeftModel.from_pretrained(base, tmp_path)
-    assert names == [name for name, _ in base.named_modules()]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -125,19 +125,13 @@ def test_a_batch_of_several_adapters(kind: str, implementation: str) -> None:
         "second", tnpeft.TensorNetworkConfig(network=CP, target_modules=["experts_gate_up_proj"], dora=True)
     )
     shake(model, 1, "second")
-    batch = tokens(4, 5)
+    batch, names = tokens(4, 5), ["second", "default", "__base__", "second"]
     with torch.no_grad():
-        found = model(batch, adapter_names=["second", "default", "__base__", "second"]).logits
-        for k, name in enumerate(["second", "default", "__base__", "second"]):
-            if name == "__base__":
-                wanted = base(batch).logits
-            else:
-                model.set_adapter(name)
-                wanted = model(batch).logits
-            assert torch.allclose(found[k], wanted[k], atol=1e-4)
+        found = model(batch, adapter_names=names).logits
+    assert torch.allclose(found, row_by_row(model, names, lambda k: model(batch).logits[k : k + 1]), atol=1e-4)
     model.merge_adapter()
     with pytest.raises(NetworkError, match="merged"), torch.no_grad():
-        model(batch, adapter_names=["second", "default", "__base__", "second"])
+        model(batch, adapter_names=names)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -150,12 +144,11 @@ def test_dropout_acts_on_the_rows_in_training_alone(kind: str) -> None:
     assert not torch.allclose(*rows)
     # Linear in a single last layer: the mean over many masks is the output without.
     experts = dropped.base_model.model.model.layers[1].mlp.experts
-    x, index = torch.randn(3, 32), torch.tensor([[0, 1], [1, 2], [3, 0]])
+    x = torch.randn(3, 32)
     groups = tnpeft.nn.executor.groups.Groups(torch.tensor([0, 0, 2]), 4)
     with torch.no_grad():
         many = torch.stack([experts.get_submodule("gate_up_proj")(x, groups) for _ in range(4000)])
         exact = experts.eval().get_submodule("gate_up_proj")(x, groups)
-    assert index.shape == (3, 2)
     assert (many.mean(0) - exact).abs().max() < 6 * many.std(0).max() / 4000**0.5
 
 
@@ -188,23 +181,19 @@ def test_dora_against_the_rescaled_weights(kind: str, drop: float) -> None:
     assert all(bool(value.any()) for name, value in grads.items() if "magnitude" in name)
 
 
-def test_dora_is_saved_for_slices_too(tmp_path: Path) -> None:
-    base = mixture()
-    model = shaken(base, targets=["experts_gate_up_proj/out:0"], dora=True)
+@pytest.mark.parametrize("kind", ["mixtral", "list of experts"])
+def test_dora_is_saved_and_merged(kind: str, tmp_path: Path) -> None:
+    targets = ["experts_gate_up_proj/out:0"] if kind == "mixtral" else ["experts"]  # a slice, too
+    its = weight_kinds.KINDS[kind]
+    base, model = weight_kinds.attached(kind, network=SHARED, dora=True, target_modules=targets)
+    shake(model)
+    x = its.example()
+    wanted = its.output(model, x).detach()
     model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
-    assert torch.equal(logits(again), logits(model))
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_recomputed_activations_give_the_same_gradients(implementation: str, reentrant: bool) -> None:
-    base = mixture("qwen3_moe", implementation)
-    model = shaken(base).train()
-    wanted = step(model)
-    model.enable_input_require_grads()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    alike(step(model), wanted)
+    assert torch.equal(its.output(again, x), wanted)
+    model.merge_adapter()
+    assert torch.allclose(its.output(model, x), wanted, rtol=0, atol=1e-10 * (1 + float(wanted.abs().max())))
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of the compiler's own
@@ -325,27 +314,6 @@ def test_experts_beside_linears_and_without_a_card() -> None:
     }
     shake(model)
     model(torch.randn(3, 32)).sum().backward()
-
-
-def test_experts_that_cannot_be_adapted_are_refused_by_name() -> None:
-    base = mixture()
-    names = [name for name, _ in base.named_modules()]
-
-    def refused(text: str, **options: Any) -> None:
-        config = tnpeft.TensorNetworkConfig(network=CP, target_modules=["experts"], **options)
-        with pytest.raises(NetworkError, match=text):
-            peft.get_peft_model(base, config)
-        assert names == [name for name, _ in base.named_modules()]
-
-    refused("experts cannot be trained as several replicas", replicas=2)
-    experts = base.model.layers[1].mlp.experts
-    experts._is_expert_parallel = True
-    refused(r"layers.1.mlp.experts holds only some of the experts")
-    experts._is_expert_parallel = False
-    del experts.is_transposed
-    refused("layers.1.mlp.experts.gate_up_proj holds 4 matrices of 32 x 32, and nothing says which axis is")
-    experts.down_proj = nn.Parameter(experts.down_proj.to(torch.float8_e4m3fn), requires_grad=False)
-    refused("layers.1.mlp.experts is a MixtralExperts, whose experts are quantised")
 
 
 @pytest.mark.parametrize("family", ["shared_outer_lora", "expert_cp", "own_hira"])

@@ -19,17 +19,8 @@ from torch import nn
 
 from bench import driver, meters, models
 
-OPTIONS = models.options(
-    "device dtype",
-    experts=(8, 64),
-    active=2,
-    hidden=512,
-    width=1024,
-    tokens=1024,
-    rank=8,
-    samples=15,
-    implementation="grouped_mm",
-)
+SIZES = {"experts": (8, 64), "active": 2, "hidden": 512, "width": 1024, "tokens": 1024, "rank": 8}
+OPTIONS = models.options("device dtype", **SIZES, samples=15, implementation="grouped_mm")
 PUBLISHED = {"experts": "--clock cpu"}
 PEFT = "PEFT LoRA"
 
@@ -49,24 +40,19 @@ def block(options: driver.Options, experts: int) -> nn.Module:
     return model.requires_grad_(False).to(options.device, getattr(torch, options.dtype))
 
 
-def adapters(rank: int) -> dict[str, Any]:
-    """Return the configurations by name; PEFT's LoRA first."""
-    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    lora = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=[], target_parameters=parameters)
-    found = {f"{PEFT} r={rank}": lora}
-    whole = ("experts_gate_up_proj", "experts_down_proj")  # gate and up as one matrix, as PEFT has them
-    ours = {f"expert_lora rank={rank}": whole, f"shared_outer_lora rank={rank}": ("experts",)}
-    ours |= {"expert_cp rank=64": ("experts",), "expert_tucker ranks=32": ("experts",)}
-    return found | {title: models.config(title, 1024, targets) for title, targets in ours.items()}
-
-
 def cases(options: driver.Options) -> driver.Cases:
     """Yield every case with few and with many experts, over the frozen block with as many."""
     x = torch.randn(1, options.tokens, options.hidden).to(options.device, getattr(torch, options.dtype))
     forward_of = models.stepper(x, lambda module, its: module(its))
+    rank, whole = options.rank, ("experts_gate_up_proj", "experts_down_proj")  # gate and up as one matrix, as PEFT's
+    ours = {f"expert_lora rank={rank}": whole, f"shared_outer_lora rank={rank}": ("experts",)}
+    ours |= {"expert_cp rank=64": ("experts",), "expert_tucker ranks=32": ("experts",)}
+    targets = {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+    configs: dict[str, Any] = {f"{PEFT} r={rank}": peft.LoraConfig(r=rank, lora_alpha=rank, **targets)}
+    configs |= {title: models.config(title, 1024, names) for title, names in ours.items()}
     for experts in options.experts:
         base = block(options, experts)
-        built = {"frozen": base} | {name: models.adapted(base, its) for name, its in adapters(options.rank).items()}
+        built = {"frozen": base} | {name: models.adapted(base, its) for name, its in configs.items()}
         for name, model in built.items():
             for parameter in (p for p in model.parameters() if p.requires_grad):
                 nn.init.normal_(parameter, 0, 0.02)

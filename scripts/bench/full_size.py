@@ -28,12 +28,6 @@ EXACT = True
 CASES = (("bfloat16", 1), ("bfloat16", 21), ("float32", 21))
 
 
-def created(dtype: str) -> Any:
-    """Return the model with its whole vocabulary."""
-    fields = {"vocab_size": 50272, "dropout": 0.1, "dtype": dtype}
-    return models.placed(Namespace(dtype=dtype), "opt-1.3b", causal=True, **fields).eval()
-
-
 def losses(model: Any, tokens: Tensor) -> list[float]:
     """Return the losses of two steps; the second is that of the first step's update."""
     optimizer, found = torch.optim.AdamW(tnpeft.parameter_groups(model, lr=1e-1)), []
@@ -54,8 +48,9 @@ def logits(model: Any, tokens: Tensor) -> Tensor:
 
 def check(dtype: str, components: int) -> dict[str, Any]:
     """Return one case, from a new model to its merged weights."""
-    tokens = torch.arange(4, 36).reshape(2, 16) * 7
-    base, creating = driver.once(partial(created, dtype), "wall")
+    tokens, its = torch.arange(4, 36).reshape(2, 16) * 7, Namespace(dtype=dtype)
+    fields = {"vocab_size": 50272, "dropout": 0.1, "dtype": dtype}
+    base, creating = driver.once(partial(models.placed, its, "opt-1.3b", causal=True, **fields), "wall")
     plain = logits(base, tokens)
     title = f"cp rank={components} out=(32, 64) inp=(32, 64)"
     config = models.config(title, 32, ("q_proj", "v_proj"), task_type="CAUSAL_LM")
@@ -87,8 +82,8 @@ def check(dtype: str, components: int) -> dict[str, Any]:
 
 
 def measure(options: driver.Options) -> driver.Rows:
-    """Yield every case."""
-    yield from itertools.starmap(check, CASES)
+    """Return every case."""
+    return itertools.starmap(check, CASES)
 
 
 def tables(data: Any) -> driver.Rows:

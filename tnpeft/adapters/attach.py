@@ -14,7 +14,7 @@ from tnpeft.adapters.config import TensorNetworkConfig
 from tnpeft.adapters.constants import PREFIX
 from tnpeft.adapters.layer import columns
 from tnpeft.adapters.layer.bank import BANK, FactorBank
-from tnpeft.adapters.layer.binding import SiteUpdate
+from tnpeft.adapters.layer.binding import SiteUpdate, transposed
 from tnpeft.adapters.layer.merging import DenseLinear
 from tnpeft.adapters.layer.shared_input import join
 from tnpeft.adapters.placement import base_constants, build_layout, start_values
@@ -109,7 +109,8 @@ def _register(
     f = layer.bank.layouts[adapter].factorization
     turned = note_tied(layer, site_layouts[0].site)
     args = f.unit_norm, base_constants(f), float(f.scale), config.tokens, expert, turned
-    layer.updates[adapter] = tuple(SiteUpdate(site_layout, *args) for site_layout in site_layouts)
+    oriented = map(transposed, site_layouts) if turned else site_layouts
+    layer.updates[adapter] = tuple(SiteUpdate(site_layout, *args) for site_layout in oriented)
     layer.dropouts[adapter] = config.dropout
     layer.prepare(adapter)
     used = [param for site_layout in site_layouts for param in site_layout.parameters.values()]

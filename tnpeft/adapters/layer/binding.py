@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -52,7 +52,7 @@ class SiteUpdate:
     the factors. Copies and pickles are made anew.
 
     Args:
-        site_layout: the site and the Parameters that its factors are.
+        site_layout: the site and the Parameters that its factors are, :func:`transposed` if it is turned.
         unit_norm: factors whose columns are normalised.
         constants: factors that are the base weight itself.
         scale: what the update is multiplied by.
@@ -70,8 +70,7 @@ class SiteUpdate:
     turned: bool = False
 
     def __post_init__(self) -> None:
-        self.site_layout = place = self._oriented()
-        site = place.site
+        place, site = self.site_layout, self.site_layout.site
         one = site.listed or not site.experts  # of a linear, which is one expert, too
         self.fixed = {"expert": torch.tensor(self.expert)} if one and "expert" in place.network.stack else {}
         net, sizes, self.stack = one_value(place.network, place.sizes, self.fixed)
@@ -101,16 +100,8 @@ class SiteUpdate:
             return Operand("base", label, norm)
         return Operand("site" if param.home else "bank", param.key, norm, stack)
 
-    def _oriented(self) -> SiteLayout:
-        """The site as the transposed matrix, and back, if it is turned."""
-        place = self.site_layout
-        *stack, rows, cols = place.network.output
-        turned = Network(place.network.terms, (*stack, cols, rows))
-        return replace(place, network=turned) if self.turned else place
-
     def __reduce__(self) -> tuple[object, ...]:
-        others = self.unit_norm, self.constants, self.scale, self.tokens, self.expert, self.turned
-        return SiteUpdate, (self._oriented(), *others)
+        return SiteUpdate, tuple(getattr(self, field.name) for field in fields(self))
 
     def cached(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """Return what ``make`` made for the key at the first call; a copy of the update makes it anew."""
@@ -184,6 +175,12 @@ class SiteUpdate:
             return arrays
         both = zip(arrays, self.operands, strict=True)
         return [unit_columns(array, operand.norm) if operand.norm else array for array, operand in both]
+
+
+def transposed(place: SiteLayout) -> SiteLayout:
+    """The same site as the transposed matrix."""
+    *stack, rows, cols = place.network.output
+    return replace(place, network=Network(place.network.terms, (*stack, cols, rows)))
 
 
 def as_base_factor(item: SiteUpdate, label: str, weight: Tensor) -> Tensor:

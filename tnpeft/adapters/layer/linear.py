@@ -108,18 +108,16 @@ class TensorNetworkLinear(DenseLinear):
         items, dtype = self.updates[adapter], self._compute_dtype(adapter, x)
         if x.dtype != dtype and not can_use_custom_backward(x):  # such a pass casts, and keeps what it was given
             x = x.to(dtype)
-        if not items[0].side:
-            return self._run(adapter, items[0], x, result)
+        if items[0].side != "out":
+            for item in items:
+                result = self._run(adapter, item, self.site_input(item, x), result)
+            return result  # type: ignore[return-value]  # there is at least one site
         if result is None:
             result = x.new_zeros((*x.shape[:-1], self.out_features), dtype=dtype)
-        rows = [item for item in items if item.side == "out"]
-        for item in items:
-            if item.side == "inp":
-                result = self._run(adapter, item, self.site_input(item, x), result)
-        parts = [*result.tensor_split([edge for it in rows for edge in (it.start, it.start + it.length)], -1)]
-        for k, item in enumerate(rows):
+        parts = [*result.tensor_split([edge for it in items for edge in (it.start, it.start + it.length)], -1)]
+        for k, item in enumerate(items):
             parts[2 * k + 1] = self._run(adapter, item, x, parts[2 * k + 1])
-        return torch.cat([part for part in parts if part.shape[-1]], -1) if rows else result
+        return torch.cat([part for part in parts if part.shape[-1]], -1)
 
     def _adapted(self, adapter: str, x: Tensor, result: Tensor, base: Tensor) -> Tensor:
         """``result`` with the update of one adapter added; ``base`` is the output of the base linear alone.

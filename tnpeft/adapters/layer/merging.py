@@ -170,7 +170,7 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
 
     def site_input(self, item: SiteUpdate, x: Tensor) -> Tensor:
         """The part of an input that a site reads."""
-        return x[..., self.region(item)[1]]
+        return x[..., self.region(item)[1]] if item.side == "inp" else x
 
     def _compute_dtype(self, adapter: str, x: Tensor) -> torch.dtype:
         """The wider dtype of input and trained factors; under autocast, which casts by itself, that of the input."""

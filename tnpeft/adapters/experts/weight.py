@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tnpeft.adapters.experts.fused import is_eager
 from tnpeft.adapters.layer.binding import SiteUpdate
-from tnpeft.adapters.layer.merging import Route, rescaling
+from tnpeft.adapters.layer.merging import Route, rescaled, rescaling
 from tnpeft.adapters.layer.mixed_batch import BASE
 from tnpeft.adapters.sites.parameter import HeldWeight
 from tnpeft.nn.executor.eligibility import added, autocast_active, can_use_custom_backward
@@ -128,12 +128,9 @@ class ExpertWeight(HeldWeight):
         """Return what rescaling each used expert's rows to the learned magnitudes adds (arXiv 2402.09353)."""
         magnitude = self.tnpeft_magnitude[adapter].to(x.dtype)
         ratio = groups.gather(rescaling(magnitude, self._lengths(adapter, groups).to(x.dtype)))
-        if dropped:
-            plain = groups.matmul(x, self._oriented().to(x.dtype))
-        else:
-            bias = self._bias()
-            plain = base.to(x.dtype) if bias is None else base.to(x.dtype) - groups.gather(bias).to(x.dtype)
-        return (ratio - 1) * plain + ratio * update
+        product = groups.matmul(x, self._oriented().to(x.dtype)) if dropped else None
+        bias = None if dropped or (own := self._bias()) is None else groups.gather(own)
+        return rescaled(ratio, base, bias, update, product)
 
     @torch.no_grad()
     def _lengths(self, adapter: str, groups: Groups) -> Tensor:

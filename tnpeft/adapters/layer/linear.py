@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tnpeft.adapters.layer.bank import FactorBank
 from tnpeft.adapters.layer.binding import SiteUpdate
 from tnpeft.adapters.layer.checkpointing import backward_task, check_recomputation, refuse_reentrant, saving_hooks
-from tnpeft.adapters.layer.merging import DenseLinear, Route
+from tnpeft.adapters.layer.merging import DenseLinear, Route, rescaled
 from tnpeft.adapters.layer.mixed_batch import adapters_of_rows, block_rows, group_by_network, update_blocks
 from tnpeft.adapters.layer.weight_cache import is_cacheable, kept, observed
 from tnpeft.adapters.sites.selection import check_rows
@@ -120,24 +120,18 @@ class TensorNetworkLinear(DenseLinear):
         return torch.cat([part for part in parts if part.shape[-1]], -1)
 
     def _adapted(self, adapter: str, x: Tensor, result: Tensor, base: Tensor) -> Tensor:
-        """``result`` with the update of one adapter added; ``base`` is the output of the base linear alone.
-
-        DoRA adds what rescaling the rows of weight and update to learned magnitudes does (arXiv 2402.09353, 4.3).
-        """
+        """``result`` with the update of one adapter added; ``base`` is the output of the base linear alone."""
         drop = self.dropouts[adapter] if self.training else 0.0
         if drop:
             x = nn.functional.dropout(x, drop)
-        rescaled = adapter in self.tnpeft_magnitude
-        if not rescaled and x.dtype == result.dtype == self._compute_dtype(adapter, x):
+        dora = adapter in self.tnpeft_magnitude
+        if not dora and x.dtype == result.dtype == self._compute_dtype(adapter, x):
             return self._update(adapter, x, result)
         update = self._update(adapter, x, None)
-        if rescaled:
-            ratio, bias = self._ratio(adapter, x.dtype), self.get_base_layer().bias
-            if drop:
-                plain = nn.functional.linear(x.to(ratio.dtype), self.base_matrix().to(ratio.dtype))
-            else:
-                plain = base.to(ratio.dtype) if bias is None else base.to(ratio.dtype) - bias.to(ratio.dtype)
-            update = (ratio - 1) * plain + ratio * update
+        if dora:
+            ratio = self._ratio(adapter, x.dtype)
+            product = nn.functional.linear(x.to(ratio.dtype), self.base_matrix().to(ratio.dtype)) if drop else None
+            update = rescaled(ratio, base, self.get_base_layer().bias, update, product)
         return added(result, update)
 
     # ---- which path a call takes

@@ -357,6 +357,16 @@ class DenseLinear(nn.Module, TensorNetworkLayer):
         return nullcontext() if self._kept is None else self._kept.back()
 
 
+def rescaled(ratio: Tensor, base: Tensor, bias: Tensor | None, update: Tensor, product: Tensor | None) -> Tensor:
+    """Return what rescaling the rows of weight and update by a ratio adds to ``base`` (DoRA, arXiv 2402.09353, 4.3).
+
+    ``base`` is the layer's output with its ``bias``; ``product`` that of the weight alone if its input was another.
+    """
+    if product is None:
+        product = base.to(ratio.dtype) if bias is None else base.to(ratio.dtype) - bias.to(ratio.dtype)
+    return (ratio - 1) * product + ratio * update
+
+
 def rescaling(magnitude: Tensor, length: Tensor) -> Tensor:
     """Return the factors that give rows of some length a magnitude; a row of zeros has no direction and stays."""
     there = length > 0

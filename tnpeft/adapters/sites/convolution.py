@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tnpeft.adapters.layer.binding import SiteUpdate
+from tnpeft.adapters.layer.merging import rescaled
 from tnpeft.adapters.sites.call import Apply, CalledLayer, network_of
 from tnpeft.nn.dense import evaluator
 from tnpeft.nn.executor.groups import Groups
@@ -66,13 +67,9 @@ class TensorNetworkConvolution(CalledLayer):
             return update
         module: Any = self.get_base_layer()
         each = (-1, *(1 for _ in module.weight.shape[2:]))  # of channels
-        ratio = self._ratio(adapter, dtype).reshape(each)
-        if dropped:
-            plain = _convolved(module, x, module.weight.to(dtype))
-        else:
-            plain = base.to(ratio.dtype)
-            plain = plain if module.bias is None else plain - module.bias.to(plain.dtype).reshape(each)
-        return (ratio - 1) * plain + ratio * update
+        bias = None if module.bias is None else module.bias.reshape(each)
+        product = _convolved(module, x, module.weight.to(dtype)) if dropped else None
+        return rescaled(self._ratio(adapter, dtype).reshape(each), base, bias, update, product)
 
     def patches(self, x: Tensor, most: int) -> tuple[Tensor, Groups]:
         """Some of the patches of ``x`` that the matrix is multiplied with, ``[patches, inp]``, and their groups."""

@@ -293,6 +293,8 @@ HOSTILE = {
     "rank of text": lambda f: change_config(f, r="8"),
     "rank zero": lambda f: change_config(f, r=0),
     "alpha missing": lambda f: change_config(f, lora_alpha=None),
+    "alpha infinite": lambda f: change_config(f, lora_alpha=float("inf")),
+    "alpha beyond floats": lambda f: change_config(f, lora_alpha=10**400),
     "broken pattern": lambda f: change_config(f, rank_pattern={"(": 4}),
     "pattern is a list": lambda f: change_config(f, rank_pattern=[1]),
     "trained biases": lambda f: change_config(f, bias="all"),
@@ -351,6 +353,18 @@ def test_a_conversion_that_changes_an_update_is_refused_with_the_difference(
     with pytest.raises(AdapterFileError, match=r"would change: the largest relative difference is \d"):
         tnpeft.convert(adapter, adapter.parent / "new", to=to)
     assert {path.name for path in adapter.parent.iterdir()} == {"a"}
+
+
+@pytest.mark.parametrize("to", ["tnpeft", "peft"])
+def test_a_task_that_is_none_is_refused(to: str, adapter: Path) -> None:
+    change_config(adapter, task_type="SING")
+    with pytest.raises(ConfigError, match="Invalid task type"):
+        tnpeft.convert(adapter, adapter.parent / "new", to=to)
+
+
+def test_a_models_name_that_is_no_text_tells_nothing_about_the_model(adapter: Path) -> None:
+    change_config(adapter, base_model_name_or_path=[1])
+    assert tnpeft.convert(adapter, adapter.parent / "new", to="lora").difference == 0
 
 
 def test_targets_that_exist_or_cannot_hold_a_line_are_refused(adapter: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
+from tnpeft.adapters.config_validation import fits
 from tnpeft.adapters.convert import formats
 from tnpeft.adapters.convert.formats import ALPHA, LORA, NESTED, Packing
 from tnpeft.adapters.convert.lines import AdapterLines, Array, SiteAdapter, parse, sizes_of, unpack
@@ -135,7 +136,7 @@ def _rank_and_scale(config: Mapping[str, Any], module: str) -> tuple[int | None,
     if config["peft_type"] not in ALPHA:
         return None, 1.0
     rank, alpha = pattern("rank_pattern", "r"), pattern("alpha_pattern", ALPHA[config["peft_type"]])
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1 or not isinstance(alpha, int | float):
+    if not fits(rank, int) or rank < 1 or not fits(alpha, float):
         raise AdapterFileError(f"{module} has the rank {rank!r} and alpha {alpha!r}", remedy=AGAIN)
     return rank, alpha / (sqrt(rank) if config.get("use_rslora") else rank)
 

@@ -165,15 +165,19 @@ def _config(kind: str, pairs: Sequence[tuple[Packing, SiteAdapter]], about: Mapp
     if kind == "RANDLORA" and (len({*ranks.values()}) > 1 or len({*alphas.values()}) > 1):
         raise ConfigError("RandLoRA has one rank and one alpha in PEFT", remedy='convert it to="tnpeft"')
     if kind in ("VERA", "RANDLORA"):
-        return cls(save_projection=True, **own)
-    own["rank_pattern"] = {re.escape(module): its for module, its in ranks.items() if its != rank}
-    own["alpha_pattern"] = {re.escape(module): its for module, its in alphas.items() if its != alpha}
+        own["save_projection"] = True
+    else:
+        own["rank_pattern"] = {re.escape(module): its for module, its in ranks.items() if its != rank}
+        own["alpha_pattern"] = {re.escape(module): its for module, its in alphas.items() if its != alpha}
     if kind == "LORA":
         own["use_dora"] = any(site.magnitude is not None for _, site in pairs)
         own["target_parameters"] = sorted(experts, reverse=True) or None
     if kind == "LOKR":
         own["decompose_factor"], own["decompose_both"] = _lokr([site for _, site in pairs], ranks)
-    return cls(**own)
+    try:
+        return cls(**own)
+    except (TypeError, ValueError) as error:  # of what the source told besides
+        raise ConfigError(str(error)) from None
 
 
 def _rank(packing: Packing, site: SiteAdapter) -> int:

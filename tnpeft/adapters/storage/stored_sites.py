@@ -23,7 +23,7 @@ def label_of(name: str) -> str:
     return re.split("[@#]", name.rpartition(f".{PREFIX}factors.")[2])[0]
 
 
-def base_card(model: Model, recorded: str | None) -> Card | None:
+def base_card(model: Model, recorded: Any) -> Card | None:
     """The card of a base model: the one given, else that of a recorded name where this machine knows it.
 
     Raises:
@@ -32,7 +32,7 @@ def base_card(model: Model, recorded: str | None) -> Card | None:
     if model is not None:
         return card(model)
     try:
-        return card(recorded) if recorded and at_hand(recorded) else None
+        return card(recorded) if isinstance(recorded, str) and at_hand(recorded) else None
     except NetworkError:
         return None
 

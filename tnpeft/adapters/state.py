@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -50,10 +51,7 @@ def factors(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
 
 def stacked(layout: Layout, held: Mapping[ParameterSpec, Tensor]) -> dict[str, Tensor]:
     """Copies of the arrays of a layout's pieces, as :func:`factors` gives them."""
-    return {
-        name: _stacked([held[param].detach() for param in pieces], pieces, layout, grid).clone()
-        for name, pieces, grid in entries(layout)
-    }
+    return {its.name: its.join([held[param].detach() for param in its.pieces]).clone() for its in stacks(layout)}
 
 
 def set_factors(model: nn.Module, values: Mapping[str, Tensor], adapter: str = "default") -> None:
@@ -73,8 +71,7 @@ def set_factors(model: nn.Module, values: Mapping[str, Tensor], adapter: str = "
     bank = bank_of(model, adapter)
     if bank.merged:
         raise NetworkError("a merged adapter cannot be changed", remedy="call unmerge_adapter() first")
-    layout = bank.layouts[adapter]
-    named = {name: (pieces, grid) for name, pieces, grid in entries(layout)}
+    named = {its.name: its for its in stacks(bank.layouts[adapter])}
     if not isinstance(values, Mapping):
         raise NetworkError(f"the factors are {str(values)[:60]!r}", remedy="pass them by name, such as {'B': tensor}")
     held = arrays(model, bank, adapter)
@@ -82,19 +79,18 @@ def set_factors(model: nn.Module, values: Mapping[str, Tensor], adapter: str = "
     for name, value in values.items():
         if name not in named:
             raise NetworkError(f"the adapter has no factor {name!r}", remedy=f"its factors are {', '.join(named)}")
-        pieces, grid = named[name]
-        value = torch.as_tensor(value)
-        own = [held[param] for param in pieces]
-        shape = tuple(_stacked(own, pieces, layout, grid).shape)
+        its, value = named[name], torch.as_tensor(value)
+        own = [held[param] for param in its.pieces]
+        shape = tuple(its.join(own).shape)
         if tuple(value.shape) != shape or not torch.isfinite(value).all():
             found = f"has the shape {tuple(value.shape)}" if tuple(value.shape) != shape else "is not finite"
             raise NetworkError(
                 f"the value of factor {name!r} {found}", remedy=f"pass finite numbers of shape {shape}"
             )
-        new = _unstacked(value, pieces, layout, grid)
-        fixed = pieces[0].kind != "trainable"
+        new, kind = its.split(value), its.pieces[0].kind
+        fixed = kind != "trainable"
         if fixed and any(not torch.equal(a.cpu(), b.to(a.dtype).cpu()) for a, b in zip(own, new, strict=True)):
-            raise NetworkError(f"factor {name!r} is {pieces[0].kind}", remedy="leave it out, or give it another seed")
+            raise NetworkError(f"factor {name!r} is {kind}", remedy="leave it out, or give it another seed")
         changes += [] if fixed else list(zip(own, new, strict=True))
     with torch.no_grad():
         for array, value in changes:
@@ -113,8 +109,6 @@ def refresh(model: nn.Module) -> None:
 
 
 # ---- pieces and their arrays
-
-_Grid = tuple[bool, bool]  # whether the stack has a layer and a proj axis
 
 
 def arrays(
@@ -141,52 +135,56 @@ def arrays(
     return found
 
 
-def entries(layout: Layout) -> Iterator[tuple[str, list[ParameterSpec], _Grid]]:
-    """Names of :func:`factors`, their pieces in the stack's order, and whether it has a layer and a proj axis."""
+@dataclass(frozen=True)
+class Stack:
+    """An entry of :func:`factors`: the pieces, in order, of a ``[layer, proj, ...]`` tensor with its axes permuted.
+
+    ``sizes`` are those of ``layer`` and ``proj`` where it has them, ``order`` the axes as they were declared.
+    """
+
+    name: str
+    pieces: Sequence[ParameterSpec]
+    sizes: Mapping[str, int]
+    order: Sequence[int]
+
+    def join(self, arrays: Sequence[Tensor]) -> Tensor:
+        """The tensor of the pieces' arrays."""
+        stack = torch.stack([*arrays]).reshape([*self.sizes.values(), *self.pieces[0].shape])
+        return stack.permute([*self.order])
+
+    def split(self, value: Tensor) -> list[Tensor]:
+        """The arrays of a tensor: the inverse of :meth:`join`."""
+        stack = value.permute([self.order.index(axis) for axis in range(len(self.order))])
+        return list(stack.reshape(len(self.pieces), *self.pieces[0].shape))
+
+
+def stacks(layout: Layout) -> Iterator[Stack]:
+    """The entries of :func:`factors`; pieces that are no grid of layers and projections are one each."""
     labels: dict[str, dict[tuple[int, ...], list[ParameterSpec]]] = {}
     for param in layout.parameters:
         labels.setdefault(param.label, {}).setdefault(param.shape, []).append(param)
+    places = {proj: k for k, proj in enumerate((None, *layout.projs))}
     for label, shapes in labels.items():
         for shape, pieces in shapes.items():
             name = label if len(shapes) == 1 else f"{label}#{'x'.join(map(str, shape))}"
-            first = pieces[0]
-            grid = first.layer is not None, first.proj is not None
-            pieces = sorted(
-                pieces,
-                key=lambda param: (
-                    -1 if param.layer is None else param.layer,
-                    -1 if param.proj is None else layout.projs.index(param.proj),
-                ),
-            )
-            layers, projs = {param.layer for param in pieces}, {param.proj for param in pieces}
-            same = all(((param.layer is not None), (param.proj is not None)) == grid for param in pieces)
-            if same and len(pieces) == len(layers) * len(projs):
-                yield name, pieces, grid
+            pieces.sort(key=lambda param: (-1 if param.layer is None else param.layer, places[param.proj]))
+            found = {"layer": {param.layer for param in pieces}, "proj": {param.proj for param in pieces}}
+            mixed = any(None in values and len(values) > 1 for values in found.values())
+            if not mixed and len(pieces) == len(found["layer"]) * len(found["proj"]):
+                sizes = {axis: len(values) for axis, values in found.items() if None not in values}
+                yield Stack(name, pieces, sizes, _order(layout, pieces[0], sizes))
             else:
                 for param in pieces:
                     where = [str(place) for place in (param.layer, param.proj) if place is not None]
-                    yield "@".join([label, *where]), [param], (False, False)
+                    yield Stack("@".join([label, *where]), [param], {}, _order(layout, param, {}))
 
 
-def _order(param: ParameterSpec, layout: Layout, grid: _Grid) -> list[int]:
-    """Return the permutation of the axes of a ``[layer, proj, ...]`` stack to the declared order."""
+def _order(layout: Layout, param: ParameterSpec, sizes: Mapping[str, int]) -> list[int]:
     declared = next(
         factor.indices
         for net in (line.network for line in layout.factorization.lines)
         for factor in net.factors
         if net.label(factor) == param.label and {*factor.indices} - {"layer", "proj"} == {*param.indices}
     )
-    axes = [name for name, there in zip(("layer", "proj"), grid, strict=True) if there] + [*param.indices]
+    axes = [*sizes, *param.indices]
     return [axes.index(index) for index in declared if index in axes]
-
-
-def _stacked(arrays: list[Tensor], pieces: list[ParameterSpec], layout: Layout, grid: _Grid) -> Tensor:
-    sizes = [len({param.layer for param in pieces})] * grid[0] + [len({param.proj for param in pieces})] * grid[1]
-    stack = torch.stack(arrays).reshape([*sizes, *pieces[0].shape])
-    return stack.permute(_order(pieces[0], layout, grid))
-
-
-def _unstacked(value: Tensor, pieces: list[ParameterSpec], layout: Layout, grid: _Grid) -> list[Tensor]:
-    order = _order(pieces[0], layout, grid)
-    stack = value.permute([order.index(axis) for axis in range(len(order))])
-    return list(stack.reshape(len(pieces), *pieces[0].shape))

@@ -74,7 +74,7 @@ def lower(f: Factorization) -> dict[str, Any]:
         "lines": [{"network": str(line.network), "sites": line.sites} for line in f.lines],
         "ranks": dict(f.ranks),
         "splits": {side: list(parts) for side, parts in f.splits.items()},
-        "init": {label: _plain(value) for label, value in f.init.items()},
+        "init": {label: its if isinstance(its, str | list) else its.tolist() for label, its in f.init.items()},
         "scale": float(f.scale),
         "unit_norm": list(f.unit_norm),
         "lr_multiplier": {label: float(value) for label, value in f.lr_multiplier.items()},
@@ -136,11 +136,6 @@ def _raised(data: Mapping[str, Any]) -> Factorization:
     its["lines"] = tuple(SiteRule(network(line["network"]), line["sites"]) for line in data["lines"])
     its["splits"] = {side: tuple(parts) for side, parts in its.get("splits", {}).items()}
     return Factorization(**its)
-
-
-def _plain(value: Any) -> Any:
-    """A start value as text or nested lists."""
-    return value if isinstance(value, str | list) else value.tolist()
 
 
 def _checked(f: Factorization) -> Factorization:

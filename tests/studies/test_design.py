@@ -225,25 +225,24 @@ TARGETS = ("q_proj", "v_proj")
     by=st.sampled_from(BY),
 )
 def test_matched_ranks_are_carried_and_nearest(family: str, budget: int, by: str) -> None:
-    count = {"dof": methods.dof, "parameters": methods.count}[by]
     ((args, change),) = methods.matched({"family": family}, [budget], MODEL, TARGETS, by)
     method = {"family": family, "args": args, "change": {"ranks": change}}
     f = methods.factorization(method)
     assert capped(f, model=MODEL, targets=TARGETS).ranks == f.ranks
-    found = count(method, MODEL, TARGETS)
+    found = methods.count(method, MODEL, TARGETS, by)
     assert found is not None
     ((name, rank),) = args.items()
     for other in (rank - 1, rank + 1):
         if other >= 1:
             near = {"family": family, "args": {name: other}}
             ranks = capped(methods.factorization(near), model=MODEL, targets=TARGETS).ranks
-            counted = count({**near, "change": {"ranks": ranks}}, MODEL, TARGETS)
+            counted = methods.count({**near, "change": {"ranks": ranks}}, MODEL, TARGETS, by)
             assert abs((counted or 0) - budget) >= abs(found - budget)
 
 
 def test_the_flagship_study_matches_degrees_of_freedom() -> None:
     its = Study.read(ROOT / "presets" / "study1_structure_or_step.toml")
-    found = {cell.label: methods.dof(cell.method, MODEL, TARGETS) for cell in its.cells}
+    found = {cell.label: methods.count(cell.method, MODEL, TARGETS, "dof") for cell in its.cells}
     assert len(found) == 17
     assert found.pop("TeRA") is not None  # one size only, its own count
     assert all(value is not None and abs(value - 2016) <= 0.05 * 2016 for value in found.values())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -110,20 +109,17 @@ def sweep(
     from tnpeft.studies.study import Study
 
     its = Study.read(study, data=data, backbone=backbone, tokenizer=tokenizer)
+    failed = False
     if attempt:
-        rows = list(map(_tried, trial(its, steps=attempt)))
-        failed = any(row["outcome"] != "losses finite" for row in rows)
+        for row in trial(its, steps=attempt):
+            told = {key: f"{value:,}" if isinstance(value, int) else value for key, value in row.items()}
+            typer.echo(", ".join(f"{key} {value}" for key, value in told.items()))
+            failed |= row["outcome"] != "losses finite"
     else:
         where = Engine(engine, workers, threads, retry, pack, gpus)
         failed = make(its, out, where, say=typer.echo).failed > 0
     if failed:
         raise typer.Exit(1)
-
-
-def _tried(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    told = {key: f"{value:,}" if isinstance(value, int) else value for key, value in row.items()}
-    typer.echo(", ".join(f"{key} {value}" for key, value in told.items()))
-    return row
 
 
 @app.command()

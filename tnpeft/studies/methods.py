@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from tnpeft import families
-from tnpeft.counting import nearest_ranks, parameters
+from tnpeft.counting import nearest_ranks
 from tnpeft.counting.dof import dof_on
 from tnpeft.counting.parameters import layout_on
 from tnpeft.families.catalogue import rank_option
@@ -96,29 +96,21 @@ def _mixes(net: Network, factor: Factor) -> bool:
     return not {*factor.indices} & {*net.rows, *net.cols} and len(bonds) == 2
 
 
-def count(method: Method, model: Any, targets: tuple[str, ...]) -> int | None:
-    """Adapter parameters worked out without a model in memory; None where only the model itself can tell.
+def count(method: Method, model: Any, targets: tuple[str, ...], by: str = "parameters") -> int | None:
+    """Parameters of the adapter, or degrees of freedom (``by="dof"``), worked out without a model in memory.
 
-    >>> count({"family": "lora", "args": {"rank": 1}}, "facebook/opt-1.3b", ("q_proj", "v_proj"))
-    196608
-    """
-    if not is_network(method):
-        return 0 if "none" in method else None
-    return int(parameters(factorization(method), model=model, targets=list(targets) or None))
+    None where only the model itself can tell, or no formula gives them: of sites of several shapes that share a
+    trainable factor the degrees of freedom have an upper bound only.
 
-
-def dof(method: Method, model: Any, targets: tuple[str, ...]) -> int | None:
-    """Degrees of freedom of the adapter over a model's sites; None where no formula gives them.
-
-    Of sites of several shapes that share a trainable factor the count is an upper bound only, hence none.
-
-    >>> dof({"family": "lora", "args": {"rank": 2}}, {"model_type": "opt", "hidden_size": 64,
-    ...     "num_hidden_layers": 4, "num_attention_heads": 4, "ffn_dim": 256}, ("q_proj", "v_proj"))
-    2016
+    >>> lora = {"family": "lora", "args": {"rank": 1}}
+    >>> [count(lora, "facebook/opt-1.3b", ("q_proj", "v_proj"), by) for by in ("parameters", "dof")]
+    [196608, 196560]
     """
     if not is_network(method):
         return 0 if "none" in method else None
     found = layout_on(factorization(method), model=model, targets=list(targets) or None)
+    if by == "parameters":
+        return found.count()
     trained = [factor for shape in found.shapes() for factor in shape.network.factors if factor.kind == "trainable"]
     if len(found.shapes()) > 1 and not all({"layer", "proj"} <= {*factor.indices} for factor in trained):
         return None
@@ -146,7 +138,7 @@ def matched(
     def at(rank: int) -> Method:
         return {"family": family, "args": {**fixed, vary: rank}}
 
-    if by == "dof" and dof(at(2), model, targets) is None:
+    if count(at(2), model, targets, by) is None:
         raise StudyError(
             f"the {by} of {family!r} cannot be counted on {model}", remedy="give a grid, or match by parameters"
         )

@@ -132,7 +132,7 @@ def _point(study: Study, store: Store, cell: Cell) -> Point | None:
         policy=cell.policy,
         kind=next(kind for kind in methods.KINDS if kind in cell.method),
         parameters=first["parameters"],
-        dof=methods.dof(cell.method, backbones.shape(study.places["model"]), cell.protocol.targets),
+        dof=methods.count(cell.method, backbones.shape(study.places["model"]), cell.protocol.targets, "dof"),
         head=first["head_parameters"],
         lr=_middle([runs[name].lr for name in results]),
         step=best if cell.relative else None,

@@ -409,6 +409,8 @@ def test_dead_starts_are_refused():
         Initializer(place(LORA, ranks={"r": 2}, init=arrays))
     with pytest.raises(NetworkError, match="stays zero for ever"):
         Initializer(place("b[out] ^C[out inp] -> out inp", init={"C": "constant(0)"}))
+    with pytest.raises(NetworkError, match="the constant m is zero"):  # in fp32, which is what is stored
+        starts(place("B[out r] ^m[r] ~A[r inp] -> out inp", ranks={"r": 3}, init={"m": [1e-60] * 3}))
     with pytest.raises(NetworkError, match="B is to have columns of unit norm, and starts at zero"):
         Initializer(place(LORA, ranks={"r": 2}, init={"A": "normal(1)"}, unit_norm=("B",)))
     assert Initializer(place(LORA, ranks={"r": 2}, unit_norm=("B",))).zeros == {"A"}

@@ -86,9 +86,9 @@ class Initializer:
                 self._places.setdefault(param, []).append(site_layout)
         self._named = {label: start(value, label) for label, value in layout.factorization.init.items()}
         _require_constants(layout.factorization)
-        its = starts.Starts.of(layout.factorization)  # arrays in double precision
+        its = starts.Starts(layout.factorization, self._named)
         self.zeros, self.away = its.zeros, its.nonzero()
-        self._variances = least_variances(layout, its)
+        self._variances = least_variances(layout, starts.Starts.of(layout.factorization))  # in double precision
         self._parts = lru_cache(maxsize=1)(self._svd_of)
         self._trains: dict[tuple[Site, int], dict[str, Tensor]] = {}
 

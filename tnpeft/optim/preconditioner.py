@@ -130,19 +130,15 @@ class _Hooks:
         owner = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         for adapter in self.adapters:
             live = {p: a for p, a in adapter.trained.items() if a.grad is not None and id(a) in owner}
+            gradients: dict[ParameterSpec, Any] = {param: array.grad for param, array in live.items()}
+            self.kept += [(array, gradients[param]) for param, array in live.items()]
             own = {p: a for p, a in live.items() if self.invariant and "betas" in owner[id(a)]}
-            plain = {p: a for p, a in live.items() if p not in own}
-            given = {p: a.grad for p, a in plain.items() if a.grad is not None}
-            steps, _ = adapter.directions(given)
-            for param, array in plain.items():
-                self.kept.append((array, array.grad))  # type: ignore[arg-type]
-                array.grad = steps[param].to(array.dtype).contiguous()
+            steps, _ = adapter.directions({p: gradient for p, gradient in gradients.items() if p not in own})
+            for param, array in live.items():
+                array.grad = None if param in own else steps[param].to(array.dtype).contiguous()
             if own:
-                gradients = {p: a.grad for p, a in own.items() if a.grad is not None}
-                self.moves.append(partial(_invariant_step, adapter, own, gradients, optimizer, owner))
-                for array in own.values():
-                    self.kept.append((array, array.grad))  # type: ignore[arg-type]
-                    array.grad = None
+                rest = {param: gradients[param] for param in own}
+                self.moves.append(partial(_invariant_step, adapter, own, rest, optimizer, owner))
 
 
 @torch.no_grad()

@@ -64,10 +64,9 @@ class ActiveAdapter:
 
 
 class TensorNetworkLinear(DenseLinear):
-    """A linear (``nn.Linear``, ``Conv1D`` or quantised) with the updates of its adapters.
+    """A linear with the updates of its adapters.
 
-    The forward is a pure function of its input and of Parameters fetched at every call: the linear's own ones and,
-    through an unregistered reference, those of the bank.
+    The forward is a pure function of its input and of Parameters that are fetched at every call.
     """
 
     def __init__(self, base_layer: nn.Module, bank: FactorBank, **kwargs: Any) -> None:

@@ -39,7 +39,7 @@ class Route(NamedTuple):
 class DenseLinear(nn.Module, TensorNetworkLayer):
     """A linear (``nn.Linear``, ``Conv1D`` or quantised) and the factors of its adapters: dense updates and merging.
 
-    Factors are fetched at every use: the linear's own ones and, through an unregistered reference, those of the bank.
+    Factors are fetched at every use: its own and, through an unregistered reference, those of the bank.
     """
 
     adapter_layer_names = ("tnpeft_factors", "tnpeft_magnitude")

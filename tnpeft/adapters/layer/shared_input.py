@@ -85,7 +85,7 @@ class SharedInputGroup:
         result = item.program.after_prefix(narrow, operands, rows, weight, bias, item.scale, link)
         return result.reshape(*x.shape[:-1], item.program.rows)
 
-    def ready(self, x: Tensor) -> dict[DenseLinear, tuple[SiteUpdate, Sequence[Tensor]]]:
+    def ready(self, x: Tensor) -> dict[DenseLinear, tuple[SiteUpdate, list[Tensor]]]:
         """Return the linears that could share their first products on ``x``, with their updates and factors."""
         found = {}
         for linear in self.linears:

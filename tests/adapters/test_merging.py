@@ -172,3 +172,17 @@ def test_rows_of_zeros_under_learned_magnitudes(train: bool) -> None:
     wanted = model.eval()(x)
     model.merge_adapter()
     assert torch.allclose(model(x), wanted, atol=1e-5)
+
+
+def test_transformers_writes_a_merged_embedding_as_it_was() -> None:
+    model = opt()
+    model.add_adapter(tnpeft.TensorNetworkConfig(network="vera", target_modules=["embed_tokens"]), "one")
+    layer, before = model.get_input_embeddings(), model.get_adapter_state_dict("one")
+    tnpeft.set_factors(model, {"b": torch.ones_like(tnpeft.factors(model, "one")["b"])}, "one")
+    layer.merge()
+    merged = layer.get_base_layer().weight.clone()
+    [name] = [name for name in before if name.endswith("embed_tokens.base_layer.weight")]
+    written = model.get_adapter_state_dict("one")[name]
+    assert torch.equal(written, before[name])
+    assert not torch.equal(written, merged)
+    assert torch.equal(layer.get_base_layer().weight, merged)

@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from adapter_models import MIXED, NETWORKS, row_by_row, shake
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import tnpeft
@@ -126,3 +127,13 @@ def test_mixed_rows_and_replicas_in_a_tree(name: str) -> None:
         single = peft.get_peft_model(fresh(name), alone)
         tnpeft.set_factors(single, tnpeft.replica(packed, k))
         torch.testing.assert_close(found[2 * k : 2 * k + 2], single(x)[2 * k : 2 * k + 2])
+
+
+def test_a_module_that_is_called_as_another_adapter_is_saved(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"other": nn.ModuleDict({"up": nn.Linear(4, 4)}), "up": nn.Linear(4, 4)})
+    model = peft.get_peft_model(model, tnpeft.TensorNetworkConfig(network="lora", target_modules=["up"]))
+    model.add_adapter("other", tnpeft.TensorNetworkConfig(network="lora", target_modules=["up"], seed=1))
+    model.save_pretrained(tmp_path)
+    for name, folder in (("default", tmp_path), ("other", tmp_path / "other")):
+        stored = {key.removeprefix("base_model.model.") for key in load_file(folder / "adapter_model.safetensors")}
+        assert stored == {f"{path}.tnpeft_factors.{label}" for path in ("up", "other.up") for label in "AB"}, name

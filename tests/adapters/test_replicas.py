@@ -303,6 +303,29 @@ def test_one_of_them_in_a_model_of_transformers() -> None:
     assert set(tnpeft.factors(bare, "one")) == {"A", "B"}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_one_of_them_in_a_model_of_another_dtype(dtype: torch.dtype) -> None:
+    model = together("vera", dtype=torch.float32)
+    shake(model)
+    tnpeft.replicas.attach(model.to(dtype), 1, "second")
+    for name, value in tnpeft.replica(model, 1).items():
+        assert torch.equal(tnpeft.factors(model, "second")[name].to(dtype), value)
+
+
+def test_one_of_them_with_other_frozen_factors_is_refused() -> None:
+    model = together("vera", dtype=torch.float32)
+    for name, buffer in model.named_buffers():
+        if "tnpeft_factors.default.B" in name:
+            buffer.data[1] += 1
+    names = [name for name, _ in model.named_modules()]
+    tnpeft.replicas.attach(model, 0, "first")
+    model.delete_adapter("first")
+    with pytest.raises(NetworkError, match=r"factor 'B.*' is frozen"):
+        tnpeft.replicas.attach(model, 1, "second")
+    assert names == [name for name, _ in model.named_modules()]
+    assert [*model.peft_config] == ["default"]
+
+
 def test_nothing_to_clip() -> None:
     assert torch.equal(tnpeft.replicas.clip(together("lora"), 1.0), torch.zeros(3, dtype=torch.float64))
 

@@ -89,12 +89,18 @@ def set_factors(model: nn.Module, values: Mapping[str, Tensor], adapter: str = "
             )
         new, kind = its.split(value), its.pieces[0].kind
         fixed = kind != "trainable"
-        if fixed and any(not torch.equal(a.cpu(), b.to(a.dtype).cpu()) for a, b in zip(own, new, strict=True)):
+        if fixed and not all(_same(a, b) for a, b in zip(own, new, strict=True)):
             raise NetworkError(f"factor {name!r} is {kind}", remedy="leave it out, or give it another seed")
         changes += [] if fixed else list(zip(own, new, strict=True))
     with torch.no_grad():
         for array, value in changes:
             array.copy_(value)
+
+
+def _same(own: Tensor, other: Tensor) -> bool:
+    """True if another array has the same numbers, which it may have in fewer bits."""
+    dtype = other.dtype if other.is_floating_point() and other.itemsize < own.itemsize else own.dtype
+    return torch.equal(own.to(dtype).cpu(), other.to(dtype).cpu())
 
 
 def refresh(model: nn.Module) -> None:

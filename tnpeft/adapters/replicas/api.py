@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim.optimizer import Optimizer
 
 from tnpeft.adapters.placement import extract_replica, match_parameters
+from tnpeft.adapters.rollback import or_as_before
 from tnpeft.adapters.state import arrays, bank_of, set_factors, stacked
 from tnpeft.adapters.storage.contents import PEFT_PREFIX, factor_shapes
 from tnpeft.adapters.storage.files import save as write
@@ -181,7 +182,8 @@ def attach(model: nn.Module, k: int, name: str, adapter: str = "default") -> Non
     It is inactive until ``model.set_adapter(name)``.
 
     Raises:
-        NetworkError: the model has no such adapter or replica, or the name is taken.
+        NetworkError: the model has no such adapter or replica, the name is taken, or frozen factors are not those of
+            its seed; the model is as before then.
 
     >>> import peft, tnpeft
     >>> config = tnpeft.TensorNetworkConfig(network="lora", ranks={"r": 2}, target_modules=["0"], replicas=3)
@@ -196,21 +198,22 @@ def attach(model: nn.Module, k: int, name: str, adapter: str = "default") -> Non
     if name in its.peft_config:
         raise NetworkError(f"the adapter {name!r} exists already", remedy="choose another name")
     values = replica(model, k, adapter)
-    if isinstance(model, (PeftModel, BaseTuner)):
-        tuner: Any = model.base_model if isinstance(model, PeftModel) else model
-        active = [*tuner.active_adapters]
-        tuner.peft_config[name] = config
-        tuner.inject_adapter(tuner.model, name)
-        tuner.set_adapter(active)
-    else:  # transformers' add_adapter, or peft.inject_adapter_in_model
-        layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-        active = [*layers[0].active_adapters]
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # so we did
-            inject_adapter_in_model(config, model, name)
-        for layer in layers:
-            layer.set_adapter(active)
-    set_factors(model, values, name)
+    with or_as_before(model):
+        if isinstance(model, (PeftModel, BaseTuner)):
+            tuner: Any = model.base_model if isinstance(model, PeftModel) else model
+            active = [*tuner.active_adapters]
+            tuner.peft_config[name] = config
+            tuner.inject_adapter(tuner.model, name)
+            tuner.set_adapter(active)
+        else:  # transformers' add_adapter, or peft.inject_adapter_in_model
+            layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+            active = [*layers[0].active_adapters]
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Already found a `peft_config`")  # so we did
+                inject_adapter_in_model(config, model, name)
+            for layer in layers:
+                layer.set_adapter(active)
+        set_factors(model, values, name)
 
 
 def save(model: nn.Module, k: int, folder: str | Path, adapter: str = "default") -> None:

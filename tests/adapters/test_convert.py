@@ -355,6 +355,28 @@ def test_a_conversion_that_changes_an_update_is_refused_with_the_difference(
     assert {path.name for path in adapter.parent.iterdir()} == {"a"}
 
 
+@pytest.mark.parametrize("to", ["tnpeft", "lora"])
+def test_a_magnitude_of_another_shape_is_refused(to: str, tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, use_dora=True, target_modules=["q_proj"])
+    trained(config, opt(), 0).save_pretrained(tmp_path / "a")
+    tnpeft.convert(tmp_path / "a", tmp_path / "own")
+    for folder in (tmp_path / "a", tmp_path / "own"):
+        change_tensors(folder, lambda t: t.update({n: v[:3].clone() for n, v in t.items() if "magnitude" in n}))
+        with pytest.raises(AdapterFileError, match=r"the magnitude of .*q_proj has the shape \(3,\), not \(32,\)"):
+            tnpeft.convert(folder, tmp_path / "new", to=to)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("change", [lambda t, name: t.pop(name), lambda t, name: t.update({name: torch.ones(6)})])
+def test_parameters_of_one_owner_are_told_apart_by_what_is_known_to_be_there(change: Any, tmp_path: Path) -> None:
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=names)
+    trained(config, mixture(), 0).save_pretrained(tmp_path / "a")
+    change_tensors(tmp_path / "a", lambda t: change(t, max(n for n in t if n.endswith("experts.lora_B.weight"))))
+    with pytest.raises(AdapterFileError, match="not a known packing of a linear or of experts"):
+        tnpeft.convert(tmp_path / "a", tmp_path / "new")
+
+
 @pytest.mark.parametrize("to", ["tnpeft", "peft"])
 def test_a_task_that_is_none_is_refused(to: str, adapter: Path) -> None:
     change_config(adapter, task_type="SING")

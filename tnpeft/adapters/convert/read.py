@@ -91,18 +91,18 @@ def read_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor], shapes: 
     targets = config.get("target_parameters") or []
     if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
         raise AdapterFileError(f"target_parameters is {targets!r}", remedy=AGAIN)
+    magnitudes = {m: next((its.pop(name) for name in _MAGNITUDE if name in its), None) for m, its in sites.items()}
+    packed = {module: _packing(module, stored, packings) for module, stored in sites.items()}
     found, methods = [], dict[str, None]()
-    for module, stored in sites.items():
-        magnitude = next((stored.pop(name) for name in _MAGNITUDE if name in stored), None)
-        packing = _packing(module, stored, packings)
+    for module, packing in packed.items():
         if packing.method == "RandLoRA":
             packing = packings[_is_wide(module, shared, shapes)]
         if packing is LORA and targets and re.search(r"(^|\.)(experts|base_layer)$", module):  # no target itself
             packing = NESTED
         path = _parameter(module, targets, sites) if packing is NESTED else module
         rank, scale = _rank_and_scale(config, path)
-        factors, _, update = _unpacked(path, packing, stored, shared, shapes, rank)
-        found.append(SiteAdapter(path, packing.site, factors, scale, magnitude, update=scale * update))
+        factors, _, update = _unpacked(path, packing, sites[module], shared, shapes, rank)
+        found.append(SiteAdapter(path, packing.site, factors, scale, magnitudes[module], update=scale * update))
         methods[packing.method] = None
     about = {key: config.get(key) for key in ABOUT} | {"fan_in_fan_out": bool(config.get("fan_in_fan_out", False))}
     return AdapterLines(found, about, others, f"PEFT {'+'.join(methods)}")

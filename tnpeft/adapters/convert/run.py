@@ -19,6 +19,7 @@ from tnpeft.adapters.convert.gguf import read_gguf, write_gguf
 from tnpeft.adapters.convert.lines import AdapterLines, SiteAdapter
 from tnpeft.adapters.convert.read import Shapes, load, read_peft, read_trainers_file
 from tnpeft.adapters.convert.write import write_image, write_peft
+from tnpeft.adapters.storage.contents import AGAIN
 from tnpeft.adapters.storage.files import ROOM
 from tnpeft.adapters.storage.stored_sites import base_card
 from tnpeft.models import cards
@@ -118,8 +119,16 @@ def convert(source: str | Path, target: str | Path, to: str = "tnpeft", *, model
 def _read(path: Path, shapes: Shapes) -> AdapterLines:
     config, tensors = load(path)
     if config.get("peft_type") == "TENSOR_NETWORK":
-        return read_folder(path, tensors, shapes)
-    return read_peft(config, tensors, shapes) if config else read_trainers_file(tensors, shapes)
+        lines = read_folder(path, tensors, shapes)
+    else:
+        lines = read_peft(config, tensors, shapes) if config else read_trainers_file(tensors, shapes)
+    for site in lines.sites:
+        update: Any = site.update
+        if (its := site.magnitude) is not None and its.shape != (wanted := update.shape[:-1]):
+            raise AdapterFileError(
+                f"the magnitude of {site.module} has the shape {tuple(its.shape)}, not {wanted}", remedy=AGAIN
+            )
+    return lines
 
 
 def _compare(sites: Sequence[SiteAdapter], back: Sequence[SiteAdapter], rounded: bool) -> float:

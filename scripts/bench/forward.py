@@ -51,7 +51,7 @@ def forwards(calls: Mapping[str, Any], x: torch.Tensor, tokens: int) -> driver.C
         yield f"{name}, {tokens} tokens", driver.Case(run, {"tokens": tokens}, f"floor, {tokens} tokens")
 
 
-def by_tokens(data: Any, head: str = "{:,} tokens", shown: str = "{:+.1%}") -> driver.Rows:
+def tables(data: Any, head: str = "{:,} tokens", shown: str = "{:+.1%}") -> driver.Rows:
     """Return a row for each kind of adapter, a column for each number of tokens."""
     rows: dict[str, dict[str, Any]] = {}
     for name, case in data["cases"].items():
@@ -59,6 +59,3 @@ def by_tokens(data: Any, head: str = "{:,} tokens", shown: str = "{:+.1%}") -> d
         kind = name.rpartition(", ")[0]
         rows.setdefault(kind, {"case": kind})[head.format(case["tokens"])] = cell
     return rows.values()
-
-
-tables = by_tokens

@@ -17,7 +17,7 @@ PUBLISHED = {
     "mixed_gpu": "--samples 15 --shape opt-1.3b --layers 12 --device cuda --dtype bfloat16",
 }
 KINDS = ("PEFT LoRA r=8", "lora rank=8", "cp rank=8", "tenslora qkv_depth ranks=8")
-tables = partial(forward.by_tokens, head="{} tokens a row", shown="{:+.0%}")
+tables = partial(forward.tables, head="{} tokens a row", shown="{:+.0%}")
 
 
 def cases(options: driver.Options) -> driver.Cases:

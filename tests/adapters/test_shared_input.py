@@ -19,7 +19,6 @@ from watching import Watching
 
 import tnpeft
 from tnpeft.adapters.layer import shared_input
-from tnpeft.nn.executor.shared_projection import ProjectionGroup
 
 QKV = ["q_proj", "k_proj", "v_proj"]
 TARGETS = {
@@ -60,14 +59,13 @@ def apart(net: Any) -> Any:
 def begun(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """For how many linears something was begun, each time."""
     found: list[int] = []
-    original = ProjectionGroup.__call__
+    original = shared_input.project
 
-    def start(joint: Any, factors: Any, x: Tensor) -> Any:
-        if len(factors) > 1:
-            found.append(len(factors))
-        return original(joint, factors, x)
+    def start(prefixes: Any, *args: Any) -> Any:
+        found.append(len(prefixes))
+        return original(prefixes, *args)
 
-    monkeypatch.setattr(ProjectionGroup, "__call__", start)
+    monkeypatch.setattr(shared_input, "project", start)
     return found
 
 

@@ -12,7 +12,7 @@ from watching import Watching
 
 from tnpeft import network
 from tnpeft.nn.executor.program import Program, ProgramFunction, program
-from tnpeft.nn.executor.shared_projection import ProjectionGroup
+from tnpeft.nn.executor.shared_projection import project
 
 TOKENS, WIDE, SCALE = 7, 12, -0.5
 SIZES = {"out": WIDE, "inp": WIDE, "r": 2, "s": 3, "a": 2, "b": 3, "c": 2, "o1": 3, "o2": 4, "i1": 4, "i2": 3}
@@ -64,16 +64,14 @@ class Group:
     def shared(self, x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
         own = self.parts(factors)
         assert self.run.prefix is not None
-        x, narrow, links = ProjectionGroup([self.run.prefix] * 3)(own, x)
-        return tuple(
-            self.run.after_prefix(narrow[k], own[k], x, self.weights[k], None, SCALE, links[k]) for k in range(3)
-        )
+        x, narrow = project([self.run.prefix] * 3, own, x, range(3))
+        return tuple(self.run.with_linear(x, own[k], self.weights[k], None, SCALE, narrow[k]) for k in range(3))
 
     def alone(self, x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
         own = self.parts(factors)
         fused = self.run.fused
         return tuple(
-            ProgramFunction.apply(fused, SCALE, None, x, None, self.weights[k], None, None, *own[k]) for k in range(3)
+            ProgramFunction.apply(fused, SCALE, x, None, self.weights[k], None, None, *own[k])[0] for k in range(3)
         )
 
     def parts(self, factors: Any) -> list[list[Tensor]]:
@@ -144,9 +142,9 @@ def test_one_narrow_product_for_all_and_one_of_each_kind_for_its_gradients(same:
         return sum(sorted(shape) == sorted((TOKENS, summed, narrow)) for shape in shapes)
 
     with Watching(note):
-        x, parts, links = ProjectionGroup([run.prefix] * 3, ["A"] * 3 if same else None)(own, group.x)
+        x, parts = project([run.prefix] * 3, own, group.x, ["A"] * 3 if same else "ABC")
     assert shapes == [(narrow, WIDE, TOKENS)]
-    results = [run.after_prefix(parts[k], own[k], x, group.weights[k], None, 1.0, links[k]) for k in range(3)]
+    results = [run.with_linear(x, own[k], group.weights[k], None, 1.0, parts[k]) for k in range(3)]
     shapes.clear()
     with Watching(note):
         sum(result.sum() for result in results).backward()
@@ -158,7 +156,7 @@ def test_one_narrow_product_for_all_and_one_of_each_kind_for_its_gradients(same:
 
 @pytest.mark.parametrize("name", APART)
 def test_programs_without_one_narrow_first_step_have_none(name: str) -> None:
-    assert not built(APART[name]).can_share
+    assert built(APART[name]).prefix is None
 
 
 @pytest.mark.parametrize("name", ["lora", "scaled", "vera", "tied", "hadamard"])

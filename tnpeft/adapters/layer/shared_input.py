@@ -16,14 +16,14 @@ from torch import Tensor
 from tnpeft.adapters.layer.binding import SiteUpdate
 from tnpeft.adapters.layer.merging import DenseLinear
 from tnpeft.adapters.layer.weight_cache import versions
-from tnpeft.nn.executor.shared_projection import Link, ProjectionGroup
+from tnpeft.nn.executor.shared_projection import project
 
 MIN_ELEMENTS = 2**17  # of an input, from which on reading it once takes less time than arranging for that
 
 
 def join(adapter: str, linears: Iterable[Any]) -> None:
     """Make a group of the linears, which read one input, for an adapter's updates that can share a first product."""
-    group = SharedInputGroup(adapter, [one for one in linears if one.updates[adapter][0].program.can_share])
+    group = SharedInputGroup(adapter, [one for one in linears if one.updates[adapter][0].program.prefix])
     for linear in group.linears if len(group.linears) > 1 else ():
         linear.input_groups[adapter] = group
 
@@ -39,11 +39,11 @@ class PendingProjection:
     def __init__(self, x: Tensor, rows: Tensor) -> None:
         self.x: Tensor | None = x
         self.rows: Tensor | None = rows
-        self.waiting: dict[DenseLinear, tuple[Tensor, Link, list[Any], Sequence[Tensor]]] = {}
+        self.waiting: dict[DenseLinear, tuple[Tensor, list[Any], Sequence[Tensor]]] = {}
 
     def holds(self, linear: DenseLinear, x: Tensor, factors: Sequence[Tensor]) -> bool:
         """Return True if a result waits for the linear, and neither input nor factors have changed."""
-        return self.x is x and linear in self.waiting and self.waiting[linear][2] == _state(x, factors)
+        return self.x is x and linear in self.waiting and self.waiting[linear][1] == _state(x, factors)
 
 
 class SharedInputGroup:
@@ -73,16 +73,16 @@ class SharedInputGroup:
             pending = self._begin(linear, x)
         if pending is None:
             return None
-        (narrow, link, _, operands), rows = pending.waiting.pop(linear), pending.rows
+        (narrow, _, operands), rows = pending.waiting.pop(linear), pending.rows
         assert rows is not None  # something still waited
-        if pending.waiting:
-            link.keep_alive = pending
-        else:
-            pending.x = pending.rows = None
         own = linear._modules["base_layer"]._parameters  # type: ignore[union-attr]
         weight, bias = own["weight"], own["bias"]
         assert weight is not None  # the path holds
-        result = item.program.after_prefix(narrow, operands, rows, weight, bias, item.scale, link)
+        result = item.program.with_linear(rows, operands, weight, bias, item.scale, narrow)
+        if not pending.waiting:
+            pending.x = pending.rows = None
+        elif result.grad_fn is not None:
+            result.grad_fn.pending = pending  # type: ignore[attr-defined]
         return result.reshape(*x.shape[:-1], item.program.rows)
 
     def ready(self, x: Tensor) -> dict[DenseLinear, tuple[SiteUpdate, list[Tensor]]]:
@@ -111,10 +111,10 @@ class SharedInputGroup:
             prefixes.append(prefix)
             same.append((prefix, tuple((id(own[k]), item.operands[k].norm) for k in prefix.factors)))
         operands = [item.normalized(own) for item, own in ready.values()]
-        rows, narrow, links = ProjectionGroup(prefixes, same)(operands, x.reshape(-1, x.shape[-1]))
+        rows, narrow = project(prefixes, operands, x.reshape(-1, x.shape[-1]), same)
         pending = PendingProjection(x, rows)
-        for (one, (_, own)), *result, factors in zip(ready.items(), narrow, links, operands, strict=True):
-            pending.waiting[one] = *result, _state(x, own), factors
+        for (one, (_, own)), result, factors in zip(ready.items(), narrow, operands, strict=True):
+            pending.waiting[one] = result, _state(x, own), factors
         self._pending = weakref.ref(pending)
         return pending
 

@@ -7,25 +7,24 @@ no update of all experts is formed. The product with the frozen weight and the u
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tnpeft.networks import Network, NetworkError
-from tnpeft.networks.factor import Group
 from tnpeft.networks.sizes import Size, bind, integers
-from tnpeft.nn.executor.compile import _Compiler
+from tnpeft.nn.executor.compile import compile_plan
 from tnpeft.nn.executor.eligibility import can_use_custom_backward
-from tnpeft.nn.executor.groups import GroupedEinsum2, Groups
-from tnpeft.nn.executor.kernels import Instruction, Kernel, Layout, flat, run
-from tnpeft.nn.executor.listing import FACTORS, WIDE, Code, X, Y, _marked
+from tnpeft.nn.executor.groups import Groups
+from tnpeft.nn.executor.kernels import Instruction, run
+from tnpeft.nn.executor.listing import FACTORS, WEIGHT, X, Y
 from tnpeft.nn.executor.program import SiteProgram
 from tnpeft.nn.executor.saving import kept, restored
 from tnpeft.planning.planner import planned
-from tnpeft.planning.steps import Plan, Step
+from tnpeft.planning.steps import Plan
 
 EXPERT = "expert"
 ALL = slice(None)
@@ -71,25 +70,8 @@ class GroupedProgram(SiteProgram):
     def __init__(self, plan: Plan, dense: Plan) -> None:
         super().__init__(plan, dense)
         self.fused_plan = plan
-        self.listing = _GroupedCompiler(plan, self.labels).listing()
-        self.has_weight_steps = bool(self.listing.weight_steps)
-        self._codes: dict[tuple[bool, ...], Code] = {}
-
-    @cached_property
-    def recomputed(self) -> tuple[str, ...]:
-        """Names of the plan's steps that the backward pass of training computes again."""
-        return self.listing.recomputed()
-
-    def code(self, needs: tuple[bool, ...]) -> Code:
-        """The instructions for the factors and activations that want gradients; both lists add in place."""
-        if needs not in self._codes:
-            *on_factors, on_x = needs
-            code = self.listing.code((on_x, *[False] * (FACTORS - 1), *on_factors))
-            forward = tuple(_marked(code.forward, (Y,)))
-            backward = tuple(_marked(code.backward, (code.size + X,)))
-            saved = tuple(k for k in code.saved if k not in (X, WIDE))
-            self._codes[needs] = replace(code, forward=forward, backward=backward, saved=saved)
-        return self._codes[needs]
+        self.listing = compile_plan(plan, self.labels, group=EXPERT)
+        self.has_weight_steps, self.recomputed = bool(self.listing.weight_steps), self.listing.recomputed()
 
     def __call__(self, x: Tensor, groups: Groups, operands: Sequence[Tensor], scale: float = 1.0) -> Tensor:
         """Return the scaled update of ``x [rows, inp]``, whose rows are sorted by expert: ``[rows, out]``."""
@@ -109,35 +91,6 @@ class GroupedProgram(SiteProgram):
         one = net.select(EXPERT)
         sizes = tuple((index, int(size)) for index, size in self.plan.sizes.items() if index in one.indices)
         return _grouped(one, sizes, 1).delta(own, scale)
-
-
-# ---- the compiler
-
-
-class _GroupedCompiler(_Compiler):
-    """From a plan with equal blocks of rows to instructions on rows of one axis.
-
-    The register of a linear's input, which there is none of, holds the groups.
-    """
-
-    def __init__(self, plan: Plan, labels: Sequence[str]) -> None:
-        super().__init__(plan, labels, linear=False)
-        token, net = (plan.activation,), plan.network
-        self.layouts[X], self.layouts[Y] = (token, net.cols), (token, net.rows)
-
-    def _order(self, step: Step) -> Group:
-        order = super()._order(step)
-        return tuple(index for index in order if index != EXPERT) if self.plan.activation in order else order
-
-    def _alone(self, order: Group, batch: Group) -> Group:
-        return tuple(index for index in order if index in (EXPERT, self.plan.activation))  # what is sliced
-
-    def _kernel(
-        self, left: tuple[int, Layout], right: tuple[int, Layout], out: Layout
-    ) -> tuple[Kernel, tuple[int, ...]]:
-        if self.plan.activation in flat(left[1]) and EXPERT in flat(right[1]):
-            return GroupedEinsum2(left[1], right[1], out, self.sizes, EXPERT), (left[0], right[0], WIDE)
-        return super()._kernel(left, right, out)
 
 
 # ---- one operation for the frozen product and all updates
@@ -195,7 +148,7 @@ def grouped_linear(
     inplace = not torch.is_grad_enabled()
     for part in parts:
         values = part.program.listing.registers(part.operands, x[:, part.inputs])
-        values[WIDE] = groups
+        values[WEIGHT] = groups
         total = _add(part, part.program.listing.forward, values, total, inplace)
     return total
 
@@ -240,12 +193,12 @@ class _GroupedLinear(torch.autograd.Function):
         codes, at = [], 0
         for part in call.parts:
             count = len(part.operands)
-            code = part.program.code((*on_factors[at : at + count], on_x))
+            code = part.program.listing.code((on_x, *[False] * (FACTORS - 1), *on_factors[at : at + count]))
             values = part.program.listing.registers(part.operands, x[:, part.inputs])
-            values[WIDE] = call.groups
+            values[WEIGHT] = call.groups
             total = _add(part, code.forward, values, total, inplace=True)
             codes.append(code)
-            saved += [values[k] for k in code.saved]
+            saved += [values[k] for k in code.saved if k not in (X, WEIGHT)]
             at += count
         own, ctx.again = kept(factors)
         ctx.call, ctx.codes = call, codes
@@ -272,11 +225,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     for part, code in zip(call.parts, ctx.codes, strict=True):
         own = factors[len(to_factors) : len(to_factors) + len(part.operands)]
         rows = (x if twice else x.detach())[:, part.inputs]
-        values = [rows, call.groups, None, None, None, *own, *[None] * (code.total - FACTORS - len(own))]
+        values = [rows, None, call.groups, None, None, *own, *[None] * (code.total - FACTORS - len(own))]
         for k in code.saved:
-            value = next(saved)
-            if not twice:
-                values[k] = value
+            if k not in (X, WEIGHT):
+                value = next(saved)
+                values[k] = None if twice else value
         values[code.size + Y] = grad[:, part.columns]
         before = values[code.size + X] = None if to_x is None else to_x[:, part.inputs]
         run(code.values if twice else code.recomputed, values, part.scale)

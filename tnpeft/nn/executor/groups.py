@@ -75,6 +75,7 @@ class GroupedEinsum2(Kernel):
         self.axis, inner = apart(right, group)
         self.of, self.to = apart(left, sizes.token)[0], apart(out, sizes.token)[0]
         self.each = Einsum2(left, inner, out, sizes, strided=strided)
+        self.elements, self.macs = self.each.elements, self.each.macs
         rows = ((sizes.token,), *inner)
         self.rows = None if self.each.product else Einsum2(left, rows, out, sizes, product=False)
 

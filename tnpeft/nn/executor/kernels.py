@@ -48,6 +48,10 @@ class Sizes:
         """Return the number of elements."""
         return prod(self.dims[index] for index in indices)
 
+    def elements(self, layout: Layout) -> int:
+        """Return the number of elements, of activations for each row."""
+        return self.volume(index for index in flat(layout) if index != self.token)
+
 
 # ---- views
 
@@ -87,7 +91,14 @@ def see(function: View | None, array: Array) -> Array:
 
 
 class Kernel:
-    """A function of one to three arrays that is linear in those it has vector-Jacobian products for."""
+    """A function of one to three arrays that is linear in those it has vector-Jacobian products for.
+
+    ``elements`` are those of its result, of activations for each row, ``macs`` the multiply-adds for each of them.
+    """
+
+    out: Layout
+    elements: int
+    macs = 1
 
     def __call__(self, alpha: float, *operands: Array) -> Array:
         raise NotImplementedError
@@ -100,10 +111,7 @@ class Kernel:
         return (total.add_ if inplace else total.add)(part, alpha=alpha)
 
     def vjp(self, k: int) -> tuple[Kernel, tuple[int, ...]]:
-        """Return the kernel of the gradient of operand ``k``, from the result's gradient and other operands.
-
-        These are given by position; -1 is the result.
-        """
+        """Return the kernel of the gradient of operand ``k``, and the operands that it takes after the result's."""
         raise NotImplementedError
 
 
@@ -126,13 +134,14 @@ class Einsum2(Kernel):
         self.left, self.right, self.out, self.sizes = left, right, out, sizes
         a, b, y = flat(left), flat(right), flat(out)
         self.summed = tuple(index for index in b if index in a and index not in y)
+        self.elements, self.macs = sizes.elements(out), sizes.volume(self.summed)
         self.product = bool(self.summed) if product is None else product
         self._scale_right = sizes.volume(b) <= sizes.volume(y)
         self._swap, self._vjps = False, dict[int, Kernel]()  # made when asked for, for every selection of gradients
         if self.product:
             self._choose(a, b, y, strided)
         else:
-            self._elementwise(a, b, y)
+            self._elementwise(a, y)
 
     def vjp(self, k: int) -> tuple[Kernel, tuple[int, ...]]:
         """The result's gradient takes the operand's place."""
@@ -147,12 +156,9 @@ class Einsum2(Kernel):
         """Choose the orders of the rows, columns and summed indices that copy least, and the side that is narrow."""
         batch = tuple(index for index in y if index in a and index in b)
         stack, best = singly(batch), None
-        parts = {*a} & {*y} - {*b}, {*b} & {*y} - {*a}, {*self.summed}
-        orders = dict.fromkeys(
-            tuple(tuple(index for index in order if index in part) for order, part in zip(its, parts, strict=True))
-            for its in choices((a, y), (b, y), (a, b))
-        )
-        for rows, cols, summed in orders:
+        parts = ({*a} & {*y} - {*b}, a, y), ({*b} & {*y} - {*a}, b, y), ({*self.summed}, a, b)
+        orders = (dict.fromkeys(tuple(i for i in its if i in part) for its in orders) for part, *orders in parts)
+        for rows, cols, summed in choices(*orders):
             first, second = (*stack, rows, summed), (*stack, cols, summed)
             swap = bool(rows and cols) and y == (*batch, *cols, *rows)
             natural = (*stack, cols, rows) if swap else (*stack, rows, cols)
@@ -174,19 +180,18 @@ class Einsum2(Kernel):
         narrow = self.sizes.volume(cols) <= NARROW and self.sizes.token not in cols
         plain = rows == (self.sizes.token,) and len(cols) == 1  # more indices would be copied into order again
         self._transposed = narrow and (strided or bool(batch) or plain)
-        self._natural = None if natural == self.out else self.sizes.shape(natural)
-        self._blas = flat(natural) == y and len(batch) <= 1
-        self._split(natural, y)
+        self._add_to(natural)
+        self._blas = self._part is None and len(batch) <= 1
 
     # ---- elementwise
 
-    def _elementwise(self, a: Group, b: Group, y: Group) -> None:
+    def _elementwise(self, a: Group, y: Group) -> None:
         order = a if self.summed else y
         self._left, self._right = (self._aligned(layout, order) for layout in (self.left, self.right))
         kept = tuple(index for index in order if index in y)
         self._axes = tuple(k for k, index in enumerate(order) if index not in y)
         self._give, _ = view(singly(kept), self.out, self.sizes)
-        self._split(singly(kept), y)
+        self._add_to(singly(kept))
 
     def _aligned(self, layout: Layout, order: Group) -> View | None:
         """One axis per index; a smaller factor is copied if its axes move, so that the result is stored in order."""
@@ -199,10 +204,12 @@ class Einsum2(Kernel):
             return seen
         return lambda array: seen(array).contiguous() if hasattr(array, "contiguous") else seen(array)
 
-    def _split(self, natural: Layout, y: Group) -> None:
-        """Note the shape in which a total takes a result of any order without copying it."""
-        self._unmerged, _ = view(natural, singly(y), self.sizes)
-        self._single = None if self.out == singly(y) else self.sizes.shape(singly(y))
+    def _add_to(self, natural: Layout) -> None:
+        """Note how a total and a result as it is computed are seen to be added without copying the total."""
+        y = flat(self.out)
+        common = natural if flat(natural) == y else singly(y)
+        self._part, _ = view(natural, common, self.sizes)
+        self._under = None if common == self.out else self.sizes.shape(common)
         self._whole = self.sizes.shape(self.out)
 
     # ---- running
@@ -225,25 +232,23 @@ class Einsum2(Kernel):
 
     def accumulate(self, total: Array, alpha: float, inplace: bool, a: Array, b: Array) -> Array:
         """Return ``total + alpha * self(...)``: by a fused kernel where there is one, else added as a view."""
+        under = total if self._under is None else total.reshape(self._under)
         if self.product and self._blas:
             if self._swap:
                 a, b = b, a
             a = a if self._left is None else self._left(a)
             b = (b if self._right is None else self._right(b)).mT
-            under = total if self._natural is None else total.reshape(self._natural)
             if a.dim() == 2:
                 result = (under.addmm_ if inplace else under.addmm)(a, b, alpha=alpha)
             else:
                 result = (under.baddbmm_ if inplace else under.baddbmm)(a, b, alpha=alpha)
-            return result if self._natural is None else result.reshape(self._whole)
-        under = total if self._single is None else total.reshape(self._single)
-        if not self.product and not self._axes:
+        elif not self.product and not self._axes:
             a, b = see(self._left, a), see(self._right, b)
             result = (under.addcmul_ if inplace else under.addcmul)(a, b, value=alpha)
         else:
-            part = see(self._unmerged, self(1.0, a, b, stored=False))
+            part = see(self._part, self(1.0, a, b, stored=False))
             result = (under.add_ if inplace else under.add)(part, alpha=alpha)
-        return result if self._single is None else result.reshape(self._whole)
+        return result if self._under is None else result.reshape(self._whole)
 
 
 class Linear(Einsum2):
@@ -268,7 +273,7 @@ class Sum(Kernel):
     """``einsum("operand->out")`` of one tensor, broadcast over the indices that it lacks."""
 
     def __init__(self, operand: Layout, out: Layout, sizes: Sizes) -> None:
-        self.operand, self.out, self.sizes = operand, out, sizes
+        self.operand, self.out, self.sizes, self.elements = operand, out, sizes, sizes.elements(out)
         own, y = flat(operand), flat(out)
         kept = tuple(index for index in own if index in y)
         self._axes = tuple(k for k, index in enumerate(own) if index not in y)
@@ -295,7 +300,7 @@ class Sum(Kernel):
 
 
 class Instruction(NamedTuple):
-    """One step: a kernel, the registers of its operands and of its result, and if that is subtracted.
+    """One step: a kernel, the registers of its operands and of its result, and its sign.
 
     ``scaled``: times the scale of the update. ``fresh``: a result that is there already was written by the
     program itself, so that it may be added to in place.
@@ -304,17 +309,15 @@ class Instruction(NamedTuple):
     kernel: Kernel
     operands: tuple[int, ...]
     result: int
-    negative: bool = False
+    sign: int = 1
     scaled: bool = False
     fresh: bool = False
 
 
 def run(steps: Sequence[Instruction], registers: list[Array], scale: float = 1.0, inplace: bool = False) -> None:
     """Carry out the steps; a result that is there already is added to."""
-    for kernel, operands, result, negative, scaled, fresh in steps:
-        alpha = scale if scaled else 1.0
-        if negative:
-            alpha = -alpha
+    for kernel, operands, result, sign, scaled, fresh in steps:
+        alpha = sign * scale if scaled else sign
         values = [registers[k] for k in operands]
         total = registers[result]
         if total is None:

@@ -5,38 +5,33 @@ What the backward list reads is saved, unless it is recomputed by one rule:
 - from factors alone: elementwise products, and results larger than the trainable factors below them;
 - on the activations, if those are saved: results as wide as they are, and those whose elements take no more
   multiply-adds than the planner pays for saving one.
+
+Behind frozen factors the activations are not read: there the result that these lead to is saved in their place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from tnpeft.nn.executor.kernels import Einsum2, Instruction, Layout, Linear, Sizes, Sum, flat
+from tnpeft.nn.executor.kernels import Einsum2, Instruction, Linear, Sizes, Sum, flat
 from tnpeft.planning.planner import MACS_PER_ELEMENT
 
-# registers: ``WIDE`` is the linear's input; factors, then results follow
-X, WIDE, WEIGHT, BIAS, Y, FACTORS = range(6)
+# registers: ``FIRST`` is the first product where that is given; factors, then results follow
+X, FIRST, WEIGHT, BIAS, Y, FACTORS = range(6)
 Mask = tuple[bool, ...]  # which of these registers and factors want a gradient
-
-
-@dataclass(frozen=True)
-class Result:
-    """A result: the name of its plan's step, elements for a row of activations, multiply-adds for each of them."""
-
-    name: str
-    elements: int
-    macs: int
 
 
 @dataclass(frozen=True, eq=False)
 class Code:
     """The instructions of one site for one set of wanted gradients.
 
-    ``saved`` are the registers kept for the backward pass besides factors, inputs first; ``recomputed`` is what that
-    runs first, and ``values`` what it runs first, from the inputs, where it is itself differentiated. The gradient of
-    register ``k`` is in register ``size + k`` of ``total``.
+    ``saved`` are the registers kept for the backward pass besides factors; ``recomputed`` is what that runs first,
+    and ``values`` what it runs first, from those that are ``inputs``, where it is itself differentiated. ``root`` is
+    the result that stands for the activations, ``X`` if none does. The gradient of register ``k`` is in register
+    ``size + k`` of ``total``.
     """
 
     forward: tuple[Instruction, ...]
@@ -44,43 +39,74 @@ class Code:
     recomputed: tuple[Instruction, ...]
     backward: tuple[Instruction, ...]
     saved: tuple[int, ...]
+    inputs: frozenset[int]
+    root: int
     size: int
     total: int
 
 
 class Listing:
-    """A compiled plan: instructions from factors and activations to ``y``, those that need only factors first."""
+    """A compiled plan: instructions from factors and activations to ``y``, those that need only factors first.
+
+    ``names`` are those of the plan's steps by register, ``trainable`` the sizes of trained factors, zero for others,
+    ``width`` that of an activation. ``lead`` computes a first product that is given to the other instructions. Output
+    and gradient of the activations may be added to in place if they are ``owned``.
+    """
 
     def __init__(
         self,
         steps: Sequence[Instruction],
-        layouts: Mapping[int, Layout],
-        results: Mapping[int, Result],
+        names: Mapping[int, str],
         sizes: Sizes,
         trainable: Sequence[int],
         width: int,
         output: int,
+        lead: Sequence[Instruction] = (),
+        owned: bool = False,
     ) -> None:
-        self.layouts, self.results, self.sizes = layouts, results, sizes
-        self.trainable, self.width, self.output = trainable, width, output
-        self.active = {X, WIDE}
-        steps = _marked(steps)
+        self.names, self.sizes, self.trainable = names, sizes, trainable
+        self.width, self.output, self.lead, self.owned = width, output, lead, owned
+        self.active = {X, FIRST}
+        steps = _marked(steps, {Y} if owned else set())
         for step in steps:
             if not self.active.isdisjoint(step.operands):
                 self.active.add(step.result)
         self.weight_steps = tuple(step for step in steps if step.result not in self.active)
         self.activation_steps = tuple(step for step in steps if step.result in self.active)
         self.forward = self.weight_steps + self.activation_steps
-        self.size = max([FACTORS + len(trainable), *(step.result + 1 for step in steps)])
+        self.size = max([FACTORS + len(trainable), *(step.result + 1 for step in (*lead, *steps))])
         self.operands: dict[int, set[int]] = {}  # of each result
-        self.below = {
-            k: {k} for k in range(FACTORS + len(trainable))
-        }  # all that a register is computed from, with it
         for step in self.forward:
             self.operands.setdefault(step.result, set()).update(step.operands)
-            self.below.setdefault(step.result, {step.result}).update(*(self.below[k] for k in step.operands))
+        self.kernels = {step.result: step.kernel for step in reversed((*lead, *self.forward))}  # the first of each
         self.codes: dict[Mask, Code] = {}
         self._usual = (True, True, False, False, False, *(size > 0 for size in trainable))
+
+    def behind(self, registers: Collection[int], inputs: Collection[int] = ()) -> set[int]:
+        """Return all that registers are computed from, with them, from some results as if these were inputs."""
+        found, pending = {*registers}, [*registers]
+        while pending:
+            k = pending.pop()
+            for operand in () if k in inputs else self.operands.get(k, set()) - found:
+                found.add(operand)
+                pending.append(operand)
+        return found
+
+    def readers(self, register: int) -> list[Instruction]:
+        """Return the steps of the update that read a register."""
+        return [step for step in self.forward if register in step.operands and not isinstance(step.kernel, Linear)]
+
+    @cached_property
+    def roots(self) -> list[int]:
+        """The activations, and the results that frozen factors alone make of them, one after the other."""
+        found = [X] if not self.readers(FIRST) else [FIRST]
+        frozen = {k for k, size in enumerate(self.trainable, FACTORS) if not size}
+        while len(steps := self.readers(found[-1])) == 1 and not self.owned:
+            kernel, operands, result, *_ = steps[0]
+            if result == Y or not isinstance(kernel, Einsum2) or operands[1] not in frozen:
+                break
+            found.append(result)
+        return found
 
     def registers(self, factors: Sequence[Any], x: Any = None) -> list[Any]:
         """Return registers with the factors and the activations in place."""
@@ -103,17 +129,16 @@ class Listing:
 
     def recomputed(self) -> tuple[str, ...]:
         """Return the names of the plan's steps that are computed again in the backward pass of training."""
-        names = (self.results[step.result].name for step in self.code(self._usual).recomputed)
-        return tuple(dict.fromkeys(name for name in names if name))
+        steps = self.code(self._usual).recomputed
+        return tuple(dict.fromkeys(self.names[step.result] for step in steps if step.result in self.names))
 
 
 # ---- the backward pass
 
 
-def _marked(steps: Sequence[Instruction], own: Collection[int] = ()) -> list[Instruction]:
+def _marked(steps: Sequence[Instruction], own: set[int]) -> list[Instruction]:
     """Mark the instructions that add to a result which the list itself has computed and nothing else holds."""
-    own, seen = {*own}, set[int]()
-    found = []
+    found, seen = [], set[int]()
     for step in steps:
         found.append(step._replace(fresh=step.result in own))
         if step.result in seen or not isinstance(step.kernel, Sum):  # a sum alone may be a view of its operand
@@ -135,42 +160,49 @@ def _generate(listing: Listing, needs: Mask) -> Code:
         for k, operand in enumerate(step.operands):
             if operand in live and step.result in live:
                 kernel, others = step.kernel.vjp(k)
-                read = [step.result if other < 0 else step.operands[other] for other in others]
-                operands = (size + step.result, *read)
-                back.append(Instruction(kernel, operands, size + operand, step.negative, step.scaled))
+                operands = (size + step.result, *(step.operands[other] for other in others))
+                back.append(Instruction(kernel, operands, size + operand, step.sign, step.scaled))
     back, extra = _folded(listing, back)
     read = {k for step in back for k in step.operands if k < size}
-    recomputed = _recomputed(listing, read)
-    needed = {k for register in read for k in listing.below[register]}
-    again = tuple(step for step in listing.forward if step.result in recomputed)
-    saved = (*sorted(needed & {X, WIDE, WEIGHT}), *sorted(read.intersection(listing.operands) - recomputed))
-    values = tuple(step for step in listing.forward if step.result in needed)
-    own = () if listing.output == Y else (size + X,)  # what a prefix's input gets from elsewhere is added to
-    return Code(listing.forward, values, again, tuple(_marked(back, own)), saved, size, 2 * size + extra)
+    root = next((k for k in listing.roots if k in read), X)
+    recomputed = _recomputed(listing, read, root)
+    needed = listing.behind(read, {root})
+    trained = {k for k, on in enumerate(needs) if on and k >= FACTORS}
+    first = {k for step in listing.lead for k in step.operands if k in trained}  # whose gradients read ``X``
+    lead = listing.lead if first and FIRST in needed else ()
+    inputs = needed & {X, FIRST, WEIGHT} | ({X} if first else set())
+    made = {step.result for step in lead}
+    return Code(
+        forward=listing.forward,
+        values=(*lead, *(step for step in listing.forward if step.result in needed - made - {root})),
+        recomputed=tuple(step for step in listing.forward if step.result in recomputed),
+        backward=tuple(_marked(back, {size + X} if listing.owned else set())),
+        saved=(*sorted(inputs), *sorted(read.intersection(listing.operands) - recomputed)),
+        inputs=frozenset(inputs | {root}) - made,
+        root=root,
+        size=size,
+        total=2 * size + extra,
+    )
 
 
-def _recomputed(listing: Listing, read: set[int]) -> set[int]:
+def _recomputed(listing: Listing, read: set[int], root: int) -> set[int]:
     """Return the results that the backward pass computes again, and those that this takes."""
-    operands, factors = listing.operands, range(FACTORS, FACTORS + len(listing.trainable))
+    factors = range(FACTORS, FACTORS + len(listing.trainable))
+    width = listing.width if root == X else listing.kernels[root].elements
+    width = width if width >= listing.width else 0
 
     def cheap(register: int) -> bool:
-        result = listing.results[register]
+        kernel = listing.kernels[register]
         if register not in listing.active:
-            sizes = (listing.trainable[k - FACTORS] for k in listing.below[register] if k in factors)
-            return result.macs == 1 or result.elements > sum(sizes)
-        inputs = {*factors, X, WIDE, WEIGHT}
-        at_hand = all(k in inputs | read or k not in listing.active for k in operands[register])
-        wide = bool(listing.width) and result.elements >= listing.width
-        return X in read and (wide or (result.macs <= MACS_PER_ELEMENT and at_hand))
+            sizes = (listing.trainable[k - FACTORS] for k in listing.behind([register]) if k in factors)
+            return kernel.macs == 1 or kernel.elements > sum(sizes)
+        at_hand = all(k in {X, WEIGHT} | read or k not in listing.active for k in listing.operands[register])
+        wide = bool(width) and kernel.elements >= width
+        return root in read and (wide or (kernel.macs <= MACS_PER_ELEMENT and at_hand))
 
-    found = {register for register in operands if register in read and register != Y and cheap(register)}
-    pending = [*found]
-    while pending:
-        for operand in operands[pending.pop()]:
-            if operand in operands and operand not in found and operand not in read:
-                found.add(operand)
-                pending.append(operand)
-    return found
+    results = {*listing.operands}
+    found = {register for register in results & read - {Y, root} if cheap(register)}
+    return found | (listing.behind(found, read - found) & results - read)
 
 
 def _folded(listing: Listing, back: list[Instruction]) -> tuple[list[Instruction], int]:
@@ -179,37 +211,29 @@ def _folded(listing: Listing, back: list[Instruction]) -> tuple[list[Instruction
     For ``t = x @ M.T`` and ``y = t * w`` the gradients of ``x`` and ``M`` take ``M * w`` instead of ``grad * w``.
     """
     size, extra = listing.size, 0
+    rows = int(listing.sizes.dims.get(listing.sizes.token, 0))
     for step in listing.forward:
         kernel, t = step.kernel, step.result
-        if not (isinstance(kernel, Einsum2) and kernel.product and t in listing.results and t in listing.active):
-            continue
-        matrix = step.operands[1]
         written = [item for item in back if item.result == size + t]
-        rows = int(listing.sizes.dims.get(listing.sizes.token, 0))
-        if matrix in listing.active or len(written) != 1 or listing.results[t].macs > rows:
+        if not (isinstance(kernel, Einsum2) and kernel.product) or len(written) != 1 or t in (Y, *listing.roots):
             continue
-        (scaling,) = written
-        by = scaling.kernel
-        if not isinstance(by, Einsum2) or by.product or by.summed or scaling.operands[1] in listing.active:
+        matrix, (scaling,) = step.operands[1], written
+        by, (grad, *weights) = scaling.kernel, scaling.operands
+        if t not in listing.active or not listing.active.isdisjoint((matrix, *weights)) or kernel.macs > rows:
             continue
-        grad, weights = scaling.operands
-        if not set(flat(by.right)) <= set(flat(kernel.right)) or by.left != kernel.out:
+        if not isinstance(by, Einsum2) or by.product or by.summed or by.left != kernel.out:
+            continue
+        if not {*flat(by.right)} <= {*flat(kernel.right)}:
             continue
         scale = Einsum2(kernel.right, by.right, kernel.right, listing.sizes)
-        found = []
-        for item in back:
-            if item is scaling:
-                continue
-            if size + t not in item.operands:
-                found.append(item)
-                continue
-            extra += 1
-            temporary = 2 * size + extra - 1
+        back.remove(scaling)
+        for at in [k for k, item in enumerate(back) if size + t in item.operands][::-1]:
+            item, temporary, extra = back[at], 2 * size + extra, extra + 1
             if matrix in item.operands:
-                found.append(scaling._replace(kernel=scale, operands=(matrix, weights), result=temporary))
-                found.append(item._replace(operands=(grad, temporary)))
+                first = scaling._replace(kernel=scale, operands=(matrix, *weights), result=temporary)
+                second = item._replace(operands=(grad, temporary))
             else:
-                found.append(item._replace(operands=(grad, item.operands[1]), result=temporary))
-                found.append(scaling._replace(kernel=scale, operands=(temporary, weights), result=item.result))
-        back = found
+                first = item._replace(operands=(grad, item.operands[1]), result=temporary)
+                second = scaling._replace(kernel=scale, operands=(temporary, *weights), result=item.result)
+            back[at : at + 1] = first, second
     return back, extra

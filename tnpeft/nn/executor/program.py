@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -20,20 +20,15 @@ from tnpeft.networks.sizes import Size, bind, integers
 from tnpeft.nn.executor.compile import compile_plan
 from tnpeft.nn.executor.eligibility import autocast_active, can_absorb_update, can_use_custom_backward
 from tnpeft.nn.executor.kernels import run
-from tnpeft.nn.executor.listing import FACTORS, WIDE, Listing, X, Y
+from tnpeft.nn.executor.listing import FACTORS, Listing, X, Y
 from tnpeft.nn.executor.saving import kept, restored
-from tnpeft.nn.executor.shared_projection import Link, ProjectionGroup, split
+from tnpeft.nn.executor.shared_projection import split
 from tnpeft.planning.planner import planned
 from tnpeft.planning.steps import Plan
 
 
 def program(
-    net: Network,
-    sizes: Mapping[str, Size],
-    *,
-    tokens: int = 2048,
-    minimize: str = "time",
-    training: bool = True,
+    net: Network, sizes: Mapping[str, Size], *, tokens: int = 2048, minimize: str = "time", training: bool = True
 ) -> Program:
     """Return the program of one site's network, best at about ``tokens`` rows of activations; cached by value.
 
@@ -53,13 +48,7 @@ def program(
 
 
 @lru_cache(maxsize=1024)
-def _program(
-    net: Network,
-    dims: tuple[tuple[str, int], ...],
-    tokens: int,
-    minimize: str,
-    training: bool,
-) -> Program:
+def _program(net: Network, dims: tuple[tuple[str, int], ...], tokens: int, minimize: str, training: bool) -> Program:
     net.require_matrix()
     for index in net.stack:
         if index != REPLICA:
@@ -101,8 +90,9 @@ class Program(SiteProgram):
 
     ``plan`` is that of the update alone, ``fused_plan`` the one that has the base weight as an operand; it runs where
     the two are one operation and the weight can take the update, which half precision cannot. ``has_weight_steps``
-    says that some steps need no activations, and ``prefix`` is the first product if it can be computed apart. A call
-    is a pure function of factors, activations and base output.
+    says that some steps need no activations, ``prefix`` is the first product if programs on one input can share it,
+    and ``recomputed`` names the plan's steps that the backward pass of training computes again. A call is a pure
+    function of factors, activations and base output.
 
     With ``replicas``, the activations are as many equal contiguous blocks of rows, and block k meets slice k of the
     factors that carry the index ``replica``.
@@ -120,18 +110,11 @@ class Program(SiteProgram):
         self.update = compile_plan(plan, self.labels)
         self.fused = compile_plan(plan, self.labels, linear=True)
         self.merged = compile_plan(fused_plan, self.labels, linear=True) if fused_plan.form == "merged" else None
-        self.prefix = split(self.fused)
-        update_prefix = split(self.update)
-        self._update_prefix = update_prefix if update_prefix is not None and update_prefix.frozen else None
+        self.prefix = split(self.fused) if self.merged is None else None
         self.has_weight_steps = bool(self.update.weight_steps)
-        for listing in (self.update, self.fused, self.merged):
-            if listing is not None:
-                listing.generate()
-
-    @cached_property
-    def recomputed(self) -> tuple[str, ...]:
-        """Names of the plan's steps that the backward pass of training computes again."""
-        return (self.update if self._update_prefix is None else self._update_prefix.rest).recomputed()
+        for listing in filter(None, (self.update, self.fused, self.merged)):
+            listing.generate()
+        self.recomputed = self.update.recomputed()
 
     # ---- the update alone
 
@@ -146,13 +129,8 @@ class Program(SiteProgram):
         if not can_use_custom_backward(x):
             return self.apply(x.to(operands[0].dtype) if narrower else x, self.prepare(operands), base, scale)
         self._check_rows(x)
-        prefix = self._update_prefix
-        if prefix is None or torch.compiler.is_compiling():
-            return ProgramFunction.apply(self.update, scale, None, x, None, None, None, base, *operands)  # type: ignore[no-any-return]
-        rows = x.reshape(-1, self.cols).to(operands[0].dtype if narrower else x.dtype)
-        narrow, under = prefix.narrow(rows, operands), None if base is None else base.reshape(-1, self.rows)
-        result: Tensor = ProgramFunction.apply(prefix.rest, scale, None, narrow, None, None, None, under, *operands)
-        return result.reshape(*x.shape[:-1], self.rows)
+        result, _ = ProgramFunction.apply(self.update, scale, x, None, None, None, base, *operands)
+        return result  # type: ignore[no-any-return]
 
     def prepare(self, operands: Sequence[Tensor]) -> list[Any]:
         """Return registers with the factors and all that is computed from them alone, for :meth:`apply`."""
@@ -171,40 +149,26 @@ class Program(SiteProgram):
     # ---- with the frozen linear
 
     def with_linear(
-        self, x: Tensor, operands: Sequence[Tensor], weight: Tensor, bias: Tensor | None, scale: float = 1.0
-    ) -> Tensor:
-        """Return ``linear(x, weight, bias) + scale * x @ dW.T`` as one operation, unless :func:`why_not_fused`."""
-        prefix, listing = self.prefix, self.fused
-        if self.replicas > 1:
-            self._check_rows(x)
-        if self.merged is not None and can_absorb_update(weight):
-            listing = self.merged
-        elif prefix is not None and prefix.frozen and not torch.compiler.is_compiling():
-            # the gradient of x, which is wide, is added to in place
-            rows, (narrow,), (link,) = ProjectionGroup([prefix])([operands], x.reshape(-1, self.cols))
-            result = self.after_prefix(narrow, operands, rows, weight, bias, scale, link)
-            return result.reshape(*x.shape[:-1], self.rows)
-        return ProgramFunction.apply(listing, scale, None, x, None, weight, bias, None, *operands)  # type: ignore[no-any-return]
-
-    def after_prefix(
         self,
-        narrow: Tensor,
-        operands: Sequence[Tensor],
         x: Tensor,
+        operands: Sequence[Tensor],
         weight: Tensor,
         bias: Tensor | None,
-        scale: float,
-        link: Link,
+        scale: float = 1.0,
+        narrow: Tensor | None = None,
     ) -> Tensor:
-        """Return what :meth:`with_linear` does, ``[tokens, out]``, from the prefix's result on ``[tokens, inp]``."""
-        assert self.prefix is not None  # there is a result of it
-        rest = self.prefix.rest
-        return ProgramFunction.apply(rest, scale, link, narrow, x, weight, bias, None, *operands)  # type: ignore[no-any-return]
+        """Return ``linear(x, weight, bias) + scale * x @ dW.T`` as one operation, unless :func:`why_not_fused`.
 
-    @property
-    def can_share(self) -> bool:
-        """True if the first product can be shared with other programs on the same input."""
-        return self.merged is None and self.prefix is not None and self.prefix.matrix is not None
+        ``narrow`` is the prefix's result on ``x [tokens, inp]`` if that is at hand.
+        """
+        if self.replicas > 1:
+            self._check_rows(x)
+        if narrow is not None:
+            listing = self.prefix.rest  # type: ignore[union-attr]
+        else:
+            listing = self.merged if self.merged is not None and can_absorb_update(weight) else self.fused
+        result, _ = ProgramFunction.apply(listing, scale, x, narrow, weight, bias, None, *operands)
+        return result  # type: ignore[no-any-return]
 
     def _check_rows(self, x: Tensor) -> None:
         """Raise unless the rows of activations are equal blocks."""
@@ -222,76 +186,69 @@ _PLAIN = nullcontext()
 
 
 class ProgramFunction(torch.autograd.Function):
-    """A program on ``x``, or on the result of its prefix with the linear's input ``wide``, added to the linear.
+    """A program on ``x`` added to the linear, from its first product ``narrow`` on where that is given.
 
-    Without a weight it is added to ``base``, out of place. The linear's input and its output have any leading axes.
+    Without a weight it is added to ``base``, out of place. The input and the output have any leading axes. The second
+    output is the result that stands for the activations (``Code.root``) if one does, which second derivatives need.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        listing: Listing,
-        scale: float,
-        link: Link | None,
-        x: Tensor,
-        wide: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        base: Tensor | None,
-        *factors: Tensor,
-    ) -> Tensor:
-        needs = tuple([t is not None and t.requires_grad for t in (x, wide, weight, bias, None, *factors)])
+    def forward(ctx: Any, listing: Listing, scale: float, *tensors: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, narrow, weight, bias, base, *factors = tensors  # the registers in their order
+        needs = tuple([t is not None and t.requires_grad for t in (x, narrow, weight, bias, None, *factors)])
         if torch.compiler.is_compiling():
             code, saved, ctx.again = listing.traced_code(needs), factors, None
         else:
             code = listing.codes.get(needs) or listing.code(needs)
-            saved, ctx.again = (factors, None) if all(f.is_leaf for f in factors) else kept(factors)
-        ctx.code, ctx.scale, ctx.link, kind = code, scale, link, x.device.type
+            saved, ctx.again = kept(factors) if [f for f in factors if not f.is_leaf] else (factors, None)
+        ctx.code, ctx.scale, ctx.shape, kind = code, scale, x.shape, x.device.type
+        ctx.shared = None if narrow is None else narrow.grad_fn
         ctx.autocast = (kind, torch.get_autocast_dtype(kind)) if weight is None and autocast_active(kind) else None
-        own = factors[0].dtype  # the activations are kept in theirs, which may be narrower
-        ctx.cast = None if x.dtype == own or ctx.autocast is not None else (x.dtype, own)
-        seen = x if ctx.cast is None else x.to(own)
-        shape = ctx.shape = x.shape if x.dim() != 2 and WIDE not in listing.layouts else None
-        if shape is not None:
-            seen, base = seen.reshape(-1, shape[-1]), None if base is None else base.reshape(-1, base.shape[-1])
-        values = [seen, wide, weight, bias, base, *factors, *[None] * (code.size - FACTORS - len(factors))]
+        values = [*tensors, *[None] * (code.size - len(tensors))]
+        if x.dtype != factors[0].dtype and ctx.autocast is None:
+            values[X] = x.to(factors[0].dtype)  # it is kept in its own, which may be narrower
+        if x.dim() != 2:
+            values[X] = values[X].reshape(-1, x.shape[-1])
+            values[Y] = None if base is None else base.reshape(-1, base.shape[-1])
         run(code.forward, values, scale, inplace=ctx.autocast is None)
-        brought = wide if link is not None and link.reads else None
-        ctx.save_for_backward(*saved, *[x if k == X else values[k] for k in code.saved], brought)
-        result: Tensor = values[Y]
-        return result if shape is None else result.view(*shape[:-1], result.shape[-1])
+        ctx.save_for_backward(*saved, *[x if k == X else values[k] for k in code.saved])
+        result: Tensor = values[Y] if x.dim() == 2 else values[Y].view(*x.shape[:-1], values[Y].shape[-1])
+        if code.root < FACTORS:
+            return result, None
+        ctx.set_materialize_grads(False)
+        ctx.output = result.shape
+        return result, values[code.root]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        code, scale, link = ctx.code, ctx.scale, ctx.link
-        *saved, brought = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor, to_root: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        code, scale = ctx.code, ctx.scale
+        saved = ctx.saved_tensors
         count = len(saved) - len(code.saved)
         twice = torch.is_grad_enabled()  # then what is computed here is differentiated in its turn
         values: list[Any] = [None] * code.total
         factors = saved[:count] if ctx.again is None else restored(saved[:count], ctx.again)
         values[FACTORS : FACTORS + count] = factors
         for k, value in zip(code.saved, saved[count:], strict=True):
-            if not twice or k < FACTORS:
+            if not twice or k in code.inputs:
                 values[k] = value
-        x, shape, cast = values[X], ctx.shape, ctx.cast
-        if x is not None and (shape is not None or cast is not None):
-            x = x if shape is None else x.reshape(-1, shape[-1])
-            values[X] = x if cast is None else x.to(cast[1])
-        if twice and brought is not None:
-            values[X] = link.prefix.narrow(brought, factors)
-        values[code.size + Y] = grad if shape is None else grad.reshape(-1, grad.shape[-1])
+        x, shape = values[X], ctx.shape
+        if x is not None:
+            x = values[X] = x if len(shape) == 2 else x.reshape(-1, shape[-1])
+            if x.dtype != factors[0].dtype and ctx.autocast is None:
+                values[X] = x.to(factors[0].dtype)
+        if ctx.shared is not None:
+            ctx.pending = None  # whoever shares the first product and has not come yet begins again
+            ctx.shared.x = x if x is not None else ctx.shared.x
+        if grad is None:
+            grad = factors[0].new_zeros(ctx.output)
+        if code.root >= FACTORS:
+            values[code.size + code.root] = to_root
+        values[code.size + Y] = grad if len(shape) == 2 else grad.reshape(-1, grad.shape[-1])
         with _PLAIN if ctx.autocast is None else torch.autocast(*ctx.autocast):
             run(code.values if twice else code.recomputed, values, scale)
             run(code.backward, values, scale, inplace=not twice and ctx.autocast is None)
-        if link is not None:
-            link.keep_alive = None  # whoever has not come yet begins again
-            if link.reads:
-                link.inbox[:] = [brought]
-        if not ctx.needs_input_grad[7]:  # the base output's gradient is that of the result
-            grad = None  # type: ignore[assignment]
         grads = values[code.size :]
-        if grads[X] is not None and cast is not None:
-            grads[X] = grads[X].to(cast[0])
-        if grads[X] is not None and shape is not None:
+        if grads[X] is not None and len(shape) != 2:
             grads[X] = grads[X].view(shape)
-        return None, None, None, *grads[X:Y], grad, *grads[FACTORS : FACTORS + count]
+        grads[Y] = grad if ctx.needs_input_grad[2 + Y] else None  # the base output's is that of the result
+        return None, None, *grads[: FACTORS + count]

@@ -1,7 +1,6 @@
-"""Which factors are saved for a backward pass: all but those that are computed again in it.
+"""Factors that a backward pass computes again are not saved for it.
 
-An autograd function with results that are cheap to repeat has ``again`` in its context, which returns the result of a
-number: what reads such a result keeps that in its place.
+An autograd function whose results are cheap to repeat has ``again`` in its context: a function of a result's number.
 """
 
 from __future__ import annotations
@@ -17,13 +16,14 @@ Again = list[tuple[int, Callable[[int], Tensor], int]]  # place of a factor, fun
 
 def kept(factors: Sequence[Tensor]) -> tuple[Sequence[Tensor | None], Again]:
     """Return the factors to save, None in the place of those that are computed again, and how these are."""
-    again: Again = []
-    if not torch.compiler.is_compiling():  # a compiler decides by itself
-        nodes = ((k, factor.grad_fn, factor.output_nr) for k, factor in enumerate(factors))
-        again = [(k, node.again, number) for k, node, number in nodes if hasattr(node, "again")]
-    saved: list[Tensor | None] = [*factors]
-    for k, _, _ in again:
-        saved[k] = None
+    if torch.compiler.is_compiling():  # which decides by itself
+        return factors, []
+    saved, again = list[Tensor | None](factors), Again()
+    for k, factor in enumerate(factors):
+        function = getattr(factor.grad_fn, "again", None)
+        if function is not None:
+            again.append((k, function, factor.output_nr))
+            saved[k] = None
     return saved, again
 
 

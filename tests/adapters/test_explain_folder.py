@@ -20,8 +20,8 @@ from tnpeft.models.cards import sites
 TARGETS = ["q_proj", "v_proj", "fc1"]
 
 
-def saved(folder: Path, network: Any, targets: list[str] = TARGETS, **options: Any) -> Any:
-    model: Any = opt(layers=3)
+def saved(folder: Path, network: Any, targets: list[str] = TARGETS, model: Any = None, **options: Any) -> Any:
+    model = opt(layers=3) if model is None else model
     config = tnpeft.TensorNetworkConfig(network=network, target_modules=targets, **options)
     peft.get_peft_model(model, config).save_pretrained(str(folder))
     return model.config.to_dict()
@@ -60,27 +60,20 @@ def test_a_folder_says_what_the_layout_says(network: str, options: dict[str, Any
         assert (place.macs, place.saved) == (best.macs / 2048, best.saved / 2048)
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_sites_cut_into_squares_are_counted_by_squares(known: bool, tmp_path: Path) -> None:
-    config = saved(tmp_path, "fact_tt")
-    report = explain_folder(tmp_path, model=config if known else None)
-    assert [(p.projection, p.sites, p.out, p.inp) for p in report.places] == [
-        ("q_proj", 3, 32, 32),
-        ("v_proj", 3, 32, 32),
-        ("fc1", 6, 32, 32),
-    ]
-
-
-def test_shapes_come_from_the_file_where_it_tells_them(tmp_path: Path) -> None:
-    saved(tmp_path, "lora")
-    assert [(p.out, p.inp) for p in explain_folder(tmp_path).places] == [(32, 32), (32, 32), (64, 32)]
-
-
-def test_a_projection_is_found_by_more_than_the_last_name_of_a_path(tmp_path: Path) -> None:
-    config = tnpeft.TensorNetworkConfig(network="lora", target_modules=["attn.c_proj", "mlp.c_proj"])
-    peft.get_peft_model(gpt2(), config).save_pretrained(str(tmp_path))
-    shapes = {place.projection: (place.sites, place.out, place.inp) for place in explain_folder(tmp_path).places}
-    assert shapes == {"attn_c_proj": (2, 32, 32), "mlp_c_proj": (2, 32, 128)}
+@pytest.mark.parametrize(
+    ("network", "targets", "known", "places"),
+    [
+        *(("fact_tt", TARGETS, known, [(3, 32, 32), (3, 32, 32), (6, 32, 32)]) for known in (True, False)),  # squares
+        ("lora", TARGETS, False, [(3, 32, 32), (3, 32, 32), (3, 64, 32)]),  # the file tells
+        ("lora", ["attn.c_proj", "mlp.c_proj"], False, [(2, 32, 32), (2, 32, 128)]),  # more than a path's last name
+    ],
+)
+def test_sites_and_their_shapes(network: str, targets: list[str], known: bool, places: Any, tmp_path: Path) -> None:
+    model: Any = opt(layers=3) if targets == TARGETS else gpt2()
+    config = saved(tmp_path, network, targets, model)
+    found = explain_folder(tmp_path, model=config if known else None).places
+    assert [place.projection for place in found] == [name.replace(".", "_") for name in targets]
+    assert [(place.sites, place.out, place.inp) for place in found] == places
 
 
 def test_what_the_file_does_not_tell_is_left_out(tmp_path: Path) -> None:

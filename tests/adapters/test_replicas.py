@@ -218,23 +218,6 @@ def test_factors_show_the_replica_first() -> None:
     same(values, tnpeft.factors(model))
 
 
-def test_one_replica_does_not_see_the_others() -> None:
-    model = together("tenslora")
-    shake(model)
-    losses(model)[1].backward()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    assert all(not p.grad[[0, 2]].any() and bool(p.grad[1].any()) for p in trained)
-    wanted = [p.grad[1].clone() for p in trained]
-    model.zero_grad()
-    with torch.no_grad():
-        for p in trained:
-            p[0].add_(1.0)
-    other = torch.cat([IDS[4:], IDS[2:4], IDS[:2]])
-    losses(model, other).sum().backward()
-    for p, value in zip(trained, wanted, strict=True):
-        near(p.grad[1], value, 1e-13)
-
-
 def test_generation_and_padding_go_block_by_block() -> None:
     model = together("lora", dtype=torch.float32).eval()
     shake(model)

@@ -190,10 +190,15 @@ def test_magnitudes_belong_to_the_base_weight_whatever_else_is_active(dora: tupl
     assert close(*found.values())
 
 
-@pytest.mark.parametrize("key", KEYS)
+TERMS = "B[layer proj out r] A[r inp] - C[out s] D[layer proj s inp] -> layer proj out inp"
+
+
+@pytest.mark.parametrize("key", [*KEYS, "two terms"])
 def test_weighted_sum_is_exact(key: str) -> None:
-    model = adapted(key)
-    model.add_adapter("second", config(key, seed=3))
+    two: dict[str, Any] = {"network": TERMS, "ranks": {"r": 2, "s": 3}} if key == "two terms" else {}
+    key = "lora" if two else key
+    model = adapted(key, **two)
+    model.add_adapter("second", config(key, seed=3, **two))
     shake(model, 1), shake(model, 2, "second")
     deltas = {n: [m.get_delta_weight(a) for a in ("default", "second")] for n, m in linears(model).items()}
     model.base_model.add_weighted_adapter(["default", "second"], [0.7, -2.0], "sum")

@@ -58,13 +58,6 @@ def test_planted_solutions_are_found(name):
     assert all(value.dtype == np.float64 for value in result.factors.values())
 
 
-def test_lora_of_a_full_matrix_is_the_truncated_svd():
-    target = normal(20 * 15, 0, "T").reshape(20, 15)
-    result = fit(tnpeft.network("B[o r] A[r i] -> o i"), target, r=4)
-    tail = np.linalg.svd(target, compute_uv=False)
-    assert abs(result.error - np.sqrt((tail[4:] ** 2).sum() / (tail**2).sum())) < 1e-7
-
-
 def test_indices_shared_with_the_rest_and_kept_are_separate_problems():
     """Each layer's LoRA of its own full matrix is that matrix's truncated SVD."""
     target = normal(3 * 12 * 9, 1, "T").reshape(3, 12, 9)
@@ -79,15 +72,6 @@ def test_a_term_without_the_stack_index_fits_the_mean():
         tnpeft.network("w[l] D[o i] + M[o i] -> l o i"), target, fixed={"w": np.zeros(3), "D": np.zeros((4, 5))}
     )
     assert np.allclose(result.factors["M"], target.mean(0))
-
-
-def test_kind_and_dtype_are_the_targets():
-    target = torch.from_numpy(normal(6 * 5, 3, "T").reshape(6, 5)).float()
-    result = fit(tnpeft.network("B[o r] A[r i] -> o i"), target, r=5)
-    assert {type(v) for v in result.factors.values()} == {torch.Tensor}
-    assert {v.dtype for v in result.factors.values()} == {torch.float32}
-    assert torch.allclose(result.factors["B"] @ result.factors["A"], target, atol=1e-5)
-    assert "relative error" in str(result)
 
 
 def test_a_factorization_fills_the_sizes():
@@ -216,7 +200,10 @@ def test_torch_targets_of_every_float_dtype(dtype):
     target = torch.outer(torch.arange(1, 5), torch.arange(1, 4)).to(dtype)
     found = fit(tnpeft.network("A[out r] B[r inp] -> out inp"), target, r=1)
     assert found.error < 1e-12
-    assert {value.dtype for value in found.factors.values()} == {dtype}
+    assert {(type(value), value.dtype) for value in found.factors.values()} == {(torch.Tensor, dtype)}
+    update = found.factors["A"].double() @ found.factors["B"].double()
+    assert torch.allclose(update, target.double(), rtol=4 * torch.finfo(dtype).eps, atol=0)
+    assert "relative error" in str(found)
 
 
 @pytest.mark.parametrize("target", [np.ones((2, 2), complex), torch.ones(2, 2, dtype=torch.complex64)])

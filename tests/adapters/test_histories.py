@@ -18,7 +18,7 @@ import pytest
 import torch
 from adapter_models import VERA
 from failing_steps import Planned, failing_at
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from oracles import dense, open_axes
 from torch import Tensor, nn
@@ -421,6 +421,14 @@ def actions() -> st.SearchStrategy[tuple[object, ...]]:
     )
 
 
+def merged_in_turn(kind: str) -> list[tuple[object, ...]]:
+    """Which the drawn histories hardly meet: a second merge beside a first, and what comes back."""
+    acts = [("add", "two", kind, 1), ("switch", ["one", "two"]), ("merge", ["two"]), ("merge", ["one"])]
+    return [*acts, ("save", "two"), ("unmerge",), ("merge", ["one"]), ("merge", None), ("unmerge",), ("step",)]
+
+
+@example("magnitudes", merged_in_turn("shared"))
+@example("line", merged_in_turn("magnitudes"))
 @settings(max_examples=200, phases=(Phase.explicit, Phase.generate))  # a history shrinks for minutes
 @given(first=st.sampled_from([*KINDS]), told=st.lists(actions(), min_size=4, max_size=12))
 def test_a_model_is_the_dense_model_of_its_history(first: str, told: list[tuple[object, ...]]) -> None:

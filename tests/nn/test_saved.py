@@ -114,6 +114,11 @@ def test_factors_with_columns_of_length_one_are_not_kept(tokens: int) -> None:
     assert kept <= BYTES * tokens * (WIDE + width(update))
 
 
+@pytest.mark.parametrize("name", ["lora_xs", "miss"])
+def test_behind_frozen_factors_a_narrow_result_is_kept_in_place_of_the_input(name: str) -> None:
+    assert 2 * saved(site(family(name))[0]) <= BYTES * TOKENS * WIDE
+
+
 @pytest.mark.parametrize("tokens", [TOKENS, MANY])
 @pytest.mark.parametrize("name", ["lokr", "loha", "randlora"])
 def test_at_most_a_tenth_of_what_peft_keeps(name: str, tokens: int) -> None:

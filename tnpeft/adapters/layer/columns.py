@@ -64,13 +64,13 @@ class UnitColumns(torch.autograd.Function):
     """Factors of one shape divided by the lengths of their columns.
 
     Nothing is saved as autograd does: sites may run backward each on its own, and what reads a result computes it
-    ``again`` (see :mod:`tnpeft.nn.executor.saving`).
+    again (see :mod:`tnpeft.nn.executor.saving`).
     """
 
     @staticmethod
     def forward(ctx: Any, axes: tuple[int, ...], *arrays: Tensor) -> tuple[Tensor, ...]:
         ctx.batch = _Batch(axes, arrays)
-        ctx.again = ctx.batch.unit
+        ctx.tnpeft_again = ctx.batch.unit
         ctx.set_materialize_grads(False)
         return ctx.batch.divided()[0]  # type: ignore[no-any-return]
 

@@ -1,6 +1,7 @@
 """Factors that a backward pass computes again are not saved for it.
 
-An autograd function whose results are cheap to repeat has ``again`` in its context: a function of a result's number.
+An autograd function whose results are cheap to repeat has ``tnpeft_again`` in its context, a function of a result's
+number.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def kept(factors: Sequence[Tensor]) -> tuple[Sequence[Tensor | None], Again]:
         return factors, []
     saved, again = list[Tensor | None](factors), Again()
     for k, factor in enumerate(factors):
-        function = getattr(factor.grad_fn, "again", None)
+        function = getattr(factor.grad_fn, "tnpeft_again", None)
         if function is not None:
             again.append((k, function, factor.output_nr))
             saved[k] = None

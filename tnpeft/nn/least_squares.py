@@ -13,6 +13,7 @@ from tnpeft.networks import Factor, Network, Term
 from tnpeft.networks.factor import Group
 from tnpeft.nn.dense import dense
 from tnpeft.nn.executor.kernels import Sizes, singly, view
+from tnpeft.planning.steps import fresh
 
 DENSE_LIMIT = 2**24  # elements of the matrix that a direct solve may hold; above, conjugate gradients never form it
 _ITERATIONS = 100
@@ -73,7 +74,8 @@ class FactorLeastSquares:
         if not self.rest.factors:
             solution = wanted
         elif several * rows * cols <= DENSE_LIMIT:
-            matrix = _environment(self.rest, arrays, (*batch, *kept, *inner)).reshape(several, rows, cols)
+            environment = term_network(self.rest, (*batch, *kept, *inner))
+            matrix = dense(environment, _used(environment, arrays)).reshape(several, rows, cols)
             solution = torch.linalg.lstsq(matrix, wanted, driver="gelsd").solution
         else:
             return self._by_gradients(arrays, target)
@@ -84,7 +86,8 @@ class FactorLeastSquares:
     def _by_gradients(self, arrays: Mapping[str, Tensor], target: Tensor) -> Tensor:
         """Conjugate gradients on the least-squares problem, from the present value on, without its matrix."""
         forward = term_network(self.term, self.outer)
-        probe = Factor(self._fresh(), tuple(group[0] for group in forward.output), "constant")
+        name = fresh("residual", [factor.name for factor in self.term.factors])
+        probe = Factor(name, tuple(group[0] for group in forward.output), "constant")
         backward = Network((Term((probe, *self.rest.factors)),), tuple((index,) for index in self.factor.indices))
 
         def apply(value: Tensor) -> Tensor:
@@ -94,10 +97,6 @@ class FactorLeastSquares:
             return dense(backward, {**_used(backward, arrays), probe.name: value})  # type: ignore[no-any-return]
 
         return conjugate_gradients(apply, adjoint, arrays[self.factor.name], target)
-
-    def _fresh(self) -> str:
-        taken = {factor.name for factor in self.term.factors}
-        return next(name for name in ("residual", *(f"residual{k}" for k in range(len(taken)))) if name not in taken)
 
 
 def conjugate_gradients(
@@ -129,11 +128,6 @@ def conjugate_gradients(
 
 def _used(net: Network, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {factor.name: arrays[factor.name] for factor in net.factors if factor.name in arrays}
-
-
-def _environment(rest: Term, arrays: Mapping[str, Tensor], order: Group) -> Tensor:
-    net = term_network(rest, order)
-    return dense(net, _used(net, arrays))  # type: ignore[no-any-return]
 
 
 def _matrices(target: Tensor, axes: Group, batch: Group, rows: Group, cols: Group) -> Tensor:

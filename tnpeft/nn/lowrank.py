@@ -15,6 +15,7 @@ from tnpeft.networks import Factor, Network, Term
 from tnpeft.networks.factor import Group
 from tnpeft.nn.dense import evaluator
 from tnpeft.planning.planner import planned
+from tnpeft.planning.steps import fresh
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def _side(net: Network, factors: list[Factor], group: Group, between: Group, siz
     taken = {*sizes, *(factor.name for factor in net.factors)}
     copies: dict[str, str] = {}
     for index in [i for i in between if i in group]:
-        copies[index] = next(n for k in range(len(taken) + 1) if (n := f"{index}_{k}") not in taken)
+        copies[index] = fresh(index, taken)
         taken.add(copies[index])
     line = Network(
         (Term((*factors, *(Factor(copy, (index, copy), "constant") for index, copy in copies.items()))),),

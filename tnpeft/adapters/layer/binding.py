@@ -173,8 +173,7 @@ class SiteUpdate:
         """Return the arrays as the line has them: with columns of length one where they are to be."""
         if not self.norms:
             return arrays
-        both = zip(arrays, self.operands, strict=True)
-        return [unit_columns(array, operand.norm) if operand.norm else array for array, operand in both]
+        return unit_columns(arrays, [operand.norm for operand in self.operands])
 
 
 def transposed(place: SiteLayout) -> SiteLayout:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +19,23 @@ if TYPE_CHECKING:
 _forward = threading.local()  # ``units``: what the forward on its way in this thread has computed
 
 
-def unit_columns(array: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """Return a factor whose columns, along ``axes``, have length one; zero columns stay zero."""
-    if torch.compiler.is_compiling() or not _apart():
-        return _divided(array, axes)[0]
-    found = getattr(_forward, "units", {}).get(_key(array, axes))
-    return UnitColumns.apply(axes, array)[0] if found is None else found[1]  # type: ignore[no-any-return]
+def unit_columns(arrays: Sequence[Tensor], axes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """Return a site's factors with columns, along their axes, of length one; zero columns stay zero.
+
+    A factor without axes is returned as it is.
+    """
+    apart = not torch.compiler.is_compiling() and _apart()
+    units = getattr(_forward, "units", {}) if apart else {}
+    autocast = bool(units) and autocast_active(arrays[0].device.type)
+    found = []
+    for array, along in zip(arrays, axes, strict=True):
+        known = units.get((id(array), array._version, along, autocast)) if units and along else None
+        if known is not None:
+            array = known[1]
+        elif along:
+            array = (UnitColumns.apply(along, array) if apart else _divided(array, along))[0]
+        found.append(array)
+    return found
 
 
 def share(model: nn.Module) -> None:
@@ -49,7 +60,8 @@ def _begin(model: nn.Module, inputs: Any) -> None:
     _forward.units = {}
     for (axes, *_), arrays in found.items():  # type: ignore[misc]
         for array, unit in zip(arrays, UnitColumns.apply(axes, *arrays), strict=True):
-            _forward.units[_key(array, axes)] = array, unit  # the array, so that its id stays its own
+            key = id(array), array._version, axes, autocast_active(array.device.type)
+            _forward.units[key] = array, unit  # the array, so that its id stays its own
 
 
 def _end(model: nn.Module, inputs: Any, result: Any) -> None:
@@ -70,7 +82,7 @@ class UnitColumns(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, axes: tuple[int, ...], *arrays: Tensor) -> tuple[Tensor, ...]:
         ctx.batch = _Batch(axes, arrays)
-        ctx.tnpeft_again = ctx.batch.unit
+        ctx.tnpeft_again = lambda k, batch=ctx.batch: batch.repeated((k,))[0][k]
         ctx.set_materialize_grads(False)
         return ctx.batch.divided()[0]  # type: ignore[no-any-return]
 
@@ -79,7 +91,7 @@ class UnitColumns(torch.autograd.Function):
         wanted = [k for k, grad in enumerate(grads) if grad is not None]
         if not wanted:
             return None, *grads
-        _, unit, length = ctx.batch.repeated(*wanted)
+        _, unit, length = ctx.batch.repeated(wanted)
         ctx.batch.known = None  # this pass has read all that it reads
         if len(wanted) < len(grads):
             unit, length = unit[wanted], length[wanted]
@@ -103,29 +115,22 @@ class _Batch:
         unit, length = _divided(torch.stack(self.arrays), self.axes)
         return unit.unbind(), unit, length
 
-    def repeated(self, *wanted: int) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    def repeated(self, wanted: Sequence[int]) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
         """The same in a backward pass, differentiable if that is itself differentiated."""
         for k in wanted:
             if self.arrays[k]._version != self.versions[k]:
                 raise RuntimeError("a factor was changed in place between the forward pass and its backward pass")
-        if self.known is None or self.known[1].requires_grad != torch.is_grad_enabled():
+        known = self.known
+        if known is None or known[1].requires_grad != torch.is_grad_enabled():
             with torch.autocast(self.autocast) if self.autocast else nullcontext():
-                self.known = self.divided()
-        return self.known
-
-    def unit(self, k: int) -> Tensor:
-        """One of the units in a backward pass."""
-        return self.repeated(k)[0][k]
+                known = self.known = self.divided()
+        return known
 
 
 def _divided(array: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     length = torch.linalg.vector_norm(array, dim=axes, keepdim=True)
     length = length.clamp_min(torch.finfo(length.dtype).tiny)
     return array / length, length
-
-
-def _key(array: Tensor, axes: tuple[int, ...]) -> Hashable:
-    return id(array), array._version, axes, autocast_active(array.device.type)
 
 
 def _apart() -> bool:

@@ -54,14 +54,14 @@ def _begin(model: nn.Module, inputs: Any) -> None:
         return  # under FSDP or ZeRO, perhaps, where factors are parts
     found: dict[Hashable, list[Tensor]] = {}
     for store, key, axes in (item for name in bank.active_adapters for item in bank.unit_norm.get(name, ())):
-        array = store.get(key)
+        array = store._parameters.get(key)
         if type(array) is nn.Parameter:
             found.setdefault((axes, array.shape, array.dtype, array.device), []).append(array)
     _forward.units = {}
-    for (axes, *_), arrays in found.items():  # type: ignore[misc]
+    for (axes, _, _, device), arrays in found.items():  # type: ignore[misc]
+        autocast = autocast_active(device.type)
         for array, unit in zip(arrays, UnitColumns.apply(axes, *arrays), strict=True):
-            key = id(array), array._version, axes, autocast_active(array.device.type)
-            _forward.units[key] = array, unit  # the array, so that its id stays its own
+            _forward.units[id(array), array._version, axes, autocast] = array, unit  # so that its id stays its own
 
 
 def _end(model: nn.Module, inputs: Any, result: Any) -> None:

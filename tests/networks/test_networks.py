@@ -250,6 +250,7 @@ def test_what_a_factorization_refuses(fields: dict[str, object], problem: str) -
         ({"lr_multiplier": 16}, "lr_multiplier is 16"),
         ({"init": "zeros"}, "init is 'zeros'"),
         ({"unit_norm": "A1"}, "unit_norm is 'A1'"),
+        ({"scale": "2"}, "scale is '2'"),
         ({"ranks": {"r": 2}, "splits": {"out": 4}}, "the split of 'out' is 4"),
     ],
 )

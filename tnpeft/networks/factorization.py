@@ -172,7 +172,8 @@ class Factorization:
         for what in ("ranks", "splits", "init", "lr_multiplier"):
             if not isinstance(getattr(self, what), Mapping):
                 raise NetworkError(f"{what} is {getattr(self, what)!r}", remedy=f"pass a map, {what}={{name: value}}")
-        if isinstance(self.scale, int | float) and not abs(self.scale) <= float_info.max:
+        plain = isinstance(self.scale, int | float)
+        if not hasattr(self.scale, "__float__") or (plain and not abs(self.scale) <= float_info.max):
             raise NetworkError(f"scale is {self.scale!r}", remedy="pass a finite number")
         if isinstance(self.unit_norm, str) or not isinstance(self.unit_norm, Sequence):
             raise NetworkError(f"unit_norm is {self.unit_norm!r}", remedy="pass a list of factors' names")

@@ -112,6 +112,7 @@ def test_a_failed_run_is_recorded_and_the_rest_goes_on(table: dict[str, Any], tm
 
 
 def test_a_damaged_result_is_named(table: dict[str, Any], swept: Path, tmp_path: Path) -> None:
+    sweep(study_of(table), swept, SERIAL, quietly)
     shutil.copytree(swept, tmp_path / "runs")
     file = sorted((tmp_path / "runs").glob("*.json"))[0]
     file.write_text(file.read_text()[:50])

@@ -87,11 +87,8 @@ class SharedProjection(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, prefixes: Sequence[Prefix], x: Tensor, *operands: Tensor) -> Any:
-        ctx.prefixes, (ctx.operands, ctx.again), ctx.x = (
-            prefixes,
-            kept(operands),
-            None,
-        )  # small, and Parameters mostly
+        ctx.prefixes, ctx.x = prefixes, None
+        ctx.operands, ctx.again = kept(operands)  # small, and Parameters mostly
         ctx.set_materialize_grads(False)
         own = iter(operands)
         matrices = [prefix.registers(own)[prefix.matrix.output] for prefix in prefixes]

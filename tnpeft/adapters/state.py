@@ -165,7 +165,7 @@ class Stack:
 
 
 def stacks(layout: Layout) -> Iterator[Stack]:
-    """The entries of :func:`factors`; pieces that are no grid of layers and projections are one each."""
+    """The entries of :func:`factors`; pieces that do not form a grid of layers and projections are one each."""
     labels: dict[str, dict[tuple[int, ...], list[ParameterSpec]]] = {}
     for param in layout.parameters:
         labels.setdefault(param.label, {}).setdefault(param.shape, []).append(param)

@@ -197,7 +197,7 @@ def find_bank(model: Any) -> FactorBank | None:
     """The bank of a model, None if it has no adapter of this package.
 
     Raises:
-        ConfigError: it is no model of torch.
+        ConfigError: it is not a torch model.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(

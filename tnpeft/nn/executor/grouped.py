@@ -22,7 +22,7 @@ from tnpeft.nn.executor.groups import Groups
 from tnpeft.nn.executor.kernels import Instruction, run
 from tnpeft.nn.executor.listing import FACTORS, WEIGHT, X, Y
 from tnpeft.nn.executor.program import SiteProgram
-from tnpeft.nn.executor.saving import kept, restored
+from tnpeft.nn.executor.saving import pack, unpack
 from tnpeft.planning.planner import planned
 from tnpeft.planning.steps import Plan
 
@@ -200,7 +200,7 @@ class _GroupedLinear(torch.autograd.Function):
             codes.append(code)
             saved += [values[k] for k in code.saved if k not in (X, WEIGHT)]
             at += count
-        own, ctx.again = kept(factors)
+        own, ctx.again = pack(factors)
         ctx.call, ctx.codes = call, codes
         ctx.save_for_backward(source, weight, *own, *saved)
         return total
@@ -215,7 +215,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     call, twice = ctx.call, torch.is_grad_enabled()
     source, weight, *rest = ctx.saved_tensors
     count = sum(len(part.operands) for part in call.parts)
-    factors, saved = restored(rest[:count], ctx.again), iter(rest[count:])
+    factors, saved = unpack(rest[:count], ctx.again), iter(rest[count:])
     on_source, on_factors = ctx.needs_input_grad[1], ctx.needs_input_grad[4:]
     start, x = _prepared(call, source, on_source, twice)
     to_x = None

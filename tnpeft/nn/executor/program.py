@@ -21,7 +21,7 @@ from tnpeft.nn.executor.compile import compile_plan
 from tnpeft.nn.executor.eligibility import autocast_active, can_absorb_update, can_use_custom_backward
 from tnpeft.nn.executor.kernels import run
 from tnpeft.nn.executor.listing import FACTORS, Listing, X, Y
-from tnpeft.nn.executor.saving import kept, restored
+from tnpeft.nn.executor.saving import pack, unpack
 from tnpeft.nn.executor.shared_projection import split
 from tnpeft.planning.planner import planned
 from tnpeft.planning.steps import Plan
@@ -200,7 +200,7 @@ class ProgramFunction(torch.autograd.Function):
             code, saved, ctx.again = listing.traced_code(needs), factors, None
         else:
             code = listing.codes.get(needs) or listing.code(needs)
-            saved, ctx.again = kept(factors) if [f for f in factors if not f.is_leaf] else (factors, None)
+            saved, ctx.again = pack(factors) if [f for f in factors if not f.is_leaf] else (factors, None)
         ctx.code, ctx.scale, ctx.shape, kind = code, scale, x.shape, x.device.type
         ctx.shared = None if narrow is None else narrow.grad_fn
         ctx.autocast = (kind, torch.get_autocast_dtype(kind)) if weight is None and autocast_active(kind) else None
@@ -226,7 +226,7 @@ class ProgramFunction(torch.autograd.Function):
         count = len(saved) - len(code.saved)
         twice = torch.is_grad_enabled()  # then what is computed here is differentiated in its turn
         values: list[Any] = [None] * code.total
-        factors = saved[:count] if ctx.again is None else restored(saved[:count], ctx.again)
+        factors = saved[:count] if ctx.again is None else unpack(saved[:count], ctx.again)
         values[FACTORS : FACTORS + count] = factors
         for k, value in zip(code.saved, saved[count:], strict=True):
             if not twice or k in code.inputs:

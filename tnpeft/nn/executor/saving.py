@@ -15,7 +15,7 @@ from torch import Tensor
 Again = list[tuple[int, Callable[[int], Tensor], int]]  # place of a factor, function, and the result's number
 
 
-def kept(factors: Sequence[Tensor]) -> tuple[Sequence[Tensor | None], Again]:
+def pack(factors: Sequence[Tensor]) -> tuple[Sequence[Tensor | None], Again]:
     """Return the factors to save, None in the place of those that are computed again, and how these are."""
     if torch.compiler.is_compiling():  # which decides by itself
         return factors, []
@@ -28,7 +28,7 @@ def kept(factors: Sequence[Tensor]) -> tuple[Sequence[Tensor | None], Again]:
     return saved, again
 
 
-def restored(saved: Sequence[Tensor | None], again: Again) -> list[Tensor]:
+def unpack(saved: Sequence[Tensor | None], again: Again) -> list[Tensor]:
     """Return all factors."""
     factors: list[Any] = [*saved]
     for k, function, number in again:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tnpeft.nn.executor.kernels import NARROW, Einsum2, Instruction, Sum, run
 from tnpeft.nn.executor.listing import FACTORS, FIRST, Listing, X, Y
-from tnpeft.nn.executor.saving import kept, restored
+from tnpeft.nn.executor.saving import pack, unpack
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +88,7 @@ class SharedProjection(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, prefixes: Sequence[Prefix], x: Tensor, *operands: Tensor) -> Any:
         ctx.prefixes, ctx.x = prefixes, None
-        ctx.operands, ctx.again = kept(operands)  # small, and Parameters mostly
+        ctx.operands, ctx.again = pack(operands)  # small, and Parameters mostly
         ctx.set_materialize_grads(False)
         own = iter(operands)
         matrices = [prefix.registers(own)[prefix.matrix.output] for prefix in prefixes]
@@ -102,7 +102,7 @@ class SharedProjection(torch.autograd.Function):
         narrow = [grad for grad in grads[: len(ctx.prefixes)] if grad is not None]  # of some programs, perhaps
         if not narrow:
             return None, to_x, *[None] * len(on)
-        own = iter(restored(ctx.operands, ctx.again))
+        own = iter(unpack(ctx.operands, ctx.again))
         computed = [(prefix, prefix.registers(own), grad) for prefix, grad in zip(ctx.prefixes, grads, strict=False)]
         matrices = [values[prefix.matrix.output] for prefix, values, grad in computed if grad is not None]
         inner = _beside(narrow)
